@@ -1,0 +1,102 @@
+"""TrainState: everything that training changes, and nothing else."""
+
+import hashlib
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dljax.tasks.base import ALL, Batch, Task
+
+NOT_FAILED = -1
+
+
+@flax.struct.dataclass
+class TrainState:
+  """The training state. No array of it has a device axis.
+
+  Attributes:
+    step: i32[], completed steps.
+    params: the parameters, float32 whatever the compute dtype.
+    model_state: the model's other collections, e.g. {"batch_stats": ...}.
+    opt_state: player -> optimizer state.
+    rng: u32[2], key data of the run's seed; constant. Every draw folds in the step and a name.
+    ema: exponential moving average of the parameters, or {} where it is off.
+    failed_step: i32[], the first step whose loss or gradient was not finite, else `NOT_FAILED`.
+  """
+
+  step: jax.Array
+  params: Any
+  model_state: Any
+  opt_state: Any
+  rng: jax.Array
+  ema: Any
+  failed_step: jax.Array
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What evaluation and prediction use: the EMA parameters wherever EMA is on."""
+    return {"params": self.ema or self.params, **self.model_state}
+
+
+def player_params(params: Any, player: str) -> Any:
+  """The part of `params` that `player` updates."""
+  return params if player == ALL else params[player]
+
+
+def replace_player_params(params: Any, player: str, new: Any) -> Any:
+  """`params` with the part of `player` replaced."""
+  return new if player == ALL else {**params, player: new}
+
+
+def create_state(
+    task: Task, tx: optax.GradientTransformation, batch: Batch, seed: jax.Array | int, *,
+    ema: bool = False,
+) -> TrainState:
+  """A fresh state; a pure function, to be traced by `jax.eval_shape` or jit.
+
+  Args:
+    task: gives the variables.
+    tx: the optimizer, one for every player, each with a state of its own.
+    batch: a batch or its specification; only shapes are read.
+    seed: the run's seed.
+    ema: whether to keep an average of the parameters.
+  """
+  key = jax.random.key(seed)
+  params_key = jax.random.fold_in(key, 0x1417)  # apart from the steps, which fold in 0, 1, 2, ...
+  batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}
+  variables = dict(task.init(params_key, batch))
+  params = variables.pop("params")
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      model_state=variables,
+      opt_state={p: tx.init(player_params(params, p)) for p in dict.fromkeys(task.players)},
+      rng=jax.random.key_data(key),
+      ema=jax.tree.map(jnp.copy, params) if ema else {},
+      failed_step=jnp.full((), NOT_FAILED, jnp.int32),
+  )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A pytree path as "params/conv1/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def state_sha256(state: Any) -> str:
+  """SHA-256 over the sorted path, dtype, shape and bytes of every (unsharded) array of `state`."""
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  digest = hashlib.sha256()
+  for name, leaf in sorted((path_name(path), leaf) for path, leaf in leaves):
+    array = np.asarray(leaf)
+    digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def parameter_count(params: Any) -> int:
+  """The number of scalars in `params` (arrays or their specifications)."""
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
