@@ -1,0 +1,246 @@
+"""Pictures of a run: learning curves, confusion matrices, grids of images.
+
+Every function gives a `matplotlib.figure.Figure` and never touches pyplot, whose global state no
+two threads can share. In a notebook a figure that ends a cell is shown.
+"""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+DPI = 150
+MAX_CELL_TEXTS = 20  # classes up to which a confusion matrix has its numbers written in
+MAX_CLASS_TICKS = 50  # classes up to which it has their names beside it
+TITLES = {"ap": "AP", "ap50": "AP50", "bleu": "BLEU", "mean_iou": "mean IoU", "rouge_l": "ROUGE-L",
+          "mse": "mean squared error", "mae": "mean absolute error", "top_5_accuracy": "top-5 accuracy"}
+SHARES = ("accuracy", "error_rate", "_iou")  # names with one of these are shares, shown in per cent
+COLORS = {"train": "#6b7785", "validation": "#d1495b", "test": "#1f6f8b"}
+MORE_COLORS = ("#edae49", "#66a182", "#8d6a9f")
+INK = "#333333"
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows of a `metrics.jsonl`, without a last line that a crash cut short.
+
+  Returns:
+    One dict for each logged point: {"step": 100, "split": "train", "loss": 0.3, ...}.
+
+  Raises:
+    json.JSONDecodeError: a line other than the last is no JSON.
+  """
+  with open(path, encoding="utf-8") as file:
+    lines = file.read().split("\n")
+  return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
+  """Loss, every metric that was evaluated, and the learning rate, against the step.
+
+  Args:
+    rows: as `read_metrics` gives them. Rows of the split "train" are drawn as thin lines with their
+      moving average over them, those of other splits with markers. A metric that only "train" has is
+      not drawn, except for the loss and the learning rate.
+
+  Returns:
+    The figure, one panel for each metric.
+  """
+  curves = _curves(rows)
+  # `figures` show what was learnt; seconds and throughput are in metrics.jsonl.
+  names = ["loss"] + sorted({name for split, name in curves if split != "train"} - {"loss", "learning_rate"})
+  names = [name for name in names + ["learning_rate"] if any(name == n for _, n in curves)]
+  columns = min(max(len(names), 1), 3)
+  figure, panels = _panels(columns, math.ceil(len(names) / columns), 4.2, 3.1)
+  handles = {}
+  for axes, name in zip(panels, names):
+    splits = sorted({s for s, n in curves if n == name}, key=lambda s: (s != "train", s))
+    for split in splits:
+      steps, values = curves[split, name]
+      color = _color(split, splits)
+      if name == "learning_rate":
+        axes.plot(steps, values, color=INK, linewidth=1.5)
+      elif split == "train":
+        axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+        smooth = _moving_average(values)
+        handles[split], = axes.plot(steps, smooth, color=color, linewidth=1.5, label="train (moving average)")
+      else:
+        handles[split], = axes.plot(
+            steps, values, color=color, linewidth=1.5, marker="o", markersize=4, label=split)
+    _label_panel(axes, name, [curves[split, name][1] for split in splits])
+  for axes in panels[len(names):]:
+    axes.set_axis_off()
+  if handles:
+    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles),
+                  frameon=False, fontsize=10)
+  return figure
+
+
+def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Any:
+  """Which class was taken for which.
+
+  Args:
+    matrix: [C, C], counts; row: truth, column: guess. Cells are coloured by their share of the row.
+    class_names: C names.
+
+  Returns:
+    The figure; with up to `MAX_CELL_TEXTS` classes the counts stand in the cells.
+  """
+  matrix = np.asarray(matrix)
+  count = len(matrix)
+  shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+  size = min(max(3.6, 1.6 + 0.46 * count), 10.8)
+  figure = _figure(size + 0.9, size)
+  axes = figure.add_subplot()
+  # Few mistakes among many right guesses must still be seen: the colour is the root of the share.
+  image = axes.imshow(shares, cmap="Blues", norm=_power_norm(), interpolation="nearest")
+  if count <= MAX_CELL_TEXTS:
+    for i, j in np.ndindex(count, count):
+      if matrix[i, j]:
+        axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=9,
+                  color="white" if shares[i, j] > 0.3 else INK)
+  if count <= MAX_CLASS_TICKS:
+    size = 9 if count <= MAX_CELL_TEXTS else 6
+    names = [_shorten(str(name)) for name in class_names]
+    slanted = max(map(len, names)) > 2
+    axes.set_xticks(range(count), names, fontsize=size, rotation=90 if slanted else 0)
+    axes.set_yticks(range(count), names, fontsize=size)
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+  axes.set_xlabel("guess", fontsize=11)
+  axes.set_ylabel("truth", fontsize=11)
+  total = matrix.sum()
+  axes.set_title(f"{np.trace(matrix):.0f} of {total:.0f} right ({np.trace(matrix) / max(total, 1):.2%})",
+                 fontsize=12, color=INK)
+  bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1], format=_percent())
+  bar.set_label("share of the row", fontsize=10)
+  bar.ax.tick_params(labelsize=9)
+  bar.outline.set_visible(False)
+  return figure
+
+
+def image_grid(
+    images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: int = 8, caption: str = "",
+) -> Any:
+  """Images in rows, each with its title above it.
+
+  Args:
+    images: each [H, W], [H, W, 1] (shown in grey) or [H, W, 3]. Each is stretched from its own least
+      value to its own greatest, so that normalised images can be seen.
+    titles: one for each image, or none.
+    columns: images in a row.
+    caption: stands above the grid.
+
+  Returns:
+    The figure.
+  """
+  columns = max(1, min(columns, len(images)))
+  lines = max((title.count("\n") + 1 for title in titles), default=0)
+  figure, panels = _panels(columns, max(1, math.ceil(len(images) / columns)), 1.25, 1.2 + 0.17 * lines)
+  for axes in panels:
+    axes.set_axis_off()
+  for axes, image in zip(panels, images):
+    image = np.asarray(image, np.float32)
+    low, high = image.min(), image.max()
+    image = (image - low) / (high - low) if high > low else np.zeros_like(image)
+    axes.imshow(image.squeeze(-1) if image.shape[2:] == (1,) else image, cmap="gray", vmin=0, vmax=1,
+                interpolation="nearest")
+  for axes, title in zip(panels, titles):
+    axes.set_title("\n".join(_shorten(line, 18) for line in title.split("\n")), fontsize=9, color=INK, pad=3)
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  return figure
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+  """Writes a figure as PNG at `DPI`; whoever reads `path` sees the old file or the whole new one."""
+  directory = os.path.dirname(os.path.abspath(path))
+  os.makedirs(directory, exist_ok=True)
+  temporary = os.path.join(directory, f".{os.path.basename(path)}.{os.getpid()}-{threading.get_ident()}")
+  try:
+    figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")
+    os.replace(temporary, path)
+  finally:
+    if os.path.exists(temporary):
+      os.unlink(temporary)
+
+
+def _figure(width: float, height: float) -> Any:
+  """An empty figure of so many inches, drawn by Agg without pyplot."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and seldom needed
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(width, height), layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _panels(columns: int, rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
+  """A figure of rows x columns panels of so many inches each, and the panels in reading order."""
+  figure = _figure(columns * width, rows * height + 0.4)
+  return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+  """(split, metric) -> (steps, values), the finite ones in order of the step."""
+  points: dict[tuple[str, str], dict[int, float]] = {}
+  for row in rows:
+    for name, value in row.items():
+      if name in ("step", "split") or isinstance(value, (bool, str)) or value is None:
+        continue
+      if "second" not in name and math.isfinite(value):
+        points.setdefault((row["split"], name), {})[row["step"]] = value
+  return {
+      key: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
+      for key, values in points.items()
+  }
+
+
+def _moving_average(values: np.ndarray) -> np.ndarray:
+  """The mean over a centred window of a twentieth of the points, [N] -> [N]."""
+  width = max(1, len(values) // 20) // 2
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  index = np.arange(len(values))
+  low, high = np.maximum(index - width, 0), np.minimum(index + width + 1, len(values))
+  return (sums[high] - sums[low]) / (high - low)
+
+
+def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
+  """Title, units and scale of a panel of learning curves."""
+  title = TITLES.get(name, name.replace("_", " "))
+  if any(part in name for part in SHARES):
+    axes.yaxis.set_major_formatter(_percent())
+    title += " (%)"
+  elif name == "loss":
+    title += " (nats)"
+    values = np.concatenate(curves)
+    if values.min() > 0 and values.max() > 20 * values.min():
+      axes.set_yscale("log")
+  axes.set_title(title, fontsize=11, color=INK)
+  axes.set_xlabel("step", fontsize=10)
+  axes.tick_params(labelsize=9, colors=INK)
+  axes.grid(alpha=0.25, linewidth=0.6)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.margins(x=0.02)
+
+
+def _color(split: str, splits: Sequence[str]) -> str:
+  others = [s for s in splits if s not in COLORS]
+  return COLORS[split] if split in COLORS else MORE_COLORS[others.index(split) % len(MORE_COLORS)]
+
+
+def _shorten(name: str, limit: int = 16) -> str:
+  return name if len(name) <= limit else name[:limit - 1] + "…"
+
+
+def _percent() -> Any:
+  from matplotlib.ticker import PercentFormatter
+  return PercentFormatter(xmax=1)
+
+
+def _power_norm() -> Any:
+  from matplotlib.colors import PowerNorm
+  return PowerNorm(0.5, vmin=0, vmax=1)

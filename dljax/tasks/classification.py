@@ -1,0 +1,225 @@
+"""Classification: one label for each image.
+
+The loss is the cross-entropy of the softmax, with label smoothing (Szegedy et al. 2016, "Rethinking
+the Inception Architecture for Computer Vision", section 7) and mixed labels (Zhang et al. 2018,
+"mixup"; Yun et al. 2019, "CutMix"), or the criterion of the perceptron (Rosenblatt 1958, "The
+perceptron: a probabilistic model for information storage and organization in the brain").
+
+Dimensions: B batch, C classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dljax import report
+from dljax.errors import UserError, unknown
+from dljax.tasks.base import ALL, Array, Batch, LossOutput, PyTree, Sums, Variables
+
+CRITERIA = ("softmax", "perceptron")
+MAX_CONFUSION_CLASSES = 200  # beyond, the matrix is a large array to add up and nothing to look at
+MAX_PICTURED = 24
+MAX_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+  """Gives each image one of `num_classes` labels.
+
+  Batches have image [B, ...], label i32[B] and mask f32[B]; where labels were mixed also mix_label
+  i32[B] and mix_weight f32[B], the share of `label` in the mixture.
+
+  Attributes:
+    model: called as `model(image, mask, train=...)`, gives logits [B, C].
+    num_classes: C.
+    label_smoothing: the share of the target that is spread evenly over all classes, in [0, 1).
+    criterion: "softmax" (cross-entropy) or "perceptron" (best logit less true logit, whose gradient
+      is Rosenblatt's rule: nothing where the guess is right, else away from the guess and towards
+      the truth).
+    players: one, all parameters.
+
+  Raises:
+    UserError: an unknown criterion, or a label smoothing that is out of range or without meaning.
+  """
+
+  model: nn.Module
+  num_classes: int
+  label_smoothing: float = 0.0
+  criterion: str = "softmax"
+  players: tuple[str, ...] = (ALL,)
+
+  def __post_init__(self):
+    if self.criterion not in CRITERIA:
+      raise unknown("criterion", self.criterion, CRITERIA)
+    if not 0 <= self.label_smoothing < 1:
+      raise UserError(f"label_smoothing is {self.label_smoothing}; give a number in [0, 1)")
+    if self.criterion == "perceptron" and self.label_smoothing:
+      raise UserError("label_smoothing has no meaning for the perceptron criterion; set it to 0")
+
+  def init(self, rng: Array, batch: Batch) -> Variables:
+    """See `Task.init`."""
+    return self.model.init({"params": rng}, batch["image"], train=False)
+
+  def weights(self, batch: Batch) -> Mapping[str, Array]:
+    """The number of examples that are no padding."""
+    return {"examples": jnp.sum(batch["mask"])}
+
+  def loss(
+      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
+      weights: Mapping[str, Array], train: bool, player: str = ALL,
+  ) -> LossOutput:
+    """See `Task.loss`. Metrics: loss, accuracy, top_5_accuracy (C > 5), confusion_matrix.
+
+    The confusion matrix [C, C] (row: truth, column: guess) is there in evaluation up to
+    `MAX_CONFUSION_CLASSES`; its count is that of each row, so that sum / count are rates by truth.
+    """
+    del player  # one player: all parameters
+    logits, model_state = self._logits(params, model_state, batch, rng, train)
+    label, mask = batch["label"], batch["mask"].astype(logits.dtype)
+
+    losses = self._criterion(logits, label)
+    if "mix_label" in batch:
+      share = batch["mix_weight"].astype(logits.dtype)
+      losses = share * losses + (1 - share) * self._criterion(logits, batch["mix_label"])
+    total = jnp.sum(losses * mask)
+    examples = jnp.maximum(weights["examples"], 1)  # a batch of nothing but padding has loss 0
+
+    guess = jnp.argmax(logits, axis=-1)
+    count = jnp.sum(mask)
+    metrics = {
+        "loss": (total, count),
+        "accuracy": (jnp.sum((guess == label) * mask), count),
+    }
+    if self.num_classes > 5:
+      top = jax.lax.top_k(logits, 5)[1]
+      metrics["top_5_accuracy"] = jnp.sum(jnp.any(top == label[:, None], axis=-1) * mask), count
+    if not train and self.num_classes <= MAX_CONFUSION_CLASSES:
+      truths = jax.nn.one_hot(label, self.num_classes, dtype=mask.dtype) * mask[:, None]
+      matrix = truths.T @ jax.nn.one_hot(guess, self.num_classes, dtype=mask.dtype)
+      rows = jnp.broadcast_to(jnp.sum(matrix, axis=1, keepdims=True), matrix.shape)
+      metrics["confusion_matrix"] = matrix, rows
+    return LossOutput(loss=total / examples, metrics=metrics, model_state=model_state)
+
+  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+    """{"probabilities": f32[B, C]}, the softmax of the logits.
+
+    A perceptron's logits were not trained as log probabilities: their order counts, no more.
+    """
+    del rng  # nothing is sampled
+    logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
+    return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
+
+  def summarize(self, sums: Sums) -> Mapping[str, float]:
+    """The means loss, accuracy and top_5_accuracy; NaN where nothing was counted."""
+    return {
+        name: float(total) / float(count) if count else math.nan
+        for name, (total, count) in sums.items() if np.ndim(total) == 0
+    }
+
+  def evaluate(
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+  ) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+    """No further metrics; the pictures confusion_matrix and mistakes.
+
+    The mistakes are up to `MAX_PICTURED` images, the most wrongly sure first; where there was none,
+    the least sure of the right guesses. Inputs that are no images have no such picture.
+    """
+    names = class_names(assets, self.num_classes)
+    figures = {}
+    if "confusion_matrix" in sums:
+      figures["confusion_matrix"] = report.confusion_matrix(np.asarray(sums["confusion_matrix"][0]), names)
+    mistakes = _picture_mistakes(rows, names)
+    if mistakes is not None:
+      figures["mistakes"] = mistakes
+    return {}, figures
+
+  def _logits(
+      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, train: bool,
+  ) -> tuple[Array, PyTree]:
+    """Logits [B, C] of at least float32, and the new model state."""
+    variables = {"params": params, **model_state}
+    if train:
+      logits, model_state = self.model.apply(
+          variables, batch["image"], batch["mask"], train=True, rngs={"dropout": rng},
+          mutable=list(model_state))
+    else:
+      logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), model_state
+
+  def _criterion(self, logits: Array, label: Array) -> Array:
+    """The loss of each example, [B], for logits [B, C] and label i32[B]."""
+    if self.criterion == "perceptron":
+      # Through the index of the best logit rather than by max, whose gradient is split at a tie.
+      guess = jnp.argmax(logits, axis=-1)
+      return _pick(logits, guess) - _pick(logits, label)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    smoothing = self.label_smoothing
+    return -(1 - smoothing) * _pick(log_p, label) - smoothing * jnp.mean(log_p, axis=-1)
+
+
+def class_names(assets: Mapping[str, Any], num_classes: int) -> list[str]:
+  """The names that were saved with the run as `assets["classes"]`, else "0", "1", ..."""
+  return [str(name) for name in assets.get("classes", range(num_classes))]
+
+
+def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+  """One row for each prediction, to print and to write.
+
+  Args:
+    predictions: what `Classification.predict` gave: {"probabilities": [B, C]}.
+    assets: the run's assets; "classes" are the class names.
+
+  Yields:
+    {"label": name, "probability": p, "probabilities": {name: p, ...}}, the most probable first, at
+    most `MAX_LISTED` of them.
+  """
+  probabilities = np.asarray(predictions["probabilities"])
+  names = class_names(assets, probabilities.shape[-1])
+  for p in probabilities:
+    order = np.argsort(-p, kind="stable")[:MAX_LISTED]
+    yield {
+        "label": names[order[0]],
+        "probability": float(p[order[0]]),
+        "probabilities": {names[i]: float(p[i]) for i in order},
+    }
+
+
+def _pick(values: Array, index: Array) -> Array:
+  """values[b, index[b]], [B]."""
+  return jnp.take_along_axis(values, index[:, None], axis=-1)[:, 0]
+
+
+def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str]) -> Any:
+  """A grid of the wrong guesses, or of the least sure right ones; None without images."""
+  worst = []  # (right, margin, image, title) of the MAX_PICTURED worst so far
+  seen = wrong = 0
+  for predictions, batch in rows:
+    images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
+    if images.ndim != 4:
+      return None
+    p = np.asarray(predictions["probabilities"])
+    guesses = p.argmax(axis=-1)
+    right = guesses == labels
+    rest = p.copy()
+    np.put_along_axis(rest, labels[:, None], -1, axis=-1)
+    margins = np.take_along_axis(p, labels[:, None], axis=-1)[:, 0] - rest.max(axis=-1)
+    seen += len(labels)
+    wrong += int(np.sum(~right))
+    for i in np.lexsort((margins, right))[:MAX_PICTURED]:
+      sure = f"sure: {p[i, labels[i]]:.0%}" if right[i] else f"guess: {names[guesses[i]]}"
+      worst.append((bool(right[i]), float(margins[i]), images[i], f"truth: {names[labels[i]]}\n{sure}"))
+    worst = sorted(worst, key=lambda row: row[:2])[:MAX_PICTURED]
+  if not worst:
+    return None
+  if wrong:
+    worst = [row for row in worst if not row[0]]
+    caption = f"{wrong} of {seen} images wrong" + (f", the worst {len(worst)}" if wrong > len(worst) else "")
+  else:
+    caption = f"All {seen} images right, the least sure"
+  return report.image_grid([row[2] for row in worst], [row[3] for row in worst], caption=caption)
