@@ -1,0 +1,398 @@
+"""Checkpoints that are intact or do not exist. The only file that imports Orbax.
+
+Orbax writes the arrays, asynchronously; four things that it leaves open are closed here:
+
+* Its files carry no checksum of the payload. Once it has committed a step, `<step>/manifest.json` is
+  written, durably and last: size and SHA-256 of every file, dtype and shape of every array, and a hash of
+  itself. A step without a valid manifest does not exist, so one still in flight, one that failed and an
+  empty directory are never taken for the latest.
+* It restores whatever it finds. Here every file is verified first; a step that fails is moved to
+  `corrupt-<step>`, with a warning that says why, and the next older one is used.
+* It may refuse a save by returning False, and forgets errors of the background if nobody asks. Both are
+  a `CheckpointError` here, at the next `save` or at `close`.
+* It casts arrays to what the caller asks for. Here another name, dtype or shape is refused by name.
+
+Old steps go only after the manifest of the new one is on disk: at any moment, kill -9 included, what was
+intact before is intact, or something newer is.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import logging as python_logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from dljax.errors import UserError
+from dljax.train.state import path_name
+
+MANIFEST = "manifest.json"
+_NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint was not saved: one line that names step, directory and reason."""
+
+
+class Restored(NamedTuple):
+  """What `Checkpointer.restore` gives.
+
+  Attributes:
+    step: the step that was restored.
+    state: arrays in the structure, and with the shardings, of the abstract state.
+    host: the mapping that was given to `save`, as JSON has it (tuples are lists).
+  """
+
+  step: int
+  state: Any
+  host: dict[str, Any]
+
+
+class Checkpointer:
+  """Saves and restores a state under `directory`. A context manager; every process of a run makes one."""
+
+  def __init__(
+      self, directory: str | os.PathLike[str], *, keep: int = 2,
+      assets: str | os.PathLike[str] | None = None, read_only: bool = False,
+  ):
+    """Touches nothing on disk.
+
+    Args:
+      directory: holds one directory per step, named by its decimal number; made by the first `save`.
+      keep: how many of the newest steps to keep, beside the best one.
+      assets: a directory of files without which the state is worthless (a tokenizer); `save` notes
+        their hashes, `restore` verifies them.
+      read_only: for evaluation, perhaps beside a living run: restores, but moves and deletes nothing.
+    """
+    self.directory = Path(directory).absolute()
+    self._keep = keep
+    self._assets = None if assets is None else Path(assets)
+    self._read_only = read_only
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+
+  def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
+    """Starts saving, and returns as soon as the arrays may be donated; waits for an earlier save first.
+
+    Args:
+      step: above every step that exists.
+      state: a pytree of arrays, on any devices, with any shardings.
+      host: JSON-able. `host["best_step"]` (a step or None), where given, is kept whatever its age.
+
+    Raises:
+      CheckpointError: this save was refused, or the one before has failed.
+    """
+    self._wait()
+    host = json.loads(json.dumps(host))
+    flat, _ = _flatten(state)
+    leaves = {name: {"dtype": leaf.dtype.name, "shape": list(leaf.shape)} for name, leaf in flat.items()}
+    if jax.process_index() == 0 and self._path(step).exists() and self._manifest(step) is None:
+      self._set_aside(step, self._fault(step))
+    _sync("save")
+    try:
+      self._manager.reload()
+      accepted = self._manager.save(step, args=_orbax().args.Composite(state=_orbax().args.PyTreeSave(flat)))
+    except Exception as error:
+      raise self._error(step, error) from error
+    if not accepted:
+      raise self._error(step, f"steps must increase, and {self.steps()} exist")
+    self._pending = step, self._worker.submit(self._commit, step, leaves, host)
+
+  def steps(self) -> list[int]:
+    """The steps that exist, ascending: those with a valid manifest (the other files are not verified)."""
+    return [step for step in self._numbered() if self._manifest(step) is not None]
+
+  def host(self, step: int | None = None) -> dict[str, Any] | None:
+    """What was given as `host` with `step`, by default the newest; None where there is no such step."""
+    step = max(self.steps(), default=None) if step is None else step
+    manifest = None if step is None else self._manifest(step)
+    return manifest and manifest["host"]
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+    """Restores a step after verifying it.
+
+    Args:
+      abstract_state: the state's structure, with shape, dtype and sharding in each leaf (arrays or
+        `jax.ShapeDtypeStruct`). Shardings may differ from those it was saved with; where one is missing the
+        array goes to the first device.
+      step: which; by default the newest intact one.
+
+    Returns:
+      The step, or None if none was asked for and no intact one exists.
+
+    Raises:
+      UserError: the step asked for is not there or not intact; arrays differ in name, dtype or shape; an
+        asset is missing or differs.
+    """
+    self._wait()
+    step = _agree(lambda: self._choose(step))
+    if step == _NONE:
+      return None
+    manifest = self._manifest(step)
+    wanted, treedef = _flatten(abstract_state)
+    self._check_leaves(step, manifest["leaves"], wanted)
+    for name, entry in manifest["assets"].items() if self._assets else ():
+      if fault := _file_fault(self._assets / name, entry):
+        raise UserError(f"{self._assets / name}: {fault}, so checkpoint {step} cannot be used; put it back")
+    args = _orbax().args.PyTreeRestore(
+        item=wanted,
+        restore_args={
+            name: _orbax().ArrayRestoreArgs(
+                dtype=leaf.dtype, global_shape=leaf.shape,
+                sharding=getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+            for name, leaf in wanted.items()
+        })
+    self._manager.reload()
+    flat = self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"]
+    return Restored(step, jax.tree.unflatten(treedef, [flat[name] for name in wanted]), manifest["host"])
+
+  def close(self) -> None:
+    """Waits until the last save is on disk with its manifest.
+
+    Raises:
+      CheckpointError: it failed.
+    """
+    try:
+      self._wait()
+    finally:
+      self._worker.shutdown()
+      if "_manager" in self.__dict__:
+        self.__dict__.pop("_manager").close()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  @functools.cached_property
+  def _manager(self) -> Any:
+    ocp = _orbax()
+    write = not self._read_only
+    if write and jax.process_index() == 0:
+      for rest in self.directory.glob("deleting-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    return ocp.CheckpointManager(
+        self.directory,
+        # Weights hardly compress, and the attempt would take its time from the training.
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)},
+        options=ocp.CheckpointManagerOptions(
+            create=write, cleanup_tmp_directories=write, lightweight_initialize=True))
+
+  def _wait(self) -> None:
+    """Waits for the save in flight, and raises its error."""
+    if self._pending is None:
+      return
+    step, future = self._pending
+    concurrent.futures.wait([future])
+    self._pending = None
+    if error := future.exception():
+      with contextlib.suppress(Exception):  # Orbax would raise the same again at the next call
+        self._manager.wait_until_finished()
+      raise self._error(step, error) from error
+
+  def _commit(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
+    """In the background: waits for Orbax, writes the manifest, and then lets old steps go."""
+    self._manager.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    directory = self._path(step)
+    manifest = {
+        "step": step,
+        "host": host,
+        "leaves": leaves,
+        "files": _describe(directory),
+        "assets": _describe(self._assets) if self._assets else {},
+    }
+    _write_durably(directory / MANIFEST, _sealed(manifest))
+    keep = {*self.steps()[-self._keep:], host.get("best_step")}
+    for old in self.steps():
+      if old not in keep:
+        # Renamed first: a step that is half deleted would look like a corrupt one.
+        doomed = self._path(old).rename(self.directory / f"deleting-{old}")
+        shutil.rmtree(doomed, ignore_errors=True)
+
+  def _choose(self, step: int | None) -> int:
+    """The step to restore, verified, or `_NONE`; sets corrupt ones aside where no step was asked for."""
+    if step is not None:
+      if fault := self._fault(step):
+        rest = [other for other in self.steps() if other != step]
+        raise UserError(
+            f"checkpoint {step} in {self.directory}: {fault}; other steps there: {rest or 'none'}")
+      return step
+    for candidate in reversed(self._numbered()):
+      fault = self._fault(candidate)
+      if fault is None:
+        return candidate
+      self._set_aside(candidate, fault)
+    return _NONE
+
+  def _fault(self, step: int) -> str | None:
+    """What is wrong with a step, or None if it is intact."""
+    directory = self._path(step)
+    if not directory.is_dir():
+      return "there is no such step"
+    if not any(directory.iterdir()):
+      return "the directory is empty"
+    if not (directory / MANIFEST).exists():
+      return f"{MANIFEST} is missing, as after a save that was interrupted"
+    manifest = self._manifest(step)
+    if manifest is None:
+      return f"{MANIFEST} is damaged"
+    for name, entry in manifest["files"].items():
+      if fault := _file_fault(directory / name, entry):
+        return f"{name} {fault}"
+    return None
+
+  def _set_aside(self, step: int, fault: str) -> None:
+    """Moves a corrupt step out of the way, and says so."""
+    if self._read_only:
+      logging.warning("checkpoint %s: %s; looking for an older one", self._path(step), fault)
+      return
+    target, count = self.directory / f"corrupt-{step}", 1
+    while target.exists():
+      count += 1
+      target = self.directory / f"corrupt-{step}-{count}"
+    self._path(step).rename(target)
+    logging.warning("checkpoint %s: %s; moved to %s", self._path(step), fault, target.name)
+
+  def _check_leaves(self, step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses a state whose arrays differ in name, dtype or shape from the saved ones."""
+    for name in sorted({*saved, *wanted}):
+      old = f"{saved[name]['dtype']}{saved[name]['shape']}" if name in saved else "absent"
+      new = f"{wanted[name].dtype.name}{list(wanted[name].shape)}" if name in wanted else "absent"
+      if old != new:
+        raise UserError(
+            f"checkpoint {step} in {self.directory} does not fit this config: {name} is {old} there and {new} "
+            f"here; use the config that it was saved with")
+
+  def _manifest(self, step: int) -> dict[str, Any] | None:
+    """The manifest of a step, or None if it is missing, damaged or another step's."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      data = (self._path(step) / MANIFEST).read_bytes()
+      manifest = json.loads(data)
+      del manifest["sha256"]
+      # Compared as bytes, so that no flipped bit is harmless enough to pass.
+      if _sealed(manifest) == data and manifest["step"] == step:
+        return manifest
+    return None
+
+  def _numbered(self) -> list[int]:
+    """The decimal directories, whatever is in them, ascending."""
+    if not self.directory.is_dir():
+      return []
+    names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+  def _path(self, step: int) -> Path:
+    return self.directory / str(step)
+
+  def _error(self, step: int, reason: object) -> CheckpointError:
+    line = str(reason).partition("\n")[0] or type(reason).__name__
+    return CheckpointError(f"checkpoint {step} in {self.directory} was not saved: {line}")
+
+
+@functools.cache
+def _orbax() -> Any:
+  """Orbax, imported late because that takes its time, and quiet: what matters is raised by this file."""
+  import orbax.checkpoint as ocp
+
+  inside = f"{os.sep}orbax{os.sep}"
+  python_logging.getLogger("absl").addFilter(lambda record: inside not in record.pathname)
+  return ocp
+
+
+def _sync(name: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f"checkpoint:{name}")
+
+
+def _agree(choose: Callable[[], int]) -> int:
+  """What process 0 chooses, on every process."""
+  if jax.process_count() == 1:
+    return choose()
+  from jax.experimental import multihost_utils
+
+  choice, error = _FAILED, None
+  if jax.process_index() == 0:
+    try:
+      choice = choose()
+    except UserError as e:
+      error = e
+  choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
+  if choice == _FAILED:
+    raise error or UserError("no checkpoint was restored; process 0 says why")
+  return choice
+
+
+def _flatten(state: Any) -> tuple[dict[str, Any], Any]:
+  """`{"params/conv1/kernel": leaf}` in the order of the leaves, and the tree's structure."""
+  paths, treedef = jax.tree_util.tree_flatten_with_path(state)
+  return {path_name(path): leaf for path, leaf in paths}, treedef
+
+
+def _describe(directory: Path) -> dict[str, Any]:
+  """`{"relative/path": {"size": bytes, "sha256": hex}}` of the files below `directory`, made durable."""
+  entries = {}
+  for path in sorted(directory.rglob("*")):
+    if path.is_file():
+      with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[path.relative_to(directory).as_posix()] = {"size": file.tell(), "sha256": digest}
+    else:
+      _fsync_directory(path)
+  return entries
+
+
+def _file_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
+  """How a file differs from its entry in a manifest, or None."""
+  try:
+    size = path.stat().st_size
+    if size != entry["size"]:
+      return f"has {size} bytes instead of {entry['size']}"
+    with path.open("rb") as file:
+      same = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+    return None if same else "differs from its SHA-256 in the manifest"
+  except FileNotFoundError:
+    return "is missing"
+  except OSError as error:
+    return f"cannot be read ({error.strerror})"
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+  """The manifest's one form as bytes, with a hash of the rest of it."""
+  digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+  return (json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+  """Writes a file so that it is there in full or not at all, also after a power failure."""
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.rename(path)
+  _fsync_directory(path.parent)
+  _fsync_directory(path.parent.parent)
+
+
+def _fsync_directory(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
