@@ -1,0 +1,90 @@
+"""Layers that several families share.
+
+BatchNorm. Sergey Ioffe, Christian Szegedy. "Batch Normalization: Accelerating Deep Network Training by
+Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
+
+Dimensions: `B` batch, `C` channels.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dljax.ops import collectives
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation over all axes but the last, of the whole batch over all devices.
+
+  Unlike `flax.linen.BatchNorm` it leaves padding rows out, needs no axis name (sums over devices go through
+  `ops.collectives`, so jit and pmap give the same numbers), and keeps its running statistics as PyTorch does:
+  the running variance is the unbiased one, and `momentum` is the weight of the *new* value.
+
+  The variance is the mean of (x - mean)^2, in a second pass: E[x^2] - E[x]^2 would need one pass and one sum
+  over devices instead of two, but in float32 it loses every digit once the mean is some thousand standard
+  deviations from zero, and can turn negative.
+
+  Statistics, parameters and the normalisation itself are at least float32; only the result has `dtype`.
+
+  Attributes:
+    momentum: weight of the new batch in the running statistics.
+    epsilon: added to the variance.
+    scale_init: initialiser of the scale; zeros make a residual block start as the identity.
+    dtype: of the result.
+  """
+
+  momentum: float = 0.1
+  epsilon: float = 1e-5
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
+    """Normalises `x` by the batch's statistics (`train`) or by the running ones.
+
+    Args:
+      x: [B, ..., C].
+      mask: f32[B], 0 where a row is padding. Padding rows are normalised, but do not count. Without a single
+        real row on any device the running statistics stay as they are.
+      train: whether to use the batch's statistics and, where the collection "batch_stats" is mutable, to
+        update the running ones.
+
+    Returns:
+      [B, ..., C] of `dtype`.
+    """
+    channels = x.shape[-1]
+    scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if train:
+      mean, var, count = _moments(x, mask)
+      if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+        momentum = jnp.where(count > 0, self.momentum, 0.0)
+        unbiased = var * (count / jnp.maximum(count - 1, 1))
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+          old = running.value
+          running.value = (old + momentum * (new - old)).astype(old.dtype)
+    else:
+      mean, var = running_mean.value, running_var.value
+    y = (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+    return y.astype(self.dtype)
+
+
+def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Mean [C], biased variance [C] and number of values per channel [] of the rows of `x` that count."""
+  axes = tuple(range(x.ndim - 1))
+  if mask is None:
+    where, rows = None, jnp.asarray(x.shape[0], x.dtype)
+  else:
+    where = (mask > 0).reshape((-1,) + (1,) * (x.ndim - 1))
+    rows = jnp.sum(where, dtype=x.dtype)
+  count = rows * (x[0, ..., 0].size)
+  total, count = collectives.psum((jnp.sum(x, axes, where=where), count))
+  mean = total / jnp.maximum(count, 1)
+  var = collectives.psum(jnp.sum(jnp.square(x - mean), axes, where=where)) / jnp.maximum(count, 1)
+  return mean, var, count

@@ -1,0 +1,171 @@
+"""Residual networks.
+
+Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun. "Deep Residual Learning for Image Recognition", 2015.
+https://arxiv.org/abs/1512.03385
+
+What differs from the paper:
+- The bottleneck's stride is in its 3x3 convolution, not in the first 1x1, as torchvision has it ("v1.5").
+- `small_stem` puts the stem of the paper's CIFAR networks, 3x3 without stride and pooling, before any stages,
+  so that ImageNet's networks too run on images of 28 to 64 pixels.
+- `zero_init_residual` (Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1) starts each block as
+  the identity. Off by default, as in the paper and torchvision; for training with large batches turn it on.
+Strided convolutions pad symmetrically, as the paper's own code and PyTorch do: "SAME" pads even sizes on one
+side only, and weights trained with the one lose accuracy under the other.
+
+Dimensions: `B` batch, `H` height, `W` width, `C` channels.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dljax.models.layers import BatchNorm
+
+ModuleDef = Any
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions and a shortcut (figure 5, left).
+
+  Attributes:
+    width: channels of the first convolution.
+    stride: of the first convolution.
+    conv, norm: the layers, with their dtype and initialisers bound.
+    last_scale_init: initialiser of the scale of the last norm of the residual branch.
+    pad_shortcut: shortcut A of section 3.3 where the shape changes, not B.
+  """
+
+  width: int
+  stride: int
+  conv: ModuleDef
+  norm: ModuleDef
+  last_scale_init: nn.initializers.Initializer
+  pad_shortcut: bool
+
+  expansion = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, width]."""
+    y = self.conv(self.width, (3, 3), strides=self.stride, padding=1, name="conv1")(x)
+    y = nn.relu(self.norm(name="norm1")(y, mask, train=train))
+    y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
+    y = self.norm(scale_init=self.last_scale_init, name="norm2")(y, mask, train=train)
+    return nn.relu(y + _shortcut(self, x, y.shape[-1], mask, train))
+
+
+class Bottleneck(BasicBlock):
+  """1x1, 3x3 and 1x1 convolutions and a shortcut (figure 5, right); the last has four times the channels."""
+
+  expansion = 4
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, 4 width]."""
+    y = self.conv(self.width, (1, 1), name="conv1")(x)
+    y = nn.relu(self.norm(name="norm1")(y, mask, train=train))
+    y = self.conv(self.width, (3, 3), strides=self.stride, padding=1, name="conv2")(y)
+    y = nn.relu(self.norm(name="norm2")(y, mask, train=train))
+    y = self.conv(self.width * self.expansion, (1, 1), name="conv3")(y)
+    y = self.norm(scale_init=self.last_scale_init, name="norm3")(y, mask, train=train)
+    return nn.relu(y + _shortcut(self, x, y.shape[-1], mask, train))
+
+
+def _shortcut(block: BasicBlock, x: jax.Array, features: int, mask: jax.Array | None, train: bool) -> jax.Array:
+  """The identity; where the shape changes, option A (zeros for the new channels) or B (a projection)."""
+  if block.stride == 1 and x.shape[-1] == features:
+    return x
+  if block.pad_shortcut:
+    x = x[:, ::block.stride, ::block.stride]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+  x = block.conv(features, (1, 1), strides=block.stride, name="shortcut_conv")(x)
+  return block.norm(name="shortcut_norm")(x, mask, train=train)
+
+
+class ResNet(nn.Module):
+  """A stem, stages of residual blocks, global average pooling and a linear head.
+
+  Attributes:
+    num_classes: number of logits.
+    block: `BasicBlock` or `Bottleneck`.
+    stage_sizes: number of blocks of each stage. Stages but the first halve the image and double the channels.
+    width: channels of the stem, and the width of the first stage's blocks.
+    small_stem: a 3x3 stem without stride and pooling, for small images, instead of 7x7.
+    pad_shortcut: shortcuts without parameters (option A of section 3.3).
+    zero_init_residual: start the scale of each block's last norm at zero.
+    conv: the convolution, called as `flax.linen.Conv` is.
+    norm: the normalisation, called as `layers.BatchNorm` is.
+    dtype: of the computation and the result; parameters and statistics are float32.
+    remat: recompute each block in the backward pass instead of storing its inside.
+  """
+
+  num_classes: int
+  block: type[BasicBlock]
+  stage_sizes: Sequence[int]
+  width: int = 64
+  small_stem: bool = False
+  pad_shortcut: bool = False
+  zero_init_residual: bool = False
+  conv: ModuleDef = nn.Conv
+  norm: ModuleDef = BatchNorm
+  dtype: Any = jnp.float32
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
+    """Classifies.
+
+    Args:
+      image: [B, H, W, C], of any size that the strides (32 in ImageNet's form, 4 in CIFAR's) leave a pixel
+        of.
+      mask: f32[B], 0 where a row is padding: those do not count in the batch's statistics.
+      train: whether to normalise by the batch's statistics.
+
+    Returns:
+      Logits [B, num_classes] of `dtype`.
+    """
+    kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, backward case
+    conv = functools.partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
+    norm = functools.partial(self.norm, dtype=self.dtype)
+    block = nn.remat(self.block, static_argnums=(3,)) if self.remat else self.block
+    last_scale_init = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
+
+    if self.small_stem:
+      x = conv(self.width, (3, 3), padding=1, name="stem_conv")(image)
+    else:
+      x = conv(self.width, (7, 7), strides=2, padding=3, name="stem_conv")(image)
+    x = nn.relu(norm(name="stem_norm")(x, mask, train=train))
+    if not self.small_stem:
+      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    for i, size in enumerate(self.stage_sizes):
+      for j in range(size):
+        x = block(
+            width=self.width * 2**i, stride=2 if i > 0 and j == 0 else 1, conv=conv, norm=norm,
+            last_scale_init=last_scale_init, pad_shortcut=self.pad_shortcut, name=f"stage{i + 1}_block{j}",
+        )(x, mask, train)
+    x = jnp.mean(x, axis=(1, 2))  # [B, C]
+    return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+
+
+def _cifar(blocks: int) -> Callable[..., nn.Module]:
+  return functools.partial(
+      ResNet, block=BasicBlock, stage_sizes=(blocks,) * 3, width=16, small_stem=True, pad_shortcut=True)
+
+
+VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
+    # Table 1; parameters at 1000 classes.
+    "resnet18": functools.partial(ResNet, block=BasicBlock, stage_sizes=(2, 2, 2, 2)),  # 11,689,512
+    "resnet34": functools.partial(ResNet, block=BasicBlock, stage_sizes=(3, 4, 6, 3)),  # 21,797,672
+    "resnet50": functools.partial(ResNet, block=Bottleneck, stage_sizes=(3, 4, 6, 3)),  # 25,557,032
+    "resnet101": functools.partial(ResNet, block=Bottleneck, stage_sizes=(3, 4, 23, 3)),  # 44,549,160
+    "resnet152": functools.partial(ResNet, block=Bottleneck, stage_sizes=(3, 8, 36, 3)),  # 60,192,808
+    # Section 4.2 and table 6 (0.27, 0.46 and 0.85 million); parameters at 10 classes.
+    "resnet20": _cifar(3),  # 269,722
+    "resnet32": _cifar(5),  # 464,154
+    "resnet56": _cifar(9),  # 853,018
+}
