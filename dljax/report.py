@@ -50,14 +50,14 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
     The figure, one panel for each metric.
   """
   curves = _curves(rows)
-  # `figures` show what was learnt; seconds and throughput are in metrics.jsonl.
   names = ["loss"] + sorted({name for split, name in curves if split != "train"} - {"loss", "learning_rate"})
   names = [name for name in names + ["learning_rate"] if any(name == n for _, n in curves)]
-  columns = min(max(len(names), 1), 3)
-  figure, panels = _panels(columns, math.ceil(len(names) / columns), 4.2, 3.1)
+  columns = 2 if len(names) == 4 else min(max(len(names), 1), 3)
+  last = max((steps[-1] for steps, _ in curves.values()), default=1)
+  figure, panels = _panels(columns, max(1, math.ceil(len(names) / columns)), 4.2, 3.1)
   handles = {}
   for axes, name in zip(panels, names):
-    splits = sorted({s for s, n in curves if n == name}, key=lambda s: (s != "train", s))
+    splits = sorted({s for s, n in curves if n == name}, key=_order)
     for split in splits:
       steps, values = curves[split, name]
       color = _color(split, splits)
@@ -71,11 +71,12 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
         handles[split], = axes.plot(
             steps, values, color=color, linewidth=1.5, marker="o", markersize=4, label=split)
     _label_panel(axes, name, [curves[split, name][1] for split in splits])
+    axes.set_xlim(-0.02 * last, 1.02 * last)
   for axes in panels[len(names):]:
     axes.set_axis_off()
   if handles:
-    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles),
-                  frameon=False, fontsize=10)
+    figure.legend(handles=[handles[split] for split in sorted(handles, key=_order)],
+                  loc="outside upper center", ncols=len(handles), frameon=False, fontsize=10)
   return figure
 
 
@@ -105,18 +106,18 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Any:
   if count <= MAX_CLASS_TICKS:
     size = 9 if count <= MAX_CELL_TEXTS else 6
     names = [_shorten(str(name)) for name in class_names]
-    slanted = max(map(len, names)) > 2
-    axes.set_xticks(range(count), names, fontsize=size, rotation=90 if slanted else 0)
+    crowded = 0.08 * max(map(len, names)) > max(0.46, 2 / count)  # inches of a name, and of a column
+    axes.set_xticks(range(count), names, fontsize=size, rotation=90 if crowded else 0)
     axes.set_yticks(range(count), names, fontsize=size)
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
   axes.set_xlabel("guess", fontsize=11)
   axes.set_ylabel("truth", fontsize=11)
   total = matrix.sum()
-  axes.set_title(f"{np.trace(matrix):.0f} of {total:.0f} right ({np.trace(matrix) / max(total, 1):.2%})",
+  axes.set_title(f"{np.trace(matrix):,.0f} of {total:,.0f} right ({np.trace(matrix) / max(total, 1):.2%})",
                  fontsize=12, color=INK)
   bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.01, 0.05, 0.2, 0.5, 1], format=_percent())
-  bar.set_label("share of the row", fontsize=10)
+  bar.set_label("share of the true class", fontsize=10)
   bar.ax.tick_params(labelsize=9)
   bar.outline.set_visible(False)
   return figure
@@ -139,7 +140,7 @@ def image_grid(
   """
   columns = max(1, min(columns, len(images)))
   lines = max((title.count("\n") + 1 for title in titles), default=0)
-  figure, panels = _panels(columns, max(1, math.ceil(len(images) / columns)), 1.25, 1.2 + 0.17 * lines)
+  figure, panels = _panels(columns, max(1, math.ceil(len(images) / columns)), 1.4, 1.35 + 0.17 * lines)
   for axes in panels:
     axes.set_axis_off()
   for axes, image in zip(panels, images):
@@ -180,7 +181,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _panels(columns: int, rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
   """A figure of rows x columns panels of so many inches each, and the panels in reading order."""
-  figure = _figure(columns * width, rows * height + 0.4)
+  figure = _figure(max(columns * width, 4), rows * height + 0.4)  # a caption needs its room
   return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -209,13 +210,11 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
-  """Title, units and scale of a panel of learning curves."""
+  """Title and scale of a panel of learning curves."""
   title = TITLES.get(name, name.replace("_", " "))
   if any(part in name for part in SHARES):
     axes.yaxis.set_major_formatter(_percent())
-    title += " (%)"
   elif name == "loss":
-    title += " (nats)"
     values = np.concatenate(curves)
     if values.min() > 0 and values.max() > 20 * values.min():
       axes.set_yscale("log")
@@ -224,7 +223,11 @@ def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
   axes.tick_params(labelsize=9, colors=INK)
   axes.grid(alpha=0.25, linewidth=0.6)
   axes.spines[["top", "right"]].set_visible(False)
-  axes.margins(x=0.02)
+
+
+def _order(split: str) -> tuple[int, str]:
+  """Sorts the known splits first."""
+  return (list(COLORS).index(split) if split in COLORS else len(COLORS)), split
 
 
 def _color(split: str, splits: Sequence[str]) -> str:

@@ -219,7 +219,8 @@ def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: l
     return None
   if wrong:
     worst = [row for row in worst if not row[0]]
-    caption = f"{wrong} of {seen} images wrong" + (f", the worst {len(worst)}" if wrong > len(worst) else "")
+    shown = f", the worst {len(worst)}" if wrong > len(worst) else ""
+    caption = f"{wrong:,} of {seen:,} images wrong{shown}"
   else:
-    caption = f"All {seen} images right, the least sure"
+    caption = f"All {seen:,} images right, the least sure"
   return report.image_grid([row[2] for row in worst], [row[3] for row in worst], caption=caption)

@@ -100,7 +100,8 @@ def test_softmax_loss_is_optax_cross_entropy():
 def test_uniform_logits_cost_log_c_whatever_the_smoothing():
   batch = make_batch() | {"image": jnp.zeros((12, NUM_CLASSES))}
   for smoothing in (0.0, 0.3):
-    np.testing.assert_allclose(identity_loss(batch, label_smoothing=smoothing), np.log(NUM_CLASSES), rtol=1e-6)
+    loss = identity_loss(batch, label_smoothing=smoothing)
+    np.testing.assert_allclose(loss, np.log(NUM_CLASSES), rtol=1e-6)
 
 
 def test_label_smoothing_is_cross_entropy_with_smoothed_targets():
@@ -170,7 +171,7 @@ def test_padding_never_changes_a_result(train):
   rubbish = {"image": 1e3 * jnp.ones((3, NUM_CLASSES)), "label": jnp.array([0, -1, 6]), "mask": jnp.zeros(3)}
   padded = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, rubbish)
   bare, full = (run(task, b, params=params, train=train) for b in (batch, padded))
-  assert set(bare.metrics) == {"loss", "accuracy", "top_5_accuracy"} | (set() if train else {"confusion_matrix"})
+  assert ("confusion_matrix" in bare.metrics) != train
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), bare, full)
   grads = [loss_and_grad(task, params, b, task.weights(b))[1] for b in (batch, padded)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *grads)
@@ -186,13 +187,14 @@ def test_a_batch_of_padding_has_loss_zero_and_no_mean():
 
 def test_metrics_agree_with_scikit_learn():
   task = Classification(Linear(), NUM_CLASSES)
-  batches = [make_batch(40, seed=s, mask=jnp.asarray(np.arange(40) < 40 - 7 * s, jnp.float32)) for s in range(3)]
+  masks = [jnp.asarray(np.arange(40) < n, jnp.float32) for n in (40, 33, 12)]
+  batches = [make_batch(40, seed=i, mask=mask) for i, mask in enumerate(masks)]
   params = task.init(jax.random.key(1), batches[0])["params"]
   sums = jax.tree.map(lambda *xs: sum(xs), *[run(task, b, params=params).metrics for b in batches])
   kept = [np.asarray(b["mask"]) > 0 for b in batches]
   label = np.concatenate([np.asarray(b["label"])[k] for b, k in zip(batches, kept)])
-  p = np.concatenate([
-      np.asarray(task.predict({"params": params}, b, None)["probabilities"])[k] for b, k in zip(batches, kept)])
+  predictions = [np.asarray(task.predict({"params": params}, b, None)["probabilities"]) for b in batches]
+  p = np.concatenate([p[k] for p, k in zip(predictions, kept)])
   summary = task.summarize(sums)
   assert set(summary) == {"loss", "accuracy", "top_5_accuracy"}
   assert all(type(value) is float for value in summary.values())

@@ -1,0 +1,144 @@
+"""Pictures: what is drawn is what was measured, and a half-written file is never seen."""
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dljax import report
+
+ROWS = [
+    {"step": 10, "split": "train", "loss": 2.0, "accuracy": 0.3, "learning_rate": 0.1, "step_seconds": 1.0},
+    {"step": 20, "split": "train", "loss": 1.0, "accuracy": 0.6, "learning_rate": 0.05, "grad_norm": 3.0},
+    {"step": 20, "split": "validation", "loss": 1.5, "accuracy": 0.5},
+    {"step": 10, "split": "validation", "loss": 2.5, "accuracy": 0.2},
+    {"step": 20, "split": "test", "loss": 1.6, "accuracy": 0.45},
+]
+
+
+def panels(figure):
+  return {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+
+
+def line(axes, label):
+  return next(line for line in axes.lines if line.get_label() == label)
+
+
+def test_learning_curves_show_the_logged_points():
+  drawn = panels(report.learning_curves(ROWS))
+  assert list(drawn) == ["loss", "accuracy", "learning rate"]  # no norms, no times
+  np.testing.assert_array_equal(line(drawn["loss"], "validation").get_xydata(), [[10, 2.5], [20, 1.5]])
+  np.testing.assert_array_equal(line(drawn["accuracy"], "test").get_xydata(), [[20, 0.45]])
+  np.testing.assert_array_equal(drawn["learning rate"].lines[0].get_xydata(), [[10, 0.1], [20, 0.05]])
+  assert {axes.get_xlabel() for axes in drawn.values()} == {"step"}
+
+
+def test_learning_curves_leave_out_what_is_not_finite():
+  rows = ROWS + [{"step": 30, "split": "validation", "loss": float("nan"), "accuracy": float("inf")}]
+  drawn = panels(report.learning_curves(rows))
+  assert len(line(drawn["loss"], "validation").get_xdata()) == 2
+
+
+def test_learning_curves_of_nothing_can_be_saved(tmp_path):
+  report.save(report.learning_curves([]), tmp_path / "curves.png")
+  assert (tmp_path / "curves.png").exists()
+
+
+def test_the_moving_average_keeps_a_line_and_calms_noise():
+  ramp = np.arange(200.0)
+  np.testing.assert_allclose(report._moving_average(ramp)[10:-10], ramp[10:-10])
+  noise = np.random.default_rng(0).normal(size=2000)
+  assert report._moving_average(noise).std() < 0.2
+  np.testing.assert_array_equal(report._moving_average(np.array([3.0])), [3.0])
+
+
+def test_read_metrics_skips_a_line_that_was_cut_short(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  text = "".join(json.dumps(row) + "\n" for row in ROWS)
+  path.write_text(text)
+  assert report.read_metrics(path) == ROWS
+  path.write_text(text[:-20])
+  assert report.read_metrics(path) == ROWS[:-1]
+  path.write_text("nonsense\n" + text)
+  with pytest.raises(json.JSONDecodeError):
+    report.read_metrics(path)
+
+
+def test_confusion_matrix_writes_counts_and_colours_by_truth():
+  matrix = np.array([[30, 10, 0], [0, 5, 0], [0, 0, 0]])
+  axes, bar = report.confusion_matrix(matrix, ["cat", "dog", "newt"]).axes
+  shares = axes.images[0].get_array()
+  np.testing.assert_allclose(shares, [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+  cells = {text.get_position(): text.get_text() for text in axes.texts}
+  assert cells == {(0, 0): "30", (1, 0): "10", (1, 1): "5"}
+  assert (axes.get_ylabel(), axes.get_xlabel()) == ("truth", "guess")
+  assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cat", "dog", "newt"]
+  assert "35 of 45 right (77.78%)" == axes.get_title()
+
+
+def test_a_large_confusion_matrix_has_no_text_to_overlap():
+  axes = report.confusion_matrix(np.eye(100), [f"class {i}" for i in range(100)]).axes[0]
+  assert not axes.texts
+  assert len(axes.get_xticklabels()) < 20
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
+def test_image_grid_stretches_each_image(shape):
+  images = [np.random.default_rng(i).normal(10 * i, i + 1, size=shape) for i in range(3)]
+  figure = report.image_grid(images, ["one", "two", "three"], columns=2)
+  drawn = [axes for axes in figure.axes if axes.images]
+  assert [axes.get_title() for axes in drawn] == ["one", "two", "three"]
+  for axes in drawn:
+    shown = axes.images[0].get_array()
+    assert (shown.min(), shown.max()) == (0, 1)
+
+
+def test_image_grid_shows_a_flat_image():
+  shown = report.image_grid([np.full((4, 4), 7.0)]).axes[0].images[0].get_array()
+  assert not shown.any()
+
+
+def test_long_titles_do_not_run_into_each_other():
+  images = [np.eye(8)] * 4
+  figure = report.image_grid(images, ["truth: a very long class name\nguess: another very long one"] * 4)
+  figure.draw_without_rendering()
+  boxes = [axes.title.get_window_extent() for axes in figure.axes]
+  assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+
+
+def test_save_replaces_as_a_whole(tmp_path):
+  path = tmp_path / "figures" / "grid.png"
+  report.save(report.image_grid([np.eye(8)]), path)
+  before = path.read_bytes()
+  assert Image.open(path).width >= 4 * report.DPI
+
+  class Broken:
+    def savefig(self, target, **_):
+      with open(target, "wb") as file:
+        file.write(b"half")
+      raise OSError("disk full")
+
+  with pytest.raises(OSError, match="disk full"):
+    report.save(Broken(), path)
+  assert path.read_bytes() == before
+  assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_threads_draw_at_once(tmp_path):
+  def draw(i):
+    report.save(report.confusion_matrix(np.eye(4) * i, list("abcd")), tmp_path / f"{i}.png")
+    return (tmp_path / f"{i}.png").read_bytes()
+  alone = draw(3)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    together = list(pool.map(draw, range(6)))
+  assert together[3] == alone
+
+
+def test_importing_needs_no_matplotlib_and_drawing_no_pyplot():
+  code = ("import sys; from dljax import report; assert 'matplotlib' not in sys.modules; "
+          "import numpy; report.image_grid([numpy.eye(2)]); assert 'matplotlib.pyplot' not in sys.modules")
+  subprocess.run([sys.executable, "-c", code], check=True)
