@@ -1,0 +1,372 @@
+"""Labelled images: the config that every vision experiment shares, and its pipelines.
+
+A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask f32[b] (0 where a row is padding) and
+"host/id" i64[b] (the example's position in its split, -1 for padding); under mixup or CutMix also mix_label i32[b],
+the partner's label, and mix_weight f32[b], the weight of the own one.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dljax.data import augment, sources
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming, rng
+from dljax.errors import UserError
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
+RESIZE = ("pad", "bilinear", "crop")
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random resized crops
+CROP_ATTEMPTS = 10
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The fields of `config.data`; 0 and False turn an augmentation off."""
+  return ml_collections.ConfigDict({
+      "name": "digits",  # a TFDS name, possibly with config and version
+      "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
+      "validation": "validation",
+      "test": "test",
+      "num_classes": 10,
+      "image_shape": (8, 8, 1),  # height, width, channels that the model sees
+      "mean": (0.3051,),  # per channel, in units of 1
+      "std": (0.3757,),
+      "resize": "pad",  # how an image reaches image_shape: "pad", "bilinear", "crop" (the centre, keeping aspect)
+      "crop_fraction": 0.875,  # of the shorter side, for "crop"
+      "random_resized_crop": 0.0,  # the smallest share of the area; 0.08 in the literature
+      "pad_crop": 0,  # pixels
+      "flip": False,
+      "randaugment_layers": 0,
+      "randaugment_magnitude": 9.0,  # of 30
+      "color_jitter": 0.0,  # brightness, contrast and saturation within 1 - x and 1 + x
+      "cutout": 0,  # pixels
+      "mixup": 0.0,  # alpha; where CutMix is on too, each batch tosses a coin
+      "cutmix": 0.0,  # alpha
+  })
+
+
+def validate(config: Any) -> None:
+  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  def need(field: str, ok: bool, mend: str) -> None:
+    if not ok:
+      raise UserError(f"--config.data.{field}={config[field]!r}: {mend}")
+
+  shape = tuple(config.image_shape)
+  need("image_shape", len(shape) == 3 and all(isinstance(d, int) and d > 0 for d in shape) and shape[-1] in (1, 3),
+       "give (height, width, channels) with 1 or 3 channels")
+  need("num_classes", config.num_classes > 0, "give a positive number")
+  for field in ("mean", "std"):
+    need(field, len(config[field]) == shape[-1], f"give one value for each of {shape[-1]} channels")
+  need("mean", all(0 <= m <= 1 for m in config.mean), "give values from 0 to 1")
+  need("std", all(0 < s <= 1 for s in config.std), "give values above 0 and up to 1")
+  need("train", bool(config.train), "name the split to train on")
+  need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
+  need("crop_fraction", 0 < config.crop_fraction <= 1, "give a value above 0 and up to 1")
+  need("random_resized_crop", 0 <= config.random_resized_crop <= 1, "give a value from 0 to 1")
+  need("color_jitter", 0 <= config.color_jitter <= 1, "give a value from 0 to 1")
+  need("randaugment_magnitude", 0 <= config.randaugment_magnitude <= augment.MAX_MAGNITUDE,
+       f"give a value from 0 to {augment.MAX_MAGNITUDE:g}")
+  for field in ("pad_crop", "cutout", "randaugment_layers", "mixup", "cutmix"):
+    need(field, 0 <= config[field] < math.inf, "give 0 or more")
+  sources.parse_name(config.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+  """The pipelines of an image set.
+
+  Attributes:
+    train: shuffled, augmented, endless.
+    evals: "validation" and "test", in order, as far as the config names them.
+    batch_spec: field -> shape and dtype of a global training batch.
+    class_names: opens the set if need be; name of each label, for `workdir/data/`.
+  """
+
+  train: Pipeline
+  evals: Mapping[str, Pipeline]
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+  class_names: Callable[[], list[str]]
+
+
+def pipelines(
+    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
+    hosts: int | None = None,
+) -> ImageData:
+  """Pipelines from `config.data`; opens nothing.
+
+  Args:
+    config: see `default_config`.
+    batch_size: of a global training batch.
+    eval_batch_size: of a global evaluation batch.
+    seed: of the run.
+    host: this host's number and
+    hosts: how many there are; by default what JAX says.
+
+  Raises:
+    UserError: a value out of range; when opened, data that is missing or does not fit the config.
+  """
+  validate(config)
+  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+    if size < 1:
+      raise UserError(f"--config.{field}={size}: give a positive number")
+  images = _ImageSet(config)
+  common = {"host": host, "hosts": hosts}
+  evals = {
+      split: IndexedPipeline(
+          functools.partial(images.open_split, split), images.eval_batch, batch_size=eval_batch_size, **common)
+      for split in ("validation", "test") if config[split]}
+  train = IndexedPipeline(
+      functools.partial(images.open_split, "train"), images.train_batch, batch_size=batch_size, seed=seed, train=True,
+      **common)
+  spec = {"image": ((batch_size, *config.image_shape), np.float32), "label": ((batch_size,), np.int32),
+          "mask": ((batch_size,), np.float32)}
+  if images.mixes:
+    spec |= {"mix_label": ((batch_size,), np.int32), "mix_weight": ((batch_size,), np.float32)}
+  spec = {key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}
+  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names))
+
+
+def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
+  """Reads images as evaluation would.
+
+  Args:
+    paths: image files, folders (searched to the bottom, "2.png" before "10.png"), or .npy files that hold an
+      image [h, w] or [h, w, C], or a stack [n, h, w, C] or [n, h, w] (a last axis of 1, 3 or 4 is taken for
+      channels), uint8 or float in [0, 1].
+    config: `config.data`.
+
+  Returns:
+    A batch of image, mask and "host/id", without rows if nothing was usable; the name of each row; and one line
+    for each file that could not be used.
+
+  Raises:
+    UserError: a path does not exist.
+  """
+  validate(config)
+  images, names, skipped = [], [], []
+  fit = _ImageSet(config).fit
+  for path in _files(paths):
+    try:
+      stack = _load_npy(path, config.image_shape[-1]) if path.suffix == ".npy" else [
+          decode_image(path.read_bytes(), config.image_shape[-1])]
+      fitted = [fit(image) for image in stack]
+    except Exception as e:  # Pillow raises many kinds for a broken file
+      skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
+      continue
+    images += fitted
+    names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
+  stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
+  batch = {"image": augment.normalise(stacked, config.mean, config.std), "mask": np.ones(len(names), np.float32),
+           "host/id": np.arange(len(names))}
+  return batch, names, skipped
+
+
+def _files(paths: Sequence[str]) -> list[Path]:
+  files = []
+  for path in map(Path, paths):
+    if not path.exists():
+      raise UserError(f"--input: there is no {path}; name an image file, a folder or a .npy file")
+    if path.is_dir():
+      inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+      files += sorted(inside, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(p))])
+    else:
+      files.append(path)
+  return files
+
+
+def _load_npy(path: Path, channels: int) -> list[np.ndarray]:
+  array = np.load(path, allow_pickle=False)
+  if array.ndim == 2:
+    array = array[None, ..., None]
+  elif array.ndim == 3:
+    array = array[None] if array.shape[-1] in (1, 3, 4) else array[..., None]
+  if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+    raise ValueError(f"an array of shape {array.shape} is no image; give [h, w], [h, w, C] or [n, h, w, C]")
+  if np.issubdtype(array.dtype, np.floating):
+    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+      raise ValueError("values outside [0, 1]; scale them, or give uint8")
+    array = np.round(array * 255).astype(np.uint8)
+  if array.dtype != np.uint8:
+    raise ValueError(f"{array.dtype} is neither uint8 nor float in [0, 1]")
+  if channels == 1 and array.shape[-1] > 1:
+    return list(np.round(augment.grey(array[..., :3])).astype(np.uint8))
+  return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels else array[..., :channels])
+
+
+class _ImageSet:
+  """What the pipelines of one config share: the opened set, and how its examples become batches."""
+
+  def __init__(self, config: Any):
+    self.config = config
+    self.mixes = config.mixup > 0 or config.cutmix > 0
+    self._dataset: sources.Dataset | None = None
+    self._lock = threading.Lock()
+    self._crops = functools.lru_cache(maxsize=4)(self._draw_crops)  # a streamed step asks once per row
+
+  @property
+  def dataset(self) -> sources.Dataset:
+    """The set, opened and held against the config."""
+    with self._lock:
+      if self._dataset is None:
+        dataset = sources.open_dataset(self.config.name)
+        self._check(dataset)
+        self._dataset = dataset
+      return self._dataset
+
+  def _check(self, dataset: sources.Dataset) -> None:
+    config = self.config
+    if not {"image", "label"} <= set(dataset.features):
+      raise UserError(f"--config.data.name: {config.name} has no image and label, but {', '.join(dataset.features)}")
+    classes = dataset.features["label"].num_classes
+    if classes != config.num_classes:
+      raise UserError(f"--config.data.num_classes={config.num_classes}, but {config.name} has {classes} classes")
+    h, w, c = dataset.features["image"].shape
+    height, width, channels = config.image_shape
+    if c not in (None, channels):
+      raise UserError(f"--config.data.image_shape: {config.name} has {c} channels, not {channels}")
+    if config.resize == "pad" and not config.random_resized_crop and not (h and h <= height and w and w <= width):
+      raise UserError(f"--config.data.resize=pad: images of {h} x {w} pixels do not fit in {height} x {width}; "
+                      "choose bilinear or crop")
+    splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
+    ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
+    fields = list(splits)
+    for i, one in enumerate(fields):
+      for other in fields[i + 1:]:
+        if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
+          raise UserError(f"--config.data.{other}={splits[other]!r} overlaps --config.data.{one}={splits[one]!r}; "
+                          "choose ranges without a common example")
+
+  def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
+    """Reads a split into memory if it fits, else reads it as it is needed."""
+    dataset, config = self.dataset, self.config
+    records = dataset.records(config[split])
+    crops = split == "train" and config.random_resized_crop > 0
+    stored = dataset.features["image"].shape if crops else config.image_shape
+    static = None not in stored
+    decode = functools.partial(decode_record, channels=config.image_shape[-1])
+    if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
+      fit = (lambda image: image) if crops else self.fit
+      return InMemory(_decode_all(records, decode, fit, stored), self.crop if crops else None)
+    to_shape = self.crop if crops else (lambda example, plan, row: {**example, "image": self.fit(example["image"])})
+    load = lambda index, plan, row: to_shape(decode(records[[index]][0]), plan, row)
+    rows = self.rows if split == "train" else lambda plan: plan.rows
+    return Streaming(len(records), load, pipeline.plan, rows)
+
+  def fit(self, image: np.ndarray) -> np.ndarray:
+    """uint8[h, w, C] -> uint8[H, W, C], by `config.resize`."""
+    height, width, _ = self.config.image_shape
+    if image.shape[:2] == (height, width):
+      return image
+    if self.config.resize == "pad":
+      return augment.pad_to(image[None], height, width)[0]
+    if self.config.resize == "bilinear":
+      return augment.resize(image, height, width)
+    return augment.centre_crop(image, height, width, self.config.crop_fraction)
+
+  def crop(self, example: HostBatch, plan: Plan, row: int) -> HostBatch:
+    """A random resized crop of one example."""
+    image = example["image"]
+    area, log_ratio, position = self._crops(plan.seed, plan.step, len(plan.indices))
+    box = augment.random_crop_box(*image.shape[:2], area[row], log_ratio[row], position[row])
+    return {**example, "image": augment.resize(image, *self.config.image_shape[:2], box)}
+
+  def _draw_crops(self, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = rng(seed, step, "random_resized_crop")
+    area = draw.uniform(self.config.random_resized_crop, 1, (batch_size, CROP_ATTEMPTS))
+    log_ratio = draw.uniform(*np.log(ASPECT_RATIOS), (batch_size, CROP_ATTEMPTS))
+    return area, log_ratio, draw.uniform(size=(batch_size, 2))
+
+  def rows(self, plan: Plan) -> np.ndarray:
+    """The rows of the global batch that a host has to read: its own and, for mixing, their partners."""
+    return np.union1d(plan.rows, _partners(plan)) if self.mixes else plan.rows
+
+  def eval_batch(self, examples: Examples, plan: Plan) -> HostBatch:
+    read = examples.gather(plan, plan.rows)
+    ids = plan.indices[plan.rows]
+    return {
+        "image": augment.normalise(read["image"], self.config.mean, self.config.std),
+        "label": read["label"], "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+
+  def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
+    rows = self.rows(plan)
+    read = examples.gather(plan, rows)
+    image, label = self.augment(read["image"], plan, rows), read["label"]
+    batch = {"mask": np.ones(len(plan.rows), np.float32), "host/id": plan.indices[plan.rows]}
+    if self.mixes:
+      own, partner = np.searchsorted(rows, plan.rows), np.searchsorted(rows, _partners(plan))
+      image, weight = self.mix(image[own], image[partner], plan)
+      batch["mix_label"] = label[partner]
+      batch["mix_weight"] = np.full(len(own), weight, np.float32)
+      label = label[own]
+    return batch | {"image": augment.normalise(image, self.config.mean, self.config.std), "label": label}
+
+  def augment(self, image: np.ndarray, plan: Plan, rows: np.ndarray) -> np.ndarray:
+    """Augments the given rows of the global batch; everything is drawn for all of it."""
+    config, size = self.config, len(plan.indices)
+    if config.pad_crop:
+      shift = plan.rng("pad_crop").integers(-config.pad_crop, config.pad_crop + 1, (2, size))[:, rows]
+      image = augment.pad_and_crop(image, config.pad_crop, *shift)
+    if config.flip:
+      image = augment.flip(image, plan.rng("flip").random(size)[rows] < 0.5)
+    if config.randaugment_layers:
+      draw, shape = plan.rng("randaugment"), (size, config.randaugment_layers)
+      ops = draw.integers(len(augment.RANDAUGMENT_OPS), size=shape)[rows]
+      signs = draw.choice([-1, 1], shape)[rows]
+      image = np.stack([augment.rand_augment(*row, config.randaugment_magnitude) for row in zip(image, ops, signs)])
+    if config.color_jitter:
+      factors = plan.rng("color_jitter").uniform(1 - config.color_jitter, 1 + config.color_jitter, (3, size))
+      image = augment.color_jitter(image, *factors[:, rows])
+    if config.cutout:
+      y, x = plan.rng("cutout").integers(np.array(image.shape[1:3])[:, None], size=(2, size))[:, rows]
+      image = augment.cutout(image, y, x, config.cutout, 255 * np.asarray(config.mean))
+    return image
+
+  def mix(self, image: np.ndarray, partner: np.ndarray, plan: Plan) -> tuple[np.ndarray, float]:
+    """Mixup or CutMix, one weight (and one box) for the whole batch as in the papers' code."""
+    config, draw = self.config, plan.rng("mix")
+    cut = config.cutmix and (not config.mixup or draw.random() < 0.5)
+    weight = draw.beta(*2 * [config.cutmix if cut else config.mixup])
+    if not cut:
+      return augment.mixup(image, partner, weight), weight
+    return augment.cutmix(image, partner, augment.cutmix_box(*image.shape[1:3], weight, *draw.random(2)))
+
+
+def _partners(plan: Plan) -> np.ndarray:
+  """The row after each of the host's rows: the order is random already, and may cross hosts."""
+  return (plan.rows + 1) % len(plan.indices)
+
+
+def decode_record(record: Mapping[str, Any], channels: int) -> HostBatch:
+  """{"image": uint8[h, w, channels], "label": i32[]} from a record of `sources.Records`."""
+  return {"image": decode_image(record["image"][0], channels), "label": np.int32(record["label"][0])}
+
+
+def decode_image(data: bytes, channels: int) -> np.ndarray:
+  """An encoded image as uint8[h, w, channels]; raises `OSError` and the like if it is corrupt."""
+  from PIL import Image
+
+  image = Image.open(io.BytesIO(data))
+  mode = "L" if channels == 1 else "RGB"
+  array = np.asarray(image if image.mode == mode else image.convert(mode))
+  return array if channels == 3 else array[..., None]
+
+
+def _decode_all(
+    records: sources.Records, decode: Callable[[Mapping[str, Any]], HostBatch],
+    fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
+) -> dict[str, np.ndarray]:
+  images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
+  for start in range(0, len(records), 1024):
+    for i, record in enumerate(records[range(start, min(start + 1024, len(records)))], start):
+      example = decode(record)
+      images[i], labels[i] = fit(example["image"]), example["label"]
+  return {"image": images, "label": labels}

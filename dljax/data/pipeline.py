@@ -1,0 +1,254 @@
+"""From a step to a batch: a pure function of (seed, step), on every host alike.
+
+Training reads the infinite stream of examples that is made of one permutation per epoch, laid end to end:
+global batch s is elements [s B, (s + 1) B), so that every example is seen once per epoch whatever the batch
+size. Evaluation reads in order, and pads and masks the last batch. A host takes rows [host::hosts] of the global
+batch. Whatever is random in a batch is drawn for the global batch and then sliced (`Plan.rng`), so that neither
+hosts nor threads change which examples, how augmented, make up batch s.
+"""
+
+import dataclasses
+import functools
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dljax.errors import UserError
+
+HostBatch = dict[str, np.ndarray]
+PADDING = -1  # the index of a padding row
+ENDLESS = 2**62  # rows
+
+
+class Pipeline(Protocol):
+  """A split, by the batch.
+
+  Attributes:
+    num_examples: in the split, over all hosts; after `open`.
+    num_batches: of one pass, rounded down for training and up for evaluation; after `open`.
+  """
+
+  num_examples: int
+  num_batches: int
+
+  def open(self) -> None:
+    """Finds and reads the data; a second call does nothing. `UserError` says what to run if it is missing."""
+
+  def batch(self, step: int) -> HostBatch:
+    """This host's rows of global batch `step`; a pure function of (seed, step), for any thread to call."""
+
+  def close(self) -> None:
+    """Frees threads and memory."""
+
+
+def rng(seed: int, step: int, name: str) -> np.random.Generator:
+  """The generator of everything that `name` draws in `step`."""
+  return np.random.default_rng([seed, step, zlib.crc32(name.encode())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which examples make up a global batch.
+
+  Attributes:
+    seed: of the run.
+    step: of the global batch.
+    indices: i64[B], the examples of the global batch, `PADDING` in padding rows.
+    rows: i64[b], the rows that this host has to give.
+  """
+
+  seed: int
+  step: int
+  indices: np.ndarray
+  rows: np.ndarray
+
+  def rng(self, name: str) -> np.random.Generator:
+    """Draws for the global batch."""
+    return rng(self.seed, self.step, name)
+
+
+class Examples(Protocol):
+  """An opened split; `gather` reads examples, from memory or from disk."""
+
+  def __len__(self) -> int:
+    ...
+
+  def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
+    """The examples in the given rows of the global batch; example 0 in place of padding."""
+
+  def close(self) -> None:
+    ...
+
+
+class IndexedPipeline:
+  """The `Pipeline` of a split whose examples can be read in any order.
+
+  Args:
+    open_examples: reads the split; called once, by `open`. It gets the function step -> `Plan`, by which
+      a reader can read ahead.
+    finish: (examples, plan) -> this host's batch.
+    batch_size: B, of the global batch.
+    seed: of the run.
+    train: shuffle and repeat for ever; otherwise one pass in order.
+    host: this host's number and
+    hosts: how many there are; by default what JAX says when the data is opened.
+  """
+
+  def __init__(
+      self, open_examples: Callable[["IndexedPipeline"], Examples],
+      finish: Callable[[Examples, Plan], HostBatch], *,
+      batch_size: int, seed: int = 0, train: bool = False, host: int | None = None, hosts: int | None = None,
+  ):
+    self._open_examples, self._finish = open_examples, finish
+    self.batch_size, self.seed, self.train = batch_size, seed, train
+    self._host, self._hosts = host, hosts
+    self._examples: Examples | None = None
+    self._lock = threading.RLock()
+    self._permutation = functools.lru_cache(maxsize=2)(self._permute)
+
+  def open(self) -> None:
+    with self._lock:
+      if self._examples is not None:
+        return
+      if self._hosts is None:
+        self._host, self._hosts = jax.process_index(), jax.process_count()
+      if self.batch_size % self._hosts:
+        raise UserError(f"--config.batch_size={self.batch_size} is not a multiple of the {self._hosts} hosts")
+      examples = self._open_examples(self)
+      if self.train and len(examples) < self.batch_size:
+        examples.close()
+        raise UserError(f"--config.batch_size={self.batch_size} exceeds the {len(examples)} training examples; make it smaller")
+      self._examples = examples
+
+  def close(self) -> None:
+    with self._lock:
+      if self._examples is not None:
+        self._examples.close()
+        self._examples = None
+
+  @property
+  def num_examples(self) -> int:
+    return len(self._opened())
+
+  @property
+  def num_batches(self) -> int:
+    n = self.num_examples
+    return n // self.batch_size if self.train else -(-n // self.batch_size)
+
+  def batch(self, step: int) -> HostBatch:
+    examples = self._opened()
+    return self._finish(examples, self.plan(step, len(examples)))
+
+  def plan(self, step: int, num_examples: int) -> Plan:
+    """The plan of global batch `step` of a split of `num_examples`."""
+    positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+    if self.train:
+      epochs = positions // num_examples
+      indices = np.concatenate([
+          self._permutation(epoch, num_examples)[positions[epochs == epoch] % num_examples]
+          for epoch in range(epochs[0], epochs[-1] + 1)])
+    else:
+      if not 0 <= step * self.batch_size < num_examples:
+        raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} at a time")
+      indices = np.where(positions < num_examples, positions, PADDING)
+    return Plan(self.seed, step, indices, np.arange(self._host, self.batch_size, self._hosts))
+
+  def _permute(self, epoch: int, num_examples: int) -> np.ndarray:
+    return rng(self.seed, epoch, "order").permutation(num_examples)
+
+  def _opened(self) -> Examples:
+    if self._examples is None:
+      raise RuntimeError("open() the pipeline first")
+    return self._examples
+
+
+class InMemory:
+  """Examples that were decoded once and are gathered by NumPy.
+
+  Args:
+    arrays: field -> [n, ...].
+    each: (example, plan, row) -> example, for what cannot be done to all rows at once.
+  """
+
+  def __init__(
+      self, arrays: Mapping[str, np.ndarray], each: Callable[[HostBatch, Plan, int], HostBatch] | None = None):
+    self._arrays, self._each = arrays, each
+
+  def __len__(self) -> int:
+    return len(next(iter(self._arrays.values())))
+
+  def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
+    indices = np.maximum(plan.indices[rows], 0)
+    read = {key: array.take(indices, axis=0) for key, array in self._arrays.items()}
+    if self._each is None:
+      return read
+    return _stack([self._each({key: a[i] for key, a in read.items()}, plan, row) for i, row in enumerate(rows)])
+
+  def close(self) -> None:
+    pass
+
+
+class Streaming:
+  """Examples that stay on disk; Grain reads them ahead, in threads.
+
+  The order is that of `plan_of`, so that a split gives the same batches from memory and from disk. Steps in
+  sequence are read ahead; a jump starts afresh from there.
+
+  Args:
+    num_examples: of the split.
+    load: (index, plan, row) -> one example, of shapes common to all.
+    plan_of: (step, num_examples) -> `Plan`; `IndexError` after the last step.
+    rows: the rows of a global batch that are read, as many for each plan.
+    threads: that read and decode.
+  """
+
+  def __init__(
+      self, num_examples: int, load: Callable[[int, Plan, int], HostBatch], plan_of: Callable[[int, int], Plan],
+      rows: Callable[[Plan], np.ndarray], threads: int = 16,
+  ):
+    self._num_examples, self._load, self._rows, self._threads = num_examples, load, rows, threads
+    self._plan = functools.lru_cache(maxsize=8)(lambda step: plan_of(step, num_examples))
+    self._ahead, self._next_step = None, None
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return self._num_examples
+
+  def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
+    with self._lock:
+      if plan.step != self._next_step:
+        self._stop()
+        self._ahead = self._read_from(plan.step, len(rows))
+      self._next_step = plan.step + 1
+      return _stack([next(self._ahead) for _ in rows])
+
+  def _read_from(self, step: int, per_step: int):
+    import grain
+
+    def load(position: int) -> HostBatch | None:
+      try:
+        plan = self._plan(step + position // per_step)
+      except IndexError:
+        return None  # read ahead of the last step
+      row = int(self._rows(plan)[position % per_step])
+      return self._load(max(int(plan.indices[row]), 0), plan, row)
+
+    return iter(grain.MapDataset.range(ENDLESS).map(load).to_iter_dataset(
+        grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * per_step)))
+
+  def _stop(self) -> None:
+    if self._ahead is not None:
+      self._ahead.close()
+    self._ahead = self._next_step = None
+
+  def close(self) -> None:
+    with self._lock:
+      self._stop()
+
+
+def _stack(examples: list[HostBatch]) -> HostBatch:
+  return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
