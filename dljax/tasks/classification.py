@@ -131,12 +131,10 @@ class Classification:
     the least sure of the right guesses. Inputs that are no images have no such picture.
     """
     names = class_names(assets, self.num_classes)
-    figures = {}
+    mistakes = _picture_mistakes(rows, names)  # first: `sums` may be filled by the passing of the rows
+    figures = {} if mistakes is None else {"mistakes": mistakes}
     if "confusion_matrix" in sums:
       figures["confusion_matrix"] = report.confusion_matrix(np.asarray(sums["confusion_matrix"][0]), names)
-    mistakes = _picture_mistakes(rows, names)
-    if mistakes is not None:
-      figures["mistakes"] = mistakes
     return {}, figures
 
   def _logits(
@@ -202,7 +200,7 @@ def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: l
   for predictions, batch in rows:
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     if images.ndim != 4:
-      return None
+      continue
     p = np.asarray(predictions["probabilities"])
     guesses = p.argmax(axis=-1)
     right = guesses == labels

@@ -258,10 +258,14 @@ def test_evaluate_draws_the_confusion_matrix_and_the_mistakes(wrong):
   sure = np.linspace(0.6, 0.9, 100)
   p = np.where(np.arange(2) == shown[:, None], sure[:, None], 1 - sure[:, None])
   images = np.random.default_rng(0).normal(size=(100, 4, 4, 1))
-  rows = (({"probabilities": p[i:i + 40]}, {"image": images[i:i + 40], "label": labels[i:i + 40]})
-          for i in range(0, 100, 40))
-  sums = {"confusion_matrix": (np.array([[40, 10], [5, 45]]), np.full((2, 2), 50))}
-  metrics, figures = task.evaluate(rows, sums, {"classes": ["cat", "dog"]})
+  sums = {}
+
+  def rows():
+    for i in range(0, 100, 40):
+      yield {"probabilities": p[i:i + 40]}, {"image": images[i:i + 40], "label": labels[i:i + 40]}
+    sums["confusion_matrix"] = np.array([[40, 10], [5, 45]]), np.full((2, 2), 50)  # whole after the last row
+
+  metrics, figures = task.evaluate(rows(), sums, {"classes": ["cat", "dog"]})
   assert metrics == {}
   assert set(figures) == {"confusion_matrix", "mistakes"}
   titles = [axes.get_title() for axes in figures["mistakes"].axes if axes.images]
@@ -276,8 +280,10 @@ def test_evaluate_draws_the_confusion_matrix_and_the_mistakes(wrong):
 
 def test_evaluate_without_images_draws_no_mistakes():
   task = Classification(Identity(), 2)
-  rows = [({"probabilities": np.array([[0.3, 0.7]])}, {"image": np.zeros((1, 2)), "label": np.array([0])})]
+  row = {"probabilities": np.array([[0.3, 0.7]])}, {"image": np.zeros((1, 2)), "label": np.array([0])}
+  rows = iter([row] * 3)
   assert task.evaluate(rows, {}, {}) == ({}, {})
+  assert next(rows, None) is None  # all were read, so that the sums are whole
 
 
 @pytest.mark.parametrize("settings, message", [
