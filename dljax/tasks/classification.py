@@ -211,7 +211,8 @@ def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: l
     wrong += int(np.sum(~right))
     for i in np.lexsort((margins, right))[:MAX_PICTURED]:
       sure = f"sure: {p[i, labels[i]]:.0%}" if right[i] else f"guess: {names[guesses[i]]}"
-      worst.append((bool(right[i]), float(margins[i]), images[i], f"truth: {names[labels[i]]}\n{sure}"))
+      title = f"truth: {names[labels[i]]}\n{sure}"
+      worst.append((bool(right[i]), float(margins[i]), images[i].copy(), title))  # a view would keep the batch
     worst = sorted(worst, key=lambda row: row[:2])[:MAX_PICTURED]
   if not worst:
     return None
