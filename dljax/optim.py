@@ -1,0 +1,416 @@
+"""The Optax layer: typed config -> optimizer and learning-rate schedule.
+
+The chain, in this order; what is off is absent:
+
+  1. `clip_norm`: the gradient is scaled down to that global norm, taken over all trainable arrays.
+  2. `l2`: adds `l2 * parameter` to the gradient, as torch's `weight_decay` does.
+  3. the rule `name`, which turns the gradient into a direction (table below).
+  4. `weight_decay`: adds `weight_decay * parameter` to the direction (Loshchilov & Hutter, "Decoupled
+     Weight Decay Regularization", 2019; scaled with the learning rate, as in optax and torch).
+  5. lamb only: the layer-wise trust ratio.
+  6. `learning_rates`: factors by path.
+  7. minus the scheduled learning rate. It is the last factor of everything, decay included, so scaling
+     the final updates is the same as scaling the learning rate.
+
+Both decays touch kernels and embeddings only: arrays of rank <= 1 and those named `bias` or `scale`
+(biases, norms) are exempt.
+
+Rules, with gradient g, `**` and sqrt elementwise, and `momentum`, `b1`, `b2`, `eps` from the config:
+
+  sgd       g
+  momentum  m = momentum * m + g; direction m (Polyak 1964, in torch's form without dampening)
+  nesterov  m as above; direction g + momentum * m (Sutskever et al. 2013, in torch's form)
+  adagrad   s = s + g**2 from 0; g / sqrt(s + eps**2) (Duchi et al. 2011)
+  rmsprop   v = b2 * v + (1 - b2) * g**2 from 0; g / (sqrt(v) + eps), then heavy-ball by `momentum` if
+            that is not 0 (Tieleman & Hinton 2012, with torch's eps and momentum)
+  adam      bias-corrected m / (sqrt(v) + eps) (Kingma & Ba 2015)
+  adamw     the same; the name to use with `weight_decay`
+  lamb      adam's direction plus decay, times |parameter| / |direction| per array, 1 where either is 0
+            (You et al. 2020, Algorithm 2, with phi(z) = z)
+  lion      sign(b1 * m + (1 - b1) * g); m = b2 * m + (1 - b2) * g (Chen et al. 2023)
+  muon      kernels: nesterov's direction, orthogonalised by five Newton-Schulz steps, times
+            sqrt(max(1, fan_out / fan_in)) (Jordan et al. 2024); all else (embeddings, biases, norms): adam
+
+Path patterns (`freeze`, `learning_rates`) are globs over the whole path of a parameter, such as
+"stage1/conv1/kernel": `*` matches any text, slashes included, `?` one character, `[ab]` a set. So
+"stage1/*" is a whole module and "*/bias" every bias. For a task with several players (a GAN) the
+path starts inside the player's own parameters.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from dljax.errors import UserError, unknown
+
+PyTree = Any
+
+# What the papers or their authors' code use. The fields that a rule does not read keep the common value.
+_PUBLISHED: Mapping[str, Mapping[str, float]] = {
+    "sgd": {"learning_rate": 0.1},
+    "momentum": {"learning_rate": 0.1, "momentum": 0.9},
+    "nesterov": {"learning_rate": 0.1, "momentum": 0.9},
+    "adagrad": {"learning_rate": 0.01, "eps": 1e-10},
+    "rmsprop": {"learning_rate": 0.001, "b2": 0.9},
+    "adam": {"learning_rate": 0.001},
+    "adamw": {"learning_rate": 0.001, "weight_decay": 0.01},
+    "lamb": {"learning_rate": 0.001, "eps": 1e-6, "weight_decay": 0.01},
+    "lion": {"learning_rate": 0.0001, "b2": 0.99, "weight_decay": 0.1},
+    "muon": {"learning_rate": 0.02, "momentum": 0.95},
+}
+OPTIMIZERS = tuple(_PUBLISHED)
+SCHEDULES = ("constant", "linear", "cosine", "step", "exponential", "inverse_sqrt", "one_cycle")
+
+_ONE_CYCLE_RISE, _ONE_CYCLE_START = 0.3, 1 / 25  # share of the steps, share of the peak (torch, optax)
+
+
+def default_config(name: str = "adamw") -> ml_collections.ConfigDict:
+  """The config of optimizer `name` with its published numbers.
+
+  Setting only `config.name` afterwards keeps the other numbers as they are.
+
+  Fields:
+    name: one of `OPTIMIZERS`.
+    learning_rate: the peak.
+    momentum: decay of the sum of past gradients (momentum, nesterov, muon; rmsprop, where 0 is none).
+    b1: decay of the average of gradients (adam, adamw, lamb, muon's adam; lion's beta_1).
+    b2: decay of the average of squared gradients (rmsprop, adam, adamw, lamb, muon's adam); lion, which
+      keeps no squares: of the gradients it remembers (its beta_2).
+    eps: added to the root of the squares, in units of the gradient (all that divide by a root).
+    schedule: one of `SCHEDULES`, see `make_schedule`.
+    warmup_fraction: share of total_steps in which the learning rate rises linearly from 0.
+    end_factor: final learning rate as a share of the peak (linear, cosine, exponential, one_cycle).
+    decay_boundaries: shares of total_steps at which "step" multiplies by `decay_factor`.
+    decay_factor: see there.
+    clip_norm: largest global norm of the gradient; 0 is off.
+    weight_decay: decoupled decay; 0 is off.
+    l2: decay through the gradient, the alternative; 0 is off.
+    freeze: patterns of parameters that never change and have no optimizer state.
+    learning_rates: "pattern=factor", multiplying the learning rate; the first match counts.
+    plateau_factor: multiplies the learning rate on each plateau of the monitored metric; 1 is off.
+    plateau_patience: evaluations in a row without improvement that make a plateau.
+    plateau_min_delta: an improvement must be larger than this to count, in the metric's units.
+  """
+  if name not in _PUBLISHED:
+    raise unknown("--config.optimizer.name", name, OPTIMIZERS)
+  config = ml_collections.ConfigDict({
+      "name": name,
+      "learning_rate": 0.0,
+      "momentum": 0.0,
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
+      "schedule": "cosine",
+      "warmup_fraction": 0.05,
+      "end_factor": 0.0,
+      "decay_boundaries": (0.5, 0.75),
+      "decay_factor": 0.1,
+      "clip_norm": 0.0,
+      "weight_decay": 0.0,
+      "l2": 0.0,
+      "freeze": (),
+      "learning_rates": (),
+      "plateau_factor": 1.0,
+      "plateau_patience": 5,
+      "plateau_min_delta": 0.0,
+  })
+  config.update(_PUBLISHED[name])
+  return config
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, total_steps: int,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer and its learning rate.
+
+  Args:
+    config: as `default_config` makes it.
+    total_steps: updates in the whole run.
+
+  Returns:
+    An optimizer whose updates are added to the parameters (`update` needs them as its third argument),
+    for any pytree of parameters; and the schedule, step -> learning rate f[], traceable.
+
+  Raises:
+    UserError: an unknown name, or a value out of range.
+  """
+  _check(config)
+  schedule = make_schedule(config, total_steps)
+  chain = []
+  if config.clip_norm:
+    chain.append(optax.clip_by_global_norm(config.clip_norm))
+  if config.l2:
+    chain.append(optax.add_decayed_weights(config.l2, mask=decay_mask))
+  chain.append(_rule(config))
+  if config.weight_decay:
+    chain.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+  if config.name == "lamb":
+    chain.append(optax.scale_by_trust_ratio())
+  if config.learning_rates:
+    chain.append(_scale_by_path(_factors(config)))
+  chain.append(optax.scale_by_learning_rate(schedule))
+  tx = optax.chain(*chain)
+  if config.freeze:
+    frozen = lambda name, _: "frozen" if _matches(name, config.freeze) else "trained"
+    tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, lambda p: _map_by_name(frozen, p))
+  return tx, schedule
+
+
+def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+  """step i32[] -> learning rate f[], for steps 0 (the first) to total_steps - 1.
+
+  After warmup steps W = warmup_fraction * total_steps (rounded, at most total_steps - 1) come the
+  N = total_steps - W steps of the schedule; k counts them from 0, p = k / N, and e is `end_factor`.
+  As shares of `learning_rate`:
+
+    constant      1
+    linear        1 - (1 - e) * p
+    cosine        e + (1 - e) * (1 + cos(pi * p)) / 2
+    step          decay_factor ** (how many of round(boundary * total_steps) are <= step)
+    exponential   e ** p, needs e > 0
+    inverse_sqrt  sqrt(W / (W + k)), W at least 1
+    one_cycle     1/25 -> 1 -> e, half-cosines that meet at p = 0.3 (Smith & Topin 2018, torch's numbers)
+
+  Warm-up is linear from 0 at step 0 to the schedule's first value at step W.
+  """
+  if total_steps < 1:
+    raise UserError(f"--config.total_steps={total_steps}: must be at least 1")
+  peak, end = config.learning_rate, config.end_factor
+  warmup = min(round(config.warmup_fraction * total_steps), total_steps - 1)
+  decay = total_steps - warmup
+  if config.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  elif config.schedule == "linear":
+    after = optax.linear_schedule(peak, peak * end, decay)
+  elif config.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, decay, end)
+  elif config.schedule == "exponential":
+    after = optax.exponential_decay(peak, decay, end, end_value=peak * end)
+  elif config.schedule == "step":
+    boundaries = jnp.array([round(b * total_steps) - warmup for b in config.decay_boundaries], jnp.int32)
+    after = lambda k: peak * config.decay_factor ** jnp.sum(k >= boundaries)
+  elif config.schedule == "inverse_sqrt":
+    after = lambda k: peak * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + k))
+  elif config.schedule == "one_cycle":
+    after = lambda k: peak * _one_cycle(jnp.minimum(k / decay, 1.0), end)
+  else:
+    raise unknown("--config.optimizer.schedule", config.schedule, SCHEDULES)
+  if warmup:
+    after = optax.join_schedules([optax.linear_schedule(0.0, after(0), warmup), after], [warmup])
+  return lambda step: jnp.asarray(after(jnp.asarray(step, float)), float)
+
+
+def _one_cycle(p: jax.Array, end: float) -> jax.Array:
+  blend = lambda a, b, t: b + (a - b) * (1 + jnp.cos(jnp.pi * t)) / 2
+  rise, start = _ONE_CYCLE_RISE, _ONE_CYCLE_START
+  return jnp.where(p < rise, blend(start, 1.0, p / rise), blend(1.0, end, (p - rise) / (1 - rise)))
+
+
+def check_patterns(config: ml_collections.ConfigDict, *params: PyTree) -> None:
+  """Refuses path patterns that match nothing; to be called once the parameters' paths are known.
+
+  Args:
+    config: as `default_config` makes it.
+    *params: the parameters (or their specifications) of each player.
+
+  Raises:
+    UserError: a pattern matches no parameter of any player, or nothing is left to train.
+  """
+  names: list[str] = []
+  for tree in params:
+    _map_by_name(lambda name, _: names.append(name), tree)
+  patterns = [("freeze", p) for p in config.freeze] + [("learning_rates", p) for p, _ in _factors(config)]
+  for field, pattern in patterns:
+    if not any(_matches(name, [pattern]) for name in names):
+      near = difflib.get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)[0]
+      raise UserError(
+          f"--config.optimizer.{field}: {pattern!r} matches no parameter; the nearest is {near!r}")
+  if all(_matches(name, config.freeze) for name in names):
+    raise UserError(f"--config.optimizer.freeze={tuple(config.freeze)}: leaves nothing to train")
+
+
+def decay_mask(params: PyTree) -> PyTree:
+  """True where decay acts: rank >= 2 and neither a `bias` nor a `scale`. Same structure as `params`."""
+  return _map_by_name(lambda name, x: x.ndim >= 2 and name.split("/")[-1] not in ("bias", "scale"), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracker:
+  """What the host remembers of the monitored metric: the one memory behind best, early stopping and plateau.
+
+  All fields are JSON-able: `dataclasses.asdict(tracker)` and `Tracker(**fields)` round-trip.
+
+  Attributes:
+    best_value: the best finite value so far, None before there is one.
+    best_step: its step, -1 before there is one.
+    reference: the value that the next must beat by more than `plateau_min_delta` to count as improvement.
+    stale: evaluations since the last improvement (for early stopping).
+    plateau_stale: the same, but starting again at each reduction.
+    lr_scale: what the learning rate is multiplied by.
+  """
+
+  best_value: float | None = None
+  best_step: int = -1
+  reference: float | None = None
+  stale: int = 0
+  plateau_stale: int = 0
+  lr_scale: float = 1.0
+
+
+def track(
+    config: ml_collections.ConfigDict, tracker: Tracker, step: int, value: float, higher_is_better: bool,
+) -> Tracker:
+  """The tracker after one evaluation; a value that is not finite never improves on anything."""
+  def beats(old: float | None, margin: float) -> bool:
+    gain = math.inf if old is None else (value - old if higher_is_better else old - value)
+    return math.isfinite(value) and gain > margin
+
+  if beats(tracker.best_value, 0.0):
+    tracker = dataclasses.replace(tracker, best_value=value, best_step=step)
+  if beats(tracker.reference, config.plateau_min_delta):
+    return dataclasses.replace(tracker, reference=value, stale=0, plateau_stale=0)
+  tracker = dataclasses.replace(tracker, stale=tracker.stale + 1, plateau_stale=tracker.plateau_stale + 1)
+  if tracker.plateau_stale < config.plateau_patience:
+    return tracker
+  return dataclasses.replace(tracker, plateau_stale=0, lr_scale=tracker.lr_scale * config.plateau_factor)
+
+
+def _rule(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """gradient -> direction, before decay and learning rate."""
+  adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+  match config.name:
+    case "sgd":
+      return optax.identity()
+    case "momentum":
+      return optax.trace(config.momentum)
+    case "nesterov":
+      return optax.trace(config.momentum, nesterov=True)
+    case "adagrad":
+      return optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.eps**2)
+    case "rmsprop":
+      rms = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False)
+      return optax.chain(rms, optax.trace(config.momentum)) if config.momentum else rms
+    case "adam" | "adamw" | "lamb":
+      return adam
+    case "lion":
+      return optax.scale_by_lion(config.b1, config.b2)
+    case "muon":
+      # Not optax.contrib.muon: it corrects the two terms of Nesterov's sum by unequal bias factors, which
+      # the published rule does not, and takes kernels of rank 2 only.
+      orthogonal = optax.chain(optax.trace(config.momentum, nesterov=True), _orthogonalize_kernels())
+      label = lambda name, x: "muon" if name.split("/")[-1] == "kernel" and x.ndim >= 2 else "adam"
+      return optax.partition({"muon": orthogonal, "adam": adam}, lambda p: _map_by_name(label, p))
+  raise unknown("--config.optimizer.name", config.name, OPTIMIZERS)
+
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+  """Nearly U V^T for x [M, N] = U S V^T: every singular value above 1 % of |x| ends within 0.68 to 1.14.
+
+  Five steps of the quintic iteration with the coefficients of Jordan et al., "Muon: An optimizer for
+  hidden layers in neural networks", 2024 (https://kellerjordan.github.io/posts/muon).
+  """
+  a, b, c = 3.4445, -4.7750, 2.0315
+  wide = x.T if x.shape[0] > x.shape[1] else x  # the smaller Gram matrix
+  wide = wide / (jnp.linalg.norm(wide) + 1e-7)
+  for _ in range(5):
+    gram = wide @ wide.T
+    wide = a * wide + (b * gram + c * gram @ gram) @ wide
+  return wide.T if x.shape[0] > x.shape[1] else wide
+
+
+def _orthogonalize_kernels() -> optax.GradientTransformation:
+  """Orthogonalises kernels, as matrices [fan_in, fan_out], and scales them by their shape.
+
+  The last axis is the output, all before it the input, as in Dense and Conv and the projection that
+  joins attention heads; except that query, key and value kernels are [input, heads, head size].
+  """
+  def orthogonalize(name: str, x: jax.Array) -> jax.Array:
+    splits_heads = name.split("/")[-2:-1] in (["query"], ["key"], ["value"])
+    fan_in = x.shape[0] if splits_heads else math.prod(x.shape[:-1])
+    fan_out = x.size // fan_in
+    matrix = newton_schulz(x.reshape(fan_in, fan_out))
+    return (matrix * math.sqrt(max(1.0, fan_out / fan_in))).reshape(x.shape)
+
+  return optax.stateless(lambda updates, _: _map_by_name(orthogonalize, updates))
+
+
+def _scale_by_path(factors: list[tuple[str, float]]) -> optax.GradientTransformation:
+  def scale(name: str, x: jax.Array) -> jax.Array:
+    return x * next((factor for pattern, factor in factors if _matches(name, [pattern])), 1.0)
+
+  return optax.stateless(lambda updates, _: _map_by_name(scale, updates))
+
+
+def _factors(config: ml_collections.ConfigDict) -> list[tuple[str, float]]:
+  """`learning_rates` as (pattern, factor)."""
+  factors = []
+  for entry in config.learning_rates:
+    pattern, _, factor = str(entry).rpartition("=")
+    try:
+      valid = pattern and 0 < float(factor) < math.inf
+    except ValueError:
+      valid = False
+    if not valid:
+      raise UserError(
+          f"--config.optimizer.learning_rates: {entry!r} is not 'pattern=factor' with a factor above 0, "
+          "such as 'stem/*=0.1' (what should not learn goes into freeze)")
+    factors.append((pattern, float(factor)))
+  return factors
+
+
+def _map_by_name(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+  """Maps (path as "conv1/kernel", leaf) over `tree`."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: function(jax.tree_util.keystr(path, simple=True, separator="/"), x), tree)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  """Ranges and names of the whole config; NaN is out of every range."""
+  if config.name not in OPTIMIZERS:
+    raise unknown("--config.optimizer.name", config.name, OPTIMIZERS)
+  if config.schedule not in SCHEDULES:
+    raise unknown("--config.optimizer.schedule", config.schedule, SCHEDULES)
+  c, inf = config, math.inf
+  needs_momentum = c.name in ("momentum", "nesterov", "muon")
+  end_can_be_0 = c.schedule != "exponential"
+  bounds = tuple(c.decay_boundaries)
+  shares = all(isinstance(b, (int, float)) and 0 < b < 1 for b in bounds)
+  for field, valid, mend in (
+      ("learning_rate", 0 < c.learning_rate < inf, "must be above 0"),
+      ("momentum", 0 <= c.momentum < 1, "must be at least 0 and below 1"),
+      ("momentum", c.momentum > 0 or not needs_momentum, f"{c.name} needs one above 0, such as 0.9"),
+      ("b1", 0 <= c.b1 < 1, "must be at least 0 and below 1"),
+      ("b2", 0 < c.b2 < 1, "must be above 0 and below 1"),
+      ("eps", 0 < c.eps < inf, "must be above 0"),
+      ("warmup_fraction", 0 <= c.warmup_fraction < 1, "must be at least 0 and below 1"),
+      ("end_factor", 0 <= c.end_factor <= 1, "must be from 0 to 1"),
+      ("end_factor", c.end_factor > 0 or end_can_be_0, "the exponential schedule needs one above 0"),
+      ("decay_boundaries", shares and all(a < b for a, b in zip(bounds, bounds[1:])),
+       "must be rising shares of total_steps between 0 and 1"),
+      ("decay_boundaries", c.schedule != "step" or shares and all(b > c.warmup_fraction for b in bounds),
+       f"must lie after the warm-up, which ends at {c.warmup_fraction}"),
+      ("decay_factor", 0 < c.decay_factor <= 1, "must be above 0 and at most 1"),
+      ("clip_norm", 0 <= c.clip_norm < inf, "must be at least 0; 0 is off"),
+      ("weight_decay", 0 <= c.weight_decay < inf, "must be at least 0; 0 is off"),
+      ("weight_decay", not (c.weight_decay and c.name == "adam"), "adam has none; use adamw, or l2"),
+      ("l2", 0 <= c.l2 < inf, "must be at least 0; 0 is off"),
+      ("l2", not (c.l2 and c.weight_decay), "is the alternative to weight_decay; set one of them to 0"),
+      ("plateau_factor", 0 < c.plateau_factor <= 1, "must be above 0 and at most 1; 1 is off"),
+      ("plateau_patience", c.plateau_patience >= 1, "must be at least 1"),
+      ("plateau_min_delta", 0 <= c.plateau_min_delta < inf, "must be at least 0"),
+  ):
+    if not valid:
+      raise UserError(f"--config.optimizer.{field}={c[field]}: {mend}")
+  _factors(config)
