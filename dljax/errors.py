@@ -1,7 +1,10 @@
 """The one exception that means "the user can mend this"."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -24,3 +27,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   mend = f"did you mean {' or '.join(near)}?" if near else f"choose one of: {', '.join(known)}"
   return UserError(f"{what}: there is no {name!r}; {mend}")
+
+
+def choose(what: str, name: str, table: Mapping[str, T]) -> T:
+  """`table[name]`, or the error of `unknown`."""
+  if name not in table:
+    raise unknown(what, name, table)
+  return table[name]

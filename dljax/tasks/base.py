@@ -27,8 +27,7 @@ class LossOutput:
     loss: f32[], this shard's share of the final scalar. Shares add up over devices and
       micro-batches, because they were divided by the global `weights`.
     metrics: name -> (sum, count), arrays of any one shape (a confusion matrix is one). They too add.
-    model_state: the new model state, e.g. {"batch_stats": ...}. The collection "carry" holds a
-      recurrent state: leading axis batch, sharded like the batch.
+    model_state: the new model state, e.g. {"batch_stats": ...}, the same on every shard.
   """
 
   loss: Array

@@ -1,0 +1,127 @@
+"""The config of an experiment: the fields that all share, and overrides from the command line."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from dljax.errors import UserError, unknown
+
+
+def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
+  """A config with the fields that every experiment has.
+
+  Fields:
+    family, preset: where it comes from.
+    seed: of everything random.
+    total_steps: updates of the parameters.
+    batch_size: examples per update, over all devices and micro-batches.
+    eval_batch_size: the same for evaluation and prediction.
+    log_every, eval_every, checkpoint_every: in steps.
+    keep_checkpoints: how many of the newest, beside the best.
+    accumulation: micro-batches per update.
+    ema_decay: of the average of the parameters that evaluation uses; 0 is off.
+    monitor: "split/metric" that decides which checkpoint is best, early stopping and plateau; "" for none.
+    early_stopping_patience: evaluations without improvement after which to stop; 0 is off.
+
+  Args:
+    family: the name of the experiment's file.
+    preset: one of its presets.
+    **fields: values of the fields above, and the sub-configs optimizer, model and data.
+  """
+  config = ml_collections.ConfigDict({
+      "family": family,
+      "preset": preset,
+      "seed": 0,
+      "total_steps": 1000,
+      "batch_size": 128,
+      "eval_batch_size": 512,
+      "log_every": 20,
+      "eval_every": 200,
+      "checkpoint_every": 200,
+      "keep_checkpoints": 2,
+      "accumulation": 1,
+      "ema_decay": 0.0,
+      "monitor": "",
+      "early_stopping_patience": 0,
+  })
+  config.update(fields)
+  return config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Checks the ranges of the shared fields; the parts check their own."""
+  for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every",
+                "keep_checkpoints", "accumulation"):
+    if config[field] < 1:
+      raise UserError(f"--config.{field}={config[field]}: must be at least 1")
+  if not 0 <= config.ema_decay < 1:
+    raise UserError(f"--config.ema_decay={config.ema_decay}: must be at least 0 and below 1; 0 is off")
+  if config.early_stopping_patience < 0:
+    raise UserError(f"--config.early_stopping_patience={config.early_stopping_patience}: must be at least 0; 0 is off")
+  if config.early_stopping_patience and not config.monitor:
+    raise UserError("--config.early_stopping_patience needs --config.monitor=SPLIT/METRIC")
+
+
+def apply_overrides(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> None:
+  """Sets what "--config.optimizer.learning_rate=0.4" and the like say; the type is that of the old value.
+
+  Tuples are written with commas: --config.data.mean=0.5,0.5,0.5
+
+  Raises:
+    UserError: an unknown field (with the nearest), a missing value, or one of the wrong type.
+  """
+  for argument in arguments:
+    flag, equals, text = argument.partition("=")
+    *parents, field = flag.removeprefix("--config.").split(".")
+    place = config
+    for parent in parents:
+      place = place.get(parent) if isinstance(place, ml_collections.ConfigDict) else None
+    if not isinstance(place, ml_collections.ConfigDict) or field not in place:
+      raise unknown("--config", flag.removeprefix("--config."), flatten(config))
+    if isinstance(place[field], ml_collections.ConfigDict):
+      raise UserError(f"{flag} is a group; set one of its fields: {', '.join(f'{flag}.{k}' for k in place[field])}")
+    if not equals:
+      raise UserError(f"{flag} needs a value: write {flag}={_format(place[field])}")
+    if flag in ("--config.family", "--config.preset", "--config.seed"):
+      raise UserError(f"{flag} cannot be set; use --preset and --seed")
+    place[field] = _parse(flag, text, place[field])
+
+
+def _parse(flag: str, text: str, like: Any) -> Any:
+  """`text` as a value of the type of `like`."""
+  kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+  try:
+    if isinstance(like, tuple):
+      items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
+      # Tuples that are empty by default hold patterns; numbers keep the kind of the default's.
+      return tuple(_parse(flag, item, like[0] if like else "") for item in items)
+    if isinstance(like, bool):
+      return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(like, int):
+      return int(text)
+    return float(text) if isinstance(like, float) else text
+  except (KeyError, ValueError):
+    raise UserError(f"{flag}={text}: must be {kinds[type(like)]}, such as {_format(like)}") from None
+
+
+def _format(value: Any) -> str:
+  if isinstance(value, tuple):
+    return ",".join(_format(v) for v in value)
+  return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"optimizer": {"name": "sgd"}} -> {"optimizer.name": "sgd"}."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, (Mapping, ml_collections.ConfigDict)):
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def describe(config: ml_collections.ConfigDict) -> str:
+  """One line for each field, as it would be written on the command line."""
+  return "\n".join(f"  --config.{name}={_format(value)}" for name, value in flatten(config).items())

@@ -1,0 +1,78 @@
+"""The experiment that every family of image classifiers shares: from a config and a model."""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+import ml_collections
+
+from dljax import optim
+from dljax.config import base_config
+from dljax.data import image
+from dljax.errors import UserError
+from dljax.tasks import classification
+from dljax.train.experiment import Experiment
+
+# Field values of `config.data` for the sets that presets use; mean and std are those of the training split.
+DATA = {
+    "digits": {"name": "digits", "image_shape": (8, 8, 1), "mean": (0.3051,), "std": (0.3757,)},
+    "mnist": {"name": "mnist", "image_shape": (28, 28, 1), "mean": (0.1307,), "std": (0.3081,),
+              "train": "train[:90%]", "validation": "train[90%:]"},
+    "fashion_mnist": {"name": "fashion_mnist", "image_shape": (28, 28, 1), "mean": (0.2860,), "std": (0.3530,),
+                      "train": "train[:90%]", "validation": "train[90%:]"},
+    "cifar10": {"name": "cifar10", "image_shape": (32, 32, 3), "mean": (0.4914, 0.4822, 0.4465),
+                "std": (0.2470, 0.2435, 0.2616), "train": "train[:90%]", "validation": "train[90%:]"},
+    "imagenet2012": {"name": "imagenet2012", "image_shape": (224, 224, 3), "num_classes": 1000,
+                     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "resize": "crop",
+                     "train": "train[:99%]", "validation": "train[99%:]", "test": "validation",
+                     "random_resized_crop": 0.08, "flip": True},
+}
+
+
+def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+  """The shared fields of an image classifier's config, for the preset to change.
+
+  Args:
+    family: the name of the experiment's file.
+    preset: one of its presets.
+    data: a key of `DATA`.
+    variant: a key of the family's VARIANTS.
+    optimizer: a name that `optim.default_config` knows.
+  """
+  data_config = image.default_config()
+  data_config.update(DATA[data])
+  return base_config(
+      family, preset, monitor="validation/accuracy", optimizer=optim.default_config(optimizer),
+      model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False, "label_smoothing": 0.0}),
+      data=data_config)
+
+
+def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
+  """The experiment that trains `model` on the images of `config.data`. Opens no data.
+
+  Args:
+    config: with the fields of the function above.
+    model: called as `model(image, mask, train=...)`, gives logits [B, num_classes].
+  """
+  data = image.pipelines(
+      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+  task = classification.Classification(
+      model=model, num_classes=config.data.num_classes, label_smoothing=config.model.label_smoothing)
+  return Experiment(
+      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
+      monitor=config.monitor or None,
+      encode=functools.partial(_encode, config.data), decode=classification.decode,
+      assets=lambda: {"classes": data.class_names()})
+
+
+def _encode(data_config, paths, assets):
+  del assets
+  return image.encode(paths, data_config)
+
+
+def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
+  """The compute dtype that `config.model.dtype` names."""
+  if config.model.dtype not in ("float32", "bfloat16", "float64"):
+    raise UserError(f"--config.model.dtype={config.model.dtype}: must be float32, bfloat16 or (with "
+                    "JAX_ENABLE_X64=1) float64")
+  return jnp.dtype(config.model.dtype)

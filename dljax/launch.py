@@ -1,0 +1,294 @@
+"""The command line of every experiment: flags -> experiment -> fit, evaluate, predict or dry run."""
+
+import csv
+import hashlib
+import json
+import logging as python_logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags, logging
+
+from dljax import config as config_lib
+from dljax import errors
+from dljax.errors import UserError
+from dljax.train import parallel
+from dljax.train.checkpoint import Checkpointer, CheckpointError
+from dljax.train.evaluate import Evaluator, predict
+from dljax.train.experiment import Experiment
+from dljax.train.loop import fit
+from dljax.train.metrics import Diverged
+from dljax.train.program import Program, RunOptions
+from dljax.train.signals import Preempted
+from dljax.train.workdir import Workdir, write_json
+
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
+
+GetConfig = Callable[[str], ml_collections.ConfigDict]
+Build = Callable[[ml_collections.ConfigDict], Experiment]
+
+_FLAGS = flags.FlagValues()
+_string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=_FLAGS)
+_enum = lambda name, default, values, text: flags.DEFINE_enum(name, default, values, text, flag_values=_FLAGS)
+_bool = lambda name, text: flags.DEFINE_bool(name, False, text, flag_values=_FLAGS)
+
+_PRESET = _string("preset", "", "What to run; see --list_presets. The default runs at once, offline.")
+_WORKDIR = _string("workdir", "", "The run's folder; by default runs/FAMILY-PRESET.")
+_MODE = _enum("mode", "train", ["train", "eval", "predict"], "What to do with the workdir's run.")
+_STEP = _string("step", "best", "Which checkpoint to evaluate or to predict with: best, latest or a number.")
+_INPUT = flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
+                           flag_values=_FLAGS)
+_OUTPUT = _string("output", "", "Where to write predictions: a .jsonl, .json or .csv file; by default only shown.")
+_PARALLELISM = _enum("parallelism", "jit", ["jit", "pmap"], "How to compile for several devices.")
+_MESH = _string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
+_RESUME = _enum("resume", "auto", ["auto", "never", "must"],
+                "auto continues what is in the workdir; never refuses a run there; must refuses to begin one.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0, flag_values=_FLAGS)
+_DATA_DIR = _string("data_dir", "", "The TFDS directory; also the variable TFDS_DATA_DIR.")
+_WANDB = _string("wandb", "", "A Weights & Biases project to log to.")
+_DRY_RUN = _bool("dry_run", "Show the model, the batch and the compiled step's memory; needs no data.")
+_TOPOLOGY = _string("topology", "", "With --dry_run: a machine to compile for, such as v5e:4x4 or h100:4.")
+_LIST_PRESETS = _bool("list_presets", "List the presets.")
+_HELP = _bool("help", "Show this help.")
+
+
+def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> None:
+  """Runs an experiment's command line, and exits.
+
+  Exit status: 0 done; 1 failed; 2 bad input; 75 preempted, with the state saved. In prediction 1
+  means that some inputs were skipped, and 2 that none was usable.
+
+  Args:
+    get_config: preset -> config.
+    build: config -> experiment.
+    presets: preset -> one line that says what it runs; the first is the default.
+  """
+  flags.FLAGS.mark_as_parsed()  # absl's own, which only its logging reads
+  logging.use_absl_handler()
+  logging.get_absl_handler().setFormatter(_PlainFormatter())
+  logging.set_verbosity(logging.WARNING)
+  try:
+    status = _run(sys.argv, get_config, build, presets)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    status = BAD_INPUT
+  except (Diverged, CheckpointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    status = FAILED
+  except (Preempted, KeyboardInterrupt) as stop:
+    print(str(stop) or "stopped before there was anything to save", file=sys.stderr)
+    status = PREEMPTED
+  sys.stdout.flush()
+  sys.exit(status)
+
+
+def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> int:
+  overrides = [a for a in argv[1:] if a.startswith("--config.")]
+  try:
+    rest = _FLAGS([argv[0], *(a for a in argv[1:] if a not in overrides)])
+  except flags.Error as error:
+    raise UserError(str(error).replace("\n", " ")) from None
+  if rest[1:]:
+    raise UserError(f"{rest[1]!r} is not a flag; write --FLAG=VALUE, and see --help")
+  preset = _PRESET.value or next(iter(presets))
+  errors.choose("--preset", preset, presets)
+  config = get_config(preset)
+  if _HELP.value:
+    print(_help(config, presets))
+    return DONE
+  if _LIST_PRESETS.value:
+    print("\n".join(f"{name:16}{text}" for name, text in presets.items()))
+    return DONE
+  for value, flag, needs in ((_TOPOLOGY.value, "--topology", _DRY_RUN.value),
+                             (_INPUT.value, "--input", _MODE.value == "predict"),
+                             (_OUTPUT.value, "--output", _MODE.value == "predict")):
+    if value and not needs:
+      raise UserError(f"{flag} goes with {'--dry_run' if flag == '--topology' else '--mode=predict'}; add it, or drop "
+                      f"{flag}")
+  if _DATA_DIR.value:
+    if not Path(_DATA_DIR.value).is_dir():
+      raise UserError(f"--data_dir={_DATA_DIR.value} is not a folder; name the one that holds the TFDS sets")
+    os.environ["TFDS_DATA_DIR"] = _DATA_DIR.value
+  options = RunOptions(parallelism=_PARALLELISM.value, mesh=parallel.parse_mesh(_MESH.value), resume=_RESUME.value,
+                       wandb=_WANDB.value)
+  name = f"{config.family}-{preset}"
+  if _MODE.value != "train":
+    folder = Workdir(_WORKDIR.value or Path("runs", name))
+    config = folder.read_config()
+    config_lib.apply_overrides(config, overrides)
+    config_lib.validate(config)
+    parallel.initialize()
+    act = _evaluate if _MODE.value == "eval" else _predict
+    return act(build(config), folder, options)
+
+  plain = config.to_json()
+  config_lib.apply_overrides(config, overrides)
+  config.seed = _SEED.value
+  config_lib.validate(config)
+  if config.to_json() != plain:
+    name += "-" + hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:8]
+  experiment = build(config)
+  if _DRY_RUN.value:
+    return _dry_run(experiment, options)
+  parallel.initialize()
+  return _train(experiment, Workdir(_WORKDIR.value or Path("runs", name)), options)
+
+
+def _train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
+  folder.check(experiment.config, options.resume)
+  if folder.is_finished(experiment.config.total_steps):
+    print("this run has finished; its result:")
+  else:
+    fit(experiment, folder.path, options)
+  if jax.process_index() == 0:
+    _print_result(folder)
+  return DONE
+
+
+def _print_result(folder: Workdir) -> None:
+  """A short table of results, and where the files are."""
+  result = folder.result()
+  table = _table(f"{result['family']} {result['preset']}: {result['steps']} steps, {result['params']:,} parameters, "
+                 f"{result['seconds']:.1f} s on {result['devices']}")
+  _add_metrics(table, result["metrics"])
+  _show(table)
+  places = {"checkpoint": folder.checkpoints / str(result["checkpoint"]), "result": folder.result_file,
+            "metrics": folder.metrics_file, "pictures": folder.figures}
+  print("\n".join(f"{name:12}{path}" for name, path in places.items()))
+
+
+def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tuple[Program, int, Any]:
+  """The program, and the step and state that --step asks for."""
+  with Checkpointer(folder.checkpoints, assets=folder.data, read_only=True) as checkpointer:
+    host = checkpointer.host()
+    if host is None:
+      raise UserError(f"--workdir={folder.path} holds no checkpoint; train first")
+    text = _STEP.value
+    if text not in ("best", "latest") and not text.isdecimal():
+      raise UserError(f"--step={text}: must be best, latest or a number, one of {checkpointer.steps()}")
+    best = host["best_step"] if host["best_step"] in checkpointer.steps() else None
+    step = int(text) if text.isdecimal() else best if text == "best" else None
+    program = Program(experiment, options)
+    restored = checkpointer.restore(program.abstract_state, step)
+    if restored is None:
+      raise UserError(f"--workdir={folder.path} holds no intact checkpoint; train again in another --workdir")
+    return program, restored.step, restored.state
+
+
+def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
+  program, step, state = _restore(experiment, folder, options)
+  for pipeline in experiment.evals.values():
+    pipeline.open()
+  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
+  assets = folder.read_assets()
+  found = {split: evaluator.full(state.variables, state.rng, pipeline, split, assets)[0]
+           for split, pipeline in experiment.evals.items()}
+  if jax.process_index() == 0:
+    table = _table(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
+    _add_metrics(table, found)
+    _show(table)
+    write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
+    print(f"written to {folder.path / 'evaluation.json'}")
+  return DONE
+
+
+def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
+  if not _INPUT.value:
+    raise UserError("--mode=predict needs --input=FILE_OR_FOLDER")
+  output = Path(_OUTPUT.value) if _OUTPUT.value else None
+  if output and output.suffix not in _WRITERS:
+    raise UserError(f"--output={output}: must end in {', '.join(_WRITERS)}")
+  if output and not output.absolute().parent.is_dir():
+    raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
+  assets = folder.read_assets()
+  batch, names, skipped = experiment.encode(_INPUT.value, assets)
+  for line in skipped:
+    print(f"skipped {line}", file=sys.stderr)
+  if not names:
+    raise UserError(f"--input={','.join(_INPUT.value)}: nothing usable there")
+  program, _, state = _restore(experiment, folder, options)
+  predictions = predict(experiment, program, options.parallelism, state, batch)
+  rows = [{"input": name, **row} for name, row in zip(names, experiment.decode(predictions, assets), strict=True)]
+  if jax.process_index() == 0:
+    for row in rows:
+      print("  ".join(f"{v:.4f}" if isinstance(v, float) else v for v in row.values() if not isinstance(v, dict)))
+    if output:
+      _WRITERS[output.suffix](output, rows)
+      print(f"{len(rows)} predictions written to {output}")
+  return FAILED if skipped else DONE
+
+
+def _dry_run(experiment: Experiment, options: RunOptions) -> int:
+  from dljax.train import flops, inspect, topology  # pylint: disable=g-import-not-at-top
+
+  name = _TOPOLOGY.value
+  program = Program(experiment, options, topology.topology_devices(name) if name else None)
+  lowered = program.lower_train_step()
+  compiled = topology.compile_lowered(lowered, name) if name else lowered.compile()
+  _show(inspect.render_dry_run(
+      experiment.batch_spec, flops.task_layers(experiment.task, experiment.batch_spec), program.train_step_flops(),
+      inspect.summarize_compiled(compiled), devices=program.mesh.devices.size,
+      machine=name or jax.devices()[0].device_kind,
+      device_memory=topology.TOPOLOGIES[name].memory if name else None))
+  return DONE
+
+
+def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
+
+
+_WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": _write_csv}
+
+
+def _table(title: str) -> Any:
+  from rich.table import Table  # pylint: disable=g-import-not-at-top
+
+  return Table(title=title, title_justify="left")
+
+
+def _add_metrics(table: Any, metrics: Mapping[str, Mapping[str, float]]) -> None:
+  """One row for each split, one column for each metric."""
+  names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+  table.add_column("split")
+  for name in names:
+    table.add_column(name, justify="right")
+  for split, values in metrics.items():
+    table.add_row(split, *(f"{values[name]:.4f}" if name in values else "" for name in names))
+
+
+def _show(renderable: Any) -> None:
+  from rich.console import Console  # pylint: disable=g-import-not-at-top
+
+  Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+def _help(config: ml_collections.ConfigDict, presets: Mapping[str, str]) -> str:
+  """Flags, presets, and the config with the preset's values."""
+  lines = [f"usage: python -m experiments.{config.family} [--FLAG=VALUE ...]", "", "presets (the first is the default):"]
+  lines += [f"  {name:16}{text}" for name, text in presets.items()]
+  lines += ["", "flags:"]
+  for name in _FLAGS:
+    flag = _FLAGS[name]
+    lines.append(f"  --{name}" + (f"={flag.value}" if flag.value not in (None, False, "", []) else ""))
+    lines.append(f"      {flag.help}")
+  lines += ["", f"config of preset {config.preset} (any field can be set):", config_lib.describe(config)]
+  return "\n".join(lines)
+
+
+class _PlainFormatter(python_logging.Formatter):
+  """Warnings as a person reads them."""
+
+  def format(self, record):
+    return f"{record.levelname.lower()}: {record.getMessage()}"

@@ -1,0 +1,193 @@
+"""fit: the one training loop, for every family."""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from dljax import optim, report
+from dljax.errors import UserError, unknown
+from dljax.train import metrics, parallel
+from dljax.train.checkpoint import Checkpointer
+from dljax.train.evaluate import Evaluator, prefetch
+from dljax.train.experiment import Experiment
+from dljax.train.program import Program, RunOptions
+from dljax.train.signals import Preempted, StopSignals
+from dljax.train.state import TrainState, parameter_count, state_sha256
+from dljax.train.workdir import Workdir, write_json
+
+
+def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOptions = RunOptions()) -> TrainState:
+  """Trains to the end, or on from where the workdir's run was left; a finished run is only restored.
+
+  Args:
+    experiment: what to train.
+    workdir: the run's folder; see `Workdir` for what it holds afterwards.
+    options: how to run.
+
+  Returns:
+    The last state. The best one is a checkpoint, named in result.json.
+
+  Raises:
+    UserError: bad input; nothing was written.
+    metrics.Diverged: the loss or gradient was not finite.
+    Preempted: SIGTERM or Ctrl-C; the state is saved.
+    CheckpointError: a checkpoint could not be written.
+  """
+  folder, config = Workdir(workdir), experiment.config
+  folder.check(config, options.resume)
+  metrics.check_wandb(options.wandb)
+  program = Program(experiment, options)
+  for pipeline in (experiment.train, *experiment.evals.values()):
+    pipeline.open()
+  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
+  if experiment.monitor:
+    _check_monitor(experiment, evaluator, program)
+  folder.acquire()
+  try:
+    checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
+    with StopSignals() as signals, checkpointer:
+      return _Run(experiment, folder, options, program, evaluator, checkpointer, signals).run()
+  finally:
+    folder.release()
+
+
+def _check_monitor(experiment: Experiment, evaluator: Evaluator, program: Program) -> None:
+  split, _, name = experiment.monitor.partition("/")
+  if split not in experiment.evals:
+    raise unknown("--config.monitor", experiment.monitor, [f"{s}/{name}" for s in experiment.evals])
+  state = program.abstract_state
+  known = evaluator.metric_names(state.variables, state.rng, experiment.evals[split])
+  if name not in known:
+    raise unknown("--config.monitor", experiment.monitor, [f"{split}/{n}" for n in known])
+
+
+class _Run:
+  """One call of `fit`, past all checks."""
+
+  def __init__(
+      self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program, evaluator: Evaluator,
+      checkpointer: Checkpointer, signals: StopSignals,
+  ):
+    self.experiment, self.config, self.options = experiment, experiment.config, options
+    self.folder, self.program, self.evaluator = folder, program, evaluator
+    self.checkpointer, self.signals = checkpointer, signals
+    self.tracker = optim.Tracker()  # of the monitored metric
+    self.seconds, self.started = 0.0, time.monotonic()  # of earlier calls; the start of this one
+
+  def run(self) -> TrainState:
+    """Restores or begins, trains, and reports."""
+    total = self.config.total_steps
+    restored = self.checkpointer.restore(self.program.abstract_state)
+    if restored is None and self.options.resume == "must":
+      raise UserError(f"--resume=must: --workdir={self.folder.path} holds no intact checkpoint; drop the flag to start")
+    start = 0
+    if restored is not None:
+      start, state = restored.step, restored.state
+      self.tracker = optim.Tracker(**restored.host["tracker"])
+      self.seconds = restored.host["seconds"]
+      if self.folder.is_finished(total) and self.folder.result()["steps"] == start:
+        return state
+      if start > total:
+        raise UserError(f"--config.total_steps={total}: --workdir={self.folder.path} has done {start} steps already; "
+                        "ask for more, or name another --workdir")
+    if jax.process_index() == 0:
+      self.folder.begin(self.config, self.experiment.assets())
+    if restored is None:
+      state = self.program.init_state()
+    elif start < total:
+      metrics.say(f"continuing from step {start}")
+    with metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict()) as writer:
+      state = self._train(state, start, writer)
+    self._report(state)
+    return state
+
+  def _train(self, state: TrainState, start: int, writer: metrics.MetricWriter) -> TrainState:
+    """Steps `start` to the end; logs, evaluates and saves on the way."""
+    config, mesh = self.config, self.program.mesh
+    load = lambda step: parallel.put_batch(self.experiment.train.batch(step), self.options.parallelism, mesh)
+    lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
+    log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
+    running = collections.deque()  # a small result of each step that may not be done yet
+    due = lambda every: done % every == 0 or done == config.total_steps
+    with contextlib.closing(prefetch(load, range(start, config.total_steps))) as batches, contextlib.closing(log):
+      for done, batch in enumerate(batches, start + 1):
+        self.signals.wait_for_step = True
+        state, out = self.program.train_step(state, batch, lr_scale)
+        running.append(out["failed_step"])
+        if len(running) == parallel.steps_in_flight(mesh):
+          running.popleft().block_until_ready()
+        log.step(done, out if due(config.log_every) else None)
+        # Several hosts must stop at the same step, and agree on it only now and then.
+        stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(self.signals.received)
+        if not (stopping or due(config.eval_every) or due(config.checkpoint_every)):
+          continue
+
+        with log.paused(out):  # every step until here is done and good
+          tracker = self.tracker
+          if due(config.eval_every):
+            self._evaluate(state, done, writer)
+            lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
+          exhausted = 0 < config.early_stopping_patience <= self.tracker.stale
+          is_best = self.tracker.best_step != tracker.best_step
+          if stopping or exhausted or is_best or due(config.checkpoint_every):
+            host = {"tracker": dataclasses.asdict(self.tracker), "best_step": self.tracker.best_step,
+                    "seconds": self._seconds()}
+            self.checkpointer.save(done, state, host)
+        if stopping:
+          raise Preempted(f"stopped after step {done}; the same command continues from there")
+        if exhausted:
+          metrics.say(f"stopped early at step {done}: {self.experiment.monitor} has not improved in "
+                      f"{self.tracker.stale} evaluations")
+          break
+    self.signals.wait_for_step = False
+    return state
+
+  def _evaluate(self, state: TrainState, step: int, writer: metrics.MetricWriter) -> None:
+    """Every split but test, and what the tracker makes of the monitored metric."""
+    values = {}
+    for split, pipeline in self.experiment.evals.items():
+      if split != "test":
+        found = self.evaluator.sums(state.variables, state.rng, pipeline, split)
+        writer.write(step, split, found)
+        values |= {f"{split}/{name}": value for name, value in found.items()}
+    monitor = self.experiment.monitor
+    if monitor:
+      higher = not metrics.lower_is_better(monitor)
+      self.tracker = optim.track(self.config.optimizer, self.tracker, step, values[monitor], higher)
+
+  def _report(self, state: TrainState) -> None:
+    """The metrics of the best state on every split, the pictures, and result.json."""
+    steps = checkpoint = int(state.step)
+    variables = state.variables
+    if self.experiment.monitor and self.tracker.best_step not in (-1, steps):
+      checkpoint = self.tracker.best_step
+      variables = self.checkpointer.restore(self.program.abstract_state, checkpoint).state.variables
+    assets = self.folder.read_assets()
+    found, figures = {}, {}
+    for split, pipeline in self.experiment.evals.items():
+      found[split], figures = self.evaluator.full(variables, state.rng, pipeline, split, assets)
+    digest = state_sha256(parallel.state_to_host(state, self.program.mesh))
+    if jax.process_index() != 0:
+      return
+    rows = report.read_metrics(self.folder.metrics_file)
+    figures["learning_curves"] = report.learning_curves(rows)
+    self.folder.figures.mkdir(exist_ok=True)
+    for stem, figure in figures.items():  # of the last split, the one that counts
+      report.save(figure, self.folder.figures / f"{stem}.png")
+    rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
+    write_json(self.folder.result_file, {
+        "family": self.config.family, "preset": self.config.preset, "steps": steps,
+        "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,
+        "params": parameter_count(state.params), "seconds": self._seconds(),
+        "examples_per_second": statistics.median(rates) if rates else None, "seed": self.config.seed,
+        "devices": f"{self.program.mesh.devices.size} x {jax.devices()[0].device_kind}", "state_sha256": digest,
+    })
+
+  def _seconds(self) -> float:
+    return round(self.seconds + time.monotonic() - self.started, 3)

@@ -1,0 +1,197 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dljax import report
+from dljax.errors import UserError
+from dljax.train.experiment import Experiment
+from dljax.train.state import NOT_FAILED
+
+# Of these, less is better; of all other metrics, more.
+_LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "bits_per", "distance")
+
+
+def lower_is_better(metric: str) -> bool:
+  """Whether a smaller value of the metric ("validation/loss") is the better one."""
+  return any(word in metric.rpartition("/")[2] for word in _LOWER_IS_BETTER)
+
+
+class MetricWriter:
+  """Writes each logged point to metrics.jsonl, to TensorBoard and, if asked, to Weights & Biases.
+
+  Opened at a resumed step, it drops what a run that was cut off logged beyond it, so that each step
+  stands in metrics.jsonl once. The first host writes; on the others it does nothing.
+  """
+
+  def __init__(self, workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any]):
+    """
+    Args:
+      workdir: where metrics.jsonl and the TensorBoard event files lie.
+      step: the last completed step; rows after it are dropped.
+      wandb_project: the Weights & Biases project, or "" for none.
+      config: sent to Weights & Biases.
+    """
+    self._open = jax.process_index() == 0
+    if not self._open:
+      return
+    from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
+
+    path = workdir / "metrics.jsonl"
+    rows = report.read_metrics(path) if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    os.replace(temporary, path)
+    self._file = path.open("a")
+    self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+    self._wandb = None
+    if wandb_project:
+      self._wandb = _wandb_module().init(
+          project=wandb_project, dir=str(workdir), name=workdir.name, id=workdir.name, resume="allow",
+          config=dict(config))
+
+  def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    """Writes one row: the step, the split ("train", "validation", ...) and plain numbers."""
+    if not self._open:
+      return
+    self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(f"{split}/{name}", value, step)
+    if self._wandb:
+      self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._open:
+      self._file.close()
+      self._board.close()
+      if self._wandb:
+        self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+  """Raises a UserError if Weights & Biases is asked for and not installed."""
+  if project:
+    _wandb_module()
+
+
+def _wandb_module():
+  try:
+    import wandb  # pylint: disable=g-import-not-at-top
+  except ImportError:
+    raise UserError("--wandb: Weights & Biases is not installed; run `pip install wandb` or drop the flag") from None
+  return wandb
+
+
+class Progress:
+  """A progress bar with the newest numbers and the time left; on a terminal or in a log file."""
+
+  def __init__(self, total: int, initial: int, name: str, show: bool):
+    from tqdm import tqdm  # pylint: disable=g-import-not-at-top
+
+    # In a file each refresh is a line of its own: one in ten seconds is enough.
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    self._bar = tqdm(total=total, initial=initial, desc=name, unit="step", mininterval=interval,
+                     maxinterval=interval, dynamic_ncols=True, disable=not (show and jax.process_index() == 0))
+
+  def advance(self) -> None:
+    """One step more."""
+    self._bar.update(1)
+
+  def show(self, values: Mapping[str, float]) -> None:
+    """Shows the newest numbers beside the bar."""
+    self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+
+  def close(self) -> None:
+    """Leaves the last state of the bar on the screen."""
+    self._bar.close()
+
+
+def say(text: str) -> None:
+  """Prints a line on the first host, above a progress bar if there is one."""
+  from tqdm import tqdm  # pylint: disable=g-import-not-at-top
+
+  if jax.process_index() == 0:
+    tqdm.write(text, file=sys.stderr)
+
+
+def progress(items: Iterable[Any], name: str, total: int | None = None) -> Iterator[Any]:
+  """Iterates with a progress bar that goes away when it is done."""
+  from tqdm import tqdm  # pylint: disable=g-import-not-at-top
+
+  yield from tqdm(items, desc=name, total=total, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30.0,
+                  delay=1.0, dynamic_ncols=True)
+
+
+class Diverged(RuntimeError):
+  """The loss or the gradient was not finite; the checkpoints are from before."""
+
+
+class TrainLog:
+  """The numbers of the train steps: on the bar and in the files, one log late, so that dispatch never waits."""
+
+  def __init__(self, experiment: Experiment, start: int, writer: MetricWriter, show: bool):
+    config = experiment.config
+    self._summarize, self._batch_size, self._writer = experiment.task.summarize, config.batch_size, writer
+    self._bar = Progress(config.total_steps, start, f"{config.family} {config.preset}", show)
+    self._pending: tuple[int, Any, float] | None = None
+    self._clock: tuple[int, float] | None = None  # a step and when it was dispatched
+
+  def step(self, step: int, out: Any | None) -> None:
+    """Counts a step that was dispatched; `out` is what it returned, if it is to be logged."""
+    self._bar.advance()
+    now = time.monotonic()
+    if self._clock is None:
+      self._clock = step, now  # the first step compiled; it tells nothing about the rate
+    if out is not None:
+      self._flush()
+      rate = (step - self._clock[0]) * self._batch_size / (now - self._clock[1]) if step > self._clock[0] else None
+      self._pending, self._clock = (step, out, rate), (step, now)
+
+  @contextlib.contextmanager
+  def paused(self, out: Any) -> Iterator[None]:
+    """Waits for the step that returned `out`, and does not count what happens inside as training time."""
+    jax.block_until_ready(out)
+    start = time.monotonic()
+    self._flush()
+    _check_finite(out)
+    yield
+    self._clock = self._clock[0], self._clock[1] + time.monotonic() - start
+
+  def _flush(self) -> None:
+    if self._pending is None:
+      return
+    (step, out, rate), self._pending = self._pending, None
+    _check_finite(out)
+    values = _scalars(out, self._summarize)
+    if rate is not None:
+      values["examples_per_second"] = rate
+    self._writer.write(step, "train", values)
+    self._bar.show(values)
+
+  def close(self) -> None:
+    self._bar.close()
+
+
+def _check_finite(out: Any) -> None:
+  failed = int(out["failed_step"])
+  if failed != NOT_FAILED:
+    raise Diverged(f"the loss or the gradient of step {failed} is not finite; the checkpoints are from before it. "
+                   "Try a smaller --config.optimizer.learning_rate or --config.optimizer.clip_norm=1")
+
+
+def _scalars(metrics: Mapping[str, Any], summarize: Callable[..., Mapping[str, float]]) -> dict[str, float]:
+  """The numbers of one train step, on the host: the task's and the engine's own."""
+  own = {k: float(v) for k, v in metrics.items() if k not in ("sums", "failed_step")}
+  return {**summarize(metrics["sums"]), **own}

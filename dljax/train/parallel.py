@@ -1,0 +1,266 @@
+"""Devices: the mesh, who holds what, and the only place that says jit or pmap.
+
+A step is a pure function; `compile_step` compiles it for many devices, one way or the other:
+
+- "jit": arrays are global, sharded by NamedSharding over a mesh with the axes `data`, `fsdp` and
+  `tensor`; XLA inserts the collectives.
+- "pmap": each device traces the step on its own rows, and `ops.collectives` inserts them. Data
+  parallel only; kept for code bases that still live in pmap.
+
+Under both the state has no device axis, so a checkpoint of one restores under the other.
+"""
+
+import functools
+import glob
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dljax.errors import UserError
+from dljax.ops import collectives
+from dljax.train.state import TrainState
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the axes that split a batch
+HOST = "host/"  # fields of a batch that stay on the host
+_PMAP_AXIS = "batch"
+
+Mode = Literal["jit", "pmap"]
+# What an argument or result of a step is: the TrainState (or part of one), rows of a batch, or the
+# same everywhere.
+Role = Literal["state", "batch", "shared"]
+
+
+def initialize() -> None:
+  """Joins the other hosts, where the environment says that there may be some.
+
+  A TPU pod, SLURM and Open MPI are recognised; anywhere else set JAX_COORDINATOR_ADDRESS
+  (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  env = os.environ
+  if "JAX_COORDINATOR_ADDRESS" in env:
+    try:
+      count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+    except (KeyError, ValueError):
+      raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole "
+                      "numbers too, or unset it") from None
+    jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    return
+  on_tpu = bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
+  tasks = int(env.get("SLURM_NTASKS", env.get("OMPI_COMM_WORLD_SIZE", "1")))
+  if tasks > 1 or (on_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")):
+    jax.distributed.initialize()
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """"data:4,fsdp:2" -> {"data": 4, "fsdp": 2, "tensor": 1}; "" -> {} (all devices on `data`)."""
+  if not text:
+    return {}
+  sizes = dict.fromkeys(AXES, 1)
+  for part in text.split(","):
+    name, _, size = part.partition(":")
+    if name not in AXES or not size.isdigit() or int(size) < 1:
+      raise UserError(f"--mesh: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; write it as "
+                      "--mesh=data:4,fsdp:2,tensor:1")
+    sizes[name] = int(size)
+  return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], mode: Mode = "jit", devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh of `sizes` over `devices` (all there are by default; the first ones if it needs fewer).
+
+  Raises:
+    UserError: the mesh needs more devices than there are, or another number where several hosts
+      take part; or pmap is asked to shard parameters.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = dict(sizes) or {"data": len(devices), "fsdp": 1, "tensor": 1}
+  shape = tuple(sizes[axis] for axis in AXES)
+  count = math.prod(shape)
+  if mode == "pmap" and count != sizes["data"]:
+    raise UserError("--parallelism=pmap is data parallel only; use --parallelism=jit with fsdp or tensor axes")
+  if count > len(devices) or (jax.process_count() > 1 and count != len(devices)):
+    text = ",".join(f"{k}:{v}" for k, v in sizes.items())
+    raise UserError(f"--mesh={text} needs {count} devices and there are {len(devices)}; "
+                    f"choose sizes whose product is {len(devices)}")
+  return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
+  """Raises a UserError unless every device gets the same number of rows of every micro-batch."""
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if batch_size % (shards * accumulation):
+    micro = f" times {accumulation} micro-batches" if accumulation > 1 else ""
+    raise UserError(f"{flag}={batch_size} does not divide over {shards} devices{micro}; "
+                    f"choose a multiple of {shards * accumulation}")
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+  """The sharding of each array of a TrainState (or of a part of one), from its shape.
+
+  `tensor` splits the last dimension of matrices and kernels, and `fsdp` the largest dimension that
+  is left and that it divides. The model state, counters and keys are the same everywhere.
+  """
+  replicated = NamedSharding(mesh, P())
+  if isinstance(state, TrainState):
+    shard = lambda tree: jax.tree.map(lambda x: NamedSharding(mesh, _spec(x.shape, mesh)), tree)
+    fixed = lambda tree: jax.tree.map(lambda _: replicated, tree)
+    return state.replace(
+        step=replicated, rng=replicated, failed_step=replicated, model_state=fixed(state.model_state),
+        params=shard(state.params), opt_state=shard(state.opt_state), ema=shard(state.ema))
+  return jax.tree.map(lambda _: replicated, state)
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+  axes: list[str | None] = [None] * len(shape)
+  if mesh.shape["tensor"] > 1 and len(shape) > 1 and shape[-1] % mesh.shape["tensor"] == 0:
+    axes[-1] = "tensor"
+  if mesh.shape["fsdp"] > 1:
+    free = [d for d in range(len(shape)) if axes[d] is None and shape[d] and shape[d] % mesh.shape["fsdp"] == 0]
+    if free:
+      axes[max(free, key=lambda d: shape[d])] = "fsdp"
+  return P(*axes)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes and dtypes of `tree` with their shardings: what a restore or a compilation needs."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def init_state(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+  """Runs the pure function `create` on the mesh; every device makes only what it holds."""
+  return jax.jit(create, out_shardings=state_shardings(jax.eval_shape(create), mesh))()
+
+
+def abstract_state(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+  """The shapes, dtypes and shardings of the state that `init_state` would make."""
+  shapes = jax.eval_shape(create)
+  return abstract(shapes, state_shardings(shapes, mesh))
+
+
+def compile_step(
+    step: Callable[..., Any], mode: Mode, mesh: Mesh, *, inputs: Sequence[Role], outputs: Sequence[Role],
+    donate: Sequence[int] = (),
+) -> Callable[..., Any]:
+  """Compiles a pure step for the devices of `mesh`, as "jit" or as "pmap".
+
+  Args:
+    step: a function of arrays that returns a tuple, one entry per role of `outputs`.
+    mode: which of the two.
+    mesh: the devices.
+    inputs: the role of each argument. Batches come from `put_batch`.
+    outputs: the role of each result.
+    donate: the arguments whose buffers the results take over.
+
+  Returns:
+    The compiled function. It has `.lower(*arguments)` too, for abstract arguments.
+  """
+  if mode == "pmap":
+    def mapped(*args):
+      with collectives.axis_context(_PMAP_AXIS):
+        return step(*args)
+
+    axes = {"batch": 0, "state": None, "shared": None}
+    return jax.pmap(
+        mapped, axis_name=_PMAP_AXIS, in_axes=tuple(axes[r] for r in inputs),
+        out_axes=tuple(axes[r] for r in outputs), devices=list(mesh.devices.flat), donate_argnums=tuple(donate))
+
+  shardings = {"batch": batch_sharding(mesh), "shared": NamedSharding(mesh, P()), "state": None}
+
+  @functools.wraps(step)
+  def constrained(*args):
+    results = step(*args)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, state_shardings(tree, mesh))
+    return tuple(constrain(x) if r == "state" else x for x, r in zip(results, outputs, strict=True))
+
+  return jax.jit(
+      constrained, in_shardings=tuple(shardings[r] for r in inputs),
+      out_shardings=tuple(shardings[r] for r in outputs), donate_argnums=tuple(donate))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """How a batch lies on the mesh: split over its leading axis."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mode: Mode, mesh: Mesh) -> dict[str, Any]:
+  """The global batch of `spec` as `compile_step(...).lower` takes it."""
+  count = mesh.devices.size
+  shape = lambda s: (count, s.shape[0] // count, *s.shape[1:]) if mode == "pmap" else s.shape
+  return {k: jax.ShapeDtypeStruct(shape(s), s.dtype, sharding=batch_sharding(mesh)) for k, s in spec.items()
+          if not k.startswith(HOST)}
+
+
+def abstract_shared(value: np.generic, mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """A host scalar as `compile_step(...).lower` takes it."""
+  return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, P()))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh) -> dict[str, jax.Array]:
+  """Puts this host's rows on its devices, without the host's own fields; does not wait.
+
+  Returns:
+    Global arrays [B, ...], or [devices, B / devices, ...] for pmap.
+  """
+  sharding = batch_sharding(mesh)
+  count = len(mesh.local_devices)
+  split = lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]) if mode == "pmap" else x
+  return {k: jax.make_array_from_process_local_data(sharding, split(np.asarray(v)))
+          for k, v in batch.items() if not k.startswith(HOST)}
+
+
+def put_shared(value: Any, mesh: Mesh) -> Any:
+  """Puts the same host value on every device."""
+  return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), value)
+
+
+def rows_to_host(tree: Any, mode: Mode) -> Any:
+  """Results with role "batch" as NumPy arrays [B, ...], from all hosts."""
+  if jax.process_count() > 1:
+    tree = _multihost().process_allgather(tree, tiled=True)
+  merge = lambda x: x.reshape(-1, *x.shape[2:]) if mode == "pmap" else x
+  return jax.tree.map(lambda x: merge(np.asarray(x)), tree)
+
+
+def gather_hosts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The global batch on every host, its rows in the order of `rows_to_host`; text stays at home."""
+  if jax.process_count() == 1:
+    return dict(batch)
+  numbers = {k: v for k, v in batch.items() if v.dtype.kind not in "OUS"}
+  return _multihost().process_allgather(numbers, tiled=True)
+
+
+def state_to_host(state: Any, mesh: Mesh) -> Any:
+  """A state as unsharded NumPy arrays, on every host."""
+  if jax.process_count() > 1:
+    state = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(state)
+  return jax.tree.map(np.asarray, state)
+
+
+def any_host(flag: bool) -> bool:
+  """Whether `flag` is true on any host; every host must call it at the same step."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(_multihost().process_allgather(np.array(flag))))
+
+
+def _multihost():
+  from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+  return multihost_utils
+
+
+def steps_in_flight(mesh: Mesh) -> int:
+  """How many steps may be dispatched and not done.
+
+  Two keep a device busy. Virtual CPU devices share one thread pool, in which the collectives of two
+  steps at once can wait for each other for ever: one there.
+  """
+  virtual = mesh.devices.flat[0].platform == "cpu" and len(mesh.local_devices) > 1
+  return 1 if virtual else 2

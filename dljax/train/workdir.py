@@ -1,0 +1,183 @@
+"""The folder of a run: who may write in it, what ran there, and where each thing lies."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from dljax.config import flatten
+from dljax.errors import UserError
+
+# A run may continue with other values of these; of nothing else.
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every")
+_PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON so that a crash leaves the old file or the new one, never a part."""
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("w") as file:
+    json.dump(value, file, indent=2)
+    file.write("\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+  """Reads JSON.
+
+  Raises:
+    UserError: the file holds something else.
+  """
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError):
+    raise UserError(f"{path} is not JSON; restore it from a copy, or start afresh in another --workdir") from None
+
+
+class Workdir:
+  """A run's folder.
+
+  Attributes:
+    path: the folder.
+    checkpoints, data, figures: its parts.
+    config_file, metrics_file, result_file: its files.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    self.path = Path(path)
+    self.checkpoints = self.path / "checkpoints"
+    self.data = self.path / "data"
+    self.figures = self.path / "figures"
+    self.config_file = self.path / "config.json"
+    self.metrics_file = self.path / "metrics.jsonl"
+    self.result_file = self.path / "result.json"
+    self._lock = None
+
+  def check(self, config: ml_collections.ConfigDict, resume: str) -> None:
+    """Raises a UserError unless a run of `config` may start or continue here. Writes nothing."""
+    where = f"--workdir={self.path}"
+    if self.path.exists() and not self.path.is_dir():
+      raise UserError(f"{where} is a file; name a folder")
+    parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+      raise UserError(f"{where} is not writable; name a folder that you may write to")
+    if not self.config_file.exists():
+      if resume == "must":
+        raise UserError(f"--resume=must: {where} holds no run; drop the flag to start one")
+      return
+    if resume == "never":
+      raise UserError(f"--resume=never: {where} holds a run; name another --workdir, or delete it to start afresh")
+    self._check_same(read_json(self.config_file)["config"], config)
+
+  def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
+    # Through JSON, where a tuple is a list.
+    old, new = flatten(old), flatten(json.loads(json.dumps(config.to_dict())))
+    differ = [
+        f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if key not in _MAY_CHANGE and (key not in old or key not in new or old[key] != new[key])
+    ]
+    if differ:
+      raise UserError(f"--workdir={self.path} holds a run with a different config: {'; '.join(differ)}; name "
+                      "another --workdir, or delete it to start afresh")
+
+  def acquire(self) -> None:
+    """Makes the folder and locks it until this process ends, however it ends."""
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = (self.path / ".lock").open("a+")
+    except OSError as error:
+      raise UserError(f"--workdir={self.path} is not writable ({error.strerror}); name a folder that you may "
+                      "write to") from None
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      self._lock.seek(0)
+      pid = self._lock.read().strip() or "unknown"
+      self._lock.close()
+      raise UserError(f"--workdir={self.path} is in use by process {pid}; wait for it, stop it, or name another "
+                      "--workdir") from None
+    self._lock.truncate(0)
+    self._lock.write(str(os.getpid()))
+    self._lock.flush()
+
+  def release(self) -> None:
+    """Gives the lock back."""
+    if self._lock:
+      self._lock.close()
+      self._lock = None
+
+  def begin(self, config: ml_collections.ConfigDict, assets: Mapping[str, Any]) -> None:
+    """Notes that a run of `config` starts or continues: config.json, and what was fitted to the data."""
+    self.result_file.unlink(missing_ok=True)
+    write_json(self.config_file, {
+        "config": config.to_dict(),
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+    })
+    self.data.mkdir(exist_ok=True)
+    for stem, value in assets.items():
+      write_json(self.data / f"{stem}.json", value)
+
+  def read_config(self) -> ml_collections.ConfigDict:
+    """The config that ran here.
+
+    Raises:
+      UserError: the folder holds no run.
+    """
+    if not self.config_file.exists():
+      raise UserError(f"--workdir={self.path} holds no run; name the folder of one, or train first")
+    return ml_collections.ConfigDict(_with_tuples(read_json(self.config_file)["config"]))
+
+  def read_assets(self) -> dict[str, Any]:
+    """What was fitted to the data, by file stem."""
+    return {path.stem: read_json(path) for path in sorted(self.data.glob("*.json"))}
+
+  def result(self) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    return read_json(self.result_file) if self.result_file.exists() else None
+
+  def is_finished(self, total_steps: int) -> bool:
+    """Whether a run of `total_steps` (or fewer, by early stopping) ended here."""
+    result = self.result()
+    return result is not None and result["total_steps"] == total_steps
+
+
+def _with_tuples(value: Any) -> Any:
+  """Lists as the tuples that they were before JSON."""
+  if isinstance(value, dict):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(_with_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _git_commit() -> str | None:
+  """The commit of the checkout that dljax runs from, with "+" where files were changed."""
+  folder = Path(__file__).parent
+
+  def git(*arguments):
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True,
+                          timeout=10).stdout.strip()
+
+  try:
+    git("ls-files", "--error-unmatch", __file__)  # not some other repository around the environment
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+  except (OSError, subprocess.SubprocessError):
+    return None

@@ -1,0 +1,49 @@
+"""LeNet-5 on handwritten digits.
+
+  python -m experiments.lenet
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+
+from dljax import errors, image_classification, launch
+from dljax.models import lenet
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "The 8x8 digits that ship inside scikit-learn; offline, under a minute.",
+    "mnist": "MNIST, as in LeCun et al. 1998.",
+    "fashion_mnist": "Fashion-MNIST.",
+}
+ACTIVATIONS = {"tanh": jnp.tanh, "relu": nn.relu}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  config = image_classification.config("lenet", preset, data=preset, variant="lenet5", optimizer="adam")
+  config.model.update({"activation": "tanh", "pool": "avg"})
+  config.optimizer.update({"learning_rate": 2e-3, "warmup_fraction": 0.05})
+  if preset == "digits":
+    config.data.update({"image_shape": (32, 32, 1), "resize": "bilinear", "pad_crop": 3})
+    config.update({"total_steps": 1500, "batch_size": 128, "log_every": 25, "eval_every": 250, "checkpoint_every": 500})
+  else:
+    config.update({"total_steps": 8000, "batch_size": 128, "log_every": 50, "eval_every": 420, "checkpoint_every": 2100})
+    config.data.update({"pad_crop": 2})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, lenet.VARIANTS)
+  model = variant(
+      num_classes=config.data.num_classes,
+      activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),
+      pool=config.model.pool, dtype=image_classification.dtype(config), remat=config.model.remat)
+  return image_classification.build(config, model)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)

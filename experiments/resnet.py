@@ -1,0 +1,61 @@
+"""Residual networks: 18 to 152 layers for ImageNet, 20, 32 and 56 for small images.
+
+  python -m experiments.resnet
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, launch
+from dljax.models import resnet
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "ResNet-20 on the 8x8 digits that ship inside scikit-learn, at 16x16; offline, minutes.",
+    "fashion_mnist": "ResNet-20 on Fashion-MNIST.",
+    "cifar10": "ResNet-20 on CIFAR-10, as in He et al. 2016, section 4.2.",
+    "imagenet2012": "ResNet-50 on ImageNet, with the recipe of Goyal et al. 2017.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  variant = "resnet50" if preset == "imagenet2012" else "resnet20"
+  config = image_classification.config("resnet", preset, data=preset, variant=variant, optimizer="nesterov")
+  config.model.update({"small_stem": preset != "imagenet2012", "zero_init_residual": preset == "imagenet2012"})
+  config.optimizer.update({"weight_decay": 5e-4, "warmup_fraction": 0.05})
+  if preset == "digits":
+    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
+    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  elif preset == "fashion_mnist":
+    config.data.update({"pad_crop": 2, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+    config.optimizer.update({"learning_rate": 0.2, "schedule": "linear", "warmup_fraction": 0.2})
+    config.update({"total_steps": 6000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  elif preset == "cifar10":
+    config.data.update({"pad_crop": 4, "flip": True})
+    config.optimizer.update({
+        "name": "momentum", "schedule": "step", "decay_boundaries": (0.5, 0.75), "weight_decay": 0.0, "l2": 1e-4,
+        "warmup_fraction": 0.0})
+    config.update({"total_steps": 64_000, "log_every": 100, "eval_every": 2000, "checkpoint_every": 2000})
+  else:
+    config.optimizer.update({
+        "name": "nesterov", "schedule": "step", "decay_boundaries": (1 / 3, 2 / 3, 8 / 9), "weight_decay": 0.0,
+        "l2": 1e-4, "warmup_fraction": 5 / 90})
+    config.update({"total_steps": 450_360, "batch_size": 256, "eval_batch_size": 256, "log_every": 100,
+                   "eval_every": 5004, "checkpoint_every": 5004})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, resnet.VARIANTS)
+  model = variant(
+      num_classes=config.data.num_classes, small_stem=config.model.small_stem,
+      zero_init_residual=config.model.zero_init_residual, dtype=image_classification.dtype(config),
+      remat=config.model.remat)
+  return image_classification.build(config, model)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)
