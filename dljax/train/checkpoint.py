@@ -143,12 +143,12 @@ class Checkpointer:
     for name, entry in manifest["assets"].items() if self._assets else ():
       if fault := _file_fault(self._assets / name, entry):
         raise UserError(f"{self._assets / name}: {fault}, so checkpoint {step} cannot be used; put it back")
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     args = _orbax().args.PyTreeRestore(
         item=wanted,
         restore_args={
             name: _orbax().ArrayRestoreArgs(
-                dtype=leaf.dtype, global_shape=leaf.shape,
-                sharding=getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+                dtype=leaf.dtype, global_shape=leaf.shape, sharding=getattr(leaf, "sharding", None) or first)
             for name, leaf in wanted.items()
         })
     self._manager.reload()
@@ -203,8 +203,13 @@ class Checkpointer:
   def _commit(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
     """In the background: waits for Orbax, writes the manifest, and then lets old steps go."""
     self._manager.wait_until_finished()
-    if jax.process_index() != 0:
-      return
+    try:
+      if jax.process_index() == 0:
+        self._finalize(step, leaves, host)
+    finally:  # a step exists on every process at once; in a thread, only this kind of barrier is safe
+      _orbax().multihost.get_barrier_sync_fn()(key=f"manifest:{step}", timeout_ms=600_000)
+
+  def _finalize(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
     directory = self._path(step)
     manifest = {
         "step": step,
@@ -214,12 +219,11 @@ class Checkpointer:
         "assets": _describe(self._assets) if self._assets else {},
     }
     _write_durably(directory / MANIFEST, _sealed(manifest))
-    keep = {*self.steps()[-self._keep:], host.get("best_step")}
-    for old in self.steps():
-      if old not in keep:
-        # Renamed first: a step that is half deleted would look like a corrupt one.
-        doomed = self._path(old).rename(self.directory / f"deleting-{old}")
-        shutil.rmtree(doomed, ignore_errors=True)
+    steps = self.steps()
+    for old in {*steps[:-self._keep]} - {host.get("best_step")}:
+      # Renamed first: a step that is half deleted would look like a corrupt one.
+      doomed = self._path(old).rename(self.directory / f"deleting-{old}")
+      shutil.rmtree(doomed, ignore_errors=True)
 
   def _choose(self, step: int | None) -> int:
     """The step to restore, verified, or `_NONE`; sets corrupt ones aside where no step was asked for."""
@@ -272,8 +276,8 @@ class Checkpointer:
       new = f"{wanted[name].dtype.name}{list(wanted[name].shape)}" if name in wanted else "absent"
       if old != new:
         raise UserError(
-            f"checkpoint {step} in {self.directory} does not fit this config: {name} is {old} there and {new} "
-            f"here; use the config that it was saved with")
+            f"checkpoint {step} in {self.directory} does not fit this config: {name} is {old} there and "
+            f"{new} here; use the config that it was saved with")
 
   def _manifest(self, step: int) -> dict[str, Any] | None:
     """The manifest of a step, or None if it is missing, damaged or another step's."""
@@ -298,6 +302,7 @@ class Checkpointer:
 
   def _error(self, step: int, reason: object) -> CheckpointError:
     line = str(reason).partition("\n")[0] or type(reason).__name__
+    line = line if len(line) <= 200 else f"... {line[-200:]}"  # TensorStore says what happened at the end
     return CheckpointError(f"checkpoint {step} in {self.directory} was not saved: {line}")
 
 
