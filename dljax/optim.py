@@ -53,7 +53,7 @@ from dljax.errors import UserError, unknown
 
 PyTree = Any
 
-# What the papers or their authors' code use. The fields that a rule does not read keep the common value.
+# Decay rates and eps as published (adagrad, rmsprop: torch's eps); learning rates and decay are usual starts.
 _PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "sgd": {"learning_rate": 0.1},
     "momentum": {"learning_rate": 0.1, "momentum": 0.9},
@@ -73,7 +73,7 @@ _ONE_CYCLE_RISE, _ONE_CYCLE_START = 0.3, 1 / 25  # share of the steps, share of 
 
 
 def default_config(name: str = "adamw") -> ml_collections.ConfigDict:
-  """The config of optimizer `name` with its published numbers.
+  """The config of optimizer `name` with its usual numbers.
 
   Setting only `config.name` afterwards keeps the other numbers as they are.
 
