@@ -178,7 +178,7 @@ class TrainLog:
     if rate is not None:
       values["examples_per_second"] = rate
     self._writer.write(step, "train", values)
-    self._bar.show(values)
+    self._bar.show({name: values[name] for name in ("loss", "learning_rate", "examples_per_second") if name in values})
 
   def close(self) -> None:
     self._bar.close()

@@ -49,12 +49,14 @@ class Program:
     self.mesh = parallel.make_mesh(options.mesh, mode, devices)
     parallel.check_batch_size("--config.batch_size", config.batch_size, self.mesh, config.accumulation)
     parallel.check_batch_size("--config.eval_batch_size", config.eval_batch_size, self.mesh)
-    tx, schedule = optim.make_optimizer(config.optimizer, config.total_steps)
+    players = experiment.task.players
+    # A player that moves n times a step walks through its schedule n times as fast.
+    tx = {p: optim.make_optimizer(config.optimizer, config.total_steps * players.count(p))[0] for p in set(players)}
+    schedule = optim.make_schedule(config.optimizer, config.total_steps)
     self._create = lambda: create_state(
         experiment.task, tx, experiment.batch_spec, config.seed, ema=config.ema_decay > 0)
     self.abstract_state = parallel.abstract_state(self._create, self.mesh)
-    players = dict.fromkeys(experiment.task.players)
-    optim.check_patterns(config.optimizer, *(player_params(self.abstract_state.params, p) for p in players))
+    optim.check_patterns(config.optimizer, *(player_params(self.abstract_state.params, p) for p in tx))
     train_step = step.make_train_step(
         experiment.task, tx, schedule, accumulation=config.accumulation, ema_decay=config.ema_decay)
     self.train_step = parallel.compile_step(

@@ -1,6 +1,7 @@
 """TrainState: everything that training changes, and nothing else."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -53,14 +54,14 @@ def replace_player_params(params: Any, player: str, new: Any) -> Any:
 
 
 def create_state(
-    task: Task, tx: optax.GradientTransformation, batch: Batch, seed: jax.Array | int, *,
+    task: Task, tx: Mapping[str, optax.GradientTransformation], batch: Batch, seed: jax.Array | int, *,
     ema: bool = False,
 ) -> TrainState:
   """A fresh state; a pure function, to be traced by `jax.eval_shape` or jit.
 
   Args:
     task: gives the variables.
-    tx: the optimizer, one for every player, each with a state of its own.
+    tx: player -> optimizer.
     batch: a batch or its specification; only shapes are read.
     seed: the run's seed.
     ema: whether to keep an average of the parameters.
@@ -74,7 +75,7 @@ def create_state(
       step=jnp.zeros((), jnp.int32),
       params=params,
       model_state=variables,
-      opt_state={p: tx.init(player_params(params, p)) for p in dict.fromkeys(task.players)},
+      opt_state={player: tx[player].init(player_params(params, player)) for player in dict.fromkeys(task.players)},
       rng=jax.random.key_data(key),
       ema=jax.tree.map(jnp.copy, params) if ema else {},
       failed_step=jnp.full((), NOT_FAILED, jnp.int32),

@@ -22,7 +22,7 @@ EvalStep = Callable[[Mapping[str, Any], jax.Array, Batch], tuple[Sums, Any]]
 
 
 def make_train_step(
-    task: Task, tx: optax.GradientTransformation, schedule: optax.Schedule, *,
+    task: Task, tx: Mapping[str, optax.GradientTransformation], schedule: optax.Schedule, *,
     accumulation: int = 1, ema_decay: float = 0.0,
 ) -> TrainStep:
   """Builds the pure function (state, batch, lr_scale) -> (state, metrics).
@@ -32,7 +32,7 @@ def make_train_step(
 
   Args:
     task: gives the loss.
-    tx: the optimizer. Its learning rate is a last factor, so that `lr_scale` scales it.
+    tx: player -> optimizer, whose learning rate is a last factor, so that `lr_scale` scales it.
     schedule: step -> learning rate, for the log only.
     accumulation: micro-batches per step; the gradient is that of the whole batch.
     ema_decay: decay of the average of the parameters that evaluation uses, where the state has one.
@@ -52,7 +52,7 @@ def make_train_step(
       grads, out = _gradient(task, params, model_state, batch, key, weights, player, accumulation)
       model_state = out.model_state
       own = player_params(params, player)
-      updates, opt_state[player] = tx.update(grads, opt_state[player], own)
+      updates, opt_state[player] = tx[player].update(grads, opt_state[player], own)
       updates = jax.tree.map(lambda u: u * lr_scale.astype(u.dtype), updates)
       params = replace_player_params(params, player, optax.apply_updates(own, updates))
       squared_norm += optax.tree.norm(grads, squared=True)

@@ -1,0 +1,253 @@
+"""What a dry run tells: the model's layers, and the compiled step's memory, work and communication.
+
+Nothing here runs a step. `summarize_compiled` reads a program compiled for any machine, there or not
+(see `dljax/train/topology.py`); `render_dry_run` makes it readable.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from dljax.train.flops import Layer, fold, totals
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+               "collective-permute", "collective-broadcast")
+MAX_LAYER_ROWS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on one device while the program runs, as its compiler planned them.
+
+  Attributes:
+    arguments: what goes in: the state and the batch.
+    outputs: what comes out.
+    aliased: the part of the outputs that takes over buffers of arguments (donated).
+    temporaries: everything between.
+    code: the program itself, where it lies in the device's memory.
+  """
+
+  arguments: int
+  outputs: int
+  aliased: int
+  temporaries: int
+  code: int
+
+  @property
+  def total(self) -> int:
+    """What must be free for it."""
+    return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """All collectives of one kind in one run of the program.
+
+  Attributes:
+    kind: one of `COLLECTIVES`.
+    count: how often one device takes part, each turn of a loop counted where its length is known.
+    size: bytes, the sum over them of what one device puts in or gets out, whichever is more. How much
+      of it crosses a wire depends on the algorithm (a ring all-reduce: nearly twice).
+  """
+
+  kind: str
+  count: int
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledSummary:
+  """What a compiled program says of itself, for one device; None where its compiler is silent.
+
+  Attributes:
+    memory: see `Memory`.
+    collectives: by kind, in the order of `COLLECTIVES`; kinds that do not occur are left out.
+    flops: the compiler's count. It knows no loop lengths: a loop's body is in it once.
+    bytes_accessed: the compiler's count of bytes read and written, with the same limit.
+    cycles: the TPU compiler's estimate for all kernels, communication not included.
+  """
+
+  memory: Memory
+  collectives: tuple[Collective, ...]
+  flops: float | None
+  bytes_accessed: float | None
+  cycles: int | None
+
+
+def summarize_compiled(compiled: jax.stages.Compiled) -> CompiledSummary:
+  """Reads a program compiled for CPU, GPU or TPU."""
+  stats = compiled.memory_analysis()
+  memory = Memory(
+      arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes, aliased=stats.alias_size_in_bytes,
+      temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes)
+  cost = compiled.cost_analysis() or {}
+  collectives, cycles = _read_hlo(compiled.as_text())
+  return CompiledSummary(memory, collectives, cost.get("flops"), cost.get("bytes accessed"), cycles or None)
+
+
+# One instruction of XLA's text form:   ROOT %name = f32[8,128]{1,0:T(8,128)} opcode(%a, %b), attributes
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations|true_computation|"
+                     r"false_computation)=\{?((?:%?[\w.-]+(?:, )?)+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,<=]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+  shape: str
+  opcode: str
+  rest: str  # operands and attributes
+
+  def operands(self) -> list[str]:
+    depth, end = 1, 0
+    while depth and end < len(self.rest):
+      depth += {"(": 1, ")": -1}.get(self.rest[end], 0)
+      end += 1
+    return re.findall(r"%([\w.-]+)", self.rest[:end])
+
+
+def _read_hlo(text: str) -> tuple[tuple[Collective, ...], int]:
+  """(collectives, estimated cycles) of one run of an optimised program."""
+  computations: dict[str, dict[str, _Instruction]] = {}
+  entry = ""
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = computations.setdefault(match[2], {})
+      entry = match[2] if match[1] else entry
+    elif match := _INSTRUCTION.match(line):
+      current[match[1]] = _Instruction(match[2], match[3], match[4])
+
+  counts, sizes, cycles = collections.Counter(), collections.Counter(), 0
+  for instruction, scope, times, fused in _walk(computations, entry, 1, False):
+    kind = instruction.opcode.removesuffix("-done")  # its pair, "-start", has other buffers in its result too
+    if kind in COLLECTIVES:
+      inputs = [scope[name] for name in instruction.operands() if name in scope]
+      if instruction.opcode != kind:
+        inputs = [scope[name] for start in inputs for name in start.operands() if name in scope]
+      counts[kind] += times
+      sizes[kind] += times * max(_bytes(instruction.shape), sum(_bytes(i.shape) for i in inputs))
+    if not fused and (match := _CYCLES.search(instruction.rest)):
+      cycles += times * int(match[1])
+  return tuple(Collective(kind, counts[kind], sizes[kind]) for kind in COLLECTIVES if kind in counts), cycles
+
+
+def _walk(
+    computations: Mapping[str, dict[str, _Instruction]], name: str, times: int, fused: bool,
+) -> Iterator[tuple[_Instruction, dict[str, _Instruction], int, bool]]:
+  """Each instruction under a computation, with its neighbours, how often it runs, and if within a kernel."""
+  scope = computations.get(name, {})
+  for instruction in scope.values():
+    yield instruction, scope, times, fused
+    if instruction.opcode.endswith(("-done", "-update")):
+      continue  # they name again what their "-start" calls
+    trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+    for called in _CALLED.findall(instruction.rest):
+      for callee in re.findall(r"[\w.-]+", called):
+        yield from _walk(computations, callee, times * int(trips[1]) if trips else times,
+                         fused or instruction.opcode == "fusion")
+
+
+def _bytes(shape: str) -> int:
+  """Bytes of all arrays in a shape of XLA's text form, e.g. "(f32[8,128]{1,0}, bf16[64])"."""
+  total = 0
+  for dtype, dims in _ARRAY.findall(shape):
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # s32, bf16, f8e4m3fn; c64 is 64 in all
+    total += math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d) * bits
+  return math.ceil(total / 8)
+
+
+def format_bytes(count: float) -> str:
+  """1536 -> "1.50 KiB"."""
+  return _format(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def format_flops(count: float) -> str:
+  """8_178_368_512 -> "8.18 GFLOP"."""
+  return _format(count, 1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"))
+
+
+def _format(count: float, base: int, units: Sequence[str]) -> str:
+  power = 0
+  while abs(count) >= base and power < len(units) - 1:
+    count, power = count / base, power + 1
+  return f"{count:.2f} {units[power]}" if power else f"{count:.0f} {units[0]}"
+
+
+def render_dry_run(
+    batch: Mapping[str, jax.ShapeDtypeStruct], rows: Sequence[Layer], step_flops: int, summary: CompiledSummary, *,
+    devices: int, machine: str, device_memory: int | None = None,
+) -> Any:
+  """A dry run as tables, for `rich.print`.
+
+  Args:
+    batch: field -> shape and dtype of the global batch.
+    rows: of the model, from `flops.task_layers`.
+    step_flops: of one train step, from `flops.count_flops`.
+    summary: of the compiled step.
+    devices: how many it was compiled for.
+    machine: what they are, e.g. "v5e:4x4" or "cpu".
+    device_memory: bytes of one device, where known.
+
+  Returns:
+    A `rich.console.Group`.
+  """
+  from rich import console, table  # pylint: disable=g-import-not-at-top
+
+  def make(title: str, *columns: str, right: int = 1) -> table.Table:
+    result = table.Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+      result.add_column(column, justify="right" if i >= right else "left", overflow="fold")
+    return result
+
+  fields = make("Batch, over all devices", "field", "shape", "type", right=3)
+  for name, spec in batch.items():
+    fields.add_row(name, _shape(spec.shape), str(spec.dtype))
+
+  model = make("Model: the forward pass of one training example", "layer", "type", "output", "parameters", "FLOPs",
+               right=3)
+  for row in fold(rows, MAX_LAYER_ROWS):
+    model.add_row(row.path or "(top)", row.kind, "" if row.shape is None else _shape(row.shape),
+                  f"{row.parameters:,}", format_flops(row.flops))
+  parameters, flops = totals(rows)
+  model.add_section()
+  model.add_row("total", "", "", f"{parameters:,}", format_flops(flops))
+
+  memory = summary.memory
+  step = make(f"Train step compiled for {machine}, {devices} device{'s' if devices > 1 else ''}", "", "")
+  step.add_row("FLOPs of one step, all devices", format_flops(step_flops))
+  step.add_row("FLOPs of one step, one device", format_flops(step_flops / devices))
+  if summary.flops is not None:
+    step.add_row("the compiler's count, one device", format_flops(summary.flops))
+  if summary.bytes_accessed is not None:
+    step.add_row("bytes read and written, one device", format_bytes(summary.bytes_accessed))
+  if summary.cycles is not None:
+    step.add_row("the compiler's estimate, without communication", f"{summary.cycles:,} cycles")
+  step.add_section()
+  step.add_row("memory of one device: arguments", format_bytes(memory.arguments))
+  step.add_row("results", format_bytes(memory.outputs))
+  step.add_row("of these in the arguments' place", format_bytes(memory.aliased))
+  step.add_row("temporaries", format_bytes(memory.temporaries))
+  step.add_row("program", format_bytes(memory.code))
+  step.add_row("total", format_bytes(memory.total))
+  if device_memory is not None:
+    share = memory.total / device_memory
+    step.add_row("the device has" if share <= 1 else "does not fit: the device has", format_bytes(device_memory))
+
+  moved = make("Collectives of one step, one device", "kind", "count", "bytes")
+  for collective in summary.collectives:
+    moved.add_row(collective.kind, str(collective.count), format_bytes(collective.size))
+  if not summary.collectives:
+    moved.add_row("none", "0", format_bytes(0))
+  return console.Group(fields, model, step, moved)
+
+
+def _shape(shape: Sequence[int]) -> str:
+  return " x ".join(map(str, shape)) or "scalar"

@@ -1,0 +1,98 @@
+"""Multilayer perceptrons, and Rosenblatt's perceptron of 1958.
+
+  python -m experiments.mlp
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import linen as nn
+
+from dljax import errors, image_classification, launch, optim
+from dljax.config import base_config
+from dljax.data import xor
+from dljax.errors import UserError
+from dljax.models import mlp
+from dljax.tasks import classification
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "64-512-512-10 on the 8x8 digits that ship inside scikit-learn; offline, seconds.",
+    "mnist": "784-512-512-10 on MNIST.",
+    "fashion_mnist": "784-512-512-10 on Fashion-MNIST.",
+    "xor": "2-8-2 on XOR, which the perceptron (--config.model.variant=perceptron) cannot learn.",
+}
+ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "logistic": nn.sigmoid}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  model = {"activation": "relu", "widths": (512, 512), "dropout": 0.0, "criterion": "softmax"}
+  if preset == "xor":
+    config = base_config(
+        "mlp", preset, total_steps=400, batch_size=32, eval_batch_size=100, eval_every=100, monitor="validation/accuracy",
+        optimizer=optim.default_config("adam"),
+        model=ml_collections.ConfigDict({"variant": "mlp", "dtype": "float32", "remat": False, "label_smoothing": 0.0,
+                                         **model, "widths": (8,)}))
+    config.optimizer.learning_rate = 1e-2
+    return config
+  config = image_classification.config("mlp", preset, data=preset, variant="mlp", optimizer="adamw")
+  config.model.update(model)
+  config.optimizer.learning_rate = 1e-3
+  if preset == "digits":
+    config.update({"total_steps": 1000, "log_every": 25, "eval_every": 200, "checkpoint_every": 500})
+  else:
+    config.model.dropout = 0.2
+    config.optimizer.update({"weight_decay": 0.05})
+    config.data.pad_crop = 1
+    config.update({"total_steps": 16_880, "log_every": 100, "eval_every": 844, "checkpoint_every": 4220})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  num_classes = 2 if config.preset == "xor" else config.data.num_classes
+  variant = errors.choose("--config.model.variant", config.model.variant, mlp.VARIANTS)
+  sizes = {"widths": config.model.widths} if config.model.variant == "mlp" else {}
+  model = variant(
+      num_classes=num_classes, dropout=config.model.dropout, dtype=image_classification.dtype(config),
+      activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),
+      remat=config.model.remat, **sizes)
+  if config.preset != "xor":
+    return image_classification.build(config, model)
+  train, evals = xor.pipelines(config.batch_size, config.eval_batch_size, config.seed)
+  spec = {"image": jax.ShapeDtypeStruct((config.batch_size, 2), np.float32),
+          "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
+          "mask": jax.ShapeDtypeStruct((config.batch_size,), np.float32)}
+  task = classification.Classification(
+      model=model, num_classes=2, label_smoothing=config.model.label_smoothing, criterion=config.model.criterion)
+  return Experiment(
+      task=task, train=train, evals=evals, batch_spec=spec, config=config, monitor=config.monitor or None,
+      encode=_encode_points, decode=classification.decode, assets=lambda: {"classes": ["same", "different"]})
+
+
+def _encode_points(paths, assets):
+  """Points from .npy files of shape [n, 2] or [2]."""
+  del assets
+  points, names, skipped = [], [], []
+  for path in paths:
+    try:
+      found = np.atleast_2d(np.load(path)).astype(np.float32)
+      if found.ndim != 2 or found.shape[1] != 2:
+        raise ValueError(f"has shape {found.shape}, not [n, 2]")
+    except FileNotFoundError:
+      raise UserError(f"--input: there is no {path}") from None
+    except (OSError, ValueError) as error:
+      skipped.append(f"{path}: {error}")
+      continue
+    points.append(found)
+    names += [f"{path}[{i}]" for i in range(len(found))]
+  image = np.concatenate(points) if points else np.zeros((0, 2), np.float32)
+  return {"image": image, "mask": np.ones(len(image), np.float32)}, names, skipped
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)
