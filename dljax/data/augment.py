@@ -18,17 +18,17 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
   Returns:
     f32[N, H, W, C].
   """
-  n, h, w, c = images.shape
-  # Broadcasting over rows of W C values instead of over C: NumPy's inner loop would have 1 or 3 elements.
-  scale = np.tile(1 / (255 * np.asarray(std)), w).astype(np.float32)
-  shift = np.tile(255 * np.asarray(mean), w).astype(np.float32)
-  out = np.subtract(images.reshape(n * h, w * c), shift, dtype=np.float32)
-  out *= scale
-  return out.reshape(n, h, w, c)
+  n, h, w, _ = images.shape
+  # One factor per value of an image, not per channel: NumPy's inner loop would have but 1 or 3 elements.
+  spread = lambda per_channel: np.tile(np.asarray(per_channel, np.float32), h * w)
+  out = images.reshape(n, -1).astype(np.float32)
+  out -= 255 * spread(mean)
+  out *= 1 / (255 * spread(std))
+  return out.reshape(images.shape)
 
 
 def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
-  """uint8[N, H, W, C] -> uint8[N, height, width, C], centred on black."""
+  """[N, H, W, C] -> [N, height, width, C], centred on black; not smaller than the images are."""
   n, h, w, c = images.shape
   out = np.zeros((n, height, width, c), images.dtype)
   top, left = (height - h) // 2, (width - w) // 2
@@ -56,8 +56,8 @@ def resize(image: np.ndarray, height: int, width: int, box: tuple[float, ...] | 
 def centre_crop(image: np.ndarray, height: int, width: int, fraction: float) -> np.ndarray:
   """The central part of an image, of the aspect ratio asked for, resized.
 
-  The same as resizing the shorter side to `height / fraction` and cropping the centre (Krizhevsky et al., 2012;
-  256 and 224 pixels are a fraction of 0.875), without rounding in between.
+  The same as resizing the shorter side to `height / fraction` and cropping the centre (Krizhevsky et al.,
+  2012; 256 and 224 pixels are a fraction of 0.875), without rounding in between.
 
   Args:
     image: uint8[H, W, C].
@@ -73,6 +73,24 @@ def centre_crop(image: np.ndarray, height: int, width: int, fraction: float) -> 
   crop_h, crop_w = unit * height, unit * width
   left, top = (w - crop_w) / 2, (h - crop_h) / 2
   return resize(image, height, width, (left, top, left + crop_w, top + crop_h))
+
+
+def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Centred on black; an image that is too large is shrunk first, keeping its aspect ratio.
+
+  Args:
+    image: uint8[H, W, C].
+    height: of the result.
+    width: of the result.
+
+  Returns:
+    uint8[height, width, C].
+  """
+  h, w, _ = image.shape
+  scale = min(height / h, width / w)
+  if scale < 1:
+    image = resize(image, max(round(scale * h), 1), max(round(scale * w), 1))
+  return pad_to(image[None], height, width)[0]
 
 
 def random_crop_box(
@@ -122,7 +140,8 @@ def pad_and_crop(images: np.ndarray, padding: int, down: np.ndarray, right: np.n
 def flip(images: np.ndarray, which: np.ndarray) -> np.ndarray:
   """Mirrors left to right where `which` (bool[N]) says so."""
   out = images.copy()
-  out[which] = images[which, :, ::-1]
+  pixels = out.view(f"V{out.itemsize * out.shape[-1]}")  # moves whole pixels
+  pixels[which] = pixels[which, :, ::-1]
   return out
 
 
@@ -161,7 +180,7 @@ def cutout(images: np.ndarray, y: np.ndarray, x: np.ndarray, size: int, fill: np
   """Covers a square, clipped at the borders (DeVries and Taylor, 2017, arXiv:1708.04552).
 
   Args:
-    images: f32[N, H, W, C].
+    images: [N, H, W, C].
     y: i[N] in [0, H), the centre's row.
     x: i[N] in [0, W), the centre's column.
     size: of the square, pixels.
@@ -170,10 +189,10 @@ def cutout(images: np.ndarray, y: np.ndarray, x: np.ndarray, size: int, fill: np
   Returns:
     f32[N, H, W, C].
   """
-  rows, columns = np.arange(images.shape[1]), np.arange(images.shape[2])
-  inside = lambda centre, axis: (axis >= (start := centre[:, None] - size // 2)) & (axis < start + size)
-  covered = inside(y, rows)[:, :, None] & inside(x, columns)[:, None, :]
-  return np.where(covered[..., None], np.asarray(fill, np.float32), images)
+  out = images.astype(np.float32)
+  for image, top, left in zip(out, y - size // 2, x - size // 2):
+    image[max(top, 0):max(top + size, 0), max(left, 0):max(left + size, 0)] = fill
+  return out
 
 
 def mixup(images: np.ndarray, partners: np.ndarray, weight: float) -> np.ndarray:
@@ -202,7 +221,8 @@ def cutmix_box(height: int, width: int, weight: float, y: float, x: float) -> tu
           max(centre_x - half_w, 0), min(centre_x + half_w, width))
 
 
-def cutmix(images: np.ndarray, partners: np.ndarray, box: tuple[int, int, int, int]) -> tuple[np.ndarray, float]:
+def cutmix(
+    images: np.ndarray, partners: np.ndarray, box: tuple[int, int, int, int]) -> tuple[np.ndarray, float]:
   """Pastes a box of the partners.
 
   Args:
@@ -219,11 +239,11 @@ def cutmix(images: np.ndarray, partners: np.ndarray, box: tuple[int, int, int, i
   return out, 1 - (bottom - top) * (right - left) / (images.shape[1] * images.shape[2])
 
 
-# RandAugment (Cubuk et al., 2020, arXiv:1909.13719): the paper's 14 operations, with the ranges and the scale of
-# torchvision.transforms.RandAugment, where magnitude 30 is the strongest.
+# RandAugment (Cubuk et al., 2020, arXiv:1909.13719): the paper's 14 operations, with the ranges and the scale
+# of torchvision.transforms.RandAugment, where magnitude 30 is the strongest.
 RANDAUGMENT_OPS = (
-    "identity", "autocontrast", "equalize", "rotate", "solarize", "posterize", "color", "contrast", "brightness",
-    "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
+    "identity", "autocontrast", "equalize", "rotate", "solarize", "posterize", "color", "contrast",
+    "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
 MAX_MAGNITUDE = 30.0
 
 

@@ -1,13 +1,14 @@
 """Labelled images: the config that every vision experiment shares, and its pipelines.
 
 A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask f32[b] (0 where a row is padding) and
-"host/id" i64[b] (the example's position in its split, -1 for padding); under mixup or CutMix also mix_label i32[b],
-the partner's label, and mix_weight f32[b], the weight of the own one.
+"host/id" i64[b] (the example's position in its split, -1 for padding); under mixup or CutMix also mix_label
+i32[b], the partner's label, and mix_weight f32[b], the weight of the own one.
 """
 
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import re
 import threading
@@ -40,7 +41,9 @@ def default_config() -> ml_collections.ConfigDict:
       "image_shape": (8, 8, 1),  # height, width, channels that the model sees
       "mean": (0.3051,),  # per channel, in units of 1
       "std": (0.3757,),
-      "resize": "pad",  # how an image reaches image_shape: "pad", "bilinear", "crop" (the centre, keeping aspect)
+      # How an image reaches image_shape: "pad" centres it on black (and shrinks it if it is too large),
+      # "bilinear" ignores its aspect ratio, "crop" takes the centre.
+      "resize": "pad",
       "crop_fraction": 0.875,  # of the shorter side, for "crop"
       "random_resized_crop": 0.0,  # the smallest share of the area; 0.08 in the literature
       "pad_crop": 0,  # pixels
@@ -61,7 +64,8 @@ def validate(config: Any) -> None:
       raise UserError(f"--config.data.{field}={config[field]!r}: {mend}")
 
   shape = tuple(config.image_shape)
-  need("image_shape", len(shape) == 3 and all(isinstance(d, int) and d > 0 for d in shape) and shape[-1] in (1, 3),
+  positive = all(isinstance(size, int) and size > 0 for size in shape)
+  need("image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
        "give (height, width, channels) with 1 or 3 channels")
   need("num_classes", config.num_classes > 0, "give a positive number")
   for field in ("mean", "std"):
@@ -119,14 +123,14 @@ def pipelines(
     if size < 1:
       raise UserError(f"--config.{field}={size}: give a positive number")
   images = _ImageSet(config)
-  common = {"host": host, "hosts": hosts}
   evals = {
       split: IndexedPipeline(
-          functools.partial(images.open_split, split), images.eval_batch, batch_size=eval_batch_size, **common)
+          functools.partial(images.open_split, split), images.eval_batch, batch_size=eval_batch_size,
+          host=host, hosts=hosts)
       for split in ("validation", "test") if config[split]}
   train = IndexedPipeline(
-      functools.partial(images.open_split, "train"), images.train_batch, batch_size=batch_size, seed=seed, train=True,
-      **common)
+      functools.partial(images.open_split, "train"), images.train_batch, batch_size=batch_size, seed=seed,
+      train=True, host=host, hosts=hosts)
   spec = {"image": ((batch_size, *config.image_shape), np.float32), "label": ((batch_size,), np.int32),
           "mask": ((batch_size,), np.float32)}
   if images.mixes:
@@ -145,8 +149,8 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
     config: `config.data`.
 
   Returns:
-    A batch of image, mask and "host/id", without rows if nothing was usable; the name of each row; and one line
-    for each file that could not be used.
+    A batch of image, mask and "host/id", without rows if nothing was usable; the name of each row; and one
+    line for each file that could not be used.
 
   Raises:
     UserError: a path does not exist.
@@ -165,8 +169,8 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
     images += fitted
     names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
   stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
-  batch = {"image": augment.normalise(stacked, config.mean, config.std), "mask": np.ones(len(names), np.float32),
-           "host/id": np.arange(len(names))}
+  batch = {"image": augment.normalise(stacked, config.mean, config.std),
+           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names))}
   return batch, names, skipped
 
 
@@ -177,7 +181,8 @@ def _files(paths: Sequence[str]) -> list[Path]:
       raise UserError(f"--input: there is no {path}; name an image file, a folder or a .npy file")
     if path.is_dir():
       inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-      files += sorted(inside, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", str(p))])
+      natural = lambda p: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", str(p))]
+      files += sorted(inside, key=natural)
     else:
       files.append(path)
   return files
@@ -224,26 +229,22 @@ class _ImageSet:
 
   def _check(self, dataset: sources.Dataset) -> None:
     config = self.config
-    if not {"image", "label"} <= set(dataset.features):
-      raise UserError(f"--config.data.name: {config.name} has no image and label, but {', '.join(dataset.features)}")
-    classes = dataset.features["label"].num_classes
+    classes = getattr(dataset.features.get("label"), "num_classes", None)
+    if classes is None or len(getattr(dataset.features.get("image"), "shape", ())) != 3:
+      raise UserError(f"--config.data.name: {config.name} does not have an image and a class as its label, "
+                      f"but {', '.join(dataset.features)}; choose another set")
     if classes != config.num_classes:
-      raise UserError(f"--config.data.num_classes={config.num_classes}, but {config.name} has {classes} classes")
-    h, w, c = dataset.features["image"].shape
-    height, width, channels = config.image_shape
-    if c not in (None, channels):
-      raise UserError(f"--config.data.image_shape: {config.name} has {c} channels, not {channels}")
-    if config.resize == "pad" and not config.random_resized_crop and not (h and h <= height and w and w <= width):
-      raise UserError(f"--config.data.resize=pad: images of {h} x {w} pixels do not fit in {height} x {width}; "
-                      "choose bilinear or crop")
+      raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has {classes} classes")
+    channels = dataset.features["image"].shape[-1]
+    if channels not in (None, config.image_shape[-1]):
+      raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
+                      f"channel{'s' * (channels > 1)}")
     splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
     ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
-    fields = list(splits)
-    for i, one in enumerate(fields):
-      for other in fields[i + 1:]:
-        if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
-          raise UserError(f"--config.data.{other}={splits[other]!r} overlaps --config.data.{one}={splits[one]!r}; "
-                          "choose ranges without a common example")
+    for one, other in itertools.combinations(splits, 2):
+      if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
+        raise UserError(f"--config.data.{other}={splits[other]!r} overlaps "
+                        f"--config.data.{one}={splits[one]!r}; choose ranges without a common example")
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits, else reads it as it is needed."""
@@ -256,8 +257,11 @@ class _ImageSet:
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else self.fit
       return InMemory(_decode_all(records, decode, fit, stored), self.crop if crops else None)
-    to_shape = self.crop if crops else (lambda example, plan, row: {**example, "image": self.fit(example["image"])})
-    load = lambda index, plan, row: to_shape(decode(records[[index]][0]), plan, row)
+
+    def load(index: int, plan: Plan, row: int) -> HostBatch:
+      example = decode(records[[index]][0])
+      return self.crop(example, plan, row) if crops else {**example, "image": self.fit(example["image"])}
+
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
 
@@ -267,7 +271,7 @@ class _ImageSet:
     if image.shape[:2] == (height, width):
       return image
     if self.config.resize == "pad":
-      return augment.pad_to(image[None], height, width)[0]
+      return augment.letterbox(image, height, width)
     if self.config.resize == "bilinear":
       return augment.resize(image, height, width)
     return augment.centre_crop(image, height, width, self.config.crop_fraction)
@@ -321,7 +325,8 @@ class _ImageSet:
       draw, shape = plan.rng("randaugment"), (size, config.randaugment_layers)
       ops = draw.integers(len(augment.RANDAUGMENT_OPS), size=shape)[rows]
       signs = draw.choice([-1, 1], shape)[rows]
-      image = np.stack([augment.rand_augment(*row, config.randaugment_magnitude) for row in zip(image, ops, signs)])
+      image = np.stack([
+          augment.rand_augment(*row, config.randaugment_magnitude) for row in zip(image, ops, signs)])
     if config.color_jitter:
       factors = plan.rng("color_jitter").uniform(1 - config.color_jitter, 1 + config.color_jitter, (3, size))
       image = augment.color_jitter(image, *factors[:, rows])
@@ -355,6 +360,8 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
   from PIL import Image
 
   image = Image.open(io.BytesIO(data))
+  if image.mode.startswith(("I", "F")):
+    raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
   mode = "L" if channels == 1 else "RGB"
   array = np.asarray(image if image.mode == mode else image.convert(mode))
   return array if channels == 3 else array[..., None]

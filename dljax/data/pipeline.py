@@ -2,9 +2,9 @@
 
 Training reads the infinite stream of examples that is made of one permutation per epoch, laid end to end:
 global batch s is elements [s B, (s + 1) B), so that every example is seen once per epoch whatever the batch
-size. Evaluation reads in order, and pads and masks the last batch. A host takes rows [host::hosts] of the global
-batch. Whatever is random in a batch is drawn for the global batch and then sliced (`Plan.rng`), so that neither
-hosts nor threads change which examples, how augmented, make up batch s.
+size. Evaluation reads in order, and pads and masks the last batch. A host takes rows [host::hosts] of the
+global batch. Whatever is random in a batch is drawn for the global batch and then sliced (`Plan.rng`), so
+that neither hosts nor threads change which examples, how augmented, make up batch s.
 """
 
 import dataclasses
@@ -121,7 +121,8 @@ class IndexedPipeline:
       examples = self._open_examples(self)
       if self.train and len(examples) < self.batch_size:
         examples.close()
-        raise UserError(f"--config.batch_size={self.batch_size} exceeds the {len(examples)} training examples; make it smaller")
+        raise UserError(f"--config.batch_size={self.batch_size}: there are but {len(examples)} training "
+                        "examples; make it smaller")
       self._examples = examples
 
   def close(self) -> None:
@@ -175,7 +176,8 @@ class InMemory:
   """
 
   def __init__(
-      self, arrays: Mapping[str, np.ndarray], each: Callable[[HostBatch, Plan, int], HostBatch] | None = None):
+      self, arrays: Mapping[str, np.ndarray], each: Callable[[HostBatch, Plan, int], HostBatch] | None = None,
+  ):
     self._arrays, self._each = arrays, each
 
   def __len__(self) -> int:
@@ -186,7 +188,8 @@ class InMemory:
     read = {key: array.take(indices, axis=0) for key, array in self._arrays.items()}
     if self._each is None:
       return read
-    return _stack([self._each({key: a[i] for key, a in read.items()}, plan, row) for i, row in enumerate(rows)])
+    examples = ({key: array[i] for key, array in read.items()} for i in range(len(rows)))
+    return _stack([self._each(example, plan, row) for example, row in zip(examples, rows)])
 
   def close(self) -> None:
     pass
@@ -207,11 +210,17 @@ class Streaming:
   """
 
   def __init__(
-      self, num_examples: int, load: Callable[[int, Plan, int], HostBatch], plan_of: Callable[[int, int], Plan],
-      rows: Callable[[Plan], np.ndarray], threads: int = 16,
+      self, num_examples: int, load: Callable[[int, Plan, int], HostBatch],
+      plan_of: Callable[[int, int], Plan], rows: Callable[[Plan], np.ndarray], threads: int = 16,
   ):
-    self._num_examples, self._load, self._rows, self._threads = num_examples, load, rows, threads
-    self._plan = functools.lru_cache(maxsize=8)(lambda step: plan_of(step, num_examples))
+    self._num_examples, self._load, self._threads = num_examples, load, threads
+
+    @functools.lru_cache(maxsize=8)
+    def plan_and_rows(step: int) -> tuple[Plan, np.ndarray]:
+      plan = plan_of(step, num_examples)
+      return plan, rows(plan)
+
+    self._plan_and_rows = plan_and_rows
     self._ahead, self._next_step = None, None
     self._lock = threading.Lock()
 
@@ -231,10 +240,10 @@ class Streaming:
 
     def load(position: int) -> HostBatch | None:
       try:
-        plan = self._plan(step + position // per_step)
+        plan, rows = self._plan_and_rows(step + position // per_step)
       except IndexError:
         return None  # read ahead of the last step
-      row = int(self._rows(plan)[position % per_step])
+      row = int(rows[position % per_step])
       return self._load(max(int(plan.indices[row]), 0), plan, row)
 
     return iter(grain.MapDataset.range(ENDLESS).map(load).to_iter_dataset(

@@ -30,7 +30,8 @@ def parse_name(name: str) -> tuple[str, str, str]:
   """("mnist", "", "3.0.1") for "mnist:3.0.1", ("digits", "by_writer", "") for "digits/by_writer"."""
   match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
   if not match:
-    raise UserError(f"--config.data.name: {name!r} is not a TFDS name such as mnist, digits/by_writer or mnist:3.0.1")
+    raise UserError(
+        f"--config.data.name: {name!r} is not a TFDS name such as mnist, digits/by_writer or mnist:3.0.1")
   return match[1], match[2] or "", match[3] or ""
 
 
@@ -49,7 +50,8 @@ def find(name: str, root: Path) -> Path | None:
     if default.is_file():
       config = json.loads(default.read_text())["default_config_name"]
     elif configs:
-      raise UserError(f"--config.data.name: {name} has configs; choose {' or '.join(f'{name}/{c}' for c in configs)}")
+      choices = " or ".join(f"{name}/{config}" for config in configs)
+      raise UserError(f"--config.data.name: {name} has configs; choose {choices}")
   versions = prepared(folder / config)
   return folder / config / versions[-1] if versions else None
 
@@ -75,7 +77,7 @@ class Dataset:
   @property
   def features(self) -> Mapping[str, Any]:
     """Feature name -> TFDS feature."""
-    return self.builder.info.features
+    return dict(self.builder.info.features.items())
 
   def ranges(self, split: str, field: str) -> list[tuple[str, int, int]]:
     """What a split expression names: (file, first record, end).
@@ -94,9 +96,11 @@ class Dataset:
     try:
       files = self.builder.info.splits[split].file_instructions
     except (ValueError, AssertionError) as e:
-      raise UserError(f"--config.data.{field}: {split!r} is not a TFDS split expression; write e.g. train[:90%]") from e
+      raise UserError(f"--config.data.{field}: {split!r} is not a TFDS split expression; "
+                      "write e.g. train[:90%]") from e
     if not sum(f.take for f in files):
-      raise UserError(f"--config.data.{field}: {split!r} of {self.name} holds no example; choose a wider range")
+      raise UserError(f"--config.data.{field}: {split!r} of {self.name} holds no example; "
+                      "choose a wider range")
     return [(f.filename, f.skip, f.skip + f.take) for f in files]
 
   def records(self, split: str) -> "Records":
@@ -107,8 +111,8 @@ class Dataset:
       source = self.builder.as_data_source(
           split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
     except NotImplementedError as e:
-      raise UserError(f"{self.builder.data_dir}: prepared in a format that only TensorFlow reads; prepare {self.name} "
-                      f"again with `python -m dljax.data.prepare {self.name} --data_dir=...`") from e
+      raise UserError(f"{self.builder.data_dir}: prepared in a format that only TensorFlow reads; prepare it "
+                      f"elsewhere with `python -m dljax.data.prepare {self.name} --data_dir=...`") from e
     return Records(source)
 
 
@@ -130,7 +134,8 @@ def _parse(record: bytes) -> Mapping[str, Any]:
   from tensorflow_datasets.proto import tf_example_pb2
 
   feature = tf_example_pb2.Example.FromString(record).features.feature
-  return {key: getattr(value, value.WhichOneof("kind") or "bytes_list").value for key, value in feature.items()}
+  kind = lambda value: value.WhichOneof("kind") or "bytes_list"
+  return {key: getattr(value, kind(value)).value for key, value in feature.items()}
 
 
 def open_dataset(name: str) -> Dataset:
@@ -149,16 +154,21 @@ def open_dataset(name: str) -> Dataset:
       break
   else:
     if not embedded:
-      raise UserError(f"--config.data.name: {name} is not prepared in {root}; run `python -m dljax.data.prepare {name} "
-                      f"--data_dir={root}`, or name the directory that holds it by --data_dir")
+      raise UserError(f"--config.data.name: {name} is not prepared in {root}; run `{_command(name)}`, or name "
+                      "the directory that holds it by --data_dir")
     path = _prepare_embedded(name, root)
   import tensorflow_datasets as tfds
 
   try:
     return Dataset(name, tfds.builder_from_directory(path))
   except (ValueError, KeyError) as e:
-    raise UserError(f"{path}: not a readable TFDS directory ({str(e).splitlines()[0]}); remove it and prepare {name} "
-                    f"again with `python -m dljax.data.prepare {name}`") from e
+    reason = " ".join(str(e).split())[:100]
+    raise UserError(f"{path}: not a readable TFDS directory ({reason}); remove it and run "
+                    f"`{_command(name)}`") from e
+
+
+def _command(name: str) -> str:
+  return f"python -m dljax.data.prepare {name} --data_dir={data_dir()}"
 
 
 def _prepare_embedded(name: str, root: Path) -> Path:
@@ -168,7 +178,7 @@ def _prepare_embedded(name: str, root: Path) -> Path:
   configs = list(Digits.builder_configs)
   if config and config not in configs:
     raise unknown("--config.data.name", name, [f"digits/{c}" for c in configs])
-  place = root if _writable(root) else cache_dir()
+  place = root if writable(root) else cache_dir()
   build(functools.partial(Digits, config=config or configs[0]), place)
   path = find(name, place)
   if path is None:
@@ -196,7 +206,7 @@ def build(builder: Callable[..., Any], place: Path, **kwargs: Any) -> None:
         raise
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable-{os.getpid()}"

@@ -19,12 +19,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   BUILDER_CONFIGS = [
       tfds.core.BuilderConfig(
           name="stratified",
-          description="Test: `train_test_split(range(1797), test_size=360, stratify=labels, random_state=0)` "
-          "of scikit-learn; validation: 144 of the other 1437, drawn likewise. Writers are shared by the splits."),
+          description="Test: scikit-learn's `train_test_split(range(1797), test_size=360, stratify=labels, "
+          "random_state=0)`; validation: 144 of the other 1437, drawn likewise. The splits share writers."),
       tfds.core.BuilderConfig(
           name="by_writer",
-          description="File order, in which writers follow each other: the last 360 images are the test, the 144 "
-          "before them validation. Harder, because nearly all of the test's writers are new."),
+          description="File order, in which writers follow each other: the last 360 images are the test, the "
+          "144 before them validation. Harder, because nearly all of the test's writers are new."),
   ]
 
   def _info(self) -> tfds.core.DatasetInfo:

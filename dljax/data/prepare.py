@@ -1,0 +1,212 @@
+"""Downloads a TFDS set and prepares it for reading without TensorFlow.
+
+    python -m dljax.data.prepare mnist
+    python -m dljax.data.prepare cifar10 --data_dir=/data/tfds --manual_dir=~/Downloads
+
+mnist, fashion_mnist, cifar10 and cifar100 need nothing else: an interrupted download goes on where it
+stopped, and files are held against TFDS's checksums. Other sets are prepared by TFDS itself, which for most of
+them needs TensorFlow (`pip install 'dljax[tf]'`).
+"""
+
+import argparse
+import functools
+import hashlib
+import http.client
+import os
+import socket
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dljax.data import sources
+from dljax.errors import UserError, unknown
+
+STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+TIMEOUT = 10  # seconds without an answer
+ATTEMPTS = 5  # in a row that bring nothing new
+BLOCK = 2**16  # bytes
+
+
+def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
+  """Makes sure that a set is prepared under `data_dir`.
+
+  Args:
+    name: a TFDS name, possibly with config.
+    data_dir: where prepared sets live.
+    manual_dir: a folder that holds the files already; nothing is downloaded then.
+
+  Returns:
+    The set's directory.
+
+  Raises:
+    UserError: unknown set, no network, files missing or other than they should be, no place to write.
+  """
+  base, config, version = sources.parse_name(name)
+  if path := sources.find(name, data_dir):
+    return path
+  if manual_dir is not None and not manual_dir.is_dir():
+    raise UserError(f"--manual_dir: {manual_dir} is not a folder")
+  if not sources.writable(data_dir):
+    raise UserError(f"--data_dir: cannot write to {data_dir}; choose another directory")
+  if base in sources.EMBEDDED:
+    return Path(sources.open_dataset(name).builder.data_dir)
+  if base in STOCK:
+    from dljax.data.datasets.stock import BUILDERS
+
+    builder = BUILDERS[base]
+    if config or version not in ("", str(builder.VERSION)):
+      raise UserError(f"{name}: {base} has no configs, and its version is {builder.VERSION}")
+    folder = manual_dir or data_dir / "downloads" / base
+    collect(builder.url_infos, folder, download=manual_dir is None)
+    sources.build(functools.partial(builder, folder=folder), data_dir)
+  else:
+    _prepare_by_tfds(name, data_dir, manual_dir)
+  return sources.find(name, data_dir)
+
+
+def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
+  """Sees to it that `folder` holds the right files.
+
+  Args:
+    files: URL -> TFDS's `UrlInfo` (size and SHA-256).
+    folder: where the files are or go, by the last part of their URLs.
+    download: fetch what is missing.
+
+  Raises:
+    UserError: a file is missing or has the wrong checksum; no network.
+  """
+  paths = {url: folder / url.rpartition("/")[2] for url in files}
+  missing = {url: path for url, path in paths.items() if not path.is_file()}
+  if missing and not download:
+    names = ", ".join(path.name for path in missing.values())
+    origin = next(iter(missing)).rpartition("/")[0]
+    raise UserError(f"--manual_dir: {folder} lacks {names}; get it from {origin}/")
+  for url, path in missing.items():
+    fetch(url, path, int(files[url].size))
+  for url, path in paths.items():
+    if sha256(path) != files[url].checksum:
+      if download:
+        path.unlink()
+        raise UserError(f"{url}: the download does not have TFDS's checksum and was removed; try again, or "
+                        "put the right file in a folder and name it by --manual_dir")
+      raise UserError(f"--manual_dir: {path} does not have TFDS's checksum; get it again from {url}")
+
+
+def fetch(url: str, path: Path, size: int) -> None:
+  """Downloads to `path`, by way of `path`.part, from where an earlier attempt stopped.
+
+  Args:
+    url: http or https.
+    path: appears when all `size` bytes are there.
+    size: in bytes.
+
+  Raises:
+    UserError: no connection, or it broke off too often; the part stays for the next time.
+  """
+  from rich import progress
+
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".part")
+  columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
+             progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+  with progress.Progress(*columns) as bar:
+    task = bar.add_task(path.name, total=size)
+    idle = 0
+    while (done := part.stat().st_size if part.exists() else 0) < size:
+      try:
+        _continue(url, part, done, lambda n: bar.update(task, completed=n))
+        reason = "the connection broke off"
+      except urllib.error.HTTPError as e:
+        raise UserError(f"{url}: the server says {e.code} {e.reason}; put the file in a folder and name it "
+                        "by --manual_dir") from e
+      except (OSError, http.client.HTTPException) as e:
+        reason = getattr(e, "reason", e)
+        if isinstance(reason, socket.gaierror):
+          idle = ATTEMPTS  # there is no such host: offline
+      idle = 0 if part.exists() and part.stat().st_size > done else idle + 1
+      if idle >= ATTEMPTS:
+        raise UserError(f"{url}: no network ({reason}); run again to go on, or put the file in a folder and "
+                        "name it by --manual_dir")
+  part.rename(path)
+
+
+def _continue(url: str, part: Path, done: int, report: Callable[[int], None]) -> None:
+  request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+  with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    if response.status != http.client.PARTIAL_CONTENT:
+      done = 0  # the server sends everything again
+    with open(part, "ab" if done else "wb") as out:
+      while block := response.read(BLOCK):
+        out.write(block)
+        done += len(block)
+        report(done)
+
+
+def sha256(path: Path) -> str:
+  """Of a file's content, in hexadecimal."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None:
+  import tensorflow_datasets as tfds
+
+  base = sources.parse_name(name)[0]
+  if base not in (names := tfds.list_builders(with_community_datasets=False)):
+    raise unknown("data set", base, [*names, *sources.EMBEDDED])
+  try:
+    builder = tfds.builder(name, data_dir=str(data_dir))
+    if how := builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+      if manual_dir is None:
+        raise UserError(f"{name}: get the files by hand and name their folder by --manual_dir; "
+                        f"TFDS says: {' '.join(how.split())}")
+    elif builder.url_infos:
+      _require_network(next(iter(builder.url_infos)))
+    builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir and str(manual_dir)))
+  except UserError:
+    raise
+  except ImportError as e:
+    raise UserError(f"{name}: TFDS prepares it with a package that is not installed ({e.name or e}); "
+                    "run `pip install 'dljax[tf]'` and try again") from e
+  except Exception as e:  # hundreds of builders, which raise what they like
+    reason = " ".join(str(e).split())[:300]
+    raise UserError(f"{name}: TFDS could not prepare it: {type(e).__name__}: {reason}") from e
+
+
+def _require_network(url: str) -> None:
+  parts = urllib.parse.urlsplit(url)
+  try:  # TFDS itself would try for minutes
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname, port), TIMEOUT).close()
+  except OSError as e:
+    raise UserError(f"{url}: no network ({e}); run again when there is one") from e
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit status: 0, or 2 after one line on bad input."""
+  parser = argparse.ArgumentParser(
+      prog="python -m dljax.data.prepare", description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("name", help="TFDS name, possibly with config: mnist, imagenet2012, glue/sst2")
+  parser.add_argument("--data_dir", type=lambda p: Path(p).expanduser(), default=sources.data_dir(),
+                      help="where prepared sets live (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)")
+  parser.add_argument("--manual_dir", type=lambda p: Path(p).expanduser(),
+                      help="a folder that holds the files already; nothing is downloaded")
+  args = parser.parse_args(argv)
+  os.environ["TFDS_DATA_DIR"] = str(args.data_dir)
+  try:
+    print(f"{args.name} is prepared in {prepare(args.name, args.data_dir, args.manual_dir)}")
+  except UserError as e:
+    print(e, file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
