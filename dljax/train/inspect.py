@@ -94,7 +94,7 @@ def summarize_compiled(compiled: jax.stages.Compiled) -> CompiledSummary:
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations|true_computation|"
-                     r"false_computation)=\{?((?:%?[\w.-]+(?:, )?)+)")
+                     r"false_computation)=\{?(%[\w.-]+(?:, %[\w.-]+)*)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,<=]*)\]")
@@ -148,11 +148,21 @@ def _walk(
     yield instruction, scope, times, fused
     if instruction.opcode.endswith(("-done", "-update")):
       continue  # they name again what their "-start" calls
-    trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
+    turns = _turns(computations, instruction) if instruction.opcode == "while" else 1
     for called in _CALLED.findall(instruction.rest):
-      for callee in re.findall(r"[\w.-]+", called):
-        yield from _walk(computations, callee, times * int(trips[1]) if trips else times,
-                         fused or instruction.opcode == "fusion")
+      for callee in re.findall(r"%([\w.-]+)", called):
+        yield from _walk(computations, callee, times * turns, fused or instruction.opcode == "fusion")
+
+
+def _turns(computations: Mapping[str, dict[str, _Instruction]], loop: _Instruction) -> int:
+  """The length of a loop: what the compiler wrote beside it, else the bound of a scan's counter, else 1."""
+  if match := _TRIPS.search(loop.rest):
+    return int(match[1])
+  condition = computations.get(re.search(r"condition=%([\w.-]+)", loop.rest)[1], {}).values()
+  bounds = [i.rest for i in condition if i.opcode == "constant" and i.shape.startswith("s32[]")]
+  if len(bounds) == 1 and any(i.opcode == "compare" and "direction=LT" in i.rest for i in condition):
+    return int(re.match(r"\d+", bounds[0])[0])
+  return 1
 
 
 def _bytes(shape: str) -> int:
