@@ -18,10 +18,10 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
   Returns:
     f32[N, H, W, C].
   """
-  n, h, w, _ = images.shape
+  n, h, w, c = images.shape
   # One factor per value of an image, not per channel: NumPy's inner loop would have but 1 or 3 elements.
   spread = lambda per_channel: np.tile(np.asarray(per_channel, np.float32), h * w)
-  out = images.reshape(n, -1).astype(np.float32)
+  out = images.reshape(n, h * w * c).astype(np.float32)
   out -= 255 * spread(mean)
   out *= 1 / (255 * spread(std))
   return out.reshape(images.shape)

@@ -211,7 +211,7 @@ class _ImageSet:
   """What the pipelines of one config share: the opened set, and how its examples become batches."""
 
   def __init__(self, config: Any):
-    self.config = config
+    self.config = config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
     self.mixes = config.mixup > 0 or config.cutmix > 0
     self._dataset: sources.Dataset | None = None
     self._lock = threading.Lock()

@@ -4,15 +4,14 @@
     python -m dljax.data.prepare cifar10 --data_dir=/data/tfds --manual_dir=~/Downloads
 
 mnist, fashion_mnist, cifar10 and cifar100 need nothing else: an interrupted download goes on where it
-stopped, and files are held against TFDS's checksums. Other sets are prepared by TFDS itself, which for most of
-them needs TensorFlow (`pip install 'dljax[tf]'`).
+stopped, and files are held against TFDS's checksums. Other sets are prepared by TFDS itself, which for most
+of them needs TensorFlow (`pip install 'dljax[tf]'`).
 """
 
 import argparse
 import functools
 import hashlib
 import http.client
-import os
 import socket
 import sys
 import urllib.error
@@ -53,7 +52,7 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
   if not sources.writable(data_dir):
     raise UserError(f"--data_dir: cannot write to {data_dir}; choose another directory")
   if base in sources.EMBEDDED:
-    return Path(sources.open_dataset(name).builder.data_dir)
+    return sources.prepare_embedded(name, data_dir)
   if base in STOCK:
     from dljax.data.datasets.stock import BUILDERS
 
@@ -199,7 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--manual_dir", type=lambda p: Path(p).expanduser(),
                       help="a folder that holds the files already; nothing is downloaded")
   args = parser.parse_args(argv)
-  os.environ["TFDS_DATA_DIR"] = str(args.data_dir)
   try:
     print(f"{args.name} is prepared in {prepare(args.name, args.data_dir, args.manual_dir)}")
   except UserError as e:

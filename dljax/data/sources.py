@@ -154,9 +154,9 @@ def open_dataset(name: str) -> Dataset:
       break
   else:
     if not embedded:
-      raise UserError(f"--config.data.name: {name} is not prepared in {root}; run `{_command(name)}`, or name "
-                      "the directory that holds it by --data_dir")
-    path = _prepare_embedded(name, root)
+      raise UserError(f"--config.data.name: {name} is not prepared in {root}; run `{_command(name)}`, or "
+                      "name the directory that holds it by --data_dir")
+    path = prepare_embedded(name, root)
   import tensorflow_datasets as tfds
 
   try:
@@ -171,7 +171,19 @@ def _command(name: str) -> str:
   return f"python -m dljax.data.prepare {name} --data_dir={data_dir()}"
 
 
-def _prepare_embedded(name: str, root: Path) -> Path:
+def prepare_embedded(name: str, root: Path) -> Path:
+  """Prepares a set that needs no download under `root`, or in the cache if `root` is not writable.
+
+  Args:
+    name: "digits", "digits/stratified" or "digits/by_writer".
+    root: the data directory.
+
+  Returns:
+    The set's directory.
+
+  Raises:
+    UserError: there is no such config or version.
+  """
   from dljax.data.datasets.digits import Digits
 
   _, config, _ = parse_name(name)
@@ -179,15 +191,16 @@ def _prepare_embedded(name: str, root: Path) -> Path:
   if config and config not in configs:
     raise unknown("--config.data.name", name, [f"digits/{c}" for c in configs])
   place = root if writable(root) else cache_dir()
-  build(functools.partial(Digits, config=config or configs[0]), place)
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # TFDS's bars
+    build(functools.partial(Digits, config=config or configs[0]), place)
   path = find(name, place)
   if path is None:
     raise UserError(f"--config.data.name: there is no {name}; the version is {Digits.VERSION}")
   return path
 
 
-def build(builder: Callable[..., Any], place: Path, **kwargs: Any) -> None:
-  """Runs `download_and_prepare` as ArrayRecord, quietly.
+def build(builder: Callable[..., Any], place: Path) -> None:
+  """Runs `download_and_prepare` as ArrayRecord.
 
   The directory appears at once, by a rename, so that several processes may do this at the same time: the
   first wins.
@@ -195,18 +208,17 @@ def build(builder: Callable[..., Any], place: Path, **kwargs: Any) -> None:
   Args:
     builder: called with `data_dir`.
     place: the data directory.
-    **kwargs: passed on to `download_and_prepare`.
   """
   builder = builder(data_dir=str(place))
-  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    try:
-      builder.download_and_prepare(file_format="array_record", **kwargs)
-    except OSError:
-      if not (builder.data_path / "features.json").exists():  # otherwise another process was faster
-        raise
+  try:
+    builder.download_and_prepare(file_format="array_record")
+  except OSError:
+    if not (builder.data_path / "features.json").exists():  # otherwise another process was faster
+      raise
 
 
 def writable(folder: Path) -> bool:
+  """Whether files can be made in `folder`, which is created if need be."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable-{os.getpid()}"

@@ -1,0 +1,92 @@
+"""Which examples make up which batch."""
+
+import numpy as np
+import pytest
+
+from dljax.data.pipeline import PADDING, IndexedPipeline, InMemory, Streaming
+from dljax.errors import UserError
+
+
+def make(n=10, batch_size=4, streamed=False, **kwargs):
+  """A pipeline over the numbers 0..n-1."""
+  def load(index, plan, row):
+    return {"x": np.float32(index), "where": np.array([plan.step, row])}
+
+  def open_examples(pipeline):
+    if streamed:
+      return Streaming(n, load, pipeline.plan, lambda plan: plan.rows, threads=2)
+    return InMemory({"x": np.arange(n, dtype=np.float32)}, lambda example, plan, row: {
+        **example, "where": np.array([plan.step, row])})
+
+  def finish(examples, plan):
+    return {**examples.gather(plan, plan.rows), "host/id": plan.indices[plan.rows]}
+
+  kwargs = {"host": 0, "hosts": 1, **kwargs}
+  pipeline = IndexedPipeline(open_examples, finish, batch_size=batch_size, **kwargs)
+  pipeline.open()
+  return pipeline
+
+
+def test_every_example_once_per_epoch_whatever_the_batch_size():
+  train = make(n=10, batch_size=4, seed=3, train=True)
+  stream = np.concatenate([train.batch(step)["x"] for step in range(10)])
+  epochs = stream.reshape(4, 10)  # 40 elements of the stream: 4 epochs of 10
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(10))
+  assert len({tuple(epoch) for epoch in epochs}) == 4  # shuffled anew
+  assert train.num_batches == 2 and train.num_examples == 10
+
+
+def test_batch_is_a_function_of_seed_and_step():
+  one, other = make(seed=1, train=True), make(seed=1, train=True)
+  later = {step: other.batch(step)["x"].tolist() for step in (7, 2, 0, 7)}
+  assert later == {step: one.batch(step)["x"].tolist() for step in (0, 2, 7)}
+  assert make(seed=2, train=True).batch(0)["x"].tolist() != later[0]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_out_the_global_batch(train, hosts):
+  whole = make(train=train)
+  parts = [make(train=train, host=host, hosts=hosts) for host in range(hosts)]
+  assert {p.num_batches for p in parts} == {whole.num_batches}
+  for step in range(3):
+    joined = np.stack([p.batch(step)["host/id"] for p in parts], axis=1).ravel()
+    np.testing.assert_array_equal(joined, whole.batch(step)["host/id"])
+
+
+def test_evaluation_is_one_pass_in_order_with_a_padded_end():
+  evaluation = make(n=10, batch_size=4)
+  assert evaluation.num_batches == 3
+  ids = np.concatenate([evaluation.batch(step)["host/id"] for step in range(3)])
+  assert ids.tolist() == [*range(10), PADDING, PADDING]
+  with pytest.raises(IndexError):
+    evaluation.batch(3)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_streaming_gives_the_same_batches_in_any_order_of_steps(train):
+  memory, disk = make(train=train), make(train=train, streamed=True)
+  for step in (0, 1, 2, 1, 0, 2):
+    one, other = memory.batch(step), disk.batch(step)
+    assert one.keys() == other.keys()
+    for key in one:
+      np.testing.assert_array_equal(one[key], other[key])
+  disk.close()
+  with pytest.raises(RuntimeError, match="open"):
+    disk.batch(0)
+
+
+def test_open_reads_once():
+  calls = []
+  pipeline = IndexedPipeline(lambda p: calls.append(1) or InMemory({"x": np.zeros(3)}), None, batch_size=2)
+  pipeline.open()
+  pipeline.open()
+  assert calls == [1] and pipeline.num_examples == 3
+
+
+def test_sizes_that_cannot_be():
+  with pytest.raises(UserError, match="batch_size=4.*3 training examples"):
+    make(n=3, batch_size=4, train=True)
+  with pytest.raises(UserError, match="batch_size=4.*3 hosts"):
+    make(batch_size=4, host=0, hosts=3)
