@@ -7,6 +7,8 @@ import ml_collections
 
 from dljax.errors import UserError, unknown
 
+_FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, or none
+
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
   """A config with the fields that every experiment has.
@@ -83,19 +85,19 @@ def apply_overrides(config: ml_collections.ConfigDict, arguments: Sequence[str])
       raise UserError(f"{flag} is a group; set one of its fields: {', '.join(f'{flag}.{k}' for k in place[field])}")
     if not equals:
       raise UserError(f"{flag} needs a value: write {flag}={_format(place[field])}")
-    if flag in ("--config.family", "--config.preset", "--config.seed"):
+    if flag.removeprefix("--config.") in _FROM_FLAGS:
       raise UserError(f"{flag} cannot be set; use --preset and --seed")
     place[field] = _parse(flag, text, place[field])
 
 
 def _parse(flag: str, text: str, like: Any) -> Any:
   """`text` as a value of the type of `like`."""
+  if isinstance(like, tuple):
+    items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
+    # Tuples that are empty by default hold patterns; numbers keep the kind of the default's.
+    return tuple(_parse(flag, item, like[0] if like else "") for item in items)
   kinds = {bool: "true or false", int: "a whole number", float: "a number"}
   try:
-    if isinstance(like, tuple):
-      items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
-      # Tuples that are empty by default hold patterns; numbers keep the kind of the default's.
-      return tuple(_parse(flag, item, like[0] if like else "") for item in items)
     if isinstance(like, bool):
       return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(like, int):
@@ -123,5 +125,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
-  """One line for each field, as it would be written on the command line."""
-  return "\n".join(f"  --config.{name}={_format(value)}" for name, value in flatten(config).items())
+  """One line for each field that can be set, as it would be written on the command line."""
+  return "\n".join(
+      f"  --config.{name}={_format(value)}" for name, value in flatten(config).items() if name not in _FROM_FLAGS)

@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -47,17 +48,19 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
       data=data_config)
 
 
-def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
+def build(config: ml_collections.ConfigDict, model: nn.Module, criterion: str = "softmax") -> Experiment:
   """The experiment that trains `model` on the images of `config.data`. Opens no data.
 
   Args:
     config: with the fields of the function above.
     model: called as `model(image, mask, train=...)`, gives logits [B, num_classes].
+    criterion: see `Classification`.
   """
   data = image.pipelines(
       config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = classification.Classification(
-      model=model, num_classes=config.data.num_classes, label_smoothing=config.model.label_smoothing)
+      model=model, num_classes=config.data.num_classes, label_smoothing=config.model.label_smoothing,
+      criterion=criterion)
   return Experiment(
       task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
       monitor=config.monitor or None,
@@ -72,7 +75,8 @@ def _encode(data_config, paths, assets):
 
 def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
   """The compute dtype that `config.model.dtype` names."""
-  if config.model.dtype not in ("float32", "bfloat16", "float64"):
+  known = ("float32", "bfloat16", "float64") if jax.config.jax_enable_x64 else ("float32", "bfloat16")
+  if config.model.dtype not in known:
     raise UserError(f"--config.model.dtype={config.model.dtype}: must be float32, bfloat16 or (with "
                     "JAX_ENABLE_X64=1) float64")
   return jnp.dtype(config.model.dtype)

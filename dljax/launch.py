@@ -48,7 +48,8 @@ _PARALLELISM = _enum("parallelism", "jit", ["jit", "pmap"], "How to compile for 
 _MESH = _string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
 _RESUME = _enum("resume", "auto", ["auto", "never", "must"],
                 "auto continues what is in the workdir; never refuses a run there; must refuses to begin one.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0, flag_values=_FLAGS)
+_SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0, upper_bound=2**32 - 1,
+                             flag_values=_FLAGS)
 _DATA_DIR = _string("data_dir", "", "The TFDS directory; also the variable TFDS_DATA_DIR.")
 _WANDB = _string("wandb", "", "A Weights & Biases project to log to.")
 _DRY_RUN = _bool("dry_run", "Show the model, the batch and the compiled step's memory; needs no data.")
@@ -91,6 +92,8 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
   overrides = [a for a in argv[1:] if a.startswith("--config.")]
   try:
     rest = _FLAGS([argv[0], *(a for a in argv[1:] if a not in overrides)])
+  except flags.UnrecognizedFlagError as error:
+    raise errors.unknown("the command line", f"--{error.flagname}", [f"--{f}" for f in (*_FLAGS, "config.FIELD")])
   except flags.Error as error:
     raise UserError(str(error).replace("\n", " ")) from None
   if rest[1:]:
@@ -104,39 +107,43 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
   if _LIST_PRESETS.value:
     print("\n".join(f"{name:16}{text}" for name, text in presets.items()))
     return DONE
-  for value, flag, needs in ((_TOPOLOGY.value, "--topology", _DRY_RUN.value),
-                             (_INPUT.value, "--input", _MODE.value == "predict"),
-                             (_OUTPUT.value, "--output", _MODE.value == "predict")):
-    if value and not needs:
-      raise UserError(f"{flag} goes with {'--dry_run' if flag == '--topology' else '--mode=predict'}; add it, or drop "
-                      f"{flag}")
+  train, predicts = _MODE.value == "train", _MODE.value == "predict"
+  for flag, given, with_what, there in (
+      ("--topology", _TOPOLOGY.value, "--dry_run", _DRY_RUN.value),
+      ("--dry_run", _DRY_RUN.value, "--mode=train", train),
+      ("--step", _STEP.value != _STEP.default, "--mode=eval or --mode=predict", not train),
+      ("--input", _INPUT.value, "--mode=predict", predicts),
+      ("--output", _OUTPUT.value, "--mode=predict", predicts)):
+    if given and not there:
+      raise UserError(f"{flag} goes with {with_what}; add it, or drop {flag}")
   if _DATA_DIR.value:
     if not Path(_DATA_DIR.value).is_dir():
       raise UserError(f"--data_dir={_DATA_DIR.value} is not a folder; name the one that holds the TFDS sets")
     os.environ["TFDS_DATA_DIR"] = _DATA_DIR.value
   options = RunOptions(parallelism=_PARALLELISM.value, mesh=parallel.parse_mesh(_MESH.value), resume=_RESUME.value,
                        wandb=_WANDB.value)
-  name = f"{config.family}-{preset}"
-  if _MODE.value != "train":
-    folder = Workdir(_WORKDIR.value or Path("runs", name))
-    config = folder.read_config()
-    config_lib.apply_overrides(config, overrides)
-    config_lib.validate(config)
-    parallel.initialize()
-    act = _evaluate if _MODE.value == "eval" else _predict
-    return act(build(config), folder, options)
-
   plain = config.to_json()
-  config_lib.apply_overrides(config, overrides)
-  config.seed = _SEED.value
-  config_lib.validate(config)
+  if train or not _WORKDIR.value:  # a run that is named brings its own config
+    config_lib.apply_overrides(config, overrides)
+    config.seed = _SEED.value
+    config_lib.validate(config)
+  name = f"{config.family}-{preset}"
   if config.to_json() != plain:
     name += "-" + hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:8]
+  folder = Workdir(_WORKDIR.value or Path("runs", name))
+  if not train:
+    family, config = config.family, folder.read_config()
+    if config.family != family:
+      raise UserError(f"--workdir={folder.path} holds a run of {config.family}; use python -m "
+                      f"experiments.{config.family}")
+    config_lib.apply_overrides(config, overrides)
+    config_lib.validate(config)
   experiment = build(config)
   if _DRY_RUN.value:
     return _dry_run(experiment, options)
   parallel.initialize()
-  return _train(experiment, Workdir(_WORKDIR.value or Path("runs", name)), options)
+  act = {"train": _train, "eval": _evaluate, "predict": _predict}[_MODE.value]
+  return act(experiment, folder, options)
 
 
 def _train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
@@ -281,7 +288,7 @@ def _help(config: ml_collections.ConfigDict, presets: Mapping[str, str]) -> str:
   lines += ["", "flags:"]
   for name in _FLAGS:
     flag = _FLAGS[name]
-    lines.append(f"  --{name}" + (f"={flag.value}" if flag.value not in (None, False, "", []) else ""))
+    lines.append(f"  --{name}" + (f"={flag.default}" if flag.default not in (None, False, "", []) else ""))
     lines.append(f"      {flag.help}")
   lines += ["", f"config of preset {config.preset} (any field can be set):", config_lib.describe(config)]
   return "\n".join(lines)

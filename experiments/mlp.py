@@ -56,13 +56,17 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   num_classes = 2 if config.preset == "xor" else config.data.num_classes
   variant = errors.choose("--config.model.variant", config.model.variant, mlp.VARIANTS)
+  if not 0 <= config.model.dropout < 1:
+    raise UserError(f"--config.model.dropout={config.model.dropout}: must be at least 0 and below 1")
+  if any(width < 1 for width in config.model.widths):
+    raise UserError(f"--config.model.widths={config.model.widths}: each must be at least 1")
   sizes = {"widths": config.model.widths} if config.model.variant == "mlp" else {}
   model = variant(
       num_classes=num_classes, dropout=config.model.dropout, dtype=image_classification.dtype(config),
       activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),
       remat=config.model.remat, **sizes)
   if config.preset != "xor":
-    return image_classification.build(config, model)
+    return image_classification.build(config, model, config.model.criterion)
   train, evals = xor.pipelines(config.batch_size, config.eval_batch_size, config.seed)
   spec = {"image": jax.ShapeDtypeStruct((config.batch_size, 2), np.float32),
           "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
@@ -85,7 +89,7 @@ def _encode_points(paths, assets):
         raise ValueError(f"has shape {found.shape}, not [n, 2]")
     except FileNotFoundError:
       raise UserError(f"--input: there is no {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, TypeError, ValueError) as error:
       skipped.append(f"{path}: {error}")
       continue
     points.append(found)

@@ -58,13 +58,13 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
 
 
 def _check_monitor(experiment: Experiment, evaluator: Evaluator, program: Program) -> None:
-  split, _, name = experiment.monitor.partition("/")
-  if split not in experiment.evals:
-    raise unknown("--config.monitor", experiment.monitor, [f"{s}/{name}" for s in experiment.evals])
   state = program.abstract_state
-  known = evaluator.metric_names(state.variables, state.rng, experiment.evals[split])
-  if name not in known:
-    raise unknown("--config.monitor", experiment.monitor, [f"{split}/{n}" for n in known])
+  known = [f"{split}/{name}" for split, pipeline in experiment.evals.items() if split != "test"
+           for name in evaluator.metric_names(state.variables, state.rng, pipeline)]
+  if not known:
+    raise UserError(f"--config.monitor={experiment.monitor}: there is no split but test; write --config.monitor=")
+  if experiment.monitor not in known:
+    raise unknown("--config.monitor", experiment.monitor, known)
 
 
 class _Run:

@@ -1,0 +1,41 @@
+"""Runs an experiment's command line inside the test's process: starting one takes seconds."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from types import ModuleType
+from unittest import mock
+
+from dljax import launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What `python -m experiments.x` gives: the exit status, and what it wrote."""
+
+  status: int
+  out: str
+  err: str
+
+
+def run(experiment: ModuleType, *arguments: str) -> Outcome:
+  """`python -m experiments.x ARGUMENTS`."""
+  for name in launch._FLAGS:  # a new process has the defaults
+    launch._FLAGS[name].unparse()
+  out, err = io.StringIO(), io.StringIO()
+  argv = [experiment.__file__, *map(str, arguments)]
+  with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      launch.main(experiment.get_config, experiment.build, experiment.PRESETS)
+    except SystemExit as end:
+      status = end.code
+  return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def refuse(experiment: ModuleType, *arguments: str) -> str:
+  """The one line by which a command line is refused, without its "error: "."""
+  outcome = run(experiment, *arguments)
+  assert outcome.status == launch.BAD_INPUT, outcome
+  assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+  return outcome.err.removeprefix("error: ").strip()

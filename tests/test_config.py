@@ -1,0 +1,109 @@
+"""Overrides from the command line: typed, named exactly, refused in one line."""
+
+import json
+
+import ml_collections
+import pytest
+
+from dljax import config as config_lib
+from dljax.errors import UserError
+
+
+def _config() -> ml_collections.ConfigDict:
+  return config_lib.base_config(
+      "toy", "small",
+      optimizer=ml_collections.ConfigDict({"name": "adam", "learning_rate": 0.1, "freeze": (), "bounds": (0.5, 0.75)}),
+      model=ml_collections.ConfigDict({"widths": (8, 4), "remat": False, "block": {"depth": 2}}))
+
+
+@pytest.mark.parametrize("argument, path, value", [
+    ("--config.total_steps=7", "total_steps", 7),
+    ("--config.optimizer.learning_rate=3", "optimizer.learning_rate", 3.0),
+    ("--config.optimizer.learning_rate=1e-3", "optimizer.learning_rate", 0.001),
+    ("--config.optimizer.name=sgd", "optimizer.name", "sgd"),
+    ("--config.optimizer.name=", "optimizer.name", ""),
+    ("--config.monitor=validation/loss=x", "monitor", "validation/loss=x"),
+    ("--config.model.remat=true", "model.remat", True),
+    ("--config.model.remat=0", "model.remat", False),
+    ("--config.model.remat=True", "model.remat", True),
+    ("--config.model.widths=16", "model.widths", (16,)),
+    ("--config.model.widths=(16, 32,64)", "model.widths", (16, 32, 64)),
+    ("--config.model.widths=", "model.widths", ()),
+    ("--config.model.block.depth=3", "model.block.depth", 3),
+    ("--config.optimizer.bounds=0.25,1", "optimizer.bounds", (0.25, 1.0)),
+    ("--config.optimizer.freeze=stem/*,*/bias", "optimizer.freeze", ("stem/*", "*/bias")),
+])
+def test_an_override_takes_the_type_of_what_it_replaces(argument, path, value):
+  config = _config()
+  before = config_lib.flatten(config)
+  config_lib.apply_overrides(config, [argument])
+  after = config_lib.flatten(config)
+  assert after.pop(path) == value and type(config_lib.flatten(config)[path]) is type(value)
+  before.pop(path)
+  assert after == before, "another field changed"
+
+
+def test_a_later_override_wins():
+  config = _config()
+  config_lib.apply_overrides(config, ["--config.total_steps=7", "--config.total_steps=8"])
+  assert config.total_steps == 8
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--config.optimizer.learning_rat=1", ["optimizer.learning_rat'", "did you mean optimizer.learning_rate"]),
+    ("--config.learning_rate=1", ["optimizer.learning_rate"]),
+    ("--config.optimiser.name=sgd", ["optimizer.name"]),
+    ("--config.total_steps.x=1", ["total_steps"]),
+    ("--config.optimizer=adam", ["--config.optimizer is a group", "--config.optimizer.name"]),
+    ("--config.total_steps", ["needs a value", "--config.total_steps=1000"]),
+    ("--config.model.widths", ["needs a value", "--config.model.widths=8,4"]),
+    ("--config.total_steps=", ["--config.total_steps=", "whole number"]),
+    ("--config.total_steps=1.5", ["--config.total_steps=1.5", "whole number", "1000"]),
+    ("--config.optimizer.learning_rate=fast", ["--config.optimizer.learning_rate=fast", "a number", "0.1"]),
+    ("--config.model.remat=maybe", ["--config.model.remat=maybe", "true or false"]),
+    ("--config.model.widths=8,x", ["--config.model.widths=x", "whole number", "8"]),
+    ("--config.optimizer.bounds=a", ["--config.optimizer.bounds=a", "a number"]),
+    ("--config.seed=1", ["--config.seed", "--seed"]),
+    ("--config.preset=other", ["--config.preset", "--preset"]),
+    ("--config.family=other", ["--config.family"]),
+])
+def test_a_bad_override_is_refused_by_name(argument, words):
+  config = _config()
+  before = config.to_json()
+  with pytest.raises(UserError) as error:
+    config_lib.apply_overrides(config, [argument])
+  assert all(word in str(error.value) for word in words), error.value
+  assert "\n" not in str(error.value)
+  assert config.to_json() == before
+
+
+@pytest.mark.parametrize("field, value", [
+    *((field, 0) for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every",
+                               "checkpoint_every", "keep_checkpoints", "accumulation")),
+    ("batch_size", -8), ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")),
+    ("early_stopping_patience", -1), ("early_stopping_patience", 3),  # without a monitor
+])
+def test_a_shared_field_out_of_range_is_refused(field, value):
+  config = _config()
+  config_lib.validate(config)
+  config[field] = value
+  with pytest.raises(UserError, match=f"--config.{field}"):
+    config_lib.validate(config)
+
+
+def test_early_stopping_is_fine_with_a_monitor():
+  config = _config()
+  config.update({"early_stopping_patience": 3, "monitor": "validation/loss"})
+  config_lib.validate(config)
+
+
+def test_what_describe_prints_can_be_typed_again():
+  changed = ["--config.model.widths=3", "--config.model.remat=true", "--config.optimizer.freeze=a/*,b"]
+  config, other = _config(), _config()
+  config_lib.apply_overrides(config, changed)
+  config_lib.apply_overrides(other, [line.strip() for line in config_lib.describe(config).splitlines()])
+  assert other.to_json() == config.to_json() != _config().to_json()
+
+
+def test_a_config_is_json():
+  assert json.loads(_config().to_json())["optimizer"]["bounds"] == [0.5, 0.75]
