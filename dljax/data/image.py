@@ -20,7 +20,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dljax.data import augment, sources
+from dljax.data import augment, png, sources
 from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming, rng
 from dljax.errors import UserError
 
@@ -28,6 +28,7 @@ MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger s
 RESIZE = ("pad", "bilinear", "crop")
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random resized crops
 CROP_ATTEMPTS = 10
+DECODE_AT_ONCE = 2048  # images
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -253,13 +254,13 @@ class _ImageSet:
     crops = split == "train" and config.random_resized_crop > 0
     stored = dataset.features["image"].shape if crops else config.image_shape
     static = None not in stored
-    decode = functools.partial(decode_record, channels=config.image_shape[-1])
+    channels = config.image_shape[-1]
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else self.fit
-      return InMemory(_decode_all(records, decode, fit, stored), self.crop if crops else None)
+      return InMemory(_decode_all(records, channels, fit, stored), self.crop if crops else None)
 
     def load(index: int, plan: Plan, row: int) -> HostBatch:
-      example = decode(records[[index]][0])
+      example = decode_record(records[[index]][0], channels)
       return self.crop(example, plan, row) if crops else {**example, "image": self.fit(example["image"])}
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
@@ -368,12 +369,17 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
 
 
 def _decode_all(
-    records: sources.Records, decode: Callable[[Mapping[str, Any]], HostBatch],
-    fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
+    records: sources.Records, channels: int, fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
 ) -> dict[str, np.ndarray]:
   images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
-  for start in range(0, len(records), 1024):
-    for i, record in enumerate(records[range(start, min(start + 1024, len(records)))], start):
-      example = decode(record)
-      images[i], labels[i] = fit(example["image"]), example["label"]
+  for start in range(0, len(records), DECODE_AT_ONCE):
+    rows = range(start, min(start + DECODE_AT_ONCE, len(records)))
+    block = records[rows]
+    labels[rows] = [record["label"][0] for record in block]
+    encoded = [record["image"][0] for record in block]
+    decoded = png.decode(encoded)
+    if decoded is None or decoded.shape[-1] != channels:
+      decoded = [decode_image(data, channels) for data in encoded]
+    for row, image in zip(rows, decoded):
+      images[row] = fit(image)
   return {"image": images, "label": labels}

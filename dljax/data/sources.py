@@ -161,7 +161,7 @@ def open_dataset(name: str) -> Dataset:
 
   try:
     return Dataset(name, tfds.builder_from_directory(path))
-  except (ValueError, KeyError) as e:
+  except Exception as e:  # protobuf, JSON, TFDS and the file system each raise their own
     reason = " ".join(str(e).split())[:100]
     raise UserError(f"{path}: not a readable TFDS directory ({reason}); remove it and run "
                     f"`{_command(name)}`") from e

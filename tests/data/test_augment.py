@@ -126,8 +126,8 @@ def test_rand_augment_at_magnitude_0_is_the_identity(images, op, sign):
   else:
     np.testing.assert_array_equal(still, image)
   moved = augment.rand_augment(image, ops, np.array([sign]), 20.0)
-  without_magnitude = op in ("identity", "autocontrast", "equalize") or (op == "color" and image.shape[-1] == 1)
-  assert (moved == still).all() == without_magnitude
+  idle = op in ("identity", "autocontrast", "equalize") or (op == "color" and image.shape[-1] == 1)
+  assert (moved == still).all() == idle
 
 
 def test_rand_augment_moves_and_inverts_as_it_says():

@@ -14,8 +14,8 @@ from dljax.data import augment, image
 from dljax.data.pipeline import InMemory, Streaming
 from dljax.errors import UserError
 
-EVERYTHING = {"pad_crop": 2, "flip": True, "color_jitter": 0.4, "cutout": 3, "randaugment_layers": 2, "mixup": 0.4,
-              "cutmix": 1.0, "random_resized_crop": 0.3}
+EVERYTHING = {"pad_crop": 2, "flip": True, "color_jitter": 0.4, "cutout": 3, "randaugment_layers": 2,
+              "mixup": 0.4, "cutmix": 1.0, "random_resized_crop": 0.3}
 ONE_BY_ONE = [{}] + [{key: value} for key, value in EVERYTHING.items()] + [EVERYTHING]
 NAMES = [",".join(options) or "plain" if len(options) < 2 else "everything" for options in ONE_BY_ONE]
 
@@ -39,7 +39,8 @@ def test_batches_agree_with_the_specification(digits):
 
 def test_specification_needs_no_data(digits, monkeypatch, tmp_path):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  digits.update(name="imagenet2012", image_shape=(224, 224, 3), num_classes=1000, mean=(0.5,) * 3, std=(0.5,) * 3)
+  digits.update(name="imagenet2012", image_shape=(224, 224, 3), num_classes=1000, mean=(0.5,) * 3,
+                std=(0.5,) * 3)
   data = build(digits, batch_size=1024)
   assert data.batch_spec["image"] == jax.ShapeDtypeStruct((1024, 224, 224, 3), np.float32)
   with pytest.raises(UserError, match="python -m dljax.data.prepare imagenet2012 --data_dir="):
@@ -65,7 +66,8 @@ def test_batch_does_not_depend_on_hosts_or_on_where_examples_are(digits, options
   streamed.train.open()
   assert isinstance(streamed.train._examples, Streaming)
   monkeypatch.undo()
-  parts = {hosts: [build(digits, seed=5, host=host, hosts=hosts).train for host in range(hosts)] for hosts in (2, 4)}
+  parts = {hosts: [build(digits, seed=5, host=host, hosts=hosts).train for host in range(hosts)]
+           for hosts in (2, 4)}
   for step in (0, 80):  # step 80 lies across two epochs
     expected = whole.train.batch(step)
     for key, value in streamed.train.batch(step).items():
@@ -250,7 +252,8 @@ def test_encode_npy_of_every_shape(digits, tmp_path):
   expected = augment.normalise(picture[None, ..., None], digits.mean, digits.std)[0]
   for name, array, rows in [
       ("hw", picture, 1), ("hwc", picture[..., None], 1), ("nhwc", np.stack([picture[..., None]] * 3), 3),
-      ("nhw", np.stack([picture] * 2), 2), ("rgb", np.stack([picture] * 3, -1), 1), ("float", picture / 255, 1)]:
+      ("nhw", np.stack([picture] * 2), 2), ("rgb", np.stack([picture] * 3, -1), 1),
+      ("float", picture / 255, 1)]:
     np.save(tmp_path / f"{name}.npy", array)
     batch, names, skipped = image.encode([str(tmp_path / f"{name}.npy")], digits)
     assert not skipped and len(names) == rows == len(set(names))
@@ -287,6 +290,7 @@ def test_config_survives_json():
 
 def test_importing_the_data_package_is_light():
   code = ("import sys, dljax.data.image, dljax.data.prepare\n"
-          "print([m for m in ('tensorflow_datasets', 'grain', 'sklearn', 'PIL', 'rich') if m in sys.modules])")
+          "heavy = 'tensorflow_datasets', 'grain', 'sklearn', 'PIL', 'rich'\n"
+          "print([name for name in heavy if name in sys.modules])")
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "[]"
