@@ -212,7 +212,7 @@ def render_dry_run(
   from rich import console, table  # pylint: disable=g-import-not-at-top
 
   def make(title: str, *columns: str, right: int = 1) -> table.Table:
-    result = table.Table(title=title, title_justify="left")
+    result = table.Table(title=title, title_justify="left", min_width=len(title))
     for i, column in enumerate(columns):
       result.add_column(column, justify="right" if i >= right else "left", overflow="fold")
     return result
