@@ -259,9 +259,11 @@ class _ImageSet:
       fit = (lambda image: image) if crops else self.fit
       return InMemory(_decode_all(records, channels, fit, stored), self.crop if crops else None)
 
-    def load(index: int, plan: Plan, row: int) -> HostBatch:
-      example = decode_record(records[[index]][0], channels)
-      return self.crop(example, plan, row) if crops else {**example, "image": self.fit(example["image"])}
+    def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
+      examples = [decode_record(record, channels) for record in records[indices]]
+      if crops:
+        return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
+      return [{**example, "image": self.fit(example["image"])} for example in examples]
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)

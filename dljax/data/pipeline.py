@@ -21,7 +21,8 @@ from dljax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
 PADDING = -1  # the index of a padding row
-ENDLESS = 2**62  # rows
+CHUNK = 8  # rows that a thread reads at once
+ENDLESS = 2**62  # chunks
 
 
 class Pipeline(Protocol):
@@ -203,14 +204,14 @@ class Streaming:
 
   Args:
     num_examples: of the split.
-    load: (index, plan, row) -> one example, of shapes common to all.
+    load: (indices, plan, rows) -> one example for each, of shapes common to all.
     plan_of: (step, num_examples) -> `Plan`; `IndexError` after the last step.
     rows: the rows of a global batch that are read, as many for each plan.
     threads: that read and decode.
   """
 
   def __init__(
-      self, num_examples: int, load: Callable[[int, Plan, int], HostBatch],
+      self, num_examples: int, load: Callable[[np.ndarray, Plan, np.ndarray], list[HostBatch]],
       plan_of: Callable[[int, int], Plan], rows: Callable[[Plan], np.ndarray], threads: int = 16,
   ):
     self._num_examples, self._load, self._threads = num_examples, load, threads
@@ -228,26 +229,29 @@ class Streaming:
     return self._num_examples
 
   def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
+    chunks = -(-len(rows) // CHUNK)
     with self._lock:
       if plan.step != self._next_step:
         self._stop()
-        self._ahead = self._read_from(plan.step, len(rows))
+        self._ahead = self._read_from(plan.step, chunks)
+      self._next_step = None  # unless all can be read
+      examples = [example for _ in range(chunks) for example in next(self._ahead)]
       self._next_step = plan.step + 1
-      return _stack([next(self._ahead) for _ in rows])
+    return _stack(examples)
 
-  def _read_from(self, step: int, per_step: int):
+  def _read_from(self, step: int, chunks: int):
     import grain
 
-    def load(position: int) -> HostBatch | None:
+    def load(position: int) -> list[HostBatch]:
       try:
-        plan, rows = self._plan_and_rows(step + position // per_step)
+        plan, rows = self._plan_and_rows(step + position // chunks)
       except IndexError:
-        return None  # read ahead of the last step
-      row = int(rows[position % per_step])
-      return self._load(max(int(plan.indices[row]), 0), plan, row)
+        return []  # read ahead of the last step
+      rows = rows[position % chunks * CHUNK:][:CHUNK]
+      return self._load(np.maximum(plan.indices[rows], 0), plan, rows)
 
     return iter(grain.MapDataset.range(ENDLESS).map(load).to_iter_dataset(
-        grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * per_step)))
+        grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * chunks)))
 
   def _stop(self) -> None:
     if self._ahead is not None:

@@ -9,8 +9,8 @@ from dljax.errors import UserError
 
 def make(n=10, batch_size=4, streamed=False, **kwargs):
   """A pipeline over the numbers 0..n-1."""
-  def load(index, plan, row):
-    return {"x": np.float32(index), "where": np.array([plan.step, row])}
+  def load(indices, plan, rows):
+    return [{"x": np.float32(index), "where": np.array([plan.step, row])} for index, row in zip(indices, rows)]
 
   def open_examples(pipeline):
     if streamed:
@@ -75,6 +75,17 @@ def test_streaming_gives_the_same_batches_in_any_order_of_steps(train):
   disk.close()
   with pytest.raises(RuntimeError, match="open"):
     disk.batch(0)
+
+
+def test_a_failed_read_is_an_error_and_the_next_try_starts_afresh(monkeypatch):
+  disk = make(train=True, streamed=True, batch_size=10)
+  expected = disk.batch(1)["x"]
+  working = disk._examples._load
+  monkeypatch.setattr(disk._examples, "_load", lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    disk.batch(5)
+  monkeypatch.setattr(disk._examples, "_load", working)
+  np.testing.assert_array_equal(disk.batch(1)["x"], expected)
 
 
 def test_open_reads_once():
