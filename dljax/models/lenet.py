@@ -5,7 +5,7 @@ Recognition". Proceedings of the IEEE 86(11), 1998. https://doi.org/10.1109/5.72
 
 The modern reading, as most implementations have it. What differs from the paper (section II.B):
 - C3 sees all six maps of S2; the paper connects each of its maps to three, four or all of them (table I).
-  That makes 2,416 weights of the paper's 1,516.
+  That makes 2,416 parameters of the paper's 1,516.
 - S2 and S4 only average (or take the maximum); the paper's have a trainable coefficient and bias per map, and
   a squashing function.
 - The output layer is linear with a softmax in the loss; the paper's has Gaussian connections to fixed bitmaps

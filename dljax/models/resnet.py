@@ -75,7 +75,9 @@ class Bottleneck(BasicBlock):
     return nn.relu(y + _shortcut(self, x, y.shape[-1], mask, train))
 
 
-def _shortcut(block: BasicBlock, x: jax.Array, features: int, mask: jax.Array | None, train: bool) -> jax.Array:
+def _shortcut(
+    block: BasicBlock, x: jax.Array, features: int, mask: jax.Array | None, train: bool,
+) -> jax.Array:
   """The identity; where the shape changes, option A (zeros for the new channels) or B (a projection)."""
   if block.stride == 1 and x.shape[-1] == features:
     return x
@@ -120,8 +122,7 @@ class ResNet(nn.Module):
     """Classifies.
 
     Args:
-      image: [B, H, W, C], of any size that the strides (32 in ImageNet's form, 4 in CIFAR's) leave a pixel
-        of.
+      image: [B, H, W, C], of any size; the strides divide it by 32 (ImageNet's form) or 4 (CIFAR's).
       mask: f32[B], 0 where a row is padding: those do not count in the batch's statistics.
       train: whether to normalise by the batch's statistics.
 
