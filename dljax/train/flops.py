@@ -31,9 +31,9 @@ from dljax.tasks.base import Task
 from dljax.train.state import path_name
 
 _ELEMENTWISE = frozenset(
-    "add add_any sub mul div rem pow integer_pow sqrt rsqrt cbrt square exp exp2 expm1 log log1p tanh logistic "
-    "sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv lgamma digamma max min clamp "
-    "neg abs sign floor ceil round".split())
+    "add add_any sub mul div rem pow integer_pow sqrt rsqrt cbrt square exp exp2 expm1 log log1p tanh "
+    "logistic sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv lgamma digamma "
+    "max min clamp neg abs sign floor ceil round".split())
 _REDUCTIONS = frozenset(
     "reduce reduce_sum reduce_prod reduce_max reduce_min cumsum cumprod cummax cummin cumlogsumexp".split())
 _WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
@@ -165,7 +165,8 @@ def _cut(rows: Sequence[Layer], depth: int) -> list[Layer]:
     path = "/".join(row.path.split("/")[:depth])
     block = blocks.get(path, Layer(path, "", None, 0, 0))
     own = row if path == row.path else block
-    blocks[path] = Layer(path, own.kind, own.shape, block.parameters + row.parameters, block.flops + row.flops)
+    blocks[path] = Layer(
+        path, own.kind, own.shape, block.parameters + row.parameters, block.flops + row.flops)
   return list(blocks.values())
 
 

@@ -83,8 +83,9 @@ def summarize_compiled(compiled: jax.stages.Compiled) -> CompiledSummary:
   """Reads a program compiled for CPU, GPU or TPU."""
   stats = compiled.memory_analysis()
   memory = Memory(
-      arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes, aliased=stats.alias_size_in_bytes,
-      temporaries=stats.temp_size_in_bytes, code=stats.generated_code_size_in_bytes)
+      arguments=stats.argument_size_in_bytes, outputs=stats.output_size_in_bytes,
+      aliased=stats.alias_size_in_bytes, temporaries=stats.temp_size_in_bytes,
+      code=stats.generated_code_size_in_bytes)
   cost = compiled.cost_analysis() or {}
   collectives, cycles = _read_hlo(compiled.as_text())
   return CompiledSummary(memory, collectives, cost.get("flops"), cost.get("bytes accessed"), cycles or None)
@@ -93,8 +94,8 @@ def summarize_compiled(compiled: jax.stages.Compiled) -> CompiledSummary:
 # One instruction of XLA's text form:   ROOT %name = f32[8,128]{1,0:T(8,128)} opcode(%a, %b), attributes
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations|true_computation|"
-                     r"false_computation)=\{?(%[\w.-]+(?:, %[\w.-]+)*)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations|"
+                     r"true_computation|false_computation)=\{?(%[\w.-]+(?:, %[\w.-]+)*)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,<=]*)\]")
@@ -192,8 +193,8 @@ def _format(count: float, base: int, units: Sequence[str]) -> str:
 
 
 def render_dry_run(
-    batch: Mapping[str, jax.ShapeDtypeStruct], rows: Sequence[Layer], step_flops: int, summary: CompiledSummary, *,
-    devices: int, machine: str, device_memory: int | None = None,
+    batch: Mapping[str, jax.ShapeDtypeStruct], rows: Sequence[Layer], step_flops: int,
+    summary: CompiledSummary, *, devices: int, machine: str, device_memory: int | None = None,
 ) -> Any:
   """A dry run as tables, for `rich.print`.
 
@@ -221,8 +222,8 @@ def render_dry_run(
   for name, spec in batch.items():
     fields.add_row(name, _shape(spec.shape), str(spec.dtype))
 
-  model = make("Model: the forward pass of one training example", "layer", "type", "output", "parameters", "FLOPs",
-               right=3)
+  model = make("Model: the forward pass of one training example",
+               "layer", "type", "output", "parameters", "FLOPs", right=3)
   for row in fold(rows, MAX_LAYER_ROWS):
     model.add_row(row.path or "(top)", row.kind, "" if row.shape is None else _shape(row.shape),
                   f"{row.parameters:,}", format_flops(row.flops))
@@ -248,8 +249,8 @@ def render_dry_run(
   step.add_row("program", format_bytes(memory.code))
   step.add_row("total", format_bytes(memory.total))
   if device_memory is not None:
-    share = memory.total / device_memory
-    step.add_row("the device has" if share <= 1 else "does not fit: the device has", format_bytes(device_memory))
+    fits = memory.total <= device_memory
+    step.add_row("the device has" if fits else "does not fit: the device has", format_bytes(device_memory))
 
   moved = make("Collectives of one step, one device", "kind", "count", "bytes")
   for collective in summary.collectives:

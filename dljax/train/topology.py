@@ -134,8 +134,8 @@ def compile_lowered(lowered: jax.stages.Lowered, name: str) -> jax.stages.Compil
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     reason = str(error).splitlines()[0].partition("RESOURCE_EXHAUSTED: ")[2]
-    raise UserError(f"--topology={name}: the step does not fit ({reason}); lower --config.batch_size, or give "
-                    "--mesh more devices") from error
+    raise UserError(f"--topology={name}: the step does not fit ({reason}); lower --config.batch_size, or "
+                    "give --mesh more devices") from error
 
 
 def _install(platform: str) -> str:

@@ -34,9 +34,11 @@ def _summary(fn, *args):
 @pytest.mark.parametrize("kind, fn, out_specs, expected", [
     ("all-reduce", lambda x: jax.lax.psum(x, "d"), P(), 2 * 8 * 4),
     ("all-gather", lambda x: jax.lax.all_gather(x, "d", tiled=True), P(), 8 * 8 * 4),
-    ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "d", scatter_dimension=1, tiled=True), P("d"), 2 * 8 * 4),
+    ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "d", scatter_dimension=1, tiled=True), P("d"),
+     2 * 8 * 4),
     ("all-to-all", lambda x: jax.lax.all_to_all(x, "d", 1, 1, tiled=True), P("d"), 2 * 8 * 4),
-    ("collective-permute", lambda x: jax.lax.ppermute(x, "d", [(0, 1), (1, 2), (2, 3), (3, 0)]), P("d"), 2 * 8 * 4),
+    ("collective-permute", lambda x: jax.lax.ppermute(x, "d", [(0, 1), (1, 2), (2, 3), (3, 0)]), P("d"),
+     2 * 8 * 4),
 ])
 def test_each_kind_of_collective(kind, fn, out_specs, expected):
   """On 4 devices with f32[2, 8] each: the larger side of what goes in and comes out."""
@@ -47,7 +49,8 @@ def test_collectives_in_a_loop_count_every_turn():
   def body(x):
     return jax.lax.scan(lambda c, _: (jax.lax.psum(jnp.sin(c), "d"), None), x, None, length=7)[0]
 
-  assert _summary(_mapped(body, P("d")), _f32(8, 8)).collectives == (Collective("all-reduce", 7, 7 * 2 * 8 * 4),)
+  summary = _summary(_mapped(body, P("d")), _f32(8, 8))
+  assert summary.collectives == (Collective("all-reduce", 7, 7 * 2 * 8 * 4),)
 
 
 def test_a_program_for_one_device_has_none():
@@ -93,7 +96,7 @@ _ASYNCHRONOUS = """HloModule jit_step, is_scheduled=true
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
   %v = f32[8]{0:T(1024)S(1)} get-tuple-element(%state), index=1
   %kernel = f32[8]{0:T(1024)} fusion(%v), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
-  %permute-start = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%kernel), channel_id=9
+  %permute-start = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%kernel)
   %permute-done = f32[8]{0:T(1024)} collective-permute-done(%permute-start)
   ROOT %next = (s32[]{:T(128)}, f32[8]{0:T(1024)}) tuple(%i, %permute-done)
 }
@@ -151,7 +154,8 @@ def test_asynchronous_forms_tuples_and_tiled_layouts():
 
 def test_a_loop_length_that_the_compiler_wrote_wins():
   text = _ASYNCHRONOUS.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
-  assert inspect.summarize_compiled(_Compiled(text)).collectives[-1] == Collective("collective-permute", 5, 5 * 8 * 4)
+  summary = inspect.summarize_compiled(_Compiled(text))
+  assert summary.collectives[-1] == Collective("collective-permute", 5, 5 * 8 * 4)
 
 
 def test_units():
@@ -165,15 +169,18 @@ def test_units():
 def test_rendered_tables_hold_the_numbers():
   rows = [Layer("", "Net", (1, 10), 0, 640), Layer("c1", "Conv", (1, 28, 28, 6), 156, 239904)]
   summary = inspect.CompiledSummary(
-      inspect.Memory(3 * 2**20, 2**20, 2**20, 5 * 2**20, 0), (Collective("all-reduce", 12, 1536),), 1e9, None, 123456)
+      inspect.Memory(3 * 2**20, 2**20, 2**20, 5 * 2**20, 0), (Collective("all-reduce", 12, 1536),),
+      flops=1e9, bytes_accessed=None, cycles=123456)
   group = inspect.render_dry_run(
-      {"image": _f32(32, 28, 28, 1)}, rows, 7_000_000_000, summary, devices=4, machine="v5e:2x2", device_memory=2**30)
+      {"image": _f32(32, 28, 28, 1)}, rows, 7_000_000_000, summary, devices=4, machine="v5e:2x2",
+      device_memory=2**30)
   file = io.StringIO()
   rich.console.Console(file=file, width=120).print(group)
   text = file.getvalue()
   for line in (
-      r"image .* 32 x 28 x 28 x 1 .* float32", r"\(top\) .* Net .* 1 x 10 ", r"c1 .* Conv .* 156 .* 239.90 kFLOP",
-      r"total .* 156 .* 240.54 kFLOP", r"v5e:2x2, 4 devices", r"all devices .* 7.00 GFLOP", r"one device .* 1.75 GFLOP",
+      r"image .* 32 x 28 x 28 x 1 .* float32", r"\(top\) .* Net .* 1 x 10 ",
+      r"c1 .* Conv .* 156 .* 239.90 kFLOP", r"total .* 156 .* 240.54 kFLOP", r"v5e:2x2, 4 devices",
+      r"all devices .* 7.00 GFLOP", r"one device .* 1.75 GFLOP",
       r"compiler's count.* 1.00 GFLOP", r"123,456 cycles", r"temporaries .* 5.00 MiB", r"total .* 8.00 MiB",
       r"the device has .* 1.00 GiB", r"all-reduce .* 12 .* 1.50 KiB"):
     assert re.search(line, text), f"{line} is not in\n{text}"

@@ -18,7 +18,8 @@ def test_unknown_name_says_the_nearest():
     topology.topology_devices("v5e:2x3")
 
 
-@pytest.mark.parametrize("name, package", [("v5e:2x2", r"pip install 'jax\[tpu\]=="), ("h100:4", "jax-cuda13-plugin==")])
+@pytest.mark.parametrize("name, package", [
+    ("v5e:2x2", r"pip install 'jax\[tpu\]=="), ("h100:4", "jax-cuda13-plugin==")])
 def test_missing_compiler_says_what_to_install(name, package, monkeypatch):
   monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
   with pytest.raises(UserError, match=f"--topology={name}: .*{package}"):
@@ -55,8 +56,8 @@ print(json.dumps({
 def _compile(name, side):
   # The environment of a user: neither conftest's nor any that quiets the compilers.
   env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS") and "TPU" not in k}
-  return subprocess.run([sys.executable, "-c", _STEP, name, str(side)], capture_output=True, text=True, env=env,
-                        check=False, timeout=300)
+  return subprocess.run([sys.executable, "-c", _STEP, name, str(side)], capture_output=True, text=True,
+                        env=env, check=False, timeout=300)
 
 
 def _needs(name):
@@ -94,7 +95,8 @@ def test_a_step_that_does_not_fit_is_one_line():
   _needs("v5e:2x2")
   result = _compile("v5e:2x2", 131072)  # 64 GiB for the whole matrix
   assert result.returncode == 1
-  assert re.fullmatch(r"--topology=v5e:2x2: the step does not fit \(.*15\.75G.*\); .*\n", result.stderr), result.stderr
+  line = r"--topology=v5e:2x2: the step does not fit \(.*15\.75G.*\); .*\n"
+  assert re.fullmatch(line, result.stderr), result.stderr
 
 
 @pytest.mark.slow
