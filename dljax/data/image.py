@@ -271,13 +271,13 @@ class _ImageSet:
   def fit(self, image: np.ndarray) -> np.ndarray:
     """uint8[h, w, C] -> uint8[H, W, C], by `config.resize`."""
     height, width, _ = self.config.image_shape
+    if self.config.resize == "crop":
+      return augment.centre_crop(image, height, width, self.config.crop_fraction)
     if image.shape[:2] == (height, width):
       return image
     if self.config.resize == "pad":
       return augment.letterbox(image, height, width)
-    if self.config.resize == "bilinear":
-      return augment.resize(image, height, width)
-    return augment.centre_crop(image, height, width, self.config.crop_fraction)
+    return augment.resize(image, height, width)
 
   def crop(self, example: HostBatch, plan: Plan, row: int) -> HostBatch:
     """A random resized crop of one example."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dljax.data import augment, image
+from dljax.data import augment, image, sources
 from dljax.data.pipeline import InMemory, Streaming
 from dljax.errors import UserError
 
@@ -294,3 +294,60 @@ def test_importing_the_data_package_is_light():
           "print([name for name in heavy if name in sys.modules])")
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+  """A config for 40 JPEG images of as many sizes, prepared as TFDS would."""
+  import tensorflow_datasets as tfds
+
+  with tfds.core.registered.skip_registration():
+
+    class Photos(tfds.core.GeneratorBasedBuilder):
+      name = "photos"
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=4)}))
+
+      def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(30), "validation": self._generate_examples(10)}
+
+      def _generate_examples(self, n):
+        for i in range(n):
+          picture = np.full((20 + i, 60 - i, 3), 6 * i, np.uint8)
+          yield i, {"image": Image.fromarray(picture), "label": i % 4}
+
+  sources.build(Photos, tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  config = image.default_config()
+  config.update(name="photos", test="", num_classes=4, image_shape=(16, 24, 3), mean=(0.0,) * 3, std=(1.0,) * 3,
+                resize="crop", random_resized_crop=0.2, flip=True)
+  return config
+
+
+def test_images_of_many_sizes_are_streamed(photos, monkeypatch):
+  data = build(photos, batch_size=8)
+  assert list(data.evals) == ["validation"]
+  data.train.open()
+  assert isinstance(data.train._examples, Streaming)
+  seen = [data.train.batch(step) for step in range(4)]  # 32 rows of 30 images
+  ids = np.concatenate([batch["host/id"] for batch in seen])
+  assert sorted(ids[:30]) == list(range(30))
+  shades = np.concatenate([batch["image"] for batch in seen])
+  assert shades.shape == (32, 16, 24, 3) and np.ptp(shades, axis=(1, 2, 3)).max() < 0.02  # crops of one colour
+  labels = np.concatenate([batch["label"] for batch in seen])
+  np.testing.assert_array_equal(np.round(shades.mean(axis=(1, 2, 3)) * 255 / 6) % 4, labels)
+  validation = data.evals["validation"]
+  validation.open()
+  assert isinstance(validation._examples, InMemory)  # one shape, once resized
+  monkeypatch.setattr(image, "MEMORY_LIMIT", 0)
+  streamed = build(photos).evals["validation"]
+  streamed.open()
+  assert isinstance(streamed._examples, Streaming)
+  for key, value in validation.batch(0).items():
+    np.testing.assert_array_equal(streamed.batch(0)[key], value)
+  data.train.close()
+  streamed.close()
