@@ -12,7 +12,7 @@ import functools
 import threading
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np

@@ -323,8 +323,8 @@ def photos(tmp_path, monkeypatch):
   sources.build(Photos, tmp_path)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   config = image.default_config()
-  config.update(name="photos", test="", num_classes=4, image_shape=(16, 24, 3), mean=(0.0,) * 3, std=(1.0,) * 3,
-                resize="crop", random_resized_crop=0.2, flip=True)
+  config.update(name="photos", test="", num_classes=4, image_shape=(16, 24, 3), mean=(0.0,) * 3,
+                std=(1.0,) * 3, resize="crop", random_resized_crop=0.2, flip=True)
   return config
 
 
@@ -337,7 +337,8 @@ def test_images_of_many_sizes_are_streamed(photos, monkeypatch):
   ids = np.concatenate([batch["host/id"] for batch in seen])
   assert sorted(ids[:30]) == list(range(30))
   shades = np.concatenate([batch["image"] for batch in seen])
-  assert shades.shape == (32, 16, 24, 3) and np.ptp(shades, axis=(1, 2, 3)).max() < 0.02  # crops of one colour
+  assert shades.shape == (32, 16, 24, 3)
+  assert np.ptp(shades, axis=(1, 2, 3)).max() < 0.02  # crops of one colour
   labels = np.concatenate([batch["label"] for batch in seen])
   np.testing.assert_array_equal(np.round(shades.mean(axis=(1, 2, 3)) * 255 / 6) % 4, labels)
   validation = data.evals["validation"]

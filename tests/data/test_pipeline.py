@@ -10,7 +10,8 @@ from dljax.errors import UserError
 def make(n=10, batch_size=4, streamed=False, **kwargs):
   """A pipeline over the numbers 0..n-1."""
   def load(indices, plan, rows):
-    return [{"x": np.float32(index), "where": np.array([plan.step, row])} for index, row in zip(indices, rows)]
+    return [{"x": np.float32(index), "where": np.array([plan.step, row])}
+            for index, row in zip(indices, rows)]
 
   def open_examples(pipeline):
     if streamed:
