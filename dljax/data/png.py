@@ -1,4 +1,6 @@
-"""Many small PNG images of one shape at once: four times faster than one by one through Pillow.
+"""Many small PNG images of one shape at once: about three times faster than one by one through Pillow.
+
+Measured on 8192 images of mnist (3.4 to 4.6 times) and of fashion_mnist (2.8 to 3.0), CPU time of one thread.
 
 Portable Network Graphics (third edition, W3C 2025), sections 7 to 10. Letters: H height, W width, C channels,
 N images.
