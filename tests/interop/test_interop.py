@@ -10,13 +10,13 @@ from dljax import interop
 from dljax.errors import UserError
 from dljax.interop import table
 from dljax.models import lenet, mlp, resnet
+from tests.models.variables import random_variables
 
 MODEL = lenet.LeNet5(num_classes=10)
 
 
 def _tensors():
-  variables = MODEL.init(jax.random.key(0), np.zeros((1, 28, 28, 1)))
-  return interop.dump(MODEL, variables, "torch")
+  return interop.dump(MODEL, random_variables(MODEL, np.zeros((1, 28, 28, 1))), "torch")
 
 
 def test_a_missing_tensor_is_named():
@@ -72,7 +72,7 @@ def test_unknown_sources_and_models_are_named():
     (resnet.VARIANTS["resnet18"](num_classes=3, small_stem=True, width=8), (1, 28, 28, 1), "torchvision"),
 ], ids=["perceptron", "mlp", "lenet5", "resnet18"])
 def test_load_is_the_inverse_of_dump_for_other_sizes_and_channels(model, image, source):
-  variables = model.init(jax.random.key(0), np.zeros(image))
+  variables = random_variables(model, np.zeros(image))
   tensors = interop.dump(model, variables, source)
   back = interop.load(model, tensors, source)
   assert jax.tree.structure(back) == jax.tree.structure(variables)
@@ -81,8 +81,7 @@ def test_load_is_the_inverse_of_dump_for_other_sizes_and_channels(model, image, 
 
 def test_every_tensor_has_one_name():
   model = resnet.VARIANTS["resnet50"](num_classes=10)
-  specs = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
-  variables = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), specs)
+  variables = random_variables(model, np.zeros((1, 32, 32, 3)))
   assert len(interop.dump(model, variables, "torchvision")) == len(jax.tree.leaves(variables))
 
 
