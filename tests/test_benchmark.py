@@ -1,0 +1,120 @@
+"""The benchmark measures what it says, and reports it; how fast this machine is, is not tested."""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from dljax.launch import BAD_INPUT
+from experiments import benchmark, mlp
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_ratio_is_that_of_the_medians_and_its_spread_that_of_the_turns():
+  found = benchmark._ratio("x", "y", {"a": [2.0, 4.0, 90.0]}, {"b": [1.0, 4.0, 2.0]}, 2.0)
+  assert (found.value, found.low, found.high) == (2.0, 1.0, 45.0)
+  assert found.details == {"a": 4.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("value, at_least, holds", [
+    (1.0, False, True), (1.1, False, False), (1.0, True, True), (0.9, True, False)])
+def test_a_bound_has_a_side(value, at_least, holds):
+  assert benchmark.Measurement("x", "y", value, 1.0, at_least).holds == holds
+
+
+def test_the_loop_and_the_bare_step_take_turns():
+  settings = benchmark.Settings(steps=3, repeats=2)
+  found = benchmark._loop_overhead(settings, mlp, augment=True, name="mlp digits")
+  assert 0 < found.low <= found.high
+  assert found.value == pytest.approx(found.details["loop_seconds"] / found.details["bare_seconds"])
+
+
+def test_a_transfer_of_any_thread_is_seen_with_its_size(capfd):
+  add = jax.jit(lambda x, y: x + y)
+  ones = np.ones((3, 5), np.float32)
+  on_device = jax.device_put(ones)
+  jax.block_until_ready(add(on_device, on_device))
+  with benchmark._logged_transfers() as log:
+    jax.block_until_ready(add(on_device, on_device))
+  assert not log
+  with benchmark._logged_transfers() as log:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      pool.submit(jax.device_put, np.ones(7, np.float16)).result()
+    add(on_device, ones)  # implicit
+  assert [benchmark._transfer_bytes(line) for line in log] == [14, 60]
+  print("after", file=sys.stderr)
+  assert capfd.readouterr().err == "after\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_was_held_and_freed_counts():
+  meter = benchmark._memory_meter(jax.devices("cpu")[0])
+  before = meter()
+  held = np.ones(2**25, np.uint8)
+  del held
+  assert 0.9 * 2**25 < meter() - before < 1.5 * 2**25
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_a_step_is_measured_and_reported():
+  found, = benchmark.measure_memory(benchmark.Settings(steps=2), variant="resnet18", pixels=32, batch_size=4)
+  state = 2 * 4 * 11_689_512  # parameters and momentum
+  assert found.details["reported_bytes"] > state
+  assert found.details["growth_bytes"] >= found.details["first_step_growth_bytes"] > state
+  assert found.details["data_bytes"] == 3 * 4 * (32 * 32 * 3 * 4 + 4 + 4)
+
+
+def test_the_pipeline_takes_turns_with_the_step():
+  found = benchmark.measure_pipeline(benchmark.Settings(steps=2, repeats=2))
+  assert [m.bound for m in found] == [20, 4] and all(m.at_least for m in found)
+  assert len({m.details["step_seconds"] for m in found}) == 1, "both are held against the same turns"
+
+
+def test_the_command_prints_a_table_and_writes_json_and_a_step_moves_its_batch_and_nothing_else(tmp_path):
+  output = tmp_path / "benchmark.json"
+  done = subprocess.run(
+      [sys.executable, "-m", "experiments.benchmark", "--rows=transfers", "--steps=5", "--repeats=2",
+       f"--output={output}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  report = json.loads(output.read_text())
+  assert set(report["machine"]) == {"device", "cores", "load_before", "load_after", "jax", "python"}
+  assert report["settings"] == {"steps": 5, "repeats": 2}
+  size, others = report["rows"]
+  for row in (size, others):
+    assert row["row"] == "transfers" and row["holds"]
+    assert {"name", "what", "value", "bound", "at_least", "low", "high", "details"} < set(row)
+    assert row["name"] in done.stdout
+  assert size["details"]["batch_bytes"] == 128 * (32 * 32 * 4 + 4 + 4)
+  assert size["value"] == 1
+  assert others["value"] == 0
+
+
+@pytest.mark.parametrize("argument, text", [
+    ("--rows=lop", "did you mean loop?"),
+    ("--steps=0", "--steps=0"),
+    ("--stepss=3", "stepss"),
+    ("loop", "'loop' is not a flag"),
+    ("--output=table.txt", "must end in .json"),
+    ("--output=nowhere/table.json", "there is no folder"),
+])
+def test_bad_input_is_refused_in_a_line(argument, text, monkeypatch):
+  monkeypatch.setattr(sys, "argv", [benchmark.__file__, argument])
+  err = io.StringIO()
+  with contextlib.redirect_stderr(err), mock.patch.object(benchmark, "measure", side_effect=AssertionError):
+    with pytest.raises(SystemExit) as end:
+      benchmark.main()
+  for name in benchmark._FLAGS:
+    benchmark._FLAGS[name].unparse()
+  assert end.value.code == BAD_INPUT
+  assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1
+  assert text in err.getvalue()
