@@ -1,0 +1,185 @@
+"""The plan of the house, held against its source: who imports whom, the four doors, what has one place only."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(p for folder in ("dljax", "experiments") for p in (ROOT / folder).rglob("*.py"))
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+# Apart from `experiments/x.py`, what lies there: not a family, but a program over all of them.
+NOT_FAMILIES = ("__init__", "benchmark")
+FAMILIES = [path.stem for path in EXPERIMENTS if path.stem not in NOT_FAMILIES]
+MAX_LINES = 250  # of a model file, and of the loop
+
+# What each room may import of the project; "dljax.data" stands for everything below it too.
+TASKS = ["dljax.tasks", "dljax.models", "dljax.ops", "dljax.report", "dljax.errors"]
+DATA = ["dljax.data", "dljax.errors"]
+TRAIN = ["dljax.train", "dljax.tasks", "dljax.ops", "dljax.data.pipeline", "dljax.optim", "dljax.report",
+         "dljax.config", "dljax.errors"]
+ALLOWED = {
+    "dljax.errors": [],
+    "dljax.config": ["dljax.errors"],
+    "dljax.report": ["dljax.errors"],
+    "dljax.optim": ["dljax.errors"],
+    "dljax.ops": ["dljax.ops", "dljax.errors"],
+    "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
+    "dljax.tasks": TASKS,
+    "dljax.data": DATA,
+    "dljax.interop": ["dljax.interop", "dljax.models", "dljax.errors"],
+    "dljax.train": TRAIN,
+    "dljax.image_classification": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim",
+                                   "dljax.config", "dljax.errors"],
+    "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
+    "experiments.benchmark": ["dljax", "experiments"],
+    "experiments": ["dljax"],
+}
+
+
+def _module(path: Path) -> str:
+  return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _below(module: str, rooms: list[str]) -> bool:
+  return any(module == room or module.startswith(f"{room}.") for room in rooms)
+
+
+def _imports(path: Path) -> Iterator[str]:
+  """The dotted name of everything that a file imports, wherever in the file."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: relative import"
+      for alias in node.names:
+        name = f"{node.module}.{alias.name}"
+        # `from dljax import optim` names a module, `from dljax.errors import UserError` what is in one.
+        inside = ROOT.joinpath(*name.split("."))
+        yield name if inside.is_dir() or inside.with_suffix(".py").exists() else node.module
+
+
+def _uses(path: Path, names: set[str]) -> list[str]:
+  """Which of the dotted names ("jax.jit") a file uses, also by `from jax import jit`."""
+  found = []
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Attribute):
+      found.append(ast.unparse(node))
+    elif isinstance(node, ast.ImportFrom):
+      found += [f"{node.module}.{alias.name}" for alias in node.names]
+  return sorted(names & set(found))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_module)
+def test_imports_run_one_way(path):
+  module = _module(path)
+  rooms = [room for room in ALLOWED if _below(module, [room])]
+  if module == "dljax":
+    assert not list(_imports(path))
+    return
+  assert rooms, f"{module} lies in no room of the house"
+  allowed = ALLOWED[rooms[0]]
+  wrong = [name for name in _imports(path) if _below(name, ["dljax", "experiments", "tests"])
+           and not _below(name, allowed)]
+  assert not wrong, f"{module} may import {allowed} of the project, not {wrong}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dljax" / "models").glob("*.py")), ids=_module)
+def test_models_know_only_jax_flax_and_numpy(path):
+  allowed = ["jax", "flax", "numpy", "dljax", *sys.stdlib_module_names]
+  assert not [name for name in _imports(path) if not _below(name, allowed)]
+  assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("package, only", [
+    ("orbax", ["dljax.train.checkpoint"]),
+    ("tensorflow", []),
+    ("torch", []),
+    ("torchvision", []),
+    ("pickle", []),
+    ("clu", []),
+    ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.data.prepare", "experiments.benchmark"]),
+    ("tensorboardX", ["dljax.train.metrics"]),
+    ("wandb", ["dljax.train.metrics"]),
+    ("absl", ["dljax.launch", "dljax.train.checkpoint", "experiments.benchmark"]),
+])
+def test_a_package_has_its_place(package, only):
+  users = [_module(path) for path in SOURCES if any(_below(name, [package]) for name in _imports(path))]
+  assert set(users) <= set(only)
+
+
+def test_steps_are_compiled_in_one_place():
+  allowed = ("dljax.train.parallel", "experiments.benchmark")
+  names = {"jax.jit", "jax.pmap", "nn.jit", "linen.jit"}
+  found = {_module(path): used for path in SOURCES if (used := _uses(path, names))}
+  assert set(found) <= set(allowed), found
+  assert found["dljax.train.parallel"] == ["jax.jit", "jax.pmap"], "the test looks for the wrong names"
+
+
+def test_the_axis_of_devices_is_named_in_one_place():
+  names = {f"jax.lax.{f}" for f in ("psum", "pmean", "pmax", "all_gather", "axis_index", "psum_scatter", "ppermute")}
+  found = {_module(path): used for path in SOURCES if (used := _uses(path, names))}
+  assert set(found) == {"dljax.ops.collectives"}, found
+
+
+def test_the_loop_can_be_read_in_one_sitting():
+  assert len((ROOT / "dljax" / "train" / "loop.py").read_text().splitlines()) <= MAX_LINES
+
+
+def test_there_are_families():
+  assert {"mlp", "lenet", "resnet"} <= set(FAMILIES)
+  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers"}
+  assert models == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_four_doors_with_one_name(family):
+  doors = [f"dljax/models/{family}.py", f"experiments/{family}.py", f"colabs/{family}.ipynb",
+           f"tests/models/test_{family}.py"]
+  assert not [door for door in doors if not (ROOT / door).is_file()]
+
+
+# Names that are the field's own, without the family in them.
+OWN_NAMES = {"mlp": ["perceptron"]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_variants_carry_the_familys_name(family):
+  variants = importlib.import_module(f"dljax.models.{family}").VARIANTS
+  assert variants
+  assert not [v for v in variants if not v.startswith(family) and v not in OWN_NAMES.get(family, ())]
+  assert all(callable(variant) for variant in variants.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_experiment_is_presets_a_config_and_a_build_function(family):
+  experiment = importlib.import_module(f"experiments.{family}")
+  tree = ast.parse(Path(experiment.__file__).read_text())
+  public = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and not node.name.startswith("_")]
+  assert public == ["get_config", "build"]
+  assert all(text and "\n" not in text for text in experiment.PRESETS.values())
+  assert f"python -m experiments.{family}" in experiment.__doc__
+  assert experiment.get_config.__doc__ and experiment.build.__doc__
+  last = ast.unparse(tree.body[-1])
+  assert "launch.main(get_config, build, PRESETS)" in last
+
+
+def test_the_command_line_starts_without_what_it_may_not_need():
+  heavy = ["sklearn", "tensorflow_datasets", "grain", "orbax", "matplotlib", "PIL", "scipy", "pandas", "tqdm",
+           "tensorboardX", "tensorflow", "torch"]  # and rich, but Flax imports that itself
+  code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import experiments.lenet; "
+          f"print(*[m for m in {heavy} if m in sys.modules])")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                        env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
+  assert done.stdout.split() == []
+
+
+def test_nothing_is_left_for_later():
+  words = ("TO" + "DO", "FIX" + "ME", "X" * 3)
+  assert not [(_module(path), word) for path in SOURCES for word in words if word in path.read_text()]

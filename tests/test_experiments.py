@@ -1,0 +1,340 @@
+"""Every experiment as it is shipped: every preset builds without data, every family trains, evaluates and predicts."""
+
+import importlib
+import json
+import math
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from dljax import config as config_lib
+from dljax.data import sources
+from dljax.models import lenet, mlp, resnet
+from dljax.train import workdir as workdir_lib
+from dljax.train.checkpoint import Checkpointer
+from dljax.train.loop import fit
+from dljax.train.program import Program, RunOptions
+from dljax.train.state import parameter_count, state_sha256
+from tests.command import run
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data" / "tfds"
+EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in ("mlp", "lenet", "resnet")}
+PRESETS = [(family, preset) for family, module in EXPERIMENTS.items() for preset in module.PRESETS]
+# How the default preset is shortened, and to what share the loss must fall; model and data stay as shipped. One
+# device compiles fastest. A few steps at ResNet's learning rate tell only that numbers are finite.
+SHORT = {
+    "mlp": (["--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30"], 0.3),
+    "lenet": (["--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30", "--mesh=data:1"], 0.6),
+    "resnet": (["--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3", "--config.batch_size=32",
+                "--mesh=data:1"], math.inf),
+}
+PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_dir(tmp_path_factory) -> Iterator[Path]:
+  """A TFDS directory that holds the digits, for all runs."""
+  root = tmp_path_factory.mktemp("tfds")
+  sources.prepare_embedded("digits", root)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TFDS_DATA_DIR", str(root))
+    yield root
+
+
+# --- Presets ----------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_is_tested():
+  files = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__", "benchmark"}
+  assert files == set(EXPERIMENTS) == set(SHORT) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("family, preset", PRESETS)
+def test_a_config_is_plain_typed_and_json(family, preset):
+  config = EXPERIMENTS[family].get_config(preset)
+  assert (config.family, config.preset) == (family, preset)
+  assert set(config_lib.base_config(family, preset)) <= set(config)
+  assert {"optimizer", "model"} <= set(config)
+  config_lib.validate(config)
+  for name, value in config_lib.flatten(config).items():
+    items = value if isinstance(value, tuple) else (value,)
+    assert all(type(item) in (bool, int, float, str) for item in items), name
+    assert len({type(item) for item in items}) <= 1, f"{name} mixes types"
+  stored = ml_collections.ConfigDict(workdir_lib._with_tuples(json.loads(json.dumps(config.to_dict()))))
+  assert stored.to_dict() == config.to_dict(), "the workdir's config.json gives another config"
+  again = EXPERIMENTS[family].get_config(preset)
+  again.optimizer.learning_rate = 0.123
+  assert EXPERIMENTS[family].get_config(preset).to_dict() == config.to_dict(), "configs share something"
+
+
+@pytest.mark.parametrize("family, preset", PRESETS)
+def test_a_preset_builds_without_data(family, preset, monkeypatch, tmp_path):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  monkeypatch.setattr(sources, "open_dataset", lambda name: pytest.fail(f"opened {name}"))
+  config = EXPERIMENTS[family].get_config(preset)
+  experiment = EXPERIMENTS[family].build(config)
+  assert experiment.config is config
+  assert {"image", "label", "mask"} <= set(experiment.batch_spec)
+  assert all(spec.shape[0] == config.batch_size for spec in experiment.batch_spec.values())
+  assert list(experiment.evals) == ["validation", "test"]
+  assert experiment.monitor == "validation/accuracy"
+  state = Program(experiment, RunOptions(mesh={"data": 1, "fsdp": 1, "tensor": 1})).abstract_state
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family, preset, variants, count", [
+    ("mlp", "mnist", mlp.VARIANTS, 669_706), ("lenet", "mnist", lenet.VARIANTS, 61_706),
+    ("resnet", "imagenet2012", resnet.VARIANTS, 25_557_032),
+])
+def test_presets_have_the_published_sizes(family, preset, variants, count):
+  config = EXPERIMENTS[family].get_config(preset)
+  assert config.model.variant in variants
+  program = Program(EXPERIMENTS[family].build(config), RunOptions())
+  assert parameter_count(program.abstract_state.params) == count
+
+
+# --- Smoke training ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(EXPERIMENTS))
+def trained(request, data_dir, tmp_path_factory) -> tuple[str, Path]:
+  """(family, workdir) of a shortened run of the default preset."""
+  family, workdir = request.param, tmp_path_factory.mktemp(request.param) / "run"
+  outcome = run(EXPERIMENTS[family], f"--workdir={workdir}", *SHORT[family][0], "--config.checkpoint_every=1000")
+  assert outcome.status == 0, outcome
+  for words in ("test", "accuracy", str(workdir / "result.json"), str(workdir / "figures")):
+    assert words in outcome.out
+  return family, workdir
+
+
+def _rows(workdir: Path, split: str) -> list[Mapping[str, float]]:
+  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [row for row in rows if row["split"] == split]
+
+
+def test_the_loss_falls(trained):
+  family, workdir = trained
+  losses = [row["loss"] for row in _rows(workdir, "train")]
+  assert all(map(math.isfinite, losses))
+  assert min(losses[-3:]) < SHORT[family][1] * losses[0], losses
+
+
+def test_config_json_says_what_ran(trained):
+  family, workdir = trained
+  stored = json.loads((workdir / "config.json").read_text())
+  assert stored["config"]["family"] == family and f"--workdir={workdir}" in stored["command"]
+  assert stored["versions"]["jax"] == jax.__version__
+  assert {"python", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(stored["versions"])
+  if (ROOT / ".git").exists() and shutil.which("git"):
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", stored["git_commit"])
+
+
+def test_metrics_are_logged_once_with_every_number(trained):
+  family, workdir = trained
+  config = json.loads((workdir / "config.json").read_text())["config"]
+  total = config["total_steps"]
+  train, validation = _rows(workdir, "train"), _rows(workdir, "validation")
+  assert [row["step"] for row in train] == list(range(config["log_every"], total + 1, config["log_every"]))
+  assert [row["step"] for row in validation] == list(range(config["eval_every"], total + 1, config["eval_every"]))
+  plain = {"step", "split", "loss", "accuracy", "top_5_accuracy"}
+  numbers = plain | {"learning_rate", "gradient_norm", "parameter_norm"}
+  assert all(numbers <= set(row) <= numbers | {"examples_per_second"} for row in train)
+  assert all(set(row) == plain for row in validation)
+  assert "examples_per_second" in train[-1]
+
+
+def test_tensorboard_has_the_same_numbers(trained):
+  _, workdir = trained
+  found = {}
+  for path in workdir.glob("events.out.tfevents.*"):
+    for event in _events(path):
+      found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+  for split in ("train", "validation"):
+    for row in _rows(workdir, split):
+      assert found[row["step"], f"{split}/loss"] == pytest.approx(row["loss"])
+
+
+def _events(path: Path) -> Iterator:
+  """The events of a TensorBoard file: length u64, checksum u32, event, checksum u32."""
+  from tensorboardX.proto import event_pb2
+
+  data, place = path.read_bytes(), 0
+  while place < len(data):
+    size, = struct.unpack_from("<Q", data, place)
+    yield event_pb2.Event.FromString(data[place + 12:place + 12 + size])
+    place += 16 + size
+
+
+def test_result_json_is_complete_and_true(trained):
+  family, workdir = trained
+  result = json.loads((workdir / "result.json").read_text())
+  config = json.loads((workdir / "config.json").read_text())["config"]
+  assert set(result) == {
+      "family", "preset", "steps", "total_steps", "metrics", "checkpoint", "params", "seconds", "examples_per_second",
+      "seed", "devices", "state_sha256"}
+  assert (result["family"], result["preset"], result["seed"]) == (family, "digits", 0)
+  assert result["steps"] == result["total_steps"] == config["total_steps"]
+  assert result["params"] == PARAMETERS[family]
+  assert 0 < result["examples_per_second"] and 0 < result["seconds"]
+  assert set(result["metrics"]) == {"validation", "test"}
+  for values in result["metrics"].values():
+    assert set(values) == {"accuracy", "loss", "top_5_accuracy"}
+    assert 0 <= values["accuracy"] <= values["top_5_accuracy"] <= 1
+  best = max(_rows(workdir, "validation"), key=lambda row: (row["accuracy"], -row["step"]))
+  assert result["checkpoint"] == best["step"]
+  assert result["metrics"]["validation"]["accuracy"] == best["accuracy"]
+
+  state = fit(EXPERIMENTS[family].build(workdir_lib.Workdir(workdir).read_config()), workdir)
+  assert int(state.step) == result["steps"]
+  assert state_sha256(jax.tree.map(np.asarray, state)) == result["state_sha256"]
+
+
+def test_checkpoints_pictures_and_data_are_there(trained):
+  family, workdir = trained
+  result = json.loads((workdir / "result.json").read_text())
+  with Checkpointer(workdir / "checkpoints", assets=workdir / "data", read_only=True) as checkpointer:
+    steps = checkpointer.steps()
+    manifest = json.loads((workdir / "checkpoints" / str(steps[-1]) / "manifest.json").read_text())
+  assert {result["steps"], result["checkpoint"]} <= set(steps)
+  assert set(manifest["assets"]) == {"classes.json"}
+  assert json.loads((workdir / "data" / "classes.json").read_text()) == list("0123456789")
+  figures = {path.name for path in (workdir / "figures").iterdir()}
+  assert figures == {"learning_curves.png", "confusion_matrix.png", "mistakes.png"}
+  for name in figures:
+    with Image.open(workdir / "figures" / name) as picture:
+      picture.load()
+      assert picture.format == "PNG" and min(picture.size) > 200
+      assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 3, "an empty picture"
+
+
+def test_nothing_else_lies_in_the_workdir(trained):
+  _, workdir = trained
+  names = {path.name for path in workdir.iterdir() if not path.name.startswith("events.out.tfevents.")}
+  assert names == {"config.json", "metrics.jsonl", "result.json", "checkpoints", "data", "figures", ".lock"}
+  assert not list(workdir.rglob("*.tmp"))
+  lock = workdir_lib.Workdir(workdir)
+  lock.acquire()
+  lock.release()
+
+
+def test_predictions_for_the_test_images_are_as_good_as_the_evaluation(trained, tmp_path):
+  from sklearn.datasets import load_digits
+
+  from dljax.data.datasets.digits import split_indices
+
+  family, workdir = trained
+  digits = load_digits()
+  test = split_indices(digits.target, "stratified")["test"]
+  for i in test:
+    Image.fromarray(np.round(digits.images[i] * 255 / 16).astype(np.uint8)).save(tmp_path / f"{i}.png")
+  output = tmp_path / "out.jsonl"
+  outcome = run(EXPERIMENTS[family], f"--workdir={workdir}", "--mode=predict", f"--input={tmp_path}", f"--output={output}")
+  assert outcome.status == 0, outcome
+  rows = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [int(Path(row["input"]).stem) for row in rows] == sorted(test)
+  right = sum(row["label"] == str(digits.target[i]) for row, i in zip(rows, sorted(test), strict=True))
+  assert right / len(test) == json.loads((workdir / "result.json").read_text())["metrics"]["test"]["accuracy"]
+
+
+# --- XOR --------------------------------------------------------------------------------------------------
+
+
+def _xor_accuracy(workdir: Path, *arguments: str) -> float:
+  outcome = run(EXPERIMENTS["mlp"], "--preset=xor", f"--workdir={workdir}", "--mesh=data:1", *arguments)
+  assert outcome.status == 0, outcome
+  return json.loads((workdir / "result.json").read_text())["metrics"]["test"]["accuracy"]
+
+
+def test_two_layers_learn_xor(tmp_path):
+  assert _xor_accuracy(tmp_path / "run") >= 0.99
+
+
+@pytest.mark.parametrize("criterion", ["softmax", "perceptron"])
+def test_a_perceptron_does_not_learn_xor(tmp_path, criterion):
+  # A line can part off one of the four corners: three of four right is the best there is.
+  accuracy = _xor_accuracy(
+      tmp_path / "run", "--config.model.variant=perceptron", f"--config.model.criterion={criterion}")
+  assert 0.2 <= accuracy <= 0.8
+
+
+def test_the_criterion_counts_for_images_too():
+  config = EXPERIMENTS["mlp"].get_config("digits")
+  config.model.criterion = "perceptron"
+  assert EXPERIMENTS["mlp"].build(config).task.criterion == "perceptron"
+
+
+# --- The other presets, on stand-ins of their sets -------------------------------------------------------
+
+SETS = {
+    "mnist": ((28, 28, 1), 10, "test"), "fashion_mnist": ((28, 28, 1), 10, "test"),
+    "cifar10": ((32, 32, 3), 10, "test"), "imagenet2012": ((None, None, 3), 1000, "validation"),
+}
+
+
+def _stand_in(name: str, root: Path) -> None:
+  """Prepares a set with the name and features of a real one, and noise for pictures."""
+  import tensorflow_datasets as tfds
+
+  (height, width, channels), classes, test = SETS[name]
+  set_name = name
+
+  class StandIn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    name = set_name
+    VERSION = tfds.core.Version("9.9.9")
+
+    def _info(self):
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+          "image": tfds.features.Image(shape=(height, width, channels)),
+          "label": tfds.features.ClassLabel(num_classes=classes)}))
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples(100), test: self._generate_examples(6)}
+
+    def _generate_examples(self, count):
+      draw = np.random.default_rng(count)
+      for i in range(count):
+        shape = height or int(draw.integers(40, 80)), width or int(draw.integers(40, 80)), channels
+        image = draw.integers(0, 256, shape, np.uint8)
+        yield i, {"image": Image.fromarray(image if channels == 3 else image[..., 0]), "label": int(draw.integers(classes))}
+
+  sources.build(StandIn, root)
+
+
+@pytest.mark.parametrize("family, preset", [
+    pytest.param(family, preset, marks=[pytest.mark.slow] if family == "resnet" else [])
+    for family, preset in PRESETS if preset in SETS])
+def test_a_preset_trains_on_a_set_of_its_name(family, preset, tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  _stand_in(preset, tmp_path / "tfds")
+  outcome = run(
+      EXPERIMENTS[family], f"--preset={preset}", f"--workdir={tmp_path / 'run'}", "--mesh=data:1", "--config.total_steps=2",
+      "--config.batch_size=4", "--config.eval_batch_size=4", "--config.log_every=1", "--config.eval_every=2")
+  assert outcome.status == 0, outcome
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert result["preset"] == preset and math.isfinite(result["metrics"]["test"]["loss"])
+  assert [row["step"] for row in _rows(tmp_path / "run", "train")] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, preset", [(f, p) for f, p in PRESETS if p in ("mnist", "fashion_mnist")])
+def test_a_preset_learns_from_its_real_set(family, preset, tmp_path):
+  if not (SHARED / preset).is_dir():
+    pytest.skip(f"{preset} is not prepared in {SHARED}")
+  batch_size = 32 if family == "resnet" else 128
+  outcome = run(
+      EXPERIMENTS[family], f"--preset={preset}", f"--data_dir={SHARED}", f"--workdir={tmp_path / 'run'}",
+      "--config.total_steps=30", f"--config.batch_size={batch_size}", "--config.log_every=5", "--config.eval_every=30",
+      "--config.data.test=test[:20%]", "--config.data.validation=train[98%:]")
+  assert outcome.status == 0, outcome
+  losses = [row["loss"] for row in _rows(tmp_path / "run", "train")]
+  assert losses[-1] < 0.8 * losses[0], losses

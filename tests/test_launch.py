@@ -1,0 +1,570 @@
+"""The command line: what each mode does to a workdir, and how bad input ends."""
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dljax import config as config_lib
+from dljax import launch
+from dljax.data import sources
+from dljax.train.workdir import Workdir
+from experiments import lenet, mlp
+from tests.command import Outcome, refuse, run
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--config.model.widths=32", "--config.log_every=4", "--config.eval_every=8", "--config.checkpoint_every=8")
+STEPS = 24
+pytestmark = pytest.mark.usefixtures("_digits")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+  """A TFDS directory that holds the digits."""
+  root = tmp_path_factory.mktemp("tfds")
+  sources.prepare_embedded("digits", root)
+  return root
+
+
+@pytest.fixture
+def _digits(data_dir, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def _trained(data_dir, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TFDS_DATA_DIR", str(data_dir))
+    outcome = _train(workdir)
+  assert outcome.status == 0, outcome
+  assert (workdir / "result.json").exists()
+  return workdir
+
+
+@pytest.fixture
+def trained(_trained, tmp_path) -> Path:
+  """A finished run of our own: 24 steps, with checkpoints 16, 24 and the best."""
+  return Path(shutil.copytree(_trained, tmp_path / "run"))
+
+
+def _train(workdir: Path, *arguments: str, steps: int = STEPS) -> Outcome:
+  # On one device, which compiles fastest; what comes after uses all four.
+  return run(mlp, f"--workdir={workdir}", f"--config.total_steps={steps}", "--mesh=data:1", *SMALL, *arguments)
+
+
+def _json(path: Path):
+  return json.loads(path.read_text())
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+  """What there is below a folder, when it was written, and what is in it."""
+  digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+  return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, digest(p)) for p in folder.rglob("*")}
+
+
+@functools.cache
+def _pictures() -> tuple[np.ndarray, np.ndarray]:
+  """uint8[n, 8, 8] and labels of some digits."""
+  from sklearn.datasets import load_digits
+
+  digits = load_digits()
+  return np.round(digits.images[:5] * 255 / 16).astype(np.uint8), digits.target[:5]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+  """A folder of PNG files, one of them further down."""
+  folder = tmp_path / "pictures"
+  (folder / "more").mkdir(parents=True)
+  for i, image in enumerate(_pictures()[0]):
+    Image.fromarray(image).save(folder / ("more" if i == 4 else "") / f"{i}.png")
+  return folder
+
+
+# --- Help -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experiment", [lenet, mlp], ids=lambda e: e.__name__)
+def test_help_names_every_flag_preset_and_config_field(experiment):
+  outcome = run(experiment, "--help")
+  assert (outcome.status, outcome.err) == (0, "")
+  for flag in ("preset", "workdir", "mode", "step", "input", "output", "parallelism", "mesh", "resume", "seed",
+               "data_dir", "wandb", "dry_run", "topology", "list_presets", "help"):
+    assert f"\n  --{flag}" in outcome.out
+  for name, text in experiment.PRESETS.items():
+    assert name in outcome.out and text in outcome.out
+  default = experiment.get_config(next(iter(experiment.PRESETS)))
+  settable = set(config_lib.flatten(default)) - {"family", "preset", "seed"}
+  printed = {line.strip().partition("=")[0] for line in outcome.out.splitlines() if line.startswith("  --config.")}
+  assert printed == {f"--config.{name}" for name in settable}
+  assert "--help=True" not in outcome.out, "values typed now are not defaults"
+
+
+def test_help_shows_the_config_of_the_preset():
+  assert "--config.data.name=mnist" in run(lenet, "--preset=mnist", "--help").out
+
+
+def test_list_presets():
+  outcome = run(mlp, "--list_presets")
+  assert (outcome.status, outcome.err) == (0, "")
+  assert [line.split()[0] for line in outcome.out.splitlines()] == list(mlp.PRESETS)
+
+
+@pytest.mark.parametrize("arguments, status", [(["--help"], 0), (["--presett=mnist"], 2)])
+def test_exit_status_of_the_process(tmp_path, arguments, status):
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-m", "experiments.lenet", *arguments], cwd=tmp_path, env=environment,
+                        capture_output=True, text=True, timeout=120)
+  assert done.returncode == status, done.stderr
+  assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+  if status:
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--preset " in done.stderr
+
+
+# --- Dry run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, monkeypatch, parallelism):
+  (tmp_path / "empty").mkdir()
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+  monkeypatch.chdir(tmp_path)
+  outcome = run(lenet, "--preset=mnist", "--dry_run", f"--parallelism={parallelism}")
+  assert outcome.status == 0, outcome
+  for words in ("c1", "c3", "c5", "f6", "head", "61,706", "memory of one device", "128 x 28 x 28 x 1", "FLOP"):
+    assert words in outcome.out, words
+  assert [p.name for p in tmp_path.rglob("*")] == ["empty"]
+
+
+# --- Training ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_printed_again_and_left_alone(trained):
+  before = _snapshot(trained)
+  outcome = _train(trained)
+  assert outcome.status == 0
+  assert "finished" in outcome.out and f"{_json(trained / 'result.json')['metrics']['test']['accuracy']:.4f}" in outcome.out
+  assert _train(trained, "--resume=must").status == 0
+  assert _snapshot(trained) == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(trained):
+  rows = (trained / "metrics.jsonl").read_text()
+  outcome = _train(trained, "--config.log_every=2", steps=STEPS + 8)
+  assert outcome.status == 0, outcome
+  assert f"continuing from step {STEPS}" in outcome.err
+  result, after = _json(trained / "result.json"), (trained / "metrics.jsonl").read_text()
+  assert result["steps"] == result["total_steps"] == STEPS + 8
+  assert after.startswith(rows)
+  steps = [row["step"] for row in map(json.loads, after.splitlines()) if row["split"] == "train"]
+  assert steps == [*range(4, STEPS + 1, 4), *range(STEPS + 2, STEPS + 9, 2)]
+  assert _json(trained / "config.json")["config"]["total_steps"] == STEPS + 8
+
+
+def test_a_run_does_not_go_back(trained):
+  before = _snapshot(trained)
+  line = refuse(mlp, f"--workdir={trained}", "--config.total_steps=8", *SMALL)
+  assert "--config.total_steps=8" in line and f"{STEPS} steps" in line
+  after = _snapshot(trained)
+  assert {**after, ".lock": 0} == {**before, ".lock": 0}
+
+
+def test_a_run_that_diverges_ends_with_1_and_one_line(tmp_path):
+  outcome = _train(tmp_path / "run", "--config.optimizer.learning_rate=1e38")
+  assert outcome.status == 1
+  assert "not finite" in outcome.err and "--config.optimizer.learning_rate" in outcome.err
+  assert "Traceback" not in outcome.err and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_default_workdir_tells_configs_apart(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+  def tiny_config(preset):
+    config = mlp.get_config(preset)
+    config.update({"total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2})
+    config.model.widths = (8,)
+    return config
+
+  tiny = types.SimpleNamespace(__file__=mlp.__file__, get_config=tiny_config, build=mlp.build, PRESETS=mlp.PRESETS)
+  folders = lambda: sorted((tmp_path / "runs").iterdir())
+  assert run(tiny, "--mesh=data:1").status == 0
+  assert [folder.name for folder in folders()] == ["mlp-digits"]
+  assert run(tiny, "--mesh=data:1", "--seed=1").status == 0
+  plain, other = folders()
+  assert plain.name == "mlp-digits" and re.fullmatch("mlp-digits-[0-9a-f]{8}", other.name)
+
+  # The seed decides the run.
+  assert _json(other / "config.json")["config"]["seed"] == 1
+  assert _json(plain / "result.json")["state_sha256"] != _json(other / "result.json")["state_sha256"]
+
+  # The same flags find the same run again, in the other modes too, and never another one.
+  assert "finished" in run(tiny, "--seed=1").out
+  assert run(tiny, "--seed=1", "--mode=eval").status == 0
+  assert folders() == [plain, other]
+  assert (other / "evaluation.json").exists() and not (plain / "evaluation.json").exists()
+  assert "holds no run" in refuse(tiny, "--seed=2", "--mode=eval")
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_evaluation_agrees_with_the_result(trained, parallelism):
+  before = _snapshot(trained)
+  outcome = run(mlp, f"--workdir={trained}", "--mode=eval", f"--parallelism={parallelism}")
+  assert outcome.status == 0, outcome
+  result, evaluation = _json(trained / "result.json"), _json(trained / "evaluation.json")
+  assert evaluation["checkpoint"] == result["checkpoint"]
+  for split in ("validation", "test"):
+    assert evaluation["metrics"][split] == pytest.approx(result["metrics"][split], rel=1e-6)
+    assert evaluation["metrics"][split]["accuracy"] == result["metrics"][split]["accuracy"]
+    assert f"{result['metrics'][split]['accuracy']:.4f}" in outcome.out
+  after = _snapshot(trained)
+  del after["evaluation.json"]
+  assert after == before
+
+
+@pytest.mark.parametrize("step, checkpoint", [("latest", STEPS), ("16", 16), (str(STEPS), STEPS)])
+def test_evaluation_of_a_chosen_checkpoint(trained, step, checkpoint):
+  assert run(mlp, f"--workdir={trained}", "--mode=eval", f"--step={step}").status == 0
+  evaluation = _json(trained / "evaluation.json")
+  assert evaluation["checkpoint"] == checkpoint
+  rows = map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+  logged = next(row for row in rows if (row["step"], row["split"]) == (checkpoint, "validation"))
+  assert evaluation["metrics"]["validation"]["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+
+
+def test_evaluation_takes_overrides(trained):
+  assert run(mlp, f"--workdir={trained}", "--mode=eval", "--config.data.test=test[:50%]").status == 0
+  half, whole = (_json(trained / name)["metrics"]["test"]["loss"] for name in ("evaluation.json", "result.json"))
+  assert half != whole
+  assert _json(trained / "config.json")["config"]["data"]["test"] == "test"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--step=soon"], ["--step=soon", "best, latest or a number", f"16, {STEPS}"]),
+    (["--step=999"], ["checkpoint 999", "no such step", f"16, {STEPS}"]),
+    (["--config.model.widths=16"], ["does not fit", "float32[32, 10] there", "float32[16, 10] here"]),
+    (["--config.data.name=mnist"], ["mnist is not prepared", "python -m dljax.data.prepare mnist"]),
+    (["--config.eval_batch_size=30"], ["--config.eval_batch_size=30", "multiple of 4"]),
+])
+def test_evaluation_refuses(trained, arguments, words):
+  before = _snapshot(trained)
+  line = refuse(mlp, f"--workdir={trained}", "--mode=eval", *arguments)
+  assert all(word in line for word in words), line
+  assert _snapshot(trained) == before
+
+
+@pytest.mark.parametrize("mode", ["eval", "predict"])
+def test_without_a_run_or_a_checkpoint_there_is_nothing_to_use(trained, pictures, tmp_path, mode):
+  arguments = [f"--mode={mode}", *([f"--input={pictures}"] if mode == "predict" else [])]
+  line = refuse(mlp, f"--workdir={tmp_path / 'nowhere'}", *arguments)
+  assert "nowhere" in line and "holds no run" in line and not (tmp_path / "nowhere").exists()
+  shutil.rmtree(trained / "checkpoints")
+  line = refuse(mlp, f"--workdir={trained}", *arguments)
+  assert str(trained) in line and "no checkpoint" in line and "train first" in line
+  assert not (trained / "checkpoints").exists()
+
+
+def test_a_run_of_another_family_is_named(trained):
+  line = refuse(lenet, f"--workdir={trained}", "--mode=eval")
+  assert "holds a run of mlp" in line and "python -m experiments.mlp" in line
+
+
+# --- Prediction -------------------------------------------------------------------------------------------
+
+
+def _predict(workdir: Path, inputs: str, output: Path | None = None, *arguments: str) -> Outcome:
+  more = [f"--output={output}"] if output else []
+  return run(mlp, f"--workdir={workdir}", "--mode=predict", f"--input={inputs}", *more, *arguments)
+
+
+def _read(path: Path) -> list[dict]:
+  if path.suffix == ".jsonl":
+    return [json.loads(line) for line in path.read_text().splitlines()]
+  if path.suffix == ".json":
+    return _json(path)
+  with path.open(newline="") as file:
+    return [{**row, "probability": float(row["probability"]), "probabilities": json.loads(row["probabilities"])}
+            for row in csv.DictReader(file)]
+
+
+def test_every_form_of_input_and_output_says_the_same(trained, pictures, tmp_path):
+  images = _pictures()[0]
+  np.save(tmp_path / "uint8.npy", images)
+  np.save(tmp_path / "float.npy", images[..., None] / 255)
+  before = _snapshot(trained)
+  found = {}
+  files = ",".join(str(path) for path in sorted(pictures.rglob("*.png")))
+  for inputs, suffix in ((pictures, ".jsonl"), (files, ".json"), (tmp_path / "uint8.npy", ".csv"),
+                         (tmp_path / "float.npy", ".jsonl")):
+    output = tmp_path / f"predictions{suffix}"
+    outcome = _predict(trained, str(inputs), output)
+    assert outcome.status == 0, outcome
+    assert f"5 predictions written to {output}" in outcome.out
+    found[str(inputs)] = _read(output)
+  assert _snapshot(trained) == before
+
+  rows = found[str(pictures)]
+  assert [Path(row["input"]).name for row in rows] == [f"{i}.png" for i in range(5)]
+  assert [row["input"] for row in found[str(tmp_path / "uint8.npy")]][0] == f"{tmp_path / 'uint8.npy'}[0]"
+  for others in found.values():
+    assert [(row["label"], row["probabilities"]) for row in others] == [
+        (row["label"], row["probabilities"]) for row in rows]
+  for row in rows:
+    assert set(row) == {"input", "label", "probability", "probabilities"}
+    p = list(row["probabilities"].values())
+    assert p == sorted(p, reverse=True) and row["probability"] == p[0]
+    assert row["label"] == next(iter(row["probabilities"])) in map(str, range(10))
+    assert 0.5 < sum(p) <= 1 + 1e-5
+
+
+def test_predictions_are_shown_without_an_output(trained, pictures):
+  outcome = _predict(trained, f"{pictures}/0.png")
+  assert outcome.status == 0 and outcome.out.startswith(f"{pictures}/0.png  ")
+
+
+def test_probabilities_of_all_classes_sum_to_1(tmp_path):
+  workdir = tmp_path / "xor"
+  assert run(mlp, "--preset=xor", f"--workdir={workdir}", "--config.total_steps=2", "--config.eval_every=2").status == 0
+  np.save(tmp_path / "points.npy", np.array([[1, 1], [1, -1]]))
+  output = tmp_path / "out.jsonl"
+  outcome = _predict(workdir, str(tmp_path / "points.npy"), output, "--parallelism=pmap")
+  assert outcome.status == 0, outcome
+  rows = _read(output)
+  assert all(set(row["probabilities"]) == {"same", "different"} for row in rows)
+  assert [sum(row["probabilities"].values()) for row in rows] == pytest.approx([1, 1], abs=1e-6)
+
+  (tmp_path / "empty.npy").touch()
+  np.save(tmp_path / "wrong.npy", np.zeros((3, 3)))
+  outcome = _predict(workdir, f"{tmp_path}/empty.npy,{tmp_path}/wrong.npy")
+  assert outcome.status == 2 and "Traceback" not in outcome.err
+  assert [line.split(":")[0] for line in outcome.err.splitlines()] == [
+      f"skipped {tmp_path}/empty.npy", f"skipped {tmp_path}/wrong.npy", "error"]
+
+
+def test_an_input_that_is_no_image_is_skipped_and_told(trained, pictures, tmp_path):
+  data = (pictures / "1.png").read_bytes()
+  (pictures / "1.png").write_bytes(data[:len(data) // 2])
+  output = tmp_path / "out.jsonl"
+  outcome = _predict(trained, str(pictures), output)
+  assert outcome.status == 1
+  assert outcome.err.startswith(f"skipped {pictures / '1.png'}: ") and outcome.err.count("\n") == 1
+  assert [Path(row["input"]).name for row in _read(output)] == ["0.png", "2.png", "3.png", "4.png"]
+
+
+@pytest.mark.parametrize("make", [
+    lambda folder: (folder / "text.png").write_text("no image"), lambda folder: None,
+], ids=["corrupt", "empty"])
+def test_where_no_input_is_usable_the_status_is_2(trained, tmp_path, make):
+  folder = tmp_path / "inputs"
+  folder.mkdir()
+  make(folder)
+  outcome = _predict(trained, str(folder), tmp_path / "out.csv")
+  assert outcome.status == 2 and not (tmp_path / "out.csv").exists()
+  assert outcome.err.splitlines()[-1] == f"error: --input={folder}: nothing usable there"
+  assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["--mode=predict needs --input"]),
+    (["--input=/no/such.png"], ["--input", "/no/such.png"]),
+    (["--input={pictures}", "--output={tmp}/out.txt"], ["--output={tmp}/out.txt", ".jsonl, .json, .csv"]),
+    (["--input={pictures}", "--output={tmp}/no/out.csv"], ["--output={tmp}/no/out.csv", "no folder", "{tmp}/no"]),
+])
+def test_prediction_refuses(trained, pictures, tmp_path, arguments, words):
+  fill = lambda texts: [text.format(pictures=pictures, tmp=tmp_path) for text in texts]
+  before = _snapshot(tmp_path)
+  line = refuse(mlp, f"--workdir={trained}", "--mode=predict", *fill(arguments))
+  assert all(word in line for word in fill(words)), line
+  assert _snapshot(tmp_path) == before
+
+
+# --- Bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, words", [
+    # Names.
+    (["--presett=mnist"], ["'--presett'", "did you mean --preset"]),
+    (["--no_such_flag"], ["'--no_such_flag'"]),
+    (["--config=x"], ["--config.FIELD"]),
+    (["--preset=mnst"], ["--preset", "'mnst'", "did you mean mnist?"]),
+    (["--preset=zzz"], ["--preset", "choose one of: digits, fashion_mnist, mnist, xor"]),
+    (["--config.optimizer.learning_rat=1"], ["optimizer.learning_rat'", "did you mean optimizer.learning_rate"]),
+    (["--config.lerning_rate=1"], ["did you mean optimizer.learning_rate"]),
+    (["--config.optimizer=adam"], ["--config.optimizer is a group", "--config.optimizer.name"]),
+    (["--config.optimizer.name=adamm"], ["--config.optimizer.name", "did you mean adam "]),
+    (["--config.optimizer.schedule=cos"], ["--config.optimizer.schedule", "cosine"]),
+    (["--config.model.variant=perceptorn"], ["--config.model.variant", "did you mean perceptron"]),
+    (["--config.model.activation=rellu"], ["--config.model.activation", "did you mean relu"]),
+    (["--config.model.criterion=softmx"], ["criterion", "did you mean softmax"]),
+    (["--mode=fly"], ["--mode=fly", "train|eval|predict"]),
+    (["--resume=maybe"], ["--resume=maybe", "auto|never|must"]),
+    (["--parallelism=magic"], ["--parallelism=magic", "jit|pmap"]),
+    (["stray"], ["'stray' is not a flag", "--FLAG=VALUE"]),
+    (["--config.total_steps", "5"], ["'5' is not a flag"]),
+    (["--config.total_steps"], ["--config.total_steps needs a value"]),
+    # Types and ranges.
+    (["--config.batch_size=-8"], ["--config.batch_size=-8", "at least 1"]),
+    (["--config.batch_size=12.5"], ["--config.batch_size=12.5", "whole number"]),
+    (["--config.optimizer.learning_rate=fast"], ["--config.optimizer.learning_rate=fast", "a number"]),
+    (["--config.optimizer.learning_rate=-0.1"], ["--config.optimizer.learning_rate=-0.1", "above 0"]),
+    (["--config.optimizer.learning_rate=nan"], ["--config.optimizer.learning_rate=nan", "above 0"]),
+    (["--config.optimizer.warmup_fraction=2"], ["--config.optimizer.warmup_fraction=2.0", "below 1"]),
+    (["--config.total_steps=0"], ["--config.total_steps=0", "at least 1"]),
+    (["--config.ema_decay=1"], ["--config.ema_decay=1.0", "below 1"]),
+    (["--config.early_stopping_patience=3", "--config.monitor="], ["--config.early_stopping_patience", "--config.monitor"]),
+    (["--config.data.flip=perhaps"], ["--config.data.flip=perhaps", "true or false"]),
+    (["--config.model.widths=x"], ["--config.model.widths=x", "whole number"]),
+    (["--config.model.widths=16,0"], ["--config.model.widths=(16, 0)", "at least 1"]),
+    (["--config.model.dropout=1"], ["--config.model.dropout=1.0", "below 1"]),
+    (["--config.model.label_smoothing=2"], ["label_smoothing", "2.0", "[0, 1)"]),
+    (["--config.model.dtype=half"], ["--config.model.dtype=half", "bfloat16"]),
+    (["--config.model.dtype=float64"], ["--config.model.dtype=float64", "JAX_ENABLE_X64=1"]),
+    (["--seed=-1"], ["--seed=-1", "0, 4294967295"]),
+    (["--seed=99999999999999999999"], ["--seed=99999999999999999999", "0, 4294967295"]),
+    (["--seed=one"], ["--seed=one"]),
+    (["--config.seed=1"], ["--config.seed", "--seed"]),
+    # Devices: there are four.
+    (["--config.batch_size=30"], ["--config.batch_size=30", "4 devices", "multiple of 4"]),
+    (["--config.eval_batch_size=30"], ["--config.eval_batch_size=30", "4 devices", "multiple of 4"]),
+    (["--config.accumulation=3"], ["--config.batch_size=128", "3 micro-batches", "multiple of 12"]),
+    (["--mesh=data:8"], ["--mesh=data:8", "needs 8 devices and there are 4"]),
+    (["--mesh=data:3"], ["--config.batch_size=128", "3 devices"]),
+    (["--mesh=rows:2"], ["--mesh", "'rows:2'", "data, fsdp, tensor"]),
+    (["--mesh=data:0"], ["--mesh", "'data:0'"]),
+    (["--mesh=data"], ["--mesh", "'data'"]),
+    (["--mesh=data:2,fsdp:2", "--parallelism=pmap"], ["--parallelism=pmap", "--parallelism=jit"]),
+    # Flags that need others.
+    (["--resume=must"], ["--resume=must", "holds no run", "drop the flag"]),
+    (["--topology=v5e:2x2"], ["--topology goes with --dry_run"]),
+    (["--dry_run", "--topology=v6:1"], ["--topology", "'v6:1'", "v5e:2x2"]),
+    (["--dry_run", "--mode=eval"], ["--dry_run goes with --mode=train"]),
+    (["--step=latest"], ["--step goes with --mode=eval or --mode=predict"]),
+    (["--input=x.png"], ["--input goes with --mode=predict"]),
+    (["--output=x.csv"], ["--output goes with --mode=predict"]),
+    # What is known only with the model, or the data.
+    (["--config.monitor=validation/acuracy"], ["--config.monitor", "did you mean validation/accuracy"]),
+    (["--config.monitor=accuracy"], ["--config.monitor", "validation/accuracy"]),
+    (["--config.monitor=test/accuracy"], ["--config.monitor", "validation/accuracy"]),
+    (["--config.data.validation="], ["--config.monitor=validation/accuracy", "write --config.monitor="]),
+    (["--config.optimizer.freeze=nothing/*"], ["--config.optimizer.freeze", "'nothing/*' matches no parameter"]),
+    (["--config.optimizer.freeze=*"], ["--config.optimizer.freeze", "nothing to train"]),
+    (["--config.optimizer.learning_rates=hidden9/*=0.1"],
+     ["--config.optimizer.learning_rates", "'hidden9/*' matches no parameter", "hidden"]),
+    (["--config.optimizer.learning_rates=head/*=fast"], ["--config.optimizer.learning_rates", "pattern=factor"]),
+    (["--config.batch_size=2000"], ["--config.batch_size=2000", "1293 training examples"]),
+    (["--config.data.validation=train[:5%]"], ["--config.data.validation", "overlaps"]),
+    (["--data_dir=/no/such/folder"], ["--data_dir=/no/such/folder", "not a folder"]),
+])
+def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, arguments, words):
+  monkeypatch.chdir(tmp_path)
+  line = refuse(mlp, "--workdir=run", "--config.total_steps=2", *arguments)
+  assert all(word in line for word in words), line
+  assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_biases_is_asked_for_before_anything_is_written(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  line = refuse(mlp, f"--workdir={tmp_path / 'run'}", "--wandb=project")
+  assert "--wandb" in line and "pip install wandb" in line and not list(tmp_path.iterdir())
+
+
+def test_missing_data_is_told_at_once_and_without_a_network(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("reached for a network"))
+  start = time.monotonic()
+  line = refuse(lenet, "--preset=mnist", f"--workdir={tmp_path / 'run'}")
+  assert time.monotonic() - start < 15  # TFDS would try for minutes
+  assert f"mnist is not prepared in {tmp_path}" in line
+  assert f"python -m dljax.data.prepare mnist --data_dir={tmp_path}" in line
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place, word", [
+    ("file", "is a file"), ("file/run", "not writable"),
+    pytest.param("/proc/run", "not writable", marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")),
+])
+def test_a_workdir_that_cannot_be(tmp_path, place, word):
+  (tmp_path / "file").write_text("precious")
+  line = refuse(mlp, f"--workdir={tmp_path / place}", "--config.total_steps=2")
+  assert place in line and word in line and "name a" in line
+  assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_workdir_in_which_one_may_not_write(tmp_path):
+  (tmp_path / "run").mkdir(mode=0o500)
+  if os.access(tmp_path / "run", os.W_OK):
+    pytest.skip("this user may write anywhere")
+  assert "not writable" in refuse(mlp, f"--workdir={tmp_path / 'run'}", "--config.total_steps=2")
+
+
+def test_a_workdir_of_another_config_names_what_differs(trained):
+  before = _snapshot(trained)
+  line = refuse(mlp, f"--workdir={trained}", f"--config.total_steps={STEPS}", *SMALL, "--config.optimizer.b1=0.8",
+                "--config.model.widths=16,8", "--seed=3")
+  for words in ("different config", "model.widths is [32] there and [16, 8] here",
+                "optimizer.b1 is 0.9 there and 0.8 here", "seed is 0 there and 3 here", "another --workdir", "delete it"):
+    assert words in line, line
+  assert "total_steps" not in line and "_every" not in line
+  assert _snapshot(trained) == before
+
+
+def test_what_may_change_may_change(trained):
+  changed = [f"--config.total_steps={STEPS}", "--config.model.widths=32", "--config.log_every=3",
+             "--config.eval_every=5", "--config.checkpoint_every=7", "--mesh=data:2", "--parallelism=pmap"]
+  assert run(mlp, f"--workdir={trained}", *changed).status == 0
+
+
+def test_a_workdir_that_holds_a_run_is_not_begun_again(trained):
+  before = _snapshot(trained)
+  line = refuse(mlp, f"--workdir={trained}", f"--config.total_steps={STEPS}", *SMALL, "--resume=never")
+  assert "--resume=never" in line and "holds a run" in line and "another --workdir" in line
+  assert _snapshot(trained) == before
+
+
+def test_a_run_that_must_be_continued_needs_a_checkpoint(trained):
+  shutil.rmtree(trained / "checkpoints")
+  (trained / "result.json").unlink()
+  line = refuse(mlp, f"--workdir={trained}", f"--config.total_steps={STEPS}", *SMALL, "--resume=must")
+  assert "--resume=must" in line and "checkpoint" in line and "drop the flag" in line
+  assert not (trained / "checkpoints").exists()
+
+
+def test_a_workdir_in_use_names_the_process(tmp_path):
+  folder = Workdir(tmp_path / "run")
+  folder.acquire()
+  try:
+    before = _snapshot(tmp_path)
+    line = refuse(mlp, f"--workdir={tmp_path / 'run'}", "--config.total_steps=2")
+    assert f"in use by process {os.getpid()}" in line and "another --workdir" in line
+    assert _snapshot(tmp_path) == before
+  finally:
+    folder.release()
+  folder.acquire()  # whoever is refused leaves no lock behind
+  folder.release()
+
+
+def test_a_damaged_config_is_named(trained):
+  (trained / "config.json").write_text("{")
+  for mode in ("train", "eval"):
+    line = refuse(mlp, f"--workdir={trained}", f"--mode={mode}")
+    assert str(trained / "config.json") in line and "not JSON" in line
+
+
+def test_exit_statuses_are_what_is_documented():
+  assert (launch.DONE, launch.FAILED, launch.BAD_INPUT, launch.PREEMPTED) == (0, 1, 2, 75)
