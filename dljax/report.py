@@ -1,7 +1,7 @@
 """Pictures of a run: learning curves, confusion matrices, grids of images.
 
 Every function gives a `matplotlib.figure.Figure` and never touches pyplot, whose global state no
-two threads can share. In a notebook a figure that ends a cell is shown.
+two threads can share. A notebook shows them after `%matplotlib inline`.
 """
 
 import json
