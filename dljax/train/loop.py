@@ -48,13 +48,25 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
   if experiment.monitor:
     _check_monitor(experiment, evaluator, program)
-  folder.acquire()
+  _acquire(folder)
   try:
     checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
     with StopSignals() as signals, checkpointer:
       return _Run(experiment, folder, options, program, evaluator, checkpointer, signals).run()
   finally:
     folder.release()
+
+
+def _acquire(folder: Workdir) -> None:
+  """Locks the folder, which all hosts share, for the first one; where that fails, all fail."""
+  error = None
+  if jax.process_index() == 0:
+    try:
+      folder.acquire()
+    except UserError as e:
+      error = e
+  if parallel.any_host(error is not None):
+    raise error or UserError(f"--workdir={folder.path} cannot be used; the first host says why")
 
 
 def _check_monitor(experiment: Experiment, evaluator: Evaluator, program: Program) -> None:
@@ -100,10 +112,11 @@ class _Run:
       self.folder.begin(self.config, self.experiment.assets())
     if restored is None:
       state = self.program.init_state()
-    elif start < total:
+    elif start < total and not self._exhausted:
       metrics.say(f"continuing from step {start}")
     with metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict()) as writer:
-      state = self._train(state, start, writer)
+      if not self._exhausted:  # as it is where a run stopped early and was cut off before its report
+        state = self._train(state, start, writer)
     self._report(state)
     return state
 
@@ -133,20 +146,24 @@ class _Run:
           if due(config.eval_every):
             self._evaluate(state, done, writer)
             lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
-          exhausted = 0 < config.early_stopping_patience <= self.tracker.stale
           is_best = self.tracker.best_step != tracker.best_step
-          if stopping or exhausted or is_best or due(config.checkpoint_every):
+          if stopping or self._exhausted or is_best or due(config.checkpoint_every):
             host = {"tracker": dataclasses.asdict(self.tracker), "best_step": self.tracker.best_step,
                     "seconds": self._seconds()}
             self.checkpointer.save(done, state, host)
         if stopping:
           raise Preempted(f"stopped after step {done}; the same command continues from there")
-        if exhausted:
+        if self._exhausted:
           metrics.say(f"stopped early at step {done}: {self.experiment.monitor} has not improved in "
                       f"{self.tracker.stale} evaluations")
           break
     self.signals.wait_for_step = False
     return state
+
+  @property
+  def _exhausted(self) -> bool:
+    """Whether the monitored metric has not improved for as long as early stopping waits."""
+    return 0 < self.config.early_stopping_patience <= self.tracker.stale
 
   def _evaluate(self, state: TrainState, step: int, writer: metrics.MetricWriter) -> None:
     """Every split but test, and what the tracker makes of the monitored metric."""

@@ -39,18 +39,20 @@ def make_train_step(
 
   Returns:
     The step. `batch` has leading axis batch; `lr_scale` is f32[]. The metrics are scalars loss,
-    learning_rate, gradient_norm, parameter_norm, failed_step, and "sums": the task's (sum, count).
+    learning_rate, gradient_norm, parameter_norm, failed_step, and "sums": the task's (sum, count). The
+    loss is that of the last player; of metrics that several turns give, the last counts.
   """
 
   def train_step(state: TrainState, batch: Batch, lr_scale: jax.Array):
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     weights = collectives.psum(task.weights(batch))
     params, model_state, opt_state = state.params, state.model_state, dict(state.opt_state)
-    squared_norm = 0.0
+    squared_norm, sums = 0.0, {}
     for turn, player in enumerate(task.players):
       key = jax.random.fold_in(step_key, turn)
       grads, out = _gradient(task, params, model_state, batch, key, weights, player, accumulation)
       model_state = out.model_state
+      sums |= out.metrics
       own = player_params(params, player)
       updates, opt_state[player] = tx[player].update(grads, opt_state[player], own)
       updates = jax.tree.map(lambda u: u * lr_scale.astype(u.dtype), updates)
@@ -74,7 +76,7 @@ def make_train_step(
         "gradient_norm": gradient_norm,
         "parameter_norm": optax.tree.norm(new.params),
         "failed_step": new.failed_step,
-        "sums": out.metrics,
+        "sums": sums,
     }
 
   return train_step

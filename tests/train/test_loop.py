@@ -1,0 +1,220 @@
+"""fit: what it logs, saves and decides, and that being interrupted changes none of it."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from dljax import report
+from dljax.errors import UserError
+from dljax.train import loop
+from dljax.train.checkpoint import Checkpointer
+from dljax.train.metrics import Diverged
+from dljax.train.program import Program, RunOptions
+from dljax.train.signals import Preempted
+from dljax.train.state import state_sha256
+from tests.train import toys
+
+OPTIONS = RunOptions(mesh=toys.MESHES["data:1"], progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+  monkeypatch.setattr(report, "save", lambda figure, path: path.touch())
+
+
+def _batch(step: int = 0) -> dict[str, np.ndarray]:
+  draw = np.random.default_rng(step)
+  return {"x": draw.normal(1, 0.1, toys.BATCH_SIZE).astype(np.float32), "mask": toys.uneven_mask(step)}
+
+
+def _slope(params, batch, train, player):
+  """Training moves w up without end; evaluation wants it near 3."""
+  return -params["w"] * batch["x"] if train else (params["w"] - 3)**2 * batch["x"] / batch["x"]
+
+
+def _experiment(train=_batch, task=toys.Formula(params={"w": 0.0}, rows=_slope), **fields):
+  evals = {split: toys.Scripted(_batch) for split in ("validation", "test")}
+  fields = {"total_steps": 40, "log_every": 3, "eval_every": 2, "checkpoint_every": 5, "ema_decay": 0.0,
+            "monitor": "validation/all_loss", **fields}
+  fields["optimizer"] = {"learning_rate": 0.25, **fields.get("optimizer", {})}
+  return toys.formula_experiment(task, toys.Scripted(train), evals, **fields)
+
+
+def _interrupted(experiment, step: int):
+  """`experiment`, sent a SIGTERM about when `step` is trained."""
+  def batch(wanted):
+    if wanted == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return _batch(wanted)
+
+  return dataclasses.replace(experiment, train=toys.Scripted(batch))
+
+
+def _rows(folder, split=None):
+  """metrics.jsonl without what depends on time."""
+  return [{k: v for k, v in row.items() if "second" not in k} for row in report.read_metrics(folder / "metrics.jsonl")
+          if split in (None, row["split"])]
+
+
+def _result(folder):
+  result = json.loads((folder / "result.json").read_text())
+  return {k: v for k, v in result.items() if "second" not in k}
+
+
+def _host(folder):
+  return {k: v for k, v in Checkpointer(folder / "checkpoints").host().items() if k != "seconds"}
+
+
+def _steps(folder):
+  return Checkpointer(folder / "checkpoints").steps()
+
+
+# What is logged and kept
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory):
+  """A run that finds its best at step 12, halves the learning rate at 16 and 20, and then gives up."""
+  experiment = _experiment(
+      early_stopping_patience=4, optimizer={"plateau_factor": 0.5, "plateau_patience": 2})
+  folder = tmp_path_factory.mktemp("early") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, "save", lambda figure, path: path.touch())
+    state = loop.fit(experiment, folder, OPTIONS)
+  return experiment, folder, state
+
+
+def test_early_stopping_plateau_and_the_best_checkpoint(stopped_early):
+  _, folder, state = stopped_early
+  validation = {row["step"]: row["all_loss"] for row in _rows(folder, "validation")}
+  assert list(validation) == list(range(2, 21, 2))
+  assert min(validation, key=validation.get) == 12
+  assert int(state.step) == 20
+  rates = {row["step"]: row["learning_rate"] for row in _rows(folder, "train")}
+  assert rates == {step: 0.25 if step <= 16 else 0.125 for step in range(3, 20, 3)}
+  tracker = _host(folder)["tracker"]
+  assert tracker == {"best_value": pytest.approx(validation[12]), "best_step": 12, "reference": tracker["best_value"],
+                     "stale": 4, "plateau_stale": 0, "lr_scale": 0.25}
+  assert _steps(folder) == [12, 15, 20]  # the best, and the last two
+
+  result = _result(folder)
+  assert (result["steps"], result["checkpoint"]) == (20, 12)
+  assert result["metrics"]["validation"]["all_loss"] == pytest.approx(validation[12])
+  assert result["metrics"]["test"]["all_loss"] == pytest.approx(validation[12])
+  assert result["state_sha256"] == state_sha256(state)
+
+
+def test_a_finished_run_is_only_restored(stopped_early):
+  experiment, folder, state = stopped_early
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+  again = loop.fit(experiment, folder, OPTIONS)
+  assert state_sha256(again) == state_sha256(state)
+  after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+  assert after == before
+
+
+def test_each_logged_step_stands_there_once_and_the_last_always(tmp_path):
+  experiment = _experiment(total_steps=7, eval_every=4)
+  loop.fit(experiment, tmp_path, OPTIONS)
+  assert [row["step"] for row in _rows(tmp_path, "train")] == [3, 6, 7]
+  assert [row["step"] for row in _rows(tmp_path, "validation")] == [4, 7]
+  assert _rows(tmp_path, "test") == []  # that split is for the end
+  for row in _rows(tmp_path, "train"):
+    assert set(row) == {"step", "split", "all_loss", "loss", "learning_rate", "gradient_norm", "parameter_norm"}
+  # And a longer run goes on from there.
+  longer = _experiment(total_steps=9, eval_every=4)
+  assert int(loop.fit(longer, tmp_path, OPTIONS).step) == 9
+  assert [row["step"] for row in _rows(tmp_path, "train")] == [3, 6, 7, 9]
+  assert [row["step"] for row in _rows(tmp_path, "validation")] == [4, 7, 8, 9]
+  with pytest.raises(UserError, match="total_steps=5.*has done 9 steps already"):
+    loop.fit(_experiment(total_steps=5), tmp_path, OPTIONS)
+
+
+# Being interrupted changes nothing
+
+
+def test_a_run_that_is_interrupted_often_is_the_same_run(stopped_early, tmp_path):
+  experiment, reference, _ = stopped_early
+  for step in (3, 13, 17):  # before the best; beside it; between two plateaus
+    with pytest.raises(Preempted):
+      loop.fit(_interrupted(experiment, step), tmp_path, OPTIONS)
+  assert not (tmp_path / "result.json").exists()
+  loop.fit(experiment, tmp_path, OPTIONS)
+  assert _rows(tmp_path) == _rows(reference)
+  assert _result(tmp_path) == _result(reference)
+  assert _host(tmp_path) == _host(reference)
+  assert {12, 20} <= set(_steps(tmp_path))
+
+
+def test_a_run_that_is_cut_off_in_its_report_does_not_train_on(stopped_early, tmp_path):
+  experiment, reference, _ = stopped_early
+
+  class CutOff(toys.Formula):
+    def evaluate(self, rows, sums, assets):
+      raise KeyboardInterrupt
+
+  broken = dataclasses.replace(experiment, task=CutOff(params={"w": 0.0}, rows=_slope))
+  with pytest.raises(KeyboardInterrupt):
+    loop.fit(broken, tmp_path, OPTIONS)
+  loop.fit(experiment, tmp_path, OPTIONS)
+  assert _rows(tmp_path) == _rows(reference)
+  assert _result(tmp_path) == _result(reference)
+
+
+def test_handlers_and_the_lock_are_given_back(tmp_path):
+  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  experiment = _experiment(total_steps=12, monitor="")
+  with pytest.raises(Preempted, match="the same command continues"):
+    loop.fit(_interrupted(experiment, 5), tmp_path, OPTIONS)
+  assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+  assert int(loop.fit(experiment, tmp_path, OPTIONS).step) == 12
+
+
+# A run that diverges
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_diverging_run_says_where_and_leaves_the_good_checkpoint(tmp_path, log_every):
+  def poisoned(step):
+    batch = _batch(step)
+    batch["x"][0] = np.nan if step == 7 else batch["x"][0]
+    return {**batch, "mask": np.ones(toys.BATCH_SIZE, np.float32)}
+
+  experiment = _experiment(poisoned, log_every=log_every, eval_every=100)
+  with pytest.raises(Diverged, match="step 8 is not finite"):
+    loop.fit(experiment, tmp_path, OPTIONS)
+  assert _steps(tmp_path) == [5]
+  assert all(row["step"] < 8 and np.isfinite(row["loss"]) for row in _rows(tmp_path))
+  assert not (tmp_path / "result.json").exists()
+
+  expected = toys.train(experiment, 5, mesh="data:1").state
+  with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+    restored = checkpointer.restore(Program(experiment, OPTIONS).abstract_state)
+  assert state_sha256(restored.state) == state_sha256(expected)
+  mended = dataclasses.replace(experiment, train=toys.Scripted(_batch))
+  assert int(loop.fit(mended, tmp_path, OPTIONS).step) == 40
+
+
+# Bad input, before anything is written
+
+
+def test_a_monitor_that_nothing_gives_is_refused(tmp_path):
+  for monitor in ("validation/accuracy", "valid/all_loss", "all_loss"):
+    with pytest.raises(UserError, match="validation/all_loss"):
+      loop.fit(_experiment(monitor=monitor), tmp_path / "run", OPTIONS)
+  assert not (tmp_path / "run").exists()
+
+
+def test_must_resume_wants_a_checkpoint(tmp_path):
+  must = dataclasses.replace(OPTIONS, resume="must")
+  with pytest.raises(UserError, match="--resume=must"):
+    loop.fit(_experiment(), tmp_path / "run", must)
+  assert not (tmp_path / "run").exists()
+  experiment = _experiment(total_steps=12, monitor="")
+  with pytest.raises(Preempted):
+    loop.fit(_interrupted(experiment, 7), tmp_path / "run", OPTIONS)
+  assert int(loop.fit(experiment, tmp_path / "run", must).step) == 12

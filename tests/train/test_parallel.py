@@ -1,0 +1,247 @@
+"""The same numbers under jit, pmap and every mesh; who holds what; what is moved and what is refused."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dljax.errors import UserError
+from dljax.ops import collectives
+from dljax.tasks.base import LossOutput
+from dljax.train import inspect, parallel
+from dljax.train.checkpoint import Checkpointer
+from dljax.train.program import Program, RunOptions
+from dljax.train.state import state_sha256
+from tests.train import float64, toys
+
+ROOT = Path(__file__).parents[2]
+MODES = [("jit", "data:4"), ("pmap", "data:4")]
+
+
+# The same numbers
+
+
+@pytest.fixture(scope="module")
+def float64_differences():
+  """What `float64.main` prints, from a process of its own."""
+  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # it mostly compiles
+  run = subprocess.run(
+      [sys.executable, "-m", "tests.train.float64"], cwd=ROOT, capture_output=True, text=True, timeout=900,
+      env={**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags})
+  assert run.returncode == 0, run.stderr
+  return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(
+    "comparison", [float64.name(one, other) for one, others in float64.COMPARISONS.items() for other in others])
+def test_five_steps_are_the_same_in_float64(float64_differences, comparison):
+  assert float64_differences[comparison] < 1e-9
+
+
+@functools.cache
+def _gradient(mode, mesh):
+  """Of one step in float32: what momentum remembers after it."""
+  state, outs, _ = toys.train(toys.digits_experiment(toys.ConvNet()), 1, parallelism=mode, mesh=mesh)
+  return state.opt_state["all"][0].trace, outs
+
+
+@pytest.mark.parametrize("mode, mesh", [*MODES, ("jit", "data:2,fsdp:2")])
+def test_a_gradient_is_the_same_in_float32(mode, mesh):
+  one, other = _gradient("jit", "data:1")[0], _gradient(mode, mesh)[0]
+  scale = max(np.max(np.abs(g)) for g in jax.tree.leaves(one))
+  assert scale > 0.01
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), one, other)
+
+
+class _Draws(toys.Formula):
+  """Reports the dropout mask that each device draws: metrics {"drawn": [4, rows of the device, 32]}."""
+
+  def loss(self, params, model_state, batch, rng, *, weights, train, player):
+    ones = jnp.ones((len(batch["mask"]), 32))
+    kept = nn.Dropout(0.5, deterministic=False).apply({}, ones, rngs={"dropout": rng}) > 0
+    drawn = jnp.zeros((4, *kept.shape)).at[collectives.axis_index()].set(kept)
+    return LossOutput(loss=params["w"], metrics={"drawn": (drawn, jnp.ones(()))}, model_state=model_state)
+
+
+@pytest.mark.parametrize("mode, mesh", MODES)
+def test_no_two_rows_devices_or_steps_draw_the_same(mode, mesh):
+  task = _Draws(params={"w": 0.0}, rows=None)
+  experiment = toys.formula_experiment(task, toys.Scripted(lambda step: {"mask": np.ones(toys.BATCH_SIZE, np.float32)}))
+  _, outs, _ = toys.train(experiment, 3, parallelism=mode, mesh=mesh)
+  drawn = np.stack([out["sums"]["drawn"][0] for out in outs])  # [steps, devices, rows, 32]
+  drawn = drawn[:, :1 if mode == "jit" else 4].reshape(-1, 32)  # the one jit program has no device index
+  assert len(drawn) == 3 * toys.BATCH_SIZE
+  assert len(np.unique(drawn, axis=0)) == len(drawn)
+  assert 0.4 < drawn.mean() < 0.6
+
+
+def test_no_two_micro_batches_draw_the_same():
+  task = _Draws(params={"w": 0.0}, rows=None)
+  experiment = toys.formula_experiment(
+      task, toys.Scripted(lambda step: {"mask": np.ones(toys.BATCH_SIZE, np.float32)}), accumulation=2)
+  _, (out,), _ = toys.train(experiment, 1)
+  assert set(np.unique(out["sums"]["drawn"][0][0])) == {0, 1, 2}  # twice the same would be 0 and 2
+
+
+def _collectives(accumulation):
+  program = Program(toys.digits_experiment(toys.tiny_mlp(), accumulation=accumulation),
+                    RunOptions(mesh=toys.MESHES["data:4"]))
+  summary = inspect.summarize_compiled(program.lower_train_step().compile())
+  return {c.kind: c for c in summary.collectives}
+
+
+def test_accumulation_moves_no_rows_between_devices():
+  plain, accumulated = _collectives(1), _collectives(4)
+  assert set(plain) == set(accumulated) == {"all-reduce"}
+  # Sums of gradients and metrics alone, once for each micro-batch at most.
+  assert accumulated["all-reduce"].size <= 4 * plain["all-reduce"].size
+
+
+# Who holds what
+
+
+def test_fsdp_splits_the_largest_dimension_and_tensor_the_last():
+  mesh = parallel.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
+  spec = lambda *shape: parallel._spec(shape, mesh)
+  assert spec(3, 3, 64, 16) == P(None, None, "fsdp", "tensor")
+  assert spec(7, 6) == P(None, "tensor")
+  assert spec(8, 7) == P("fsdp", None)
+  assert spec(10) == P("fsdp")
+  assert spec(7) == P(None)
+  assert spec() == P()
+
+
+def test_sharded_state_takes_its_share_of_memory_and_stays_sharded():
+  experiment = toys.digits_experiment(toys.tiny_mlp(), mask=None)
+  program = Program(experiment, RunOptions(mesh={"data": 1, "fsdp": 4, "tensor": 1}))
+  state = program.init_state()
+  scale = parallel.put_shared(np.float32(1), program.mesh)
+  for step in range(2):
+    kernel, trace = state.params["hidden1"]["kernel"], state.opt_state["all"][0].trace["hidden1"]["kernel"]
+    for array in (kernel, trace):
+      assert {s.data.shape for s in array.addressable_shards} == {(16, 16)}  # of [64, 16]
+    batch = parallel.put_batch(experiment.train.batch(step), "jit", program.mesh)
+    state, _ = jax.block_until_ready(program.train_step(state, batch, scale))
+  expected = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+  assert jax.tree.map(lambda x: x.sharding, state) == expected
+
+
+@pytest.mark.parametrize("mode, mesh", [*MODES, ("jit", "data:1"), ("pmap", "data:1"), ("jit", "data:2,fsdp:2")])
+def test_a_step_moves_nothing_but_the_batch_and_donates_the_state(mode, mesh):
+  experiment = toys.digits_experiment(toys.tiny_mlp(), mask=None, ema_decay=0.9)
+  program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
+  state = program.init_state()
+  scale = parallel.put_shared(np.float32(1), program.mesh)
+  batches = [parallel.put_batch(experiment.train.batch(step), mode, program.mesh) for step in range(4)]
+  state, _ = jax.block_until_ready(program.train_step(state, batches[0], scale))
+  for batch in batches[1:]:
+    old = jax.tree.leaves(state)
+    with jax.transfer_guard("disallow"):
+      state, out = jax.block_until_ready(program.train_step(state, batch, scale))
+    assert all(x.is_deleted() for x in old)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((state, out, batch, scale)))
+  assert int(state.step) == 4
+
+
+def test_the_state_has_no_device_axis_and_float32_parameters():
+  program = Program(toys.digits_experiment(toys.ConvNet(dtype=jnp.bfloat16)), RunOptions(parallelism="pmap"))
+  state = program.init_state()
+  assert state.params["head"]["kernel"].shape == (8, 10)
+  assert state.step.shape == ()
+  floats = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+  assert set(floats) == {jnp.dtype("float32")}
+
+
+# A checkpoint is of no mode and no mesh
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """Step 2 of a run as jit on four devices: the folder, and the digest of its state."""
+  folder = tmp_path_factory.mktemp("run") / "checkpoints"
+  experiment = toys.digits_experiment(toys.ConvNet(dropout=0.5), ema_decay=0.9)
+  state, _, program = toys.train(experiment, 2)
+  digest = state_sha256(state)
+  with Checkpointer(folder) as checkpointer:
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, program.abstract_state)
+    checkpointer.save(2, placed, {"best_step": None})
+  return experiment, folder, digest
+
+
+@pytest.mark.parametrize("mode, mesh", [("pmap", "data:4"), ("jit", "data:2,fsdp:2"), ("jit", "data:1")])
+def test_a_checkpoint_restores_under_another_mode_or_mesh_and_trains_on(checkpoint, mode, mesh):
+  experiment, folder, digest = checkpoint
+  program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
+  with Checkpointer(folder) as checkpointer:
+    state = checkpointer.restore(program.abstract_state).state
+  assert state_sha256(parallel.state_to_host(state, program.mesh)) == digest
+  assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, program.abstract_state)
+  batch = parallel.put_batch(experiment.train.batch(2), mode, program.mesh)
+  state, out = jax.block_until_ready(
+      program.train_step(state, batch, parallel.put_shared(np.float32(1), program.mesh)))
+  assert int(state.step) == 3
+  assert np.isfinite(out["loss"])
+
+
+# Batches there and back
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_rows_come_back_in_order_and_host_fields_stay(mode):
+  mesh = parallel.make_mesh(toys.MESHES["data:4"], mode)
+  rows = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+  batch = parallel.put_batch({"x": rows, "host/id": np.array(["a"] * 8)}, mode, mesh)
+  assert set(batch) == {"x"}
+  assert {s.data.size for s in batch["x"].addressable_shards} == {6}
+  double = parallel.compile_step(lambda batch: (2 * batch["x"],), mode, mesh, inputs=("batch",), outputs=("batch",))
+  out, = double(batch)
+  np.testing.assert_array_equal(parallel.rows_to_host(out, mode), 2 * rows)
+
+
+def test_virtual_devices_take_one_step_at_a_time():
+  assert parallel.steps_in_flight(parallel.make_mesh(toys.MESHES["data:4"])) == 1
+  assert parallel.steps_in_flight(parallel.make_mesh(toys.MESHES["data:1"])) == 2
+
+
+# Bad input
+
+
+def test_a_mesh_is_read():
+  assert parallel.parse_mesh("") == {}
+  assert parallel.parse_mesh("fsdp:2,data:4") == {"data": 4, "fsdp": 2, "tensor": 1}
+  assert parallel.make_mesh({}).shape == {"data": 4, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("text", ["data", "data:0", "data:-1", "rows:2", "data:2;fsdp:2", "data:two"])
+def test_a_mesh_that_is_none_is_refused(text):
+  with pytest.raises(UserError, match="--mesh.*data:4,fsdp:2,tensor:1"):
+    parallel.parse_mesh(text)
+
+
+def test_what_does_not_fit_the_devices_is_refused():
+  with pytest.raises(UserError, match="--mesh=data:4,fsdp:2,tensor:1 needs 8 devices and there are 4"):
+    parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+  with pytest.raises(UserError, match="--parallelism=pmap is data parallel only"):
+    parallel.make_mesh(toys.MESHES["data:2,fsdp:2"], "pmap")
+  mesh = parallel.make_mesh(toys.MESHES["data:2,tensor:2"])
+  parallel.check_batch_size("--config.batch_size", 6, mesh)  # tensor does not split the batch
+  with pytest.raises(UserError, match="--config.batch_size=7 .*choose a multiple of 2"):
+    parallel.check_batch_size("--config.batch_size", 7, mesh)
+  with pytest.raises(UserError, match="--config.batch_size=6 .*choose a multiple of 4"):
+    parallel.check_batch_size("--config.batch_size", 6, mesh, accumulation=2)
+
+
+def test_a_half_set_environment_of_several_hosts_is_refused(monkeypatch):
+  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+  with pytest.raises(UserError, match="JAX_NUM_PROCESSES"):
+    parallel.initialize()

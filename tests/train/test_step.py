@@ -1,0 +1,190 @@
+"""The pure step, against the same arithmetic done by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dljax.train.evaluate import Evaluator
+from dljax.train.state import NOT_FAILED, state_sha256
+from tests.train import toys
+
+MODES = ["jit", "pmap"]
+
+
+def _rows(value: float = 1.0) -> dict[str, np.ndarray]:
+  """A batch whose every row has x = value."""
+  return {"x": np.full(toys.BATCH_SIZE, value, np.float32), "mask": np.ones(toys.BATCH_SIZE, np.float32)}
+
+
+def _parabola(target: float = 0.0):
+  """Rows of the loss (w - target x)^2 / 2, whose gradient for w is w - target x."""
+  return lambda params, batch, train, player: (params["w"] - target * batch["x"])**2 / 2
+
+
+# Optimizers, schedules and averages
+
+
+def test_the_average_of_the_parameters_by_hand_and_evaluation_uses_it():
+  task = toys.Formula(params={"w": 1.0}, rows=_parabola())
+  pipeline = toys.Scripted(lambda step: _rows())
+  experiment = toys.formula_experiment(task, pipeline, ema_decay=0.5, optimizer={"learning_rate": 0.1})
+  state, _, program = toys.train(experiment, 12)
+
+  w = average = 1.0
+  for step in range(12):
+    w -= 0.1 * w
+    decay = min(0.5, (1 + step) / (10 + step))  # the ramp ends at step 8
+    average = decay * average + (1 - decay) * w
+  np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+  np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+
+  evaluator = Evaluator(task, "jit", program.mesh)
+  placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, program.abstract_state)
+  found = evaluator.sums(placed.variables, placed.rng, pipeline, "validation")
+  assert found["all_loss"] == pytest.approx(average**2 / 2, rel=1e-5)
+  assert abs(average - w) > 0.01
+
+
+def test_the_learning_rate_scale_scales_the_update_exactly():
+  def final(learning_rate, lr_scales):
+    task = toys.Formula(params={"w": np.linspace(-1, 3, 8)[:, None] * np.ones(3)},
+                        rows=lambda params, batch, train, player: jnp.sum(jnp.sin(params["w"])) * batch["x"])
+    optimizer = {"name": "adamw", "learning_rate": learning_rate, "weight_decay": 0.1}
+    experiment = toys.formula_experiment(task, toys.Scripted(lambda step: _rows()), optimizer=optimizer)
+    return toys.train(experiment, 3, lr_scales=lr_scales)
+
+  scaled, plain = final(0.02, [0.5] * 3), final(0.01, None)  # a power of two, so that nothing is rounded otherwise
+  assert state_sha256(scaled.state) == state_sha256(plain.state)
+  assert [out["learning_rate"] for out in scaled.outs] == pytest.approx([0.01] * 3)
+  still = final(0.02, [0.0] * 3)
+  np.testing.assert_array_equal(still.state.params["w"], np.float32(np.linspace(-1, 3, 8)[:, None] * np.ones(3)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_players_move_in_turn_against_each_others_newest_parameters(mode):
+  def rows(params, batch, train, player):
+    critic, generator = params["critic"]["w"], params["generator"]["w"]
+    return (critic - 2 * generator)**2 / 2 * batch["x"] if player == "critic" else (generator + critic)**2 / 2
+
+  task = toys.Formula(
+      params={"critic": {"w": 1.0}, "generator": {"w": -0.5}}, rows=rows, players=("critic", "critic", "generator"))
+  steps = 4
+  experiment = toys.formula_experiment(
+      task, toys.Scripted(lambda step: _rows()), total_steps=steps,
+      optimizer={"name": "momentum", "learning_rate": 0.1, "momentum": 0.5, "schedule": "linear"})
+  state, outs, _ = toys.train(experiment, steps, parallelism=mode)
+
+  w, memory, turns = {"critic": 1.0, "generator": -0.5}, {"critic": 0.0, "generator": 0.0}, {"critic": 0, "generator": 0}
+  for step in range(steps):
+    squared_norm, losses = 0.0, {}
+    for player in task.players:
+      if player == "critic":
+        gradient = w["critic"] - 2 * w["generator"]
+      else:
+        gradient = w["generator"] + w["critic"]
+      losses[player] = gradient**2 / 2
+      squared_norm += gradient**2
+      memory[player] = 0.5 * memory[player] + gradient
+      share = turns[player] / (steps * task.players.count(player))  # each walks once through the schedule
+      w[player] -= 0.1 * (1 - share) * memory[player]
+      turns[player] += 1
+    assert outs[step]["loss"] == pytest.approx(losses["generator"], rel=1e-4)
+    assert outs[step]["gradient_norm"] == pytest.approx(np.sqrt(squared_norm), rel=1e-4)
+    assert outs[step]["learning_rate"] == pytest.approx(0.1 * (1 - step / steps))
+    found = task.summarize(outs[step]["sums"])
+    assert found == {f"{player}_loss": pytest.approx(loss, rel=1e-4) for player, loss in losses.items()}
+  for player in w:
+    np.testing.assert_allclose(state.params[player]["w"], w[player], rtol=1e-4)
+    np.testing.assert_allclose(state.opt_state[player][0].trace["w"], memory[player], rtol=1e-4)
+
+
+# Compute in bfloat16, and again instead of stored
+
+
+def test_bfloat16_computes_about_the_same_with_float32_parameters():
+  optimizer = {"name": "adam"}
+  full = toys.train(toys.digits_experiment(toys.tiny_mlp(), optimizer=optimizer), 3)
+  half = toys.train(toys.digits_experiment(toys.tiny_mlp(dtype=jnp.bfloat16), optimizer=optimizer), 3)
+  for a, b in zip(jax.tree.leaves(full.state), jax.tree.leaves(half.state), strict=True):
+    assert a.dtype == b.dtype != jnp.bfloat16
+  for a, b in zip(full.outs, half.outs, strict=True):
+    assert a["loss"] != b["loss"]
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("model", [toys.tiny_mlp, functools.partial(toys.tiny_resnet, stage_sizes=(1,))])
+def test_rematerialisation_changes_nothing(model):
+  stored = toys.train(toys.digits_experiment(model()), 1, mesh="data:1")
+  again = toys.train(toys.digits_experiment(model(remat=True)), 1, mesh="data:1")
+  assert toys.difference(stored.outs, again.outs) < 1e-5
+  gradients = [outcome.state.opt_state["all"][0].trace for outcome in (stored, again)]
+  scale = max(np.max(np.abs(g)) for g in jax.tree.leaves(gradients))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), *gradients)
+  lowered = again.program.lower_train_step().as_text()
+  assert "optimization_barrier" in lowered  # it was not optimised away
+
+
+# A step that went wrong
+
+
+def _root(params, batch, train, player):
+  """Finite everywhere; the gradient at w = 0 is not."""
+  return jnp.sqrt(params["w"]) * batch["x"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_went_wrong_changes_nothing_and_nor_do_later_ones(mode, bad):
+  task = toys.Formula(params={"w": 1.0}, rows=_parabola(target=0.5))
+  batches = [_rows(), _rows(), _rows(), _rows(), _rows()]
+  batches[2]["x"][3] = bad  # one row on one device
+  experiment = toys.formula_experiment(
+      task, toys.Scripted(lambda step: batches[step]), ema_decay=0.5, optimizer={"name": "adam"})
+  before = toys.train(experiment, 2, parallelism=mode).state
+  state, outs, _ = toys.train(experiment, 5, parallelism=mode)
+  assert [int(out["failed_step"]) for out in outs] == [NOT_FAILED, NOT_FAILED, 3, 3, 3]
+  assert int(state.step) == 2
+  assert state_sha256(state.replace(failed_step=before.failed_step)) == state_sha256(before)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_that_is_not_finite_is_as_bad_as_a_loss(accumulation):
+  task = toys.Formula(params={"w": 0.0}, rows=_root)
+  experiment = toys.formula_experiment(task, toys.Scripted(lambda step: _rows()), accumulation=accumulation)
+  state, (out,), _ = toys.train(experiment, 1)
+  assert out["loss"] == 0
+  assert int(out["failed_step"]) == 1
+  assert (int(state.step), float(state.params["w"])) == (0, 0)
+
+
+def test_a_player_that_went_wrong_takes_back_the_others_turns():
+  def rows(params, batch, train, player):
+    return (params["critic"]["w"] - 1)**2 * batch["x"] if player == "critic" else _root(params["generator"], batch, train, player)
+
+  task = toys.Formula(
+      params={"critic": {"w": 0.0}, "generator": {"w": 0.0}}, rows=rows, players=("critic", "generator"))
+  state, (out,), _ = toys.train(toys.formula_experiment(task, toys.Scripted(lambda step: _rows())), 1)
+  assert int(out["failed_step"]) == 1
+  assert float(state.params["critic"]["w"]) == 0
+
+
+def test_padding_alone_is_no_step_to_learn_from():
+  """A batch without a real row has loss 0 and gradient 0, and fails nothing."""
+  experiment = toys.digits_experiment(toys.ConvNet(), mask=lambda step: np.zeros(toys.BATCH_SIZE, np.float32))
+  start = toys.train(experiment, 0).state
+  state, (out,), _ = toys.train(experiment, 1)
+  assert (float(out["loss"]), float(out["gradient_norm"]), int(out["failed_step"])) == (0, 0, NOT_FAILED)
+  assert toys.difference((start.params, start.model_state), (state.params, state.model_state)) == 0
+
+
+def test_every_number_of_a_step_is_there():
+  experiment = toys.digits_experiment(toys.tiny_mlp())
+  _, (out,), _ = toys.train(experiment, 1)
+  assert set(out) == {"loss", "learning_rate", "gradient_norm", "parameter_norm", "failed_step", "sums"}
+  assert all(np.shape(v) == () for k, v in out.items() if k != "sums")
+  total, count = out["sums"]["loss"]
+  assert count == 8  # uneven_mask's
+  assert out["loss"] == pytest.approx(total / count, rel=1e-6)
