@@ -1,0 +1,136 @@
+"""One pass over a split: every real row counts once, whatever the devices, and comes back in order."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from dljax.train.evaluate import Evaluator, predict, prefetch
+from dljax.train.program import Program, RunOptions
+from tests.train import toys
+
+COUNT = 37  # rows: two batches of 16 and one of 5
+
+
+class _Collects(toys.Formula):
+  """Notes the rows that a whole-set metric would see."""
+
+  seen: list = []
+
+  def evaluate(self, rows, sums, assets):
+    rows = list(rows)
+    self.seen[:] = rows
+    return {"rows": float(sum(len(batch["x"]) for _, batch in rows)), **assets}, {"picture": "figure"}
+
+
+def _x(rows):
+  return np.asarray(rows, np.float32) / 10
+
+
+def _split(step):
+  """Batch `step` of the rows 0 to COUNT - 1, padded with rubbish."""
+  ids = np.arange(step * toys.BATCH_SIZE, (step + 1) * toys.BATCH_SIZE)
+  real = ids < COUNT
+  return {"x": np.where(real, _x(ids), 1e6).astype(np.float32), "mask": real.astype(np.float32),
+          "host/id": np.where(real, ids, -1)}
+
+
+SPLIT = toys.Scripted(_split, num_batches=3, num_examples=COUNT)
+TASK = _Collects(params={"w": 2.0}, rows=lambda params, batch, train, player: params["w"] * batch["x"]**2)
+EXPERIMENT = toys.formula_experiment(TASK, SPLIT, {"test": SPLIT})
+EXPECTED = np.mean(2 * _x(range(COUNT)).astype(np.float64)**2)
+
+
+def _evaluator(mode, mesh):
+  program = Program(EXPERIMENT, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
+  return Evaluator(TASK, mode, program.mesh), program, program.init_state()
+
+
+MODES = pytest.mark.parametrize(
+    "mode, mesh", [("jit", "data:1"), ("jit", "data:4"), ("jit", "data:2,fsdp:2"), ("pmap", "data:4")])
+
+
+@MODES
+def test_each_real_row_counts_once_and_comes_back_in_order(mode, mesh):
+  evaluator, _, state = _evaluator(mode, mesh)
+  found = evaluator.sums(state.variables, state.rng, SPLIT, "test")
+  assert found == {"all_loss": pytest.approx(EXPECTED, rel=1e-6)}
+
+  found, figures = evaluator.full(state.variables, state.rng, SPLIT, "test", {"asset": 1.5})
+  assert found == {"all_loss": pytest.approx(EXPECTED, rel=1e-6), "rows": COUNT, "asset": 1.5}
+  assert figures == {"picture": "figure"}
+  predictions, batches = zip(*TASK.seen)
+  np.testing.assert_array_equal(np.concatenate([b["host/id"] for b in batches]), np.arange(COUNT))
+  np.testing.assert_allclose(np.concatenate([p["loss"] for p in predictions]), 2 * _x(range(COUNT))**2, rtol=1e-6)
+
+
+@MODES
+@pytest.mark.parametrize("count", [1, 16, 21])
+def test_any_number_of_rows_is_predicted(mode, mesh, count):
+  _, program, state = _evaluator(mode, mesh)
+  batch = {"x": _x(range(count)), "mask": np.ones(count, np.float32), "host/name": np.array(["n"] * count)}
+  found = predict(EXPERIMENT, program, mode, state, batch)
+  np.testing.assert_allclose(found["loss"], 2 * _x(range(count))**2, rtol=1e-6)
+
+
+def test_names_of_metrics_are_found_without_running_anything():
+  evaluator, program, _ = _evaluator("jit", "data:1")
+  abstract = program.abstract_state
+  assert evaluator.metric_names(abstract.variables, abstract.rng, SPLIT) == ["all_loss"]
+
+
+def test_sums_of_many_batches_lose_no_digits():
+  """In float32, 1 added to 2^24 is lost."""
+  batch = {"x": np.full(toys.BATCH_SIZE, 1000.0, np.float32), "mask": np.ones(toys.BATCH_SIZE, np.float32)}
+  small = {**batch, "x": np.full(toys.BATCH_SIZE, 0.1, np.float32)}
+  split = toys.Scripted(lambda step: small if step else batch, num_batches=40)
+  evaluator, _, state = _evaluator("jit", "data:1")
+  found = evaluator.sums(state.variables, state.rng, split, "test")
+  assert found["all_loss"] == pytest.approx((2e6 + 39 * 2 * np.float64(np.float32(0.1))**2) / 40, rel=1e-9)
+
+
+# prefetch
+
+
+def test_prefetch_keeps_the_order_and_works_ahead():
+  loaded = []
+
+  def load(step):
+    loaded.append(step)
+    return step * step
+
+  steps = prefetch(load, range(7))
+  assert next(steps) == 0
+  deadline = time.monotonic() + 10
+  while len(loaded) < 3 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert loaded == [0, 1, 2]  # two ahead, no more
+  assert list(steps) == [step * step for step in range(1, 7)]
+  assert loaded == list(range(7))
+  assert list(prefetch(load, range(0))) == []
+
+
+def test_prefetch_hands_an_error_on_at_its_step():
+  def load(step):
+    if step == 2:
+      raise OSError("disk on fire")
+    return step
+
+  steps = prefetch(load, range(5))
+  assert (next(steps), next(steps)) == (0, 1)
+  with pytest.raises(OSError, match="disk on fire"):
+    next(steps)
+  assert not _threads()
+
+
+def test_prefetch_stops_its_thread_when_closed():
+  steps = prefetch(lambda step: step, range(10**6))
+  assert next(steps) == 0
+  assert _threads()
+  steps.close()
+  assert not _threads()
+
+
+def _threads():
+  return [t for t in threading.enumerate() if t.name.startswith("prefetch") and t.is_alive()]

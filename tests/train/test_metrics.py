@@ -1,0 +1,74 @@
+"""What a run writes down: each point once, readable by others."""
+
+import json
+import struct
+import sys
+
+import pytest
+
+from dljax import report
+from dljax.errors import UserError
+from dljax.train import metrics
+from dljax.train.metrics import MetricWriter
+
+
+def _write(folder, start, steps, scale=1.0):
+  with MetricWriter(folder, start, "", {}) as writer:
+    for step in steps:
+      writer.write(step, "train", {"loss": scale / step})
+      writer.write(step, "validation", {"loss": scale * 2 / step})
+
+
+def _events(folder):
+  """(step, tag, value) of all TensorBoard files: records of length, its checksum, data, its checksum."""
+  from tensorboardX.proto.event_pb2 import Event
+
+  found = []
+  for path in sorted(folder.glob("events.out.tfevents.*")):
+    data = path.read_bytes()
+    while data:
+      length, = struct.unpack("<Q", data[:8])
+      event = Event.FromString(data[12:12 + length])
+      found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+      data = data[16 + length:]
+  return found
+
+
+def test_rows_are_written_at_once_and_for_tensorboard(tmp_path):
+  with MetricWriter(tmp_path, 0, "", {}) as writer:
+    writer.write(5, "train", {"loss": 0.5, "accuracy": 0.25})
+    expected = {"step": 5, "split": "train", "loss": 0.5, "accuracy": 0.25}
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [expected]
+  assert _events(tmp_path) == [(5, "train/loss", 0.5), (5, "train/accuracy", 0.25)]
+
+
+def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
+  _write(tmp_path, 0, [1, 2, 3, 4])
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "spl')  # cut off while it was written
+  _write(tmp_path, 2, [3, 4, 5])
+  rows = report.read_metrics(tmp_path / "metrics.jsonl")
+  assert [(row["step"], row["split"]) for row in rows] == [(s, k) for s in range(1, 6) for k in ("train", "validation")]
+  assert not (tmp_path / "metrics.tmp").exists()
+
+
+def test_a_new_run_does_not_keep_an_old_ones_rows(tmp_path):
+  _write(tmp_path, 0, [1, 2])
+  _write(tmp_path, 0, [1], scale=3.0)
+  assert [row["loss"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 6.0]
+
+
+def test_weights_and_biases_that_is_not_installed_is_refused(monkeypatch):
+  metrics.check_wandb("")
+  monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+  metrics.check_wandb("")
+  with pytest.raises(UserError, match="--wandb.*pip install wandb"):
+    metrics.check_wandb("project")
+
+
+@pytest.mark.parametrize("metric, lower", [
+    ("validation/loss", True), ("validation/perplexity", True), ("test/word_error_rate", True),
+    ("validation/accuracy", False), ("validation/top_5_accuracy", False), ("loss_free/mean_iou", False),
+])
+def test_which_metrics_are_better_when_lower(metric, lower):
+  assert metrics.lower_is_better(metric) == lower

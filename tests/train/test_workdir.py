@@ -1,0 +1,127 @@
+"""The folder of a run: whose it is, and whether a run may go on in it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dljax import optim
+from dljax.config import base_config
+from dljax.errors import UserError
+from dljax.train.workdir import Workdir, read_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def _config(**fields):
+  return base_config("toy", "small", optimizer=optim.default_config("adamw"), **fields)
+
+
+@pytest.fixture
+def begun(tmp_path):
+  """A folder in which a run of `_config()` began."""
+  folder = Workdir(tmp_path / "run")
+  folder.acquire()
+  folder.begin(_config(), {"classes": ["a", "b"]})
+  folder.release()
+  return folder
+
+
+def test_the_config_and_the_assets_come_back(begun):
+  assert begun.read_config().to_dict() == _config().to_dict()
+  assert isinstance(begun.read_config().optimizer.decay_boundaries, tuple)
+  assert begun.read_assets() == {"classes": ["a", "b"]}
+
+
+def test_config_json_says_what_ran(begun):
+  noted = read_json(begun.config_file)
+  assert noted["command"] == sys.argv
+  assert noted["versions"]["jax"] and noted["versions"]["python"]
+  assert "git_commit" in noted
+
+
+def test_the_same_config_goes_on_and_so_does_one_with_other_intervals(begun):
+  begun.check(_config(), "auto")
+  begun.check(_config(total_steps=5, log_every=7, eval_every=8, checkpoint_every=9), "auto")
+  begun.check(_config(), "must")
+
+
+def test_differences_are_named_field_by_field(begun):
+  other = _config(batch_size=64, total_steps=5)
+  other.optimizer.learning_rate = 0.5
+  with pytest.raises(UserError) as error:
+    begun.check(other, "auto")
+  message = str(error.value)
+  assert "batch_size is 128 there and 64 here" in message
+  assert "optimizer.learning_rate is 0.001 there and 0.5 here" in message
+  assert "total_steps" not in message
+  assert str(begun.path) in message and "afresh" in message and "\n" not in message
+
+
+def test_a_field_that_one_of_the_two_lacks_is_a_difference(begun):
+  with pytest.raises(UserError, match="extra is 'not set' there and 3 here"):
+    begun.check(_config(extra=3), "auto")
+
+
+def test_never_and_must(begun, tmp_path):
+  with pytest.raises(UserError, match="--resume=never.*holds a run"):
+    begun.check(_config(), "never")
+  fresh = Workdir(tmp_path / "fresh")
+  fresh.check(_config(), "never")
+  with pytest.raises(UserError, match="--resume=must.*holds no run"):
+    fresh.check(_config(), "must")
+  with pytest.raises(UserError, match="holds no run"):
+    fresh.read_config()
+  assert not fresh.path.exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+  (tmp_path / "file").write_text("mine")
+  for path in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match=f"--workdir={path}.*folder"):
+      Workdir(path).check(_config(), "auto")
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+  with pytest.raises(UserError, match="--workdir=/proc/run is not writable"):  # not even by root
+    Workdir("/proc/run").check(_config(), "auto")
+    Workdir("/proc/run").acquire()
+
+
+def test_a_config_that_is_damaged_is_named(begun):
+  begun.config_file.write_text('{"config": ')
+  with pytest.raises(UserError, match="config.json is not JSON"):
+    begun.check(_config(), "auto")
+
+
+_HOLD = """
+import sys, time
+from dljax.train.workdir import Workdir
+folder = Workdir(sys.argv[1])
+folder.acquire()
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_living_process_is_named_and_a_killed_one_forgotten(tmp_path):
+  process = subprocess.Popen(
+      [sys.executable, "-c", _HOLD, tmp_path / "run"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  try:
+    assert process.stdout.readline() == "locked\n"
+    folder = Workdir(tmp_path / "run")
+    with pytest.raises(UserError, match=f"in use by process {process.pid};"):
+      folder.acquire()
+    os.kill(process.pid, signal.SIGKILL)
+  finally:
+    process.kill()
+    process.communicate()
+  folder.acquire()
+  with pytest.raises(UserError, match=f"in use by process {os.getpid()};"):
+    Workdir(tmp_path / "run").acquire()
+  folder.release()
+  Workdir(tmp_path / "run").acquire()
