@@ -93,7 +93,8 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
   try:
     rest = _FLAGS([argv[0], *(a for a in argv[1:] if a not in overrides)])
   except flags.UnrecognizedFlagError as error:
-    raise errors.unknown("the command line", f"--{error.flagname}", [f"--{f}" for f in (*_FLAGS, "config.FIELD")])
+    known = [f"--{name}" for name in (*_FLAGS, "config.FIELD")]
+    raise errors.unknown("the command line", f"--{error.flagname}", known) from None
   except flags.Error as error:
     raise UserError(str(error).replace("\n", " ")) from None
   if rest[1:]:

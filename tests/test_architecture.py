@@ -1,4 +1,4 @@
-"""The plan of the house, held against its source: who imports whom, the four doors, what has one place only."""
+"""The plan of the house, held against its source: who imports whom, the four doors, what has one place."""
 
 import ast
 import importlib
@@ -122,7 +122,8 @@ def test_steps_are_compiled_in_one_place():
 
 
 def test_the_axis_of_devices_is_named_in_one_place():
-  names = {f"jax.lax.{f}" for f in ("psum", "pmean", "pmax", "all_gather", "axis_index", "psum_scatter", "ppermute")}
+  functions = ("psum", "pmean", "pmax", "all_gather", "axis_index", "psum_scatter", "ppermute")
+  names = {f"jax.lax.{function}" for function in functions}
   found = {_module(path): used for path in SOURCES if (used := _uses(path, names))}
   assert set(found) == {"dljax.ops.collectives"}, found
 

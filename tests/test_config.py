@@ -12,7 +12,8 @@ from dljax.errors import UserError
 def _config() -> ml_collections.ConfigDict:
   return config_lib.base_config(
       "toy", "small",
-      optimizer=ml_collections.ConfigDict({"name": "adam", "learning_rate": 0.1, "freeze": (), "bounds": (0.5, 0.75)}),
+      optimizer=ml_collections.ConfigDict(
+          {"name": "adam", "learning_rate": 0.1, "freeze": (), "bounds": (0.5, 0.75)}),
       model=ml_collections.ConfigDict({"widths": (8, 4), "remat": False, "block": {"depth": 2}}))
 
 
@@ -50,7 +51,7 @@ def test_a_later_override_wins():
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--config.optimizer.learning_rat=1", ["optimizer.learning_rat'", "did you mean optimizer.learning_rate"]),
+    ("--config.optimizer.learning_rat=1", ["learning_rat'", "did you mean optimizer.learning_rate"]),
     ("--config.learning_rate=1", ["optimizer.learning_rate"]),
     ("--config.optimiser.name=sgd", ["optimizer.name"]),
     ("--config.total_steps.x=1", ["total_steps"]),

@@ -1,4 +1,4 @@
-"""Every experiment as it is shipped: every preset builds without data, every family trains, evaluates and predicts."""
+"""Every experiment as it is shipped: presets build without data; families train, evaluate and predict."""
 
 import importlib
 import json
@@ -29,13 +29,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "tfds"
 EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in ("mlp", "lenet", "resnet")}
 PRESETS = [(family, preset) for family, module in EXPERIMENTS.items() for preset in module.PRESETS]
-# How the default preset is shortened, and to what share the loss must fall; model and data stay as shipped. One
-# device compiles fastest. A few steps at ResNet's learning rate tell only that numbers are finite.
+# How the default preset is shortened, and to what share the loss must fall; model and data stay as shipped.
+# One device compiles fastest. A few steps at ResNet's learning rate tell only that numbers are finite.
 SHORT = {
     "mlp": (["--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30"], 0.3),
-    "lenet": (["--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30", "--mesh=data:1"], 0.6),
-    "resnet": (["--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3", "--config.batch_size=32",
-                "--mesh=data:1"], math.inf),
+    "lenet": (["--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30",
+               "--mesh=data:1"], 0.6),
+    "resnet": (["--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3",
+                "--config.batch_size=32", "--mesh=data:1"], math.inf),
 }
 PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434}
 
@@ -110,7 +111,8 @@ def test_presets_have_the_published_sizes(family, preset, variants, count):
 def trained(request, data_dir, tmp_path_factory) -> tuple[str, Path]:
   """(family, workdir) of a shortened run of the default preset."""
   family, workdir = request.param, tmp_path_factory.mktemp(request.param) / "run"
-  outcome = run(EXPERIMENTS[family], f"--workdir={workdir}", *SHORT[family][0], "--config.checkpoint_every=1000")
+  arguments, _ = SHORT[family]
+  outcome = run(EXPERIMENTS[family], f"--workdir={workdir}", *arguments, "--config.checkpoint_every=1000")
   assert outcome.status == 0, outcome
   for words in ("test", "accuracy", str(workdir / "result.json"), str(workdir / "figures")):
     assert words in outcome.out
@@ -144,8 +146,8 @@ def test_metrics_are_logged_once_with_every_number(trained):
   config = json.loads((workdir / "config.json").read_text())["config"]
   total = config["total_steps"]
   train, validation = _rows(workdir, "train"), _rows(workdir, "validation")
-  assert [row["step"] for row in train] == list(range(config["log_every"], total + 1, config["log_every"]))
-  assert [row["step"] for row in validation] == list(range(config["eval_every"], total + 1, config["eval_every"]))
+  for rows, every in ((train, config["log_every"]), (validation, config["eval_every"])):
+    assert [row["step"] for row in rows] == list(range(every, total + 1, every))
   plain = {"step", "split", "loss", "accuracy", "top_5_accuracy"}
   numbers = plain | {"learning_rate", "gradient_norm", "parameter_norm"}
   assert all(numbers <= set(row) <= numbers | {"examples_per_second"} for row in train)
@@ -180,8 +182,8 @@ def test_result_json_is_complete_and_true(trained):
   result = json.loads((workdir / "result.json").read_text())
   config = json.loads((workdir / "config.json").read_text())["config"]
   assert set(result) == {
-      "family", "preset", "steps", "total_steps", "metrics", "checkpoint", "params", "seconds", "examples_per_second",
-      "seed", "devices", "state_sha256"}
+      "family", "preset", "steps", "total_steps", "metrics", "checkpoint", "params", "seconds",
+      "examples_per_second", "seed", "devices", "state_sha256"}
   assert (result["family"], result["preset"], result["seed"]) == (family, "digits", 0)
   assert result["steps"] == result["total_steps"] == config["total_steps"]
   assert result["params"] == PARAMETERS[family]
@@ -238,7 +240,8 @@ def test_predictions_for_the_test_images_are_as_good_as_the_evaluation(trained, 
   for i in test:
     Image.fromarray(np.round(digits.images[i] * 255 / 16).astype(np.uint8)).save(tmp_path / f"{i}.png")
   output = tmp_path / "out.jsonl"
-  outcome = run(EXPERIMENTS[family], f"--workdir={workdir}", "--mode=predict", f"--input={tmp_path}", f"--output={output}")
+  files = (f"--input={tmp_path}", f"--output={output}")
+  outcome = run(EXPERIMENTS[family], f"--workdir={workdir}", "--mode=predict", *files)
   assert outcome.status == 0, outcome
   rows = [json.loads(line) for line in output.read_text().splitlines()]
   assert [int(Path(row["input"]).stem) for row in rows] == sorted(test)
@@ -279,6 +282,7 @@ SETS = {
     "mnist": ((28, 28, 1), 10, "test"), "fashion_mnist": ((28, 28, 1), 10, "test"),
     "cifar10": ((32, 32, 3), 10, "test"), "imagenet2012": ((None, None, 3), 1000, "validation"),
 }
+QUICK = (("mlp", "mnist"), ("lenet", "fashion_mnist"))
 
 
 def _stand_in(name: str, root: Path) -> None:
@@ -305,20 +309,22 @@ def _stand_in(name: str, root: Path) -> None:
       for i in range(count):
         shape = height or int(draw.integers(40, 80)), width or int(draw.integers(40, 80)), channels
         image = draw.integers(0, 256, shape, np.uint8)
-        yield i, {"image": Image.fromarray(image if channels == 3 else image[..., 0]), "label": int(draw.integers(classes))}
+        image = Image.fromarray(image if channels == 3 else image[..., 0])
+        yield i, {"image": image, "label": int(draw.integers(classes))}
 
   sources.build(StandIn, root)
 
 
 @pytest.mark.parametrize("family, preset", [
-    pytest.param(family, preset, marks=[pytest.mark.slow] if family == "resnet" else [])
+    pytest.param(family, preset, marks=[] if (family, preset) in QUICK else [pytest.mark.slow])
     for family, preset in PRESETS if preset in SETS])
 def test_a_preset_trains_on_a_set_of_its_name(family, preset, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   _stand_in(preset, tmp_path / "tfds")
   outcome = run(
-      EXPERIMENTS[family], f"--preset={preset}", f"--workdir={tmp_path / 'run'}", "--mesh=data:1", "--config.total_steps=2",
-      "--config.batch_size=4", "--config.eval_batch_size=4", "--config.log_every=1", "--config.eval_every=2")
+      EXPERIMENTS[family], f"--preset={preset}", f"--workdir={tmp_path / 'run'}", "--mesh=data:1",
+      "--config.total_steps=2", "--config.batch_size=4", "--config.eval_batch_size=4", "--config.log_every=1",
+      "--config.eval_every=2")
   assert outcome.status == 0, outcome
   result = json.loads((tmp_path / "run" / "result.json").read_text())
   assert result["preset"] == preset and math.isfinite(result["metrics"]["test"]["loss"])
@@ -333,8 +339,8 @@ def test_a_preset_learns_from_its_real_set(family, preset, tmp_path):
   batch_size = 32 if family == "resnet" else 128
   outcome = run(
       EXPERIMENTS[family], f"--preset={preset}", f"--data_dir={SHARED}", f"--workdir={tmp_path / 'run'}",
-      "--config.total_steps=30", f"--config.batch_size={batch_size}", "--config.log_every=5", "--config.eval_every=30",
-      "--config.data.test=test[:20%]", "--config.data.validation=train[98%:]")
+      "--config.total_steps=30", f"--config.batch_size={batch_size}", "--config.log_every=5",
+      "--config.eval_every=30", "--config.data.test=test[:20%]", "--config.data.validation=train[98%:]")
   assert outcome.status == 0, outcome
   losses = [row["loss"] for row in _rows(tmp_path / "run", "train")]
   assert losses[-1] < 0.8 * losses[0], losses
