@@ -122,8 +122,9 @@ class _Run:
 
   def _train(self, state: TrainState, start: int, writer: metrics.MetricWriter) -> TrainState:
     """Steps `start` to the end; logs, evaluates and saves on the way."""
-    config, mesh = self.config, self.program.mesh
-    load = lambda step: parallel.put_batch(self.experiment.train.batch(step), self.options.parallelism, mesh)
+    config, mode, mesh = self.config, self.options.parallelism, self.program.mesh
+    state = parallel.step_state(state, mode, mesh)
+    load = lambda step: parallel.put_batch(self.experiment.train.batch(step), mode, mesh)
     lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
     log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
     running = collections.deque()  # a small result of each step that may not be done yet
@@ -150,7 +151,7 @@ class _Run:
           if stopping or self._exhausted or is_best or due(config.checkpoint_every):
             host = {"tracker": dataclasses.asdict(self.tracker), "best_step": self.tracker.best_step,
                     "seconds": self._seconds()}
-            self.checkpointer.save(done, state, host)
+            self.checkpointer.save(done, parallel.global_state(state, mode, mesh), host)
         if stopping:
           raise Preempted(f"stopped after step {done}; the same command continues from there")
         if self._exhausted:
@@ -158,7 +159,7 @@ class _Run:
                       f"{self.tracker.stale} evaluations")
           break
     self.signals.wait_for_step = False
-    return state
+    return parallel.global_state(state, mode, mesh)
 
   @property
   def _exhausted(self) -> bool:

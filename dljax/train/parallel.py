@@ -185,6 +185,26 @@ def compile_step(
       out_shardings=tuple(shardings[r] for r in outputs), donate_argnums=tuple(donate))
 
 
+def step_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
+  """A state of `mesh` as the steps return it, so that they are compiled once; copies nothing.
+
+  The results of pmap are arrays of a mesh of its own, of this host's devices.
+  """
+  own = Mesh(np.array(mesh.local_devices), (_PMAP_AXIS,))
+  return _on_every_device(state, own) if mode == "pmap" else state
+
+
+def global_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
+  """The reverse: a state as arrays of `mesh`, of all hosts' devices, as a checkpoint needs it."""
+  return _on_every_device(state, mesh) if mode == "pmap" else state
+
+
+def _on_every_device(tree: Any, mesh: Mesh) -> Any:
+  """Arrays that are the same on every device, as arrays of another mesh."""
+  return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
+      x.shape, NamedSharding(mesh, P()), [shard.data for shard in x.addressable_shards]), tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """How a batch lies on the mesh: split over its leading axis."""
   return NamedSharding(mesh, P(BATCH_AXES))
@@ -237,8 +257,8 @@ def gather_hosts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return _multihost().process_allgather(numbers, tiled=True)
 
 
-def state_to_host(state: Any, mesh: Mesh) -> Any:
-  """A state as unsharded NumPy arrays, on every host."""
+def state_to_host(state: TrainState, mesh: Mesh) -> Any:
+  """A global state as unsharded NumPy arrays, on every host."""
   if jax.process_count() > 1:
     state = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(state)
   return jax.tree.map(np.asarray, state)

@@ -136,19 +136,23 @@ def test_sharded_state_takes_its_share_of_memory_and_stays_sharded():
 
 
 @pytest.mark.parametrize("mode, mesh", [*MODES, ("jit", "data:1"), ("pmap", "data:1"), ("jit", "data:2,fsdp:2")])
-def test_a_step_moves_nothing_but_the_batch_and_donates_the_state(mode, mesh):
+def test_a_step_is_compiled_once_moves_nothing_but_the_batch_and_donates_the_state(mode, mesh, caplog):
   experiment = toys.digits_experiment(toys.tiny_mlp(), mask=None, ema_decay=0.9)
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
-  state = program.init_state()
+  state = parallel.step_state(program.init_state(), mode, program.mesh)
   scale = parallel.put_shared(np.float32(1), program.mesh)
   batches = [parallel.put_batch(experiment.train.batch(step), mode, program.mesh) for step in range(4)]
-  state, _ = jax.block_until_ready(program.train_step(state, batches[0], scale))
+  with jax.log_compiles():
+    state, _ = jax.block_until_ready(program.train_step(state, batches[0], scale))
+  assert "Compiling" in caplog.text
+  caplog.clear()
   for batch in batches[1:]:
     old = jax.tree.leaves(state)
-    with jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"), jax.log_compiles():
       state, out = jax.block_until_ready(program.train_step(state, batch, scale))
     assert all(x.is_deleted() for x in old)
     assert not any(x.is_deleted() for x in jax.tree.leaves((state, out, batch, scale)))
+  assert "Compiling" not in caplog.text
   assert int(state.step) == 4
 
 

@@ -172,12 +172,13 @@ def train(
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     state = jax.jit(
         lambda s: jax.tree.map(cast, s), out_shardings=parallel.state_shardings(state, program.mesh))(state)
-  outs = []
+  state, outs = parallel.step_state(state, parallelism, program.mesh), []
   for step in range(steps):
     batch = parallel.put_batch(experiment.train.batch(step), parallelism, program.mesh)
     scale = parallel.put_shared(np.float32(lr_scales[step] if lr_scales else 1), program.mesh)
     state, out = program.train_step(state, batch, scale)
     outs.append(jax.tree.map(np.asarray, jax.block_until_ready(out)))
+  state = parallel.global_state(state, parallelism, program.mesh)
   return Outcome(parallel.state_to_host(state, program.mesh), outs, program)
 
 

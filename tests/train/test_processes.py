@@ -1,0 +1,146 @@
+"""Runs that are killed, told to stop, or spread over two processes give what a plain run gives."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dljax import report
+
+ROOT = Path(__file__).parents[2]
+STEPS = 240
+# Augmented digits, a tiny network, and something to log, to evaluate or to save at nearly every step.
+DIGITS = ("mlp", f"--config.total_steps={STEPS}", "--config.model.widths=16", "--config.model.dropout=0.2",
+          "--config.batch_size=32", "--config.data.pad_crop=1", "--config.log_every=1", "--config.eval_every=20",
+          "--config.checkpoint_every=8", "--config.ema_decay=0.99")
+XOR = ("mlp", "--preset=xor", "--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30",
+       "--config.checkpoint_every=30")
+
+
+def _start(family, *arguments, devices=1, **environment):
+  env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **environment}
+  return subprocess.Popen(
+      [sys.executable, "-m", f"experiments.{family}", *map(str, arguments)], cwd=ROOT, env=env,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _end(process, status=0):
+  out, err = process.communicate(timeout=600)
+  assert process.returncode == status, err
+  return out + err
+
+
+def _rows(folder):
+  return [{k: v for k, v in row.items() if "second" not in k} for row in report.read_metrics(folder / "metrics.jsonl")]
+
+
+def _result(folder):
+  result = json.loads((folder / "result.json").read_text())
+  return {k: v for k, v in result.items() if "second" not in k}
+
+
+def _last_step(folder):
+  path = folder / "metrics.jsonl"
+  return max((row["step"] for row in report.read_metrics(path)), default=0) if path.exists() else 0
+
+
+def _wait_for_step(process, folder, step):
+  """Waits until the process has logged `step`."""
+  while _last_step(folder) < step:
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  """An uninterrupted run of DIGITS."""
+  folder = tmp_path_factory.mktemp("plain") / "run"
+  _end(_start(*DIGITS, f"--workdir={folder}"))
+  return folder
+
+
+def test_kill_9_at_random_moments(plain, tmp_path):
+  draw = random.Random(7)
+  moments = sorted(draw.sample(range(10, STEPS - 10), 4))
+  reached = []
+  for moment in moments:
+    process = _start(*DIGITS, f"--workdir={tmp_path}")
+    _wait_for_step(process, tmp_path, moment)
+    time.sleep(draw.uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+    reached.append(_last_step(tmp_path))
+  assert "continuing from step" in _end(_start(*DIGITS, f"--workdir={tmp_path}"))
+  rows = _rows(tmp_path)
+  assert rows == _rows(plain)
+  assert len({(row["step"], row["split"]) for row in rows}) == len(rows) == STEPS + STEPS // 20
+  assert _result(tmp_path) == _result(plain)  # with the digest of the whole state
+  assert len(set(reached)) > 1
+
+
+def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_with_75(plain, tmp_path):
+  for moment, number in (50, signal.SIGTERM), (120, signal.SIGINT):
+    process = _start(*DIGITS, f"--workdir={tmp_path}")
+    _wait_for_step(process, tmp_path, moment)
+    process.send_signal(number)
+    said = _end(process, 75)
+    assert "Traceback" not in said
+    stopped = int(said.split("stopped after step ")[1].split(";")[0])
+    assert stopped >= moment
+    assert (tmp_path / "checkpoints" / str(stopped) / "manifest.json").exists()
+    assert _last_step(tmp_path) == stopped
+  assert f"continuing from step {stopped}" in _end(_start(*DIGITS, f"--workdir={tmp_path}"))
+  assert _rows(tmp_path) == _rows(plain)
+  assert _result(tmp_path) == _result(plain)
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
+  xor = (*XOR, f"--parallelism={parallelism}")
+  alone = _start(*xor, f"--workdir={tmp_path / 'one'}", devices=2)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  both = [
+      _start(*xor, f"--workdir={tmp_path / 'two'}", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+             JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index))
+      for index in range(2)
+  ]
+  try:
+    first, second = (_end(process) for process in both)
+  finally:
+    for process in both:
+      process.kill()
+  _end(alone)
+  assert "accuracy" in first and "accuracy" not in second  # the first host tells the result
+  one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
+  assert [set(row) for row in one] == [set(row) for row in two]
+  for a, b in zip(one, two, strict=True):
+    assert (a.pop("step"), a.pop("split")) == (b.pop("step"), b.pop("split"))
+    assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+  results = [_result(tmp_path / name) for name in ("one", "two")]
+  for split in ("validation", "test"):
+    assert results[1]["metrics"][split] == pytest.approx(results[0]["metrics"][split], rel=1e-4)
+  assert {path.name for path in (tmp_path / "two" / "figures").iterdir()} == {
+      path.name for path in (tmp_path / "one" / "figures").iterdir()}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+  process = _start(*XOR, f"--workdir={tmp_path}", "--config.total_steps=1000000")
+  try:
+    _wait_for_step(process, tmp_path, 5)
+    said = _end(_start(*XOR, f"--workdir={tmp_path}"), 2)
+    assert f"in use by process {process.pid};" in said
+    assert "Traceback" not in said
+  finally:
+    process.kill()
+    process.communicate()
