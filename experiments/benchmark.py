@@ -277,10 +277,11 @@ def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 
     batch = {k: draw.random(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
     return batch, parallel.put_batch(batch, ONE_DEVICE.parallelism, program.mesh)
 
-  meter = _memory_meter(program.mesh.devices.flat[0])
   lr_scale = parallel.put_shared(np.float32(1), program.mesh)
-  before = meter()
-  state = program.init_state()
+  # The state, which the report counts, lies there before, so that compiling its creation does not count.
+  state = jax.block_until_ready(program.init_state())
+  meter = _memory_meter(program.mesh.devices.flat[0])
+  before = meter() - sum(x.nbytes for x in jax.tree.leaves(state))
   grown = []
   with contextlib.closing(prefetch(load, range(min(settings.steps, 5)), ahead)) as batches:
     for host, batch in batches:
