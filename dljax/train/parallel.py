@@ -229,11 +229,10 @@ def put_batch(batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh) -> dict[s
   Returns:
     Global arrays [B, ...], or [devices, B / devices, ...] for pmap.
   """
-  sharding = batch_sharding(mesh)
   count = len(mesh.local_devices)
   split = lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]) if mode == "pmap" else x
-  return {k: jax.make_array_from_process_local_data(sharding, split(np.asarray(v)))
-          for k, v in batch.items() if not k.startswith(HOST)}
+  rows = {k: split(np.asarray(v)) for k, v in batch.items() if not k.startswith(HOST)}
+  return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)  # one call for all is the fastest
 
 
 def put_shared(value: Any, mesh: Mesh) -> Any:
