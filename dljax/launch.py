@@ -161,10 +161,9 @@ def _train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
 def _print_result(folder: Workdir) -> None:
   """A short table of results, and where the files are."""
   result = folder.result()
-  table = _table(f"{result['family']} {result['preset']}: {result['steps']} steps, {result['params']:,} parameters, "
-                 f"{result['seconds']:.1f} s on {result['devices']}")
-  _add_metrics(table, result["metrics"])
-  _show(table)
+  print(f"\n{result['family']} {result['preset']}: {result['steps']} steps, {result['params']:,} parameters, "
+        f"{result['seconds']:.1f} s on {result['devices']}")
+  _show(_metrics_table(result["metrics"]))
   places = {"checkpoint": folder.checkpoints / str(result["checkpoint"]), "result": folder.result_file,
             "metrics": folder.metrics_file, "pictures": folder.figures}
   print("\n".join(f"{name:12}{path}" for name, path in places.items()))
@@ -197,9 +196,8 @@ def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> i
   found = {split: evaluator.full(state.variables, state.rng, pipeline, split, assets)[0]
            for split, pipeline in experiment.evals.items()}
   if jax.process_index() == 0:
-    table = _table(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
-    _add_metrics(table, found)
-    _show(table)
+    print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
+    _show(_metrics_table(found))
     write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
     print(f"written to {folder.path / 'evaluation.json'}")
   return DONE
@@ -260,20 +258,17 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 _WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": _write_csv}
 
 
-def _table(title: str) -> Any:
+def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
+  """One row for each split, one column for each metric."""
   from rich.table import Table  # pylint: disable=g-import-not-at-top
 
-  return Table(title=title, title_justify="left")
-
-
-def _add_metrics(table: Any, metrics: Mapping[str, Mapping[str, float]]) -> None:
-  """One row for each split, one column for each metric."""
   names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-  table.add_column("split")
+  table = Table("split")
   for name in names:
     table.add_column(name, justify="right")
   for split, values in metrics.items():
     table.add_row(split, *(f"{values[name]:.4f}" if name in values else "" for name in names))
+  return table
 
 
 def _show(renderable: Any) -> None:
