@@ -1,8 +1,8 @@
 """The same training under every mode and mesh, in float64.
 
-Run by test_parallel.py as `python -m tests.train.float64` with JAX_ENABLE_X64=1, which is a switch of the whole
-process. Prints one JSON object: comparison -> the largest relative difference, after `STEPS` steps, of any array
-of the state and of any step's metrics.
+Run by test_parallel.py as `python -m tests.train.float64` with JAX_ENABLE_X64=1, which is a switch of the
+whole process. Prints one JSON object: comparison -> the largest relative difference, after `STEPS` steps, of
+any array of the state and of any step's metrics.
 """
 
 import json
@@ -18,13 +18,13 @@ EXPERIMENTS = {
     "resnet": lambda: toys.digits_experiment(toys.tiny_resnet(dtype=jnp.float64), ema_decay=0.9),
     "dropout": lambda: toys.digits_experiment(toys.ConvNet(dropout=0.5, dtype=jnp.float64), ema_decay=0.9),
     "mlp": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64)),
-    "mlp in 4 micro-batches": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64), accumulation=4),
+    "mlp accumulated": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64), accumulation=4),
 }
 # What must equal what.
 COMPARISONS = {
     ("resnet", ONE): [("resnet", ("jit", "data:4")), ("resnet", ("pmap", "data:4"))],
     ("dropout", ONE): [("dropout", ("jit", mesh)) for mesh in toys.MESHES if mesh != "data:1"],
-    ("mlp", ONE): [("mlp in 4 micro-batches", how) for how in (("jit", "data:4"), ("pmap", "data:4"))],
+    ("mlp", ONE): [("mlp accumulated", how) for how in (("jit", "data:4"), ("pmap", "data:4"))],
 }
 
 
@@ -35,7 +35,8 @@ def name(one, other) -> str:
 
 def _outcome(experiment, how):
   mode, mesh = how
-  state, outs, _ = toys.train(EXPERIMENTS[experiment](), STEPS, dtype=jnp.float64, parallelism=mode, mesh=mesh)
+  state, outs, _ = toys.train(
+      EXPERIMENTS[experiment](), STEPS, dtype=jnp.float64, parallelism=mode, mesh=mesh)
   assert all(x.dtype == jnp.float64 for x in jax.tree.leaves((state.params, state.opt_state)) if x.ndim)
   assert [out["sums"]["loss"][1] for out in outs] == STEPS * [8]
   return state, outs

@@ -62,7 +62,8 @@ def test_each_real_row_counts_once_and_comes_back_in_order(mode, mesh):
   assert figures == {"picture": "figure"}
   predictions, batches = zip(*TASK.seen)
   np.testing.assert_array_equal(np.concatenate([b["host/id"] for b in batches]), np.arange(COUNT))
-  np.testing.assert_allclose(np.concatenate([p["loss"] for p in predictions]), 2 * _x(range(COUNT))**2, rtol=1e-6)
+  losses = np.concatenate([p["loss"] for p in predictions])
+  np.testing.assert_allclose(losses, 2 * _x(range(COUNT))**2, rtol=1e-6)
 
 
 @MODES

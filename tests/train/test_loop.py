@@ -56,8 +56,8 @@ def _interrupted(experiment, step: int):
 
 def _rows(folder, split=None):
   """metrics.jsonl without what depends on time."""
-  return [{k: v for k, v in row.items() if "second" not in k} for row in report.read_metrics(folder / "metrics.jsonl")
-          if split in (None, row["split"])]
+  rows = [row for row in report.read_metrics(folder / "metrics.jsonl") if split in (None, row["split"])]
+  return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def _result(folder):
@@ -97,8 +97,9 @@ def test_early_stopping_plateau_and_the_best_checkpoint(stopped_early):
   rates = {row["step"]: row["learning_rate"] for row in _rows(folder, "train")}
   assert rates == {step: 0.25 if step <= 16 else 0.125 for step in range(3, 20, 3)}
   tracker = _host(folder)["tracker"]
-  assert tracker == {"best_value": pytest.approx(validation[12]), "best_step": 12, "reference": tracker["best_value"],
-                     "stale": 4, "plateau_stale": 0, "lr_scale": 0.25}
+  best = pytest.approx(validation[12])
+  assert tracker == {"best_value": best, "best_step": 12, "reference": best, "stale": 4, "plateau_stale": 0,
+                     "lr_scale": 0.25}
   assert _steps(folder) == [12, 15, 20]  # the best, and the last two
 
   result = _result(folder)
@@ -110,11 +111,11 @@ def test_early_stopping_plateau_and_the_best_checkpoint(stopped_early):
 
 def test_a_finished_run_is_only_restored(stopped_early):
   experiment, folder, state = stopped_early
-  before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+  times = lambda: {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+  before = times()
   again = loop.fit(experiment, folder, OPTIONS)
   assert state_sha256(again) == state_sha256(state)
-  after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-  assert after == before
+  assert times() == before
 
 
 def test_each_logged_step_stands_there_once_and_the_last_always(tmp_path):
@@ -124,7 +125,8 @@ def test_each_logged_step_stands_there_once_and_the_last_always(tmp_path):
   assert [row["step"] for row in _rows(tmp_path, "validation")] == [4, 7]
   assert _rows(tmp_path, "test") == []  # that split is for the end
   for row in _rows(tmp_path, "train"):
-    assert set(row) == {"step", "split", "all_loss", "loss", "learning_rate", "gradient_norm", "parameter_norm"}
+    assert set(row) == {
+        "step", "split", "all_loss", "loss", "learning_rate", "gradient_norm", "parameter_norm"}
   # And a longer run goes on from there.
   longer = _experiment(total_steps=9, eval_every=4)
   assert int(loop.fit(longer, tmp_path, OPTIONS).step) == 9

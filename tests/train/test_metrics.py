@@ -48,7 +48,8 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
     file.write('{"step": 5, "spl')  # cut off while it was written
   _write(tmp_path, 2, [3, 4, 5])
   rows = report.read_metrics(tmp_path / "metrics.jsonl")
-  assert [(row["step"], row["split"]) for row in rows] == [(s, k) for s in range(1, 6) for k in ("train", "validation")]
+  expected = [(step, split) for step in range(1, 6) for split in ("train", "validation")]
+  assert [(row["step"], row["split"]) for row in rows] == expected
   assert not (tmp_path / "metrics.tmp").exists()
 
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 240
 # Augmented digits, a tiny network, and something to log, to evaluate or to save at nearly every step.
 DIGITS = ("mlp", f"--config.total_steps={STEPS}", "--config.model.widths=16", "--config.model.dropout=0.2",
-          "--config.batch_size=32", "--config.data.pad_crop=1", "--config.log_every=1", "--config.eval_every=20",
-          "--config.checkpoint_every=8", "--config.ema_decay=0.99")
+          "--config.batch_size=32", "--config.data.pad_crop=1", "--config.log_every=1",
+          "--config.eval_every=20", "--config.checkpoint_every=8", "--config.ema_decay=0.99")
 XOR = ("mlp", "--preset=xor", "--config.total_steps=60", "--config.log_every=5", "--config.eval_every=30",
        "--config.checkpoint_every=30")
 
@@ -38,7 +38,8 @@ def _end(process, status=0):
 
 
 def _rows(folder):
-  return [{k: v for k, v in row.items() if "second" not in k} for row in report.read_metrics(folder / "metrics.jsonl")]
+  rows = report.read_metrics(folder / "metrics.jsonl")
+  return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def _result(folder):
@@ -103,7 +104,7 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_with_75(plain, tmp_pat
   assert _result(tmp_path) == _result(plain)
 
 
-@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+@pytest.mark.parametrize("parallelism", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
   xor = (*XOR, f"--parallelism={parallelism}")
   alone = _start(*xor, f"--workdir={tmp_path / 'one'}", devices=2)
@@ -134,6 +135,7 @@ def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
       path.name for path in (tmp_path / "one" / "figures").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
   process = _start(*XOR, f"--workdir={tmp_path}", "--config.total_steps=1000000")
   try:

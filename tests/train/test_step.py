@@ -49,18 +49,20 @@ def test_the_average_of_the_parameters_by_hand_and_evaluation_uses_it():
 
 
 def test_the_learning_rate_scale_scales_the_update_exactly():
+  start = np.float32(np.linspace(-1, 3, 8)[:, None] * np.ones(3))
+
   def final(learning_rate, lr_scales):
-    task = toys.Formula(params={"w": np.linspace(-1, 3, 8)[:, None] * np.ones(3)},
+    task = toys.Formula(params={"w": start},
                         rows=lambda params, batch, train, player: jnp.sum(jnp.sin(params["w"])) * batch["x"])
     optimizer = {"name": "adamw", "learning_rate": learning_rate, "weight_decay": 0.1}
     experiment = toys.formula_experiment(task, toys.Scripted(lambda step: _rows()), optimizer=optimizer)
     return toys.train(experiment, 3, lr_scales=lr_scales)
 
-  scaled, plain = final(0.02, [0.5] * 3), final(0.01, None)  # a power of two, so that nothing is rounded otherwise
+  scaled, plain = final(0.02, [0.5] * 3), final(0.01, None)  # a power of two: nothing is rounded otherwise
   assert state_sha256(scaled.state) == state_sha256(plain.state)
   assert [out["learning_rate"] for out in scaled.outs] == pytest.approx([0.01] * 3)
   still = final(0.02, [0.0] * 3)
-  np.testing.assert_array_equal(still.state.params["w"], np.float32(np.linspace(-1, 3, 8)[:, None] * np.ones(3)))
+  np.testing.assert_array_equal(still.state.params["w"], start)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -69,15 +71,17 @@ def test_players_move_in_turn_against_each_others_newest_parameters(mode):
     critic, generator = params["critic"]["w"], params["generator"]["w"]
     return (critic - 2 * generator)**2 / 2 * batch["x"] if player == "critic" else (generator + critic)**2 / 2
 
+  start = {"critic": 1.0, "generator": -0.5}
   task = toys.Formula(
-      params={"critic": {"w": 1.0}, "generator": {"w": -0.5}}, rows=rows, players=("critic", "critic", "generator"))
+      params={player: {"w": w} for player, w in start.items()}, rows=rows,
+      players=("critic", "critic", "generator"))
   steps = 4
   experiment = toys.formula_experiment(
       task, toys.Scripted(lambda step: _rows()), total_steps=steps,
       optimizer={"name": "momentum", "learning_rate": 0.1, "momentum": 0.5, "schedule": "linear"})
   state, outs, _ = toys.train(experiment, steps, parallelism=mode)
 
-  w, memory, turns = {"critic": 1.0, "generator": -0.5}, {"critic": 0.0, "generator": 0.0}, {"critic": 0, "generator": 0}
+  w, memory, turns = dict(start), dict.fromkeys(start, 0.0), dict.fromkeys(start, 0)
   for step in range(steps):
     squared_norm, losses = 0.0, {}
     for player in task.players:
@@ -162,7 +166,9 @@ def test_a_gradient_that_is_not_finite_is_as_bad_as_a_loss(accumulation):
 
 def test_a_player_that_went_wrong_takes_back_the_others_turns():
   def rows(params, batch, train, player):
-    return (params["critic"]["w"] - 1)**2 * batch["x"] if player == "critic" else _root(params["generator"], batch, train, player)
+    if player == "critic":
+      return (params["critic"]["w"] - 1)**2 * batch["x"]
+    return _root(params["generator"], batch, train, player)
 
   task = toys.Formula(
       params={"critic": {"w": 0.0}, "generator": {"w": 0.0}}, rows=rows, players=("critic", "generator"))

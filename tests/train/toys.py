@@ -57,7 +57,8 @@ class Formula:
     del rng
     losses = self.rows(params, batch, train, player) * batch["mask"]
     sums = jnp.sum(losses), jnp.sum(batch["mask"])
-    return LossOutput(loss=sums[0] / weights["examples"], metrics={f"{player}_loss": sums}, model_state=model_state)
+    share = sums[0] / weights["examples"]
+    return LossOutput(loss=share, metrics={f"{player}_loss": sums}, model_state=model_state)
 
   def predict(self, variables, batch, rng):
     del rng
@@ -92,7 +93,8 @@ class ConvNet(nn.Module):
 
 def tiny_resnet(**fields: Any) -> nn.Module:
   """Two blocks, one with a projection."""
-  return ResNet(num_classes=10, **{"block": BasicBlock, "stage_sizes": (1, 1), "width": 4, "small_stem": True, **fields})
+  fields = {"block": BasicBlock, "stage_sizes": (1, 1), "width": 4, "small_stem": True, **fields}
+  return ResNet(num_classes=10, **fields)
 
 
 def tiny_mlp(**fields: Any) -> nn.Module:
@@ -123,7 +125,9 @@ def uneven_mask(step: int) -> np.ndarray:
   return (np.arange(4) < counts[:, None]).astype(np.float32).reshape(-1)
 
 
-def formula_experiment(task: Any, train: Scripted, evals: Mapping[str, Scripted] | None = None, **fields: Any) -> Experiment:
+def formula_experiment(
+    task: Any, train: Scripted, evals: Mapping[str, Scripted] | None = None, **fields: Any,
+) -> Experiment:
   """An experiment of a toy task; `fields` are config fields, "optimizer" a mapping of overrides."""
   optimizer = optim.default_config("sgd")
   optimizer.update({"schedule": "constant", "warmup_fraction": 0.0, **fields.pop("optimizer", {})})
