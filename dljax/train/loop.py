@@ -184,8 +184,11 @@ class _Run:
     steps = checkpoint = int(state.step)
     variables = state.variables
     if self.experiment.monitor and self.tracker.best_step not in (-1, steps):
-      checkpoint = self.tracker.best_step
-      variables = self.checkpointer.restore(self.program.abstract_state, checkpoint).state.variables
+      try:
+        best = self.checkpointer.restore(self.program.abstract_state, self.tracker.best_step)
+        checkpoint, variables = best.step, best.state.variables
+      except UserError as fault:  # damaged since
+        metrics.say(f"warning: {fault}; the results are those of the last step")
     assets = self.folder.read_assets()
     found, figures = {}, {}
     for split, pipeline in self.experiment.evals.items():
