@@ -40,6 +40,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, lenet.VARIANTS)
+  errors.choose("--config.model.pool", config.model.pool, lenet.POOLS)
   model = variant(
       num_classes=config.data.num_classes,
       activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),

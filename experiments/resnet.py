@@ -29,9 +29,9 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
     config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
     config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
   elif preset == "fashion_mnist":
-    config.data.update({"pad_crop": 2, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
     config.optimizer.update({"learning_rate": 0.2, "schedule": "linear", "warmup_fraction": 0.2})
-    config.update({"total_steps": 6000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+    config.update({"total_steps": 4200, "log_every": 50, "eval_every": 420, "checkpoint_every": 420})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
     config.optimizer.update({

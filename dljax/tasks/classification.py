@@ -56,11 +56,11 @@ class Classification:
 
   def __post_init__(self):
     if self.criterion not in CRITERIA:
-      raise unknown("criterion", self.criterion, CRITERIA)
+      raise unknown("--config.model.criterion", self.criterion, CRITERIA)
     if not 0 <= self.label_smoothing < 1:
-      raise UserError(f"label_smoothing is {self.label_smoothing}; give a number in [0, 1)")
+      raise UserError(f"--config.model.label_smoothing={self.label_smoothing}: give a number in [0, 1)")
     if self.criterion == "perceptron" and self.label_smoothing:
-      raise UserError("label_smoothing has no meaning for the perceptron criterion; set it to 0")
+      raise UserError("--config.model.label_smoothing has no meaning for the perceptron criterion; set it to 0")
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
