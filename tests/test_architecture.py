@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.families import FAMILIES, NOT_FAMILIES, ROOT
+
 SOURCES = sorted(p for folder in ("dljax", "experiments") for p in (ROOT / folder).rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
-# Apart from `experiments/x.py`, what lies there: not a family, but a program over all of them.
-NOT_FAMILIES = ("__init__", "benchmark")
-FAMILIES = [path.stem for path in EXPERIMENTS if path.stem not in NOT_FAMILIES]
 MAX_LINES = 250  # of a model file, and of the loop
 
 # What each room may import of the project; "dljax.data" stands for everything below it too.

@@ -9,9 +9,7 @@ import pytest
 from dljax.train import topology
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import parameter_count
-from experiments import lenet, mlp, resnet
-
-FAMILIES = {"lenet": lenet, "mlp": mlp, "resnet": resnet}
+from tests.families import EXPERIMENTS
 
 
 def _presets(family):
@@ -26,11 +24,11 @@ def _presets(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", sorted(topology.TOPOLOGIES))
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
 def test_train_step_compiles(name, machine):
   if missing := topology.missing_compiler(machine):
     pytest.skip(missing)
-  for preset in _presets(FAMILIES[name]):
+  for preset in _presets(EXPERIMENTS[name]):
     # The lowest effort compiles the same collectives in a fraction of the time.
     env = {**os.environ, "JAX_OPTIMIZATION_LEVEL": "O0", "TFDS_DATA_DIR": os.devnull}
     result = subprocess.run(

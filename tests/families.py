@@ -1,0 +1,9 @@
+"""The families that there are: a new one is tested without being listed anywhere."""
+
+import importlib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NOT_FAMILIES = {"__init__", "benchmark"}
+FAMILIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in NOT_FAMILIES)
+EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in FAMILIES}
