@@ -1,6 +1,17 @@
 """Residual networks: 18 to 152 layers for ImageNet, 20, 32 and 56 for small images.
 
   python -m experiments.resnet
+
+Test accuracy of the other presets:
+
+  fashion_mnist  93.43 % after 4,200 steps; 93.80 % when the finished run is continued by
+                 --config.total_steps=5600 (the learning rate rises again and falls to zero); one seed, two
+                 shared CPU cores, 85 minutes for both beside other work
+  cifar10        not run here; published: 91.25 % (He et al. 2016, table 6)
+  imagenet2012   not run here; published: 76.40 % with one crop (Goyal et al. 2017, table 1)
+
+For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+  python -m experiments.resnet --preset=imagenet2012 --data_dir=DIR
 """
 
 from collections.abc import Mapping
