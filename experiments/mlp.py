@@ -5,7 +5,7 @@
 Test accuracy, one seed each, on two shared CPU cores:
 
   mnist  99.02 % (published: 98.4 % for two layers, 800 hidden units and cross-entropy, Simard et al. 2003);
-         24 minutes beside other work
+         3 minutes beside other work
   xor    100 %; the perceptron (--config.model.variant=perceptron) 50 %
 """
 
