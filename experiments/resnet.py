@@ -42,7 +42,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
     config.optimizer.update({"learning_rate": 0.2, "schedule": "linear", "warmup_fraction": 0.2})
-    config.update({"total_steps": 4200, "log_every": 50, "eval_every": 420, "checkpoint_every": 420})
+    config.update({"total_steps": 6000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
     config.optimizer.update({

@@ -4,6 +4,8 @@ Dimension letters: N images, H height, W width, C channels (1 or 3). Images are 
 function says f32; then they are on the same scale, not yet normalised.
 """
 
+import functools
+
 import numpy as np
 
 
@@ -18,13 +20,19 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
   Returns:
     f32[N, H, W, C].
   """
-  n, h, w, c = images.shape
-  # One factor per value of an image, not per channel: NumPy's inner loop would have but 1 or 3 elements.
-  spread = lambda per_channel: np.tile(np.asarray(per_channel, np.float32), h * w)
-  out = images.reshape(n, h * w * c).astype(np.float32)
-  out -= 255 * spread(mean)
-  out *= 1 / (255 * spread(std))
+  _, _, w, c = images.shape
+  # One factor per value of a row of pixels: with one per channel, NumPy's inner loop would have 3 elements.
+  shift, scale = _factors(tuple(mean), tuple(std), w if c > 1 else 1)
+  out = images.reshape(-1, w * c).astype(np.float32)
+  out -= shift
+  out *= scale
   return out.reshape(images.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(mean: tuple[float, ...], std: tuple[float, ...], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+  spread = lambda per_channel: 255 * np.tile(np.asarray(per_channel, np.float32), repeats)
+  return spread(mean), 1 / spread(std)
 
 
 def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:

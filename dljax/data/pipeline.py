@@ -147,16 +147,16 @@ class IndexedPipeline:
 
   def plan(self, step: int, num_examples: int) -> Plan:
     """The plan of global batch `step` of a split of `num_examples`."""
-    positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+    start, end = step * self.batch_size, (step + 1) * self.batch_size
     if self.train:
-      epochs = positions // num_examples
       indices = np.concatenate([
-          self._permutation(epoch, num_examples)[positions[epochs == epoch] % num_examples]
-          for epoch in range(epochs[0], epochs[-1] + 1)])
+          self._permutation(epoch, num_examples)[max(start - epoch * num_examples, 0):end - epoch * num_examples]
+          for epoch in range(start // num_examples, (end - 1) // num_examples + 1)])
     else:
-      if not 0 <= step * self.batch_size < num_examples:
+      if not 0 <= start < num_examples:
         raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} at a time")
-      indices = np.where(positions < num_examples, positions, PADDING)
+      indices = np.arange(start, end)
+      indices[indices >= num_examples] = PADDING
     return Plan(self.seed, step, indices, np.arange(self._host, self.batch_size, self._hosts))
 
   def _permute(self, epoch: int, num_examples: int) -> np.ndarray:

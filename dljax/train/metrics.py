@@ -44,6 +44,7 @@ class MetricWriter:
     if not self._open:
       return
     from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
+    from tensorboardX.proto.summary_pb2 import Summary  # pylint: disable=g-import-not-at-top
 
     path = workdir / "metrics.jsonl"
     rows = report.read_metrics(path) if path.exists() else []
@@ -51,6 +52,7 @@ class MetricWriter:
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     os.replace(temporary, path)
     self._file = path.open("a")
+    self._summary = Summary
     self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
     self._wandb = None
     if wandb_project:
@@ -64,8 +66,9 @@ class MetricWriter:
       return
     self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      self._board.add_scalar(f"{split}/{name}", value, step)
+    summary = self._summary(value=[
+        self._summary.Value(tag=f"{split}/{name}", simple_value=value) for name, value in values.items()])
+    self._board.file_writer.add_summary(summary, step)  # one event; add_scalar would make one for each number
     if self._wandb:
       self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 

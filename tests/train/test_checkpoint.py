@@ -490,6 +490,7 @@ _PROCESS = textwrap.dedent("""
     directory, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, process)
+    from jax.experimental.multihost_utils import sync_global_devices
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from dljax.errors import UserError
     from dljax.train.checkpoint import Checkpointer
@@ -503,6 +504,7 @@ _PROCESS = textwrap.dedent("""
       for step in (1, 2, 3, 4):
         checkpointer.save(step, make(step, P("data")), {"best_step": 1})
     assert checkpointer.steps() == [1, 3, 4], checkpointer.steps()
+    sync_global_devices("both have looked")
     if process == 0:
       os.truncate(f"{directory}/4/state/manifest.ocdbt", 5)
     with Checkpointer(directory) as checkpointer:
