@@ -182,7 +182,7 @@ def prepare_embedded(name: str, root: Path) -> Path:
     The set's directory.
 
   Raises:
-    UserError: there is no such config or version.
+    UserError: there is no such config or version, or nowhere to write.
   """
   from dljax.data.datasets.digits import Digits
 
@@ -190,7 +190,10 @@ def prepare_embedded(name: str, root: Path) -> Path:
   configs = list(Digits.builder_configs)
   if config and config not in configs:
     raise unknown("--config.data.name", name, [f"digits/{c}" for c in configs])
-  place = root if writable(root) else cache_dir()
+  place = next(filter(writable, (root, cache_dir())), None)
+  if place is None:
+    raise UserError(f"--data_dir: {name} is written once before it is read, and neither {root} nor {cache_dir()} can "
+                    "be written; name a folder that can, by --data_dir or the variable TFDS_DATA_DIR")
   with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # TFDS's bars
     build(functools.partial(Digits, config=config or configs[0]), place)
   path = find(name, place)

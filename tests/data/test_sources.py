@@ -88,6 +88,15 @@ def test_read_only_data_dir_falls_back_to_the_cache(tmp_path, monkeypatch):
   assert sources.open_dataset("digits").builder.data_dir == first
 
 
+def test_nowhere_to_write_is_one_line_that_says_what_to_name(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("in the way")
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file" / "tfds"))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+  with pytest.raises(UserError, match="--data_dir.*file/tfds.*file/cache.*TFDS_DATA_DIR") as error:
+    sources.open_dataset("digits")
+  assert "\n" not in str(error.value)
+
+
 def copy_as(name, digits_dir, tmp_path, monkeypatch):
   """The prepared digits under another name, as if TFDS had made them."""
   folder = tmp_path / name / "1.0.0"
