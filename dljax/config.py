@@ -8,6 +8,7 @@ import ml_collections
 from dljax.errors import UserError, unknown
 
 _FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, or none
+_MOST_STEPS = 2**31 - 1  # the step is an int32
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -57,6 +58,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 "keep_checkpoints", "accumulation"):
     if config[field] < 1:
       raise UserError(f"--config.{field}={config[field]}: must be at least 1")
+  if config.total_steps > _MOST_STEPS:
+    raise UserError(f"--config.total_steps={config.total_steps}: must be at most {_MOST_STEPS}")
   if not 0 <= config.ema_decay < 1:
     raise UserError(f"--config.ema_decay={config.ema_decay}: must be at least 0 and below 1; 0 is off")
   if config.early_stopping_patience < 0:
@@ -65,29 +68,38 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError("--config.early_stopping_patience needs --config.monitor=SPLIT/METRIC")
 
 
-def apply_overrides(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> None:
+def apply_overrides(
+    config: ml_collections.ConfigDict, arguments: Sequence[str], preset: ml_collections.ConfigDict | None = None,
+) -> None:
   """Sets what "--config.optimizer.learning_rate=0.4" and the like say; the type is that of the old value.
 
   Tuples are written with commas: --config.data.mean=0.5,0.5,0.5
 
+  Args:
+    config: is changed.
+    arguments: a later one wins.
+    preset: knows what the tuples hold that are empty in `config`; by default `config` as it is given.
+
   Raises:
     UserError: an unknown field (with the nearest), a missing value, or one of the wrong type.
   """
+  typed = flatten(config if preset is None else preset)
   for argument in arguments:
     flag, equals, text = argument.partition("=")
-    *parents, field = flag.removeprefix("--config.").split(".")
+    name = flag.removeprefix("--config.")
+    *parents, field = name.split(".")
     place = config
     for parent in parents:
       place = place.get(parent) if isinstance(place, ml_collections.ConfigDict) else None
     if not isinstance(place, ml_collections.ConfigDict) or field not in place:
-      raise unknown("--config", flag.removeprefix("--config."), flatten(config))
+      raise unknown("--config", name, [known for known in flatten(config) if known not in _FROM_FLAGS])
     if isinstance(place[field], ml_collections.ConfigDict):
       raise UserError(f"{flag} is a group; set one of its fields: {', '.join(f'{flag}.{k}' for k in place[field])}")
     if not equals:
       raise UserError(f"{flag} needs a value: write {flag}={_format(place[field])}")
-    if flag.removeprefix("--config.") in _FROM_FLAGS:
+    if name in _FROM_FLAGS:
       raise UserError(f"{flag} cannot be set; use --preset and --seed")
-    place[field] = _parse(flag, text, place[field])
+    place[field] = _parse(flag, text, typed.get(name, ()) if place[field] == () else place[field])
 
 
 def _parse(flag: str, text: str, like: Any) -> Any:

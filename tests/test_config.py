@@ -50,6 +50,20 @@ def test_a_later_override_wins():
   assert config.total_steps == 8
 
 
+@pytest.mark.parametrize("name, text, value", [
+    ("model.widths", "16", (16,)), ("optimizer.bounds", "1", (1.0,)), ("optimizer.freeze", "1", ("1",))])
+def test_an_emptied_tuple_remembers_what_it_held(name, text, value):
+  config = _config()
+  config_lib.apply_overrides(config, [f"--config.{name}=", f"--config.{name}={text}"])
+  found = config_lib.flatten(config)[name]
+  assert found == value and type(found[0]) is type(value[0])
+
+  stored = _config()  # of a run that emptied it
+  config_lib.apply_overrides(stored, [f"--config.{name}="])
+  config_lib.apply_overrides(stored, [f"--config.{name}={text}"], _config())
+  assert stored.to_json() == config.to_json()
+
+
 @pytest.mark.parametrize("argument, words", [
     ("--config.optimizer.learning_rat=1", ["learning_rat'", "did you mean optimizer.learning_rate"]),
     ("--config.learning_rate=1", ["optimizer.learning_rate"]),
@@ -78,10 +92,19 @@ def test_a_bad_override_is_refused_by_name(argument, words):
   assert config.to_json() == before
 
 
+@pytest.mark.parametrize("name", ["family", "preset", "seed"])
+def test_what_cannot_be_set_is_not_suggested(name):
+  for wrong in (name[:-1], name + "s", "xyzzy"):  # the last has no near name: all are listed
+    with pytest.raises(UserError) as error:
+      config_lib.apply_overrides(_config(), [f"--config.{wrong}=1"])
+    suggested = str(error.value).partition("; ")[2].replace("?", "").replace(",", "").split()
+    assert suggested and name not in suggested, error.value
+
+
 @pytest.mark.parametrize("field, value", [
     *((field, 0) for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every",
                                "checkpoint_every", "keep_checkpoints", "accumulation")),
-    ("batch_size", -8), ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")),
+    ("total_steps", 2**31), ("batch_size", -8), ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")),
     ("early_stopping_patience", -1), ("early_stopping_patience", 3),  # without a monitor
 ])
 def test_a_shared_field_out_of_range_is_refused(field, value):
@@ -90,6 +113,12 @@ def test_a_shared_field_out_of_range_is_refused(field, value):
   config[field] = value
   with pytest.raises(UserError, match=f"--config.{field}"):
     config_lib.validate(config)
+
+
+def test_a_run_may_be_as_long_as_the_step_can_count():
+  config = _config()
+  config.total_steps = 2**31 - 1
+  config_lib.validate(config)
 
 
 def test_early_stopping_is_fine_with_a_monitor():
