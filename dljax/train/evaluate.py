@@ -34,8 +34,9 @@ class Evaluator:
   def sums(self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str) -> dict[str, float]:
     """The metrics that `Task.summarize` makes of the split's sums."""
     sums: dict[str, Any] = {}
-    for _ in self._batches(variables, rng, pipeline, name, sums, predictions=False):
-      pass
+    with contextlib.closing(self._batches(variables, rng, pipeline, name, sums, predictions=False)) as batches:
+      for _ in batches:
+        pass
     return dict(self._task.summarize(sums))
 
   def metric_names(self, variables: Mapping[str, Any], rng: Any, pipeline: Pipeline) -> list[str]:
@@ -49,10 +50,10 @@ class Evaluator:
   ) -> tuple[dict[str, float], dict[str, Any]]:
     """All metrics of the split, and its pictures by file stem."""
     sums: dict[str, Any] = {}
-    rows = self._batches(variables, rng, pipeline, name, sums, predictions=True)
-    more, figures = self._task.evaluate(rows, sums, assets)
-    for _ in rows:  # a task need not look at every row
-      pass
+    with contextlib.closing(self._batches(variables, rng, pipeline, name, sums, predictions=True)) as rows:
+      more, figures = self._task.evaluate(rows, sums, assets)
+      for _ in rows:  # a task need not look at every row
+        pass
     return {**self._task.summarize(sums), **more}, dict(figures)
 
   def _batches(
@@ -60,16 +61,16 @@ class Evaluator:
   ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Runs the split; adds to `sums`, in float64; yields (predictions, host batch) without padding."""
     load = lambda i: (batch := pipeline.batch(i), parallel.put_batch(batch, self._mode, self._mesh))
-    batches = prefetch(load, range(pipeline.num_batches))
-    for batch, on_device in metrics.progress(batches, f"evaluate {name}", pipeline.num_batches):
-      new, predicted = self._steps[predictions](variables, rng, on_device)
-      new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
-      for key, pair in new.items():
-        sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
-      if predictions:
-        rows, host = parallel.rows_to_host(predicted, self._mode), parallel.gather_hosts(batch)
-        real = np.asarray(host["mask"]) > 0
-        yield jax.tree.map(lambda x: x[real], (rows, host))
+    with contextlib.closing(prefetch(load, range(pipeline.num_batches))) as batches:
+      for batch, on_device in metrics.progress(batches, f"evaluate {name}", pipeline.num_batches):
+        new, predicted = self._steps[predictions](variables, rng, on_device)
+        new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
+        for key, pair in new.items():
+          sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
+        if predictions:
+          rows, host = parallel.rows_to_host(predicted, self._mode), parallel.gather_hosts(batch)
+          real = np.asarray(host["mask"]) > 0
+          yield jax.tree.map(lambda x: x[real], (rows, host))
 
 
 def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch) -> Any:
@@ -100,7 +101,10 @@ def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state
 
 
 def prefetch(load: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:
-  """Yields `load(step)` for each step, computed in a thread up to `ahead` steps in advance."""
+  """Yields `load(step)` for each step, computed in a thread up to `ahead` steps in advance.
+
+  Whoever may not take them all has to close it: a traceback keeps it alive, and Python waits for its thread.
+  """
   # Not an executor: its futures would cost a step of 2 ms another percent.
   wanted, loaded = queue.SimpleQueue(), queue.SimpleQueue()
 

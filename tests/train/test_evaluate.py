@@ -1,7 +1,10 @@
 """One pass over a split: every real row counts once, whatever the devices, and comes back in order."""
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from dljax.train.evaluate import Evaluator, predict, prefetch
 from dljax.train.program import Program, RunOptions
 from tests.train import toys
 
+ROOT = Path(__file__).parents[2]
 COUNT = 37  # rows: two batches of 16 and one of 5
 
 
@@ -42,9 +46,9 @@ EXPERIMENT = toys.formula_experiment(TASK, SPLIT, {"test": SPLIT})
 EXPECTED = np.mean(2 * _x(range(COUNT)).astype(np.float64)**2)
 
 
-def _evaluator(mode, mesh):
+def _evaluator(mode, mesh, task=TASK):
   program = Program(EXPERIMENT, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
-  return Evaluator(TASK, mode, program.mesh), program, program.init_state()
+  return Evaluator(task, mode, program.mesh), program, program.init_state()
 
 
 MODES = pytest.mark.parametrize(
@@ -89,6 +93,34 @@ def test_sums_of_many_batches_lose_no_digits():
   evaluator, _, state = _evaluator("jit", "data:1")
   found = evaluator.sums(state.variables, state.rng, split, "test")
   assert found["all_loss"] == pytest.approx((2e6 + 39 * 2 * np.float64(np.float32(0.1))**2) / 40, rel=1e-9)
+
+
+class _Fails(toys.Formula):
+  """Whole-set metrics that cannot be computed."""
+
+  def evaluate(self, rows, sums, assets):
+    next(rows)
+    raise ZeroDivisionError
+
+
+def fail_in_sums():
+  evaluator, _, state = _evaluator("jit", "data:1")
+  wrong = {**_split(1), "mask": np.ones(3, np.float32)}  # loads, but does not compute
+  split = toys.Scripted(lambda step: wrong if step else _split(0), num_batches=100)
+  evaluator.sums(state.variables, state.rng, split, "test")
+
+
+def fail_in_full():
+  evaluator, _, state = _evaluator("jit", "data:1", _Fails(TASK.params, TASK.rows))
+  evaluator.full(state.variables, state.rng, toys.Scripted(lambda _: _split(0), num_batches=100), "test", {})
+
+
+@pytest.mark.parametrize("fail, error", [(fail_in_sums, "TypeError"), (fail_in_full, "ZeroDivisionError")])
+def test_an_evaluation_that_fails_ends_the_process(fail, error):
+  """It does, although the traceback keeps alive what was reading ahead."""
+  program = f"from tests.train import test_evaluate; test_evaluate.{fail.__name__}()"
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+  assert done.returncode == 1 and error in done.stderr, done.stderr
 
 
 # prefetch
