@@ -253,6 +253,7 @@ RANDAUGMENT_OPS = (
     "identity", "autocontrast", "equalize", "rotate", "solarize", "posterize", "color", "contrast",
     "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
 MAX_MAGNITUDE = 30.0
+MAX_LAYERS = 10  # the paper uses up to 3
 
 
 def rand_augment(image: np.ndarray, ops: np.ndarray, signs: np.ndarray, magnitude: float) -> np.ndarray:

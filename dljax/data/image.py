@@ -82,6 +82,9 @@ def validate(config: Any) -> None:
        f"give a value from 0 to {augment.MAX_MAGNITUDE:g}")
   for field in ("pad_crop", "cutout", "randaugment_layers", "mixup", "cutmix"):
     need(field, 0 <= config[field] < math.inf, "give 0 or more")
+  for field in ("pad_crop", "cutout"):  # beyond it nothing of the image is left
+    need(field, config[field] <= max(shape[:2]), f"give at most {max(shape[:2])}, the image's side")
+  need("randaugment_layers", config.randaugment_layers <= augment.MAX_LAYERS, f"give at most {augment.MAX_LAYERS}")
   sources.parse_name(config.name)
 
 

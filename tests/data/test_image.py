@@ -193,6 +193,10 @@ def test_class_names_and_many_threads(digits):
     ("random_resized_crop", 1.5, "random_resized_crop"),
     ("color_jitter", -0.1, "color_jitter"),
     ("cutout", -1, "cutout"),
+    ("cutout", 9, "cutout.*at most 8"),
+    ("pad_crop", 9, "pad_crop.*at most 8"),
+    ("pad_crop", 10**30, "pad_crop.*at most 8"),
+    ("randaugment_layers", 11, "randaugment_layers.*at most 10"),
     ("mixup", float("nan"), "mixup"),
     ("randaugment_magnitude", 31.0, "randaugment_magnitude"),
     ("train", "", "train"),
@@ -204,6 +208,13 @@ def test_values_out_of_range_are_named(field, value, message):
   with pytest.raises(UserError, match=f"^--config.data.*{message}") as error:
     build(config)
   assert "\n" not in str(error.value)
+
+
+def test_the_largest_augmentation_that_is_allowed_works(digits):
+  digits.update({"image_shape": (6, 8, 1), "pad_crop": 8, "cutout": 8, "randaugment_layers": 10})
+  data = build(digits)
+  data.train.open()
+  assert np.isfinite(data.train.batch(0)["image"]).all()
 
 
 @pytest.mark.parametrize("options, message", [
