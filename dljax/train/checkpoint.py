@@ -9,7 +9,7 @@ Orbax writes the arrays, asynchronously; four things that it leaves open are clo
 * It restores whatever it finds. Here every file is verified first; a step that fails is moved to
   `corrupt-<step>`, with a warning that says why, and the next older one is used.
 * It may refuse a save by returning False, and forgets errors of the background if nobody asks. Both are
-  a `CheckpointError` here, at the next `save` or at `close`.
+  a `CheckpointError` here, at the next `save` or at `close`; `failed` tells of it before.
 * It casts arrays to what the caller asks for. Here another name, dtype or shape is refused by name.
 
 Old steps go only after the manifest of the new one is on disk: at any moment, kill -9 included, what was
@@ -33,6 +33,7 @@ import numpy as np
 from absl import logging
 
 from dljax.errors import UserError
+from dljax.train import parallel
 from dljax.train.state import path_name
 
 MANIFEST = "manifest.json"
@@ -91,13 +92,18 @@ class Checkpointer:
     Raises:
       CheckpointError: this save was refused, or the one before has failed.
     """
-    self._wait()
+    failure = None
+    try:
+      self._wait()
+    except CheckpointError as error:
+      failure = error
     host = json.loads(json.dumps(host))
     flat, _ = _flatten(state)
     leaves = {name: {"dtype": leaf.dtype.name, "shape": list(leaf.shape)} for name, leaf in flat.items()}
-    if jax.process_index() == 0 and self._path(step).exists() and self._manifest(step) is None:
+    if not failure and jax.process_index() == 0 and self._path(step).exists() and self._manifest(step) is None:
       self._set_aside(step, self._fault(step))
-    _sync("save")
+    if parallel.any_host(failure is not None):  # asking also makes all wait for process 0
+      raise failure or CheckpointError(f"a checkpoint in {self.directory} was not saved; another process says why")
     try:
       self._manager.reload()
       accepted = self._manager.save(step, args=_orbax().args.Composite(state=_orbax().args.PyTreeSave(flat)))
@@ -106,6 +112,11 @@ class Checkpointer:
     if not accepted:
       raise self._error(step, f"steps must increase, and {self.steps()} exist")
     self._pending = step, self._worker.submit(self._commit, step, leaves, host)
+
+  @property
+  def failed(self) -> bool:
+    """Whether the last save is known to have failed, on this process; the next `save` raises its error on all."""
+    return self._pending is not None and self._pending[1].done() and self._pending[1].exception() is not None
 
   def steps(self) -> list[int]:
     """The steps that exist, ascending: those with a valid manifest (the other files are not verified)."""
@@ -314,14 +325,6 @@ def _orbax() -> Any:
   inside = f"{os.sep}orbax{os.sep}"
   python_logging.getLogger("absl").addFilter(lambda record: inside not in record.pathname)
   return ocp
-
-
-def _sync(name: str) -> None:
-  """Waits until every process is here."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(f"checkpoint:{name}")
 
 
 def _agree(choose: Callable[[], int]) -> int:

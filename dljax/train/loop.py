@@ -137,8 +137,10 @@ class _Run:
         if len(running) == parallel.steps_in_flight(mesh):
           running.popleft().block_until_ready()
         log.step(done, out if due(config.log_every) else None)
-        # Several hosts must stop at the same step, and agree on it only now and then.
-        stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(self.signals.received)
+        # Several hosts must stop at the same step, and agree on it only now and then. Where the last save has
+        # failed, the one below says so.
+        stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(
+            self.signals.received or self.checkpointer.failed)
         if not (stopping or due(config.eval_every) or due(config.checkpoint_every)):
           continue
 

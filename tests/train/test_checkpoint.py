@@ -381,8 +381,13 @@ def test_a_manifest_that_cannot_be_written_is_an_error(saved, monkeypatch, leave
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint, "_write_durably", full)
     checkpointer.save(12, _state(12), {"seen": 12})
+    deadline = time.monotonic() + 30
+    while not checkpointer.failed and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert checkpointer.failed  # without having waited or raised
     with pytest.raises(CheckpointError, match="checkpoint 12 in .* was not saved: .*No space left on device"):
       checkpointer.close() if leave == "close" else checkpointer.save(16, _state(16), {})
+  assert not checkpointer.failed
   checkpointer.close()  # raised once
   assert checkpointer.steps() == [4, 8]
   _restores(saved, 8)
@@ -493,7 +498,8 @@ _PROCESS = textwrap.dedent("""
     from jax.experimental.multihost_utils import sync_global_devices
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
     from dljax.errors import UserError
-    from dljax.train.checkpoint import Checkpointer
+    from dljax.train import checkpoint
+    from dljax.train.checkpoint import Checkpointer, CheckpointError
     mesh = Mesh(np.array(jax.devices()), ("data",))
 
     def make(step, spec):
@@ -518,6 +524,20 @@ _PROCESS = textwrap.dedent("""
       except UserError:
         pass
       assert checkpointer.restore(make(0, P("data"))).step == 4
+
+    def full(path, data):
+      raise OSError(28, "No space left on device")
+
+    write, checkpoint._write_durably = checkpoint._write_durably, full  # only process 0 calls it
+    with Checkpointer(directory) as checkpointer:
+      checkpointer.save(5, make(5, P()), {"best_step": 1})
+      try:
+        checkpointer.save(6, make(6, P()), {"best_step": 1})
+        raise AssertionError("step 5 was not saved")
+      except CheckpointError as error:
+        assert ("No space left" if process == 0 else "another process says why") in str(error), error
+      checkpoint._write_durably = write
+      checkpointer.save(6, make(6, P()), {"best_step": 1})
 """)
 
 
@@ -539,4 +559,4 @@ def test_two_processes_agree(tmp_path):
   finally:
     for child in children:
       child.kill()
-  assert _names(tmp_path / "checkpoints") == {"1", "3", "4", "corrupt-4"}
+  assert {"1", "4", "6", "corrupt-4"} <= _names(tmp_path / "checkpoints")

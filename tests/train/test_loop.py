@@ -4,13 +4,15 @@ import dataclasses
 import json
 import os
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from dljax import report
 from dljax.errors import UserError
-from dljax.train import loop
+from dljax.train import checkpoint, loop
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.metrics import Diverged
 from dljax.train.program import Program, RunOptions
@@ -176,7 +178,27 @@ def test_handlers_and_the_lock_are_given_back(tmp_path):
   assert int(loop.fit(experiment, tmp_path, OPTIONS).step) == 12
 
 
-# A run that diverges
+# A run that fails
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+  failing = threading.Event()
+
+  def full(path, data):
+    failing.set()
+    raise OSError(28, "No space left on device", str(path))
+
+  def batch(step):
+    if step == 12:  # by then the save of step 10 has failed
+      assert failing.wait(30)
+      time.sleep(0.2)
+    return _batch(step)
+
+  monkeypatch.setattr(checkpoint, "_write_durably", full)
+  experiment = _experiment(batch, log_every=1, eval_every=100, checkpoint_every=10, monitor="")
+  with pytest.raises(checkpoint.CheckpointError, match="checkpoint 10 in .* was not saved: .*No space left on device"):
+    loop.fit(experiment, tmp_path, OPTIONS)
+  assert 10 < _rows(tmp_path)[-1]["step"] <= 13
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
