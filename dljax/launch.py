@@ -213,10 +213,11 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
     raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
   assets = folder.read_assets()
   batch, names, skipped = experiment.encode(_INPUT.value, assets)
+  if not names:
+    rest = [f"and {len(skipped) - 3} more"] if len(skipped) > 3 else []
+    raise UserError("--input: " + ("; ".join(skipped[:3] + rest) or f"{','.join(_INPUT.value)} holds no file"))
   for line in skipped:
     print(f"skipped {line}", file=sys.stderr)
-  if not names:
-    raise UserError(f"--input={','.join(_INPUT.value)}: nothing usable there")
   program, _, state = _restore(experiment, folder, options)
   predictions = predict(experiment, program, options.parallelism, state, batch)
   rows = [{"input": name, **row} for name, row in zip(names, experiment.decode(predictions, assets), strict=True)]

@@ -360,10 +360,9 @@ def test_probabilities_of_all_classes_sum_to_1(tmp_path):
 
   (tmp_path / "empty.npy").touch()
   np.save(tmp_path / "wrong.npy", np.zeros((3, 3)))
-  outcome = _predict(workdir, f"{tmp_path}/empty.npy,{tmp_path}/wrong.npy")
-  assert outcome.status == 2 and "Traceback" not in outcome.err
-  assert [line.split(":")[0] for line in outcome.err.splitlines()] == [
-      f"skipped {tmp_path}/empty.npy", f"skipped {tmp_path}/wrong.npy", "error"]
+  line = refuse(mlp, f"--workdir={workdir}", "--mode=predict", f"--input={tmp_path}/empty.npy,{tmp_path}/wrong.npy")
+  assert [part.split(":")[0] for part in line.removeprefix("--input: ").split("; ")] == [
+      f"{tmp_path}/empty.npy", f"{tmp_path}/wrong.npy"]
 
 
 def test_an_input_that_is_no_image_is_skipped_and_told(trained, pictures, tmp_path):
@@ -376,17 +375,21 @@ def test_an_input_that_is_no_image_is_skipped_and_told(trained, pictures, tmp_pa
   assert [Path(row["input"]).name for row in _read(output)] == ["0.png", "2.png", "3.png", "4.png"]
 
 
-@pytest.mark.parametrize("make", [
-    lambda folder: (folder / "text.png").write_text("no image"), lambda folder: None,
-], ids=["corrupt", "empty"])
-def test_where_no_input_is_usable_the_status_is_2(trained, tmp_path, make):
+@pytest.mark.parametrize("count, said", [
+    (0, "{folder} holds no file"),
+    (1, "{folder}/0.png: is no image that Pillow can read"),
+    (5, "{folder}/0.png: is no image that Pillow can read; {folder}/1.png: is no image that Pillow can read; "
+        "{folder}/2.png: is no image that Pillow can read; and 2 more"),
+])
+def test_where_no_input_is_usable_one_line_says_why(trained, tmp_path, count, said):
   folder = tmp_path / "inputs"
   folder.mkdir()
-  make(folder)
-  outcome = _predict(trained, str(folder), tmp_path / "out.csv")
-  assert outcome.status == 2 and not (tmp_path / "out.csv").exists()
-  assert outcome.err.splitlines()[-1] == f"error: --input={folder}: nothing usable there"
-  assert "Traceback" not in outcome.err
+  for i in range(count):
+    (folder / f"{i}.png").write_text("no image")
+  before = _snapshot(tmp_path)
+  line = refuse(mlp, f"--workdir={trained}", "--mode=predict", f"--input={folder}", f"--output={tmp_path}/out.csv")
+  assert line == f"--input: {said.format(folder=folder)}"
+  assert _snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("arguments, words", [

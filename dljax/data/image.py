@@ -363,9 +363,12 @@ def decode_record(record: Mapping[str, Any], channels: int) -> HostBatch:
 
 def decode_image(data: bytes, channels: int) -> np.ndarray:
   """An encoded image as uint8[h, w, channels]; raises `OSError` and the like if it is corrupt."""
-  from PIL import Image
+  from PIL import Image, UnidentifiedImageError
 
-  image = Image.open(io.BytesIO(data))
+  try:
+    image = Image.open(io.BytesIO(data))
+  except UnidentifiedImageError:  # it names only the buffer
+    raise ValueError("is no image that Pillow can read") from None
   if image.mode.startswith(("I", "F")):
     raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
   mode = "L" if channels == 1 else "RGB"
