@@ -29,6 +29,7 @@ from dljax.train.state import TrainState
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that split a batch
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HOST = "host/"  # fields of a batch that stay on the host
 _PMAP_AXIS = "batch"
 
@@ -43,20 +44,26 @@ def initialize() -> None:
 
   A TPU pod, SLURM and Open MPI are recognised; anywhere else set JAX_COORDINATOR_ADDRESS
   (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+  Raises:
+    UserError: what the environment says is not enough, or cannot be.
   """
   env = os.environ
-  if "JAX_COORDINATOR_ADDRESS" in env:
-    try:
-      count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-    except (KeyError, ValueError):
-      raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole "
-                      "numbers too, or unset it") from None
-    jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
-    return
+  by_hand = {name: env[name] for name in _BY_HAND if env.get(name)}
   on_tpu = bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
-  tasks = int(env.get("SLURM_NTASKS", env.get("OMPI_COMM_WORLD_SIZE", "1")))
-  if tasks > 1 or (on_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")):
-    jax.distributed.initialize()
+  # SLURM_NTASKS is what a job asked for; only srun starts them, and says so for the step that it starts.
+  tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
+  try:
+    if by_hand:
+      address, count, index = by_hand.values()
+      jax.distributed.initialize(address, int(count), int(index))
+    elif tasks != "1" or (on_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")):
+      jax.distributed.initialize()
+  except (LookupError, RuntimeError, ValueError) as error:
+    found = " ".join(f"{name}={value}" for name, value in by_hand.items()) or "SLURM, Open MPI or a TPU pod"
+    reason = " ".join(str(error).split())
+    raise UserError(f"{found}: the other processes cannot be joined ({reason}); set {', '.join(_BY_HAND)} to "
+                    "host:port of process 0, the number of processes, and this one's, from 0") from None
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -65,11 +72,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {}
   sizes = dict.fromkeys(AXES, 1)
   for part in text.split(","):
-    name, _, size = part.partition(":")
-    if name not in AXES or not size.isdigit() or int(size) < 1:
+    name, _, number = part.partition(":")
+    try:
+      size = int(number)
+    except ValueError:
+      size = 0
+    if name not in AXES or size < 1:
       raise UserError(f"--mesh: {part!r} is not AXIS:SIZE with an axis of {', '.join(AXES)}; write it as "
                       "--mesh=data:4,fsdp:2,tensor:1")
-    sizes[name] = int(size)
+    sizes[name] = size
   return sizes
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,15 +52,16 @@ def test_five_steps_are_the_same_in_float64(float64_differences, comparison):
 
 
 @functools.cache
-def _gradient(mode, mesh):
+def _gradient(mode, mesh, model=toys.ConvNet, accumulation=1):
   """Of one step in float32: what momentum remembers after it."""
-  state, outs, _ = toys.train(toys.digits_experiment(toys.ConvNet()), 1, parallelism=mode, mesh=mesh)
-  return state.opt_state["all"][0].trace, outs
+  experiment = toys.digits_experiment(model(), accumulation=accumulation)
+  return toys.train(experiment, 1, parallelism=mode, mesh=mesh).state.opt_state["all"][0].trace
 
 
+@pytest.mark.parametrize("model, accumulation", [(toys.ConvNet, 1), (toys.tiny_mlp, 4)])  # BatchNorm has its own batch
 @pytest.mark.parametrize("mode, mesh", [*MODES, ("jit", "data:2,fsdp:2")])
-def test_a_gradient_is_the_same_in_float32(mode, mesh):
-  one, other = _gradient("jit", "data:1")[0], _gradient(mode, mesh)[0]
+def test_a_gradient_is_the_same_in_float32(mode, mesh, model, accumulation):
+  one, other = _gradient("jit", "data:1", model), _gradient(mode, mesh, model, accumulation)
   scale = max(np.max(np.abs(g)) for g in jax.tree.leaves(one))
   assert scale > 0.01
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), one, other)
@@ -229,7 +231,8 @@ def test_a_mesh_is_read():
   assert parallel.make_mesh({}).shape == {"data": 4, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("text", ["data", "data:0", "data:-1", "rows:2", "data:2;fsdp:2", "data:two"])
+@pytest.mark.parametrize("text", [
+    "data", "data:0", "data:-1", "rows:2", "data:2;fsdp:2", "data:two", "data:²", "data:" + 5000 * "1"])
 def test_a_mesh_that_is_none_is_refused(text):
   with pytest.raises(UserError, match="--mesh.*data:4,fsdp:2,tensor:1"):
     parallel.parse_mesh(text)
@@ -248,8 +251,83 @@ def test_what_does_not_fit_the_devices_is_refused():
     parallel.check_batch_size("--config.batch_size", 6, mesh, accumulation=2)
 
 
-def test_a_half_set_environment_of_several_hosts_is_refused(monkeypatch):
-  monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-  monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-  with pytest.raises(UserError, match="JAX_NUM_PROCESSES"):
+# Several hosts
+
+SRUN = lambda index, count: {
+    "SLURM_JOB_ID": "1", "SLURM_NTASKS": count, "SLURM_STEP_NUM_TASKS": count, "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_PROCID": index, "SLURM_LOCALID": index}
+MPIRUN = lambda index, count: {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": count,
+    "OMPI_COMM_WORLD_RANK": index, "OMPI_COMM_WORLD_LOCAL_RANK": index}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """The calls of `jax.distributed.initialize`, in an environment that says nothing of other hosts."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+  for name in os.environ:
+    if name.startswith(("SLURM_", "OMPI_")) or name in parallel._BY_HAND:
+      monkeypatch.delenv(name)
+  return calls
+
+
+@pytest.fixture
+def unjoined(monkeypatch):
+  """Lets `jax.distributed.initialize` itself look at the environment, which it refuses once there are devices."""
+  monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
+  monkeypatch.setattr(jax._src.distributed, "global_state", jax._src.distributed.State())
+
+
+def _set(monkeypatch, variables):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("variables, calls", [
+    ({}, []),
+    ({"SLURM_JOB_ID": 1, "SLURM_NTASKS": 4}, []),  # a job that runs the command without srun
+    (SRUN(0, 1), []), (SRUN(1, 2), [()]), (MPIRUN(0, 1), []), (MPIRUN(1, 2), [()]),
+    (dict(zip(parallel._BY_HAND, ("a:1", 2, 1))), [("a:1", 2, 1)]),
+])
+def test_other_hosts_are_joined_where_the_environment_names_them(joined, monkeypatch, variables, calls):
+  _set(monkeypatch, variables)
+  parallel.initialize()
+  assert joined == calls
+
+
+@pytest.mark.parametrize("launcher", [SRUN, MPIRUN])
+def test_what_the_launchers_set_is_enough_to_join(launcher):
+  code = ("import jax; from dljax.train import parallel; parallel.initialize(); "
+          "print(jax.process_index(), jax.device_count())")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  environment = {**os.environ, "JAX_COORDINATOR_PORT": str(port), "XLA_FLAGS": ""}
+  processes = [
+      subprocess.Popen(
+          [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+          env=environment | {name: str(value) for name, value in launcher(index, 2).items()})
+      for index in range(2)]
+  outcomes = [process.communicate(timeout=120) for process in processes]
+  assert [out.strip() for out, _ in outcomes] == ["0 2", "1 2"], outcomes
+
+
+@pytest.mark.parametrize("values", [
+    ("127.0.0.1:1", "two", "0"), ("127.0.0.1:1", "2", "5"), ("127.0.0.1:1", "2", "-1"), ("127.0.0.1", "2", "0"),
+    ("127.0.0.1:1", "2", ""), ("", "2", "0"),
+])
+def test_a_half_set_or_impossible_environment_of_several_hosts_is_refused(unjoined, monkeypatch, values):
+  _set(monkeypatch, dict(zip(parallel._BY_HAND, values)))
+  with pytest.raises(UserError, match="cannot be joined.*set JAX_COORDINATOR_ADDRESS.*host:port") as error:
     parallel.initialize()
+  for name, value in zip(parallel._BY_HAND, values):
+    assert not value or f"{name}={value}" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_a_launcher_that_does_not_say_enough_is_refused(unjoined, monkeypatch):
+  _set(monkeypatch, {"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_RANK": 0})  # as Open MPI 5 does
+  with pytest.raises(UserError, match="Open MPI.*cannot be joined.*set JAX_COORDINATOR_ADDRESS") as error:
+    parallel.initialize()
+  assert "\n" not in str(error.value)
