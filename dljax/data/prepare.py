@@ -19,7 +19,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dljax.data import sources
 from dljax.errors import UserError, unknown
@@ -44,7 +44,10 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
   Raises:
     UserError: unknown set, no network, files missing or other than they should be, no place to write.
   """
-  base, config, version = sources.parse_name(name)
+  try:
+    base, config, version = sources.parse_name(name)
+  except UserError:
+    raise _unknown(name) from None
   if path := sources.find(name, data_dir):
     return path
   if manual_dir is not None and not manual_dir.is_dir():
@@ -108,16 +111,15 @@ def fetch(url: str, path: Path, size: int) -> None:
   """
   from rich import progress
 
-  path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part")
   columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
              progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
   with progress.Progress(*columns) as bar:
-    task = bar.add_task(path.name, total=size)
+    task = bar.add_task(path.name, total=size, visible=False)
     idle = 0
     while (done := part.stat().st_size if part.exists() else 0) < size:
       try:
-        _continue(url, part, done, lambda n: bar.update(task, completed=n))
+        _continue(url, part, done, lambda n: bar.update(task, completed=n, visible=True))
         reason = "the connection broke off"
       except urllib.error.HTTPError as e:
         raise UserError(f"{url}: the server says {e.code} {e.reason}; put the file in a folder and name it "
@@ -138,6 +140,7 @@ def _continue(url: str, part: Path, done: int, report: Callable[[int], None]) ->
   with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
     if response.status != http.client.PARTIAL_CONTENT:
       done = 0  # the server sends everything again
+    part.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab" if done else "wb") as out:
       while block := response.read(BLOCK):
         out.write(block)
@@ -151,12 +154,18 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _unknown(name: str) -> UserError:
+  import tensorflow_datasets as tfds
+
+  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *sources.EMBEDDED])
+
+
 def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None:
   import tensorflow_datasets as tfds
 
   base = sources.parse_name(name)[0]
-  if base not in (names := tfds.list_builders(with_community_datasets=False)):
-    raise unknown("data set", base, [*names, *sources.EMBEDDED])
+  if base not in tfds.list_builders(with_community_datasets=False):
+    raise _unknown(base)
   try:
     builder = tfds.builder(name, data_dir=str(data_dir))
     if how := builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
@@ -187,21 +196,32 @@ def _require_network(url: str) -> None:
     raise UserError(f"{url}: no network ({e}); run again when there is one") from e
 
 
+class _Parser(argparse.ArgumentParser):
+  """Bad input is a `UserError`, in place of the usage and an exit."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit status: 0, or 2 after one line on bad input."""
-  parser = argparse.ArgumentParser(
-      prog="python -m dljax.data.prepare", description=__doc__,
+  parser = _Parser(
+      prog="python -m dljax.data.prepare", description=__doc__, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("name", help="TFDS name, possibly with config: mnist, imagenet2012, glue/sst2")
   parser.add_argument("--data_dir", type=lambda p: Path(p).expanduser(), default=sources.data_dir(),
                       help="where prepared sets live (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)")
   parser.add_argument("--manual_dir", type=lambda p: Path(p).expanduser(),
                       help="a folder that holds the files already; nothing is downloaded")
-  args = parser.parse_args(argv)
   try:
+    args, rest = parser.parse_known_args(argv)
+    if rest and rest[0].startswith("-"):
+      raise unknown("the command line", rest[0].partition("=")[0], ["--data_dir", "--manual_dir", "--help"])
+    if rest:
+      raise UserError(f"{rest[0]!r} is one name too many; give one, and see --help")
     print(f"{args.name} is prepared in {prepare(args.name, args.data_dir, args.manual_dir)}")
   except UserError as e:
-    print(e, file=sys.stderr)
+    print(f"error: {str(e).removeprefix('--config.data.name: ')}", file=sys.stderr)  # here it is no flag
     return 2
   return 0
 

@@ -221,9 +221,10 @@ def build(builder: Callable[..., Any], place: Path) -> None:
 
 
 def writable(folder: Path) -> bool:
-  """Whether files can be made in `folder`, which is created if need be."""
+  """Whether files can be made in `folder`, or in the nearest folder above it that exists; leaves nothing there."""
+  while not os.path.lexists(folder):
+    folder = folder.parent
   try:
-    folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable-{os.getpid()}"
     probe.touch()
     probe.unlink()

@@ -246,17 +246,36 @@ def test_nobody_answers(tmp_path):
     prepare.fetch("http://no-such-host.invalid/mnist.gz", tmp_path / "mnist.gz", 10)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("minst", "there is no 'minst'; did you mean mnist"),
-    ("cifar-10", "is not a TFDS name"),
-    ("mnist:1.0.0", "its version is 3.0.1"),
-    ("imagenet2012", "--manual_dir"),
+@pytest.mark.parametrize("arguments, message", [
+    (["minst"], "there is no 'minst'; did you mean mnist"),
+    (["cifar-10"], "there is no 'cifar-10'; did you mean cifar10"),
+    (["digits/by_writers"], "there is no 'digits/by_writers'; did you mean digits/by_writer"),
+    (["mnist:1.0.0"], "its version is 3.0.1"),
+    (["imagenet2012"], "--manual_dir"),
+    (["mnist", "--data_dri=x"], "there is no '--data_dri'; did you mean --data_dir"),
+    (["mnist", "--manual=x"], "there is no '--manual'; did you mean --manual_dir"),  # an abbreviation
+    (["mnist", "cifar10"], "'cifar10' is one name too many"),
+    (["mnist", "--manual_dir"], "--manual_dir"),
+    ([], "name"),
 ])
-def test_the_command_line_ends_in_one_line_and_status_2(name, message, tmp_path, capsys):
-  assert prepare.main([name, f"--data_dir={tmp_path}"]) == 2
-  line = capsys.readouterr().err.strip().splitlines()[-1]
-  assert message in line
-  assert not list(tmp_path.rglob("*.json"))
+def test_the_command_line_ends_in_one_line_and_status_2(arguments, message, tmp_path, capsys):
+  assert prepare.main([f"--data_dir={tmp_path / 'tfds'}", *arguments]) == 2
+  out, err = capsys.readouterr()
+  assert err.startswith("error: ") and err.count("\n") == 1 and message in err and not out
+  assert "--config" not in err  # of another command
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "http://no-such-host.invalid/"])
+def test_without_a_network_one_line_is_all_that_there_is(url, mnist, tmp_path, monkeypatch, capsys):
+  from dljax.data.datasets import stock
+
+  monkeypatch.setattr(stock.Mnist, "url_infos", {url + name: info(data) for name, data in mnist[0].items()})
+  assert prepare.main(["mnist", f"--data_dir={tmp_path / 'tfds'}"]) == 2
+  out, err = capsys.readouterr()
+  assert err.startswith("error: ") and err.count("\n") == 1 and "no network" in err
+  assert not out.strip()
+  assert not list(tmp_path.iterdir())
 
 
 def test_the_embedded_set(tmp_path):
