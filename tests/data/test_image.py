@@ -1,5 +1,6 @@
 """Image pipelines and the reading of the user's images."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -80,6 +81,23 @@ def test_batch_does_not_depend_on_hosts_or_on_where_examples_are(digits, options
       for key, value in expected.items():
         joined = np.stack([batch[key] for batch in batches], axis=1).reshape(value.shape)
         np.testing.assert_array_equal(joined, value)
+  streamed.train.close()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_batches_do_not_depend_on_how_many_threads_read(digits, threads, monkeypatch):
+  digits.update(EVERYTHING)
+  expected = build(digits, batch_size=32)
+  expected.train.open()  # in memory, without threads
+  monkeypatch.setattr(image, "MEMORY_LIMIT", 0)
+  monkeypatch.setattr(image, "Streaming", functools.partial(Streaming, threads=threads))
+  streamed = build(digits, batch_size=32)
+  streamed.train.open()
+  assert streamed.train._examples._threads == threads
+  for step in (0, 1, 2, 40):  # step 40 lies across two epochs
+    batch = streamed.train.batch(step)
+    for key, value in expected.train.batch(step).items():
+      np.testing.assert_array_equal(batch[key], value)
   streamed.train.close()
 
 
