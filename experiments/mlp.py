@@ -42,7 +42,8 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
         "mlp", preset, total_steps=400, batch_size=32, eval_batch_size=100, eval_every=100, monitor="validation/accuracy",
         optimizer=optim.default_config("adam"),
         model=ml_collections.ConfigDict({"variant": "mlp", "dtype": "float32", "remat": False, "label_smoothing": 0.0,
-                                         **model, "widths": (8,)}))
+                                         **model, "widths": (8,)}),
+        data=xor.default_config())
     config.optimizer.learning_rate = 1e-2
     return config
   config = image_classification.config("mlp", preset, data=preset, variant="mlp", optimizer="adamw")
@@ -73,7 +74,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       remat=config.model.remat, **sizes)
   if config.preset != "xor":
     return image_classification.build(config, model, config.model.criterion)
-  train, evals = xor.pipelines(config.batch_size, config.eval_batch_size, config.seed)
+  train, evals = xor.pipelines(
+      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   spec = {"image": jax.ShapeDtypeStruct((config.batch_size, 2), np.float32),
           "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
           "mask": jax.ShapeDtypeStruct((config.batch_size,), np.float32)}

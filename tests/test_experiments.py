@@ -65,7 +65,8 @@ def test_a_config_is_plain_typed_and_json(family, preset):
   config = EXPERIMENTS[family].get_config(preset)
   assert (config.family, config.preset) == (family, preset)
   assert set(config_lib.base_config(family, preset)) <= set(config)
-  assert {"optimizer", "model"} <= set(config)
+  groups = {name for name, value in config.items() if isinstance(value, ml_collections.ConfigDict)}
+  assert groups >= {"optimizer", "model", "data"} and all(config[group] for group in groups)
   config_lib.validate(config)
   for name, value in config_lib.flatten(config).items():
     items = value if isinstance(value, tuple) else (value,)

@@ -1,37 +1,74 @@
 """XOR in the plane: what a perceptron cannot learn (Minsky & Papert, "Perceptrons", 1969)."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import ml_collections
 import numpy as np
 
 from dljax.data.pipeline import HostBatch, IndexedPipeline, InMemory, Plan, Pipeline, rng
+from dljax.errors import UserError
 
-NOISE = 0.15  # standard deviation around the four corners
-SIZES = {"train": 800, "validation": 100, "test": 400}
+SPLITS = ("train", "validation", "test")
+MOST_POINTS = 10**6
 
 
-def points(split: str) -> tuple[np.ndarray, np.ndarray]:
+def default_config() -> ml_collections.ConfigDict:
+  """The fields of `config.data`."""
+  return ml_collections.ConfigDict({
+      "noise": 0.15,  # standard deviation around the four corners, which lie 1 from either axis
+      "train": 800,  # points
+      "validation": 100,
+      "test": 400,
+  })
+
+
+def validate(config: Any) -> None:
+  """Checks the ranges of `config.data`; raises `UserError`."""
+  if not 0 <= config.noise <= 1:
+    raise UserError(f"--config.data.noise={config.noise}: give a value from 0 to 1")
+  for split in SPLITS:
+    if not 4 <= config[split] <= MOST_POINTS:
+      raise UserError(f"--config.data.{split}={config[split]}: give 4 to {MOST_POINTS} points")
+
+
+def points(split: str, size: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
   """The points of a split around the corners (-1, -1), (-1, 1), (1, -1) and (1, 1).
 
+  Args:
+    split: one of `SPLITS`; each draws points of its own.
+    size: how many.
+    noise: standard deviation.
+
   Returns:
-    f32[n, 2] coordinates and i32[n] labels: 1 where the corner's signs differ. The corners are even, and the
-    same on every machine.
+    f32[size, 2] coordinates and i32[size] labels: 1 where the corner's signs differ. The corners are even, and
+    the same on every machine.
   """
   draw = rng(0, 0, f"xor {split}")
-  corner = np.arange(SIZES[split]) % 4
+  corner = np.arange(size) % 4
   signs = np.stack([corner // 2, corner % 2], axis=1) * 2 - 1
-  noisy = signs + NOISE * draw.standard_normal(signs.shape)
+  noisy = signs + noise * draw.standard_normal(signs.shape)
   return noisy.astype(np.float32), (signs[:, 0] != signs[:, 1]).astype(np.int32)
 
 
-def pipelines(batch_size: int, eval_batch_size: int, seed: int) -> tuple[Pipeline, Mapping[str, Pipeline]]:
-  """(train, {"validation": ..., "test": ...}); fields image f32[b, 2], label, mask and "host/id"."""
-  def make(split, size, train):
-    image, label = points(split)
-    examples = InMemory({"image": image, "label": label})
-    return IndexedPipeline(lambda _: examples, _finish, batch_size=size, seed=seed, train=train)
+def pipelines(
+    config: Any, *, batch_size: int, eval_batch_size: int, seed: int) -> tuple[Pipeline, Mapping[str, Pipeline]]:
+  """(train, {"validation": ..., "test": ...}); fields image f32[b, 2], label, mask and "host/id".
 
-  return make("train", batch_size, True), {s: make(s, eval_batch_size, False) for s in ("validation", "test")}
+  Args:
+    config: see `default_config`.
+    batch_size: of a global training batch.
+    eval_batch_size: of a global evaluation batch.
+    seed: of the run; the points are the same for all.
+  """
+  validate(config)
+
+  def make(split: str, rows: int) -> Pipeline:
+    image, label = points(split, config[split], config.noise)
+    examples = InMemory({"image": image, "label": label})
+    return IndexedPipeline(lambda _: examples, _finish, batch_size=rows, seed=seed, train=split == "train")
+
+  return make("train", batch_size), {split: make(split, eval_batch_size) for split in SPLITS[1:]}
 
 
 def _finish(examples: InMemory, plan: Plan) -> HostBatch:
