@@ -1,7 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""The two exceptions that are one line instead of a traceback: the user can mend the input; the run has failed."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,6 +15,22 @@ class UserError(ValueError):
   `launch.main` prints it without a traceback and exits with status 2. Raise it before anything is
   written.
   """
+
+
+class RunError(RuntimeError):
+  """What was asked for is sound and yet failed: one line that says where, and why.
+
+  `launch.main` prints it without a traceback and exits with status 1.
+  """
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Makes the `OSError` of a write inside (disk full, read-only) a `RunError` that names `path`."""
+  try:
+    yield
+  except OSError as error:
+    raise RunError(f"{path} was not written: {error.strerror or error}") from error
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

@@ -16,13 +16,12 @@ from absl import flags, logging
 
 from dljax import config as config_lib
 from dljax import errors
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError
 from dljax.train import parallel
-from dljax.train.checkpoint import Checkpointer, CheckpointError
+from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, predict
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
-from dljax.train.metrics import Diverged
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import Preempted
 from dljax.train.workdir import Workdir, write_json
@@ -78,7 +77,7 @@ def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> Non
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     status = BAD_INPUT
-  except (Diverged, CheckpointError) as error:
+  except RunError as error:
     print(f"error: {error}", file=sys.stderr)
     status = FAILED
   except (Preempted, KeyboardInterrupt) as stop:
@@ -134,9 +133,13 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
   folder = Workdir(_WORKDIR.value or Path("runs", name))
   if not train:
     family, config = config.family, folder.read_config()
-    if config.family != family:
-      raise UserError(f"--workdir={folder.path} holds a run of {config.family}; use python -m "
-                      f"experiments.{config.family}")
+    ran, preset = config.get("family", family), config.get("preset", preset)
+    if ran != family:
+      raise UserError(f"--workdir={folder.path} holds a run of {ran}; use python -m experiments.{ran}")
+    like = get_config(preset) if preset in presets else config_lib.base_config(family, preset)
+    if lacks := sorted(config_lib.flatten(like).keys() - config_lib.flatten(config).keys()):
+      raise UserError(f"{folder.config_file} lacks {', '.join(lacks[:3])}; restore it from a copy, or train again in "
+                      "another --workdir")
     config_lib.apply_overrides(config, overrides)
     config_lib.validate(config)
   experiment = build(config)
@@ -198,8 +201,11 @@ def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> i
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))
-    write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
-    print(f"written to {folder.path / 'evaluation.json'}")
+    try:
+      write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
+      print(f"written to {folder.path / 'evaluation.json'}")
+    except RunError as error:  # a run that one may only read can be evaluated too
+      logging.warning("%s", error)
   return DONE
 
 
@@ -211,6 +217,8 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
     raise UserError(f"--output={output}: must end in {', '.join(_WRITERS)}")
   if output and not output.absolute().parent.is_dir():
     raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
+  if output:
+    _check_writable(output)
   assets = folder.read_assets()
   batch, names, skipped = experiment.encode(_INPUT.value, assets)
   if not names:
@@ -225,9 +233,21 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
     for row in rows:
       print("  ".join(f"{v:.4f}" if isinstance(v, float) else v for v in row.values() if not isinstance(v, dict)))
     if output:
-      _WRITERS[output.suffix](output, rows)
+      with errors.writing(output):
+        _WRITERS[output.suffix](output, rows)
       print(f"{len(rows)} predictions written to {output}")
   return FAILED if skipped else DONE
+
+
+def _check_writable(output: Path) -> None:
+  """Asks the file system itself: permissions do not tell of a folder, of /proc or of a read-only disk."""
+  new = not output.exists()
+  try:
+    output.open("a").close()
+  except OSError as error:
+    raise UserError(f"--output={output} cannot be written ({error.strerror}); name another file") from None
+  if new:
+    output.unlink(missing_ok=True)
 
 
 def _dry_run(experiment: Experiment, options: RunOptions) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -263,6 +264,13 @@ def test_evaluation_takes_overrides(trained):
   assert _json(trained / "config.json")["config"]["data"]["test"] == "test"
 
 
+def test_a_run_that_may_only_be_read_is_evaluated(trained, caplog):
+  (trained / "evaluation.json.tmp").mkdir()  # even root cannot write there now
+  outcome = run(mlp, f"--workdir={trained}", "--mode=eval")
+  assert outcome.status == 0 and "test" in outcome.out and "written to" not in outcome.out
+  assert caplog.messages == [f"{trained / 'evaluation.json'} was not written: Is a directory"]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--step=soon"], ["--step=soon", "best, latest or a number", f"16, {STEPS}"]),
     (["--step=999"], ["checkpoint 999", "no such step", f"16, {STEPS}"]),
@@ -398,9 +406,12 @@ def test_where_no_input_is_usable_one_line_says_why(trained, tmp_path, count, sa
     (["--input={pictures}", "--output={tmp}/out.txt"], ["--output={tmp}/out.txt", ".jsonl, .json, .csv"]),
     (["--input={pictures}", "--output={tmp}/no/out.csv"],
      ["--output={tmp}/no/out.csv", "no folder", "{tmp}/no"]),
+    (["--input={pictures}", "--output={tmp}/folder.csv"], ["--output={tmp}/folder.csv", "Is a directory"]),
+    (["--input={pictures}", "--output=/proc/out.csv"], ["--output=/proc/out.csv"]),  # not even root
 ])
 def test_prediction_refuses(trained, pictures, tmp_path, arguments, words):
   fill = lambda texts: [text.format(pictures=pictures, tmp=tmp_path) for text in texts]
+  (tmp_path / "folder.csv").mkdir()
   before = _snapshot(tmp_path)
   line = refuse(mlp, f"--workdir={trained}", "--mode=predict", *fill(arguments))
   assert all(word in line for word in fill(words)), line
@@ -582,6 +593,36 @@ def test_a_damaged_config_is_named(trained):
   for mode in ("train", "eval"):
     line = refuse(mlp, f"--workdir={trained}", f"--mode={mode}")
     assert str(trained / "config.json") in line and "not JSON" in line
+
+
+@pytest.mark.parametrize("config, word", [
+    (3, "'config' is missing or wrong"), ({}, "lacks accumulation, batch_size"), ({"family": None}, "a run of None"),
+    ({"family": "mlp", "preset": "new"}, "lacks accumulation"),
+])
+def test_a_config_of_something_else_is_named(trained, config, word):
+  (trained / "config.json").write_text(json.dumps({"config": config}))
+  line = refuse(mlp, f"--workdir={trained}", "--mode=eval")
+  assert str(trained) in line and word in line
+
+
+def test_a_result_of_something_else_is_named(trained):
+  (trained / "result.json").write_text("{}")
+  line = refuse(mlp, f"--workdir={trained}", f"--config.total_steps={STEPS}", *SMALL)
+  assert str(trained / "result.json") in line and "restore it" in line
+
+
+def test_a_full_disk_ends_with_1_and_one_line(tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+  try:
+    outcome = _train(tmp_path / "run", "--config.log_every=1", "--config.checkpoint_every=1000000", "--config.monitor=",
+                     steps=1000)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert outcome.status == 1
+  assert outcome.err.splitlines()[-1] == (
+      f"error: {tmp_path / 'run' / 'metrics.jsonl'} was not written: File too large")
+  assert "Traceback" not in outcome.err and "Exception" not in outcome.err
 
 
 def test_exit_statuses_are_what_is_documented():

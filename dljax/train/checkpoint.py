@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError
 from dljax.train import parallel
 from dljax.train.state import path_name
 
@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
   """A checkpoint was not saved: one line that names step, directory and reason."""
 
 

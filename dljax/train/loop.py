@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dljax import optim, report
-from dljax.errors import UserError, unknown
+from dljax.errors import RunError, UserError, unknown, writing
 from dljax.train import metrics, parallel
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, prefetch
@@ -37,7 +37,7 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
     UserError: bad input; nothing was written.
     metrics.Diverged: the loss or gradient was not finite.
     Preempted: SIGTERM or Ctrl-C; the state is saved.
-    CheckpointError: a checkpoint could not be written.
+    RunError: a checkpoint or another file could not be written.
   """
   folder, config = Workdir(workdir), experiment.config
   folder.check(config, options.resume)
@@ -63,7 +63,7 @@ def _acquire(folder: Workdir) -> None:
   if jax.process_index() == 0:
     try:
       folder.acquire()
-    except UserError as e:
+    except (UserError, RunError) as e:
       error = e
   if parallel.any_host(error is not None):
     raise error or UserError(f"--workdir={folder.path} cannot be used; the first host says why")
@@ -108,13 +108,14 @@ class _Run:
       if start > total:
         raise UserError(f"--config.total_steps={total}: --workdir={self.folder.path} has done {start} steps already; "
                         "ask for more, or name another --workdir")
+    writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict())
     if jax.process_index() == 0:
       self.folder.begin(self.config, self.experiment.assets())
     if restored is None:
       state = self.program.init_state()
     elif start < total and not self._exhausted:
       metrics.say(f"continuing from step {start}")
-    with metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict()) as writer:
+    with writer:
       if not self._exhausted:  # as it is where a run stopped early and was cut off before its report
         state = self._train(state, start, writer)
     self._report(state)
@@ -200,9 +201,10 @@ class _Run:
       return
     rows = report.read_metrics(self.folder.metrics_file)
     figures["learning_curves"] = report.learning_curves(rows)
-    self.folder.figures.mkdir(exist_ok=True)
-    for stem, figure in figures.items():  # of the last split, the one that counts
-      report.save(figure, self.folder.figures / f"{stem}.png")
+    with writing(self.folder.figures):
+      self.folder.figures.mkdir(exist_ok=True)
+      for stem, figure in figures.items():  # of the last split, the one that counts
+        report.save(figure, self.folder.figures / f"{stem}.png")
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     write_json(self.folder.result_file, {
         "family": self.config.family, "preset": self.config.preset, "steps": steps,

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 
 from dljax import report
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError, writing
 from dljax.train.experiment import Experiment
 from dljax.train.state import NOT_FAILED
 
@@ -33,54 +35,90 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any]):
-    """
+    """Reads what is there; what it writes, it writes once it is entered.
+
     Args:
       workdir: where metrics.jsonl and the TensorBoard event files lie.
       step: the last completed step; rows after it are dropped.
       wandb_project: the Weights & Biases project, or "" for none.
       config: sent to Weights & Biases.
-    """
-    self._open = jax.process_index() == 0
-    if not self._open:
-      return
-    from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
-    from tensorboardX.proto.summary_pb2 import Summary  # pylint: disable=g-import-not-at-top
 
-    path = workdir / "metrics.jsonl"
-    rows = report.read_metrics(path) if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    os.replace(temporary, path)
-    self._file = path.open("a")
-    self._summary = Summary
-    self._board = SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
-    self._wandb = None
-    if wandb_project:
-      self._wandb = _wandb_module().init(
-          project=wandb_project, dir=str(workdir), name=workdir.name, id=workdir.name, resume="allow",
-          config=dict(config))
+    Raises:
+      UserError: metrics.jsonl holds something else.
+    """
+    self._workdir, self._path, self._step = workdir, workdir / "metrics.jsonl", step
+    self._project, self._config = wandb_project, config
+    self._files, self._wandb = (), None
+    try:
+      rows = report.read_metrics(self._path) if self._path.exists() else []
+      self._kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+      raise UserError(f"{self._path} has a line that is no row of metrics; delete that line, or start afresh in "
+                      "another --workdir") from None
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    """Writes one row: the step, the split ("train", "validation", ...) and plain numbers."""
-    if not self._open:
+    """Writes one row: the step, the split ("train", "validation", ...) and plain numbers; `RunError` if it cannot."""
+    if not self._files:
       return
-    self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-    self._file.flush()
-    summary = self._summary(value=[
-        self._summary.Value(tag=f"{split}/{name}", simple_value=value) for name, value in values.items()])
-    self._board.file_writer.add_summary(summary, step)  # one event; add_scalar would make one for each number
+    rows, events = self._files
+    with writing(self._path):
+      rows.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+      rows.flush()
+      events.write(step, {f"{split}/{name}": value for name, value in values.items()})
     if self._wandb:
       self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
   def __enter__(self) -> "MetricWriter":
+    if jax.process_index() != 0:
+      return self
+    with writing(self._path):
+      temporary = self._path.with_suffix(".tmp")
+      temporary.write_text(self._kept)
+      os.replace(temporary, self._path)
+      self._files = self._path.open("a"), _EventFile(self._workdir, self._step)
+    if self._project:
+      self._wandb = _wandb_module().init(
+          project=self._project, dir=str(self._workdir), name=self._workdir.name, id=self._workdir.name,
+          resume="allow", config=dict(self._config))
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._open:
-      self._file.close()
-      self._board.close()
-      if self._wandb:
-        self._wandb.finish()
+    for file in self._files:
+      with contextlib.suppress(OSError):  # each write was flushed, so that one failed, and has said so
+        file.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+class _EventFile:
+  """A TensorBoard event file, on disk after each write.
+
+  The writer of tensorboardX works in a thread, whose errors reach nobody: on a full disk it would end with a
+  traceback, and then the run would wait for it for ever.
+  """
+
+  def __init__(self, workdir: Path, step: int):
+    from tensorboardX import record_writer  # pylint: disable=g-import-not-at-top
+    from tensorboardX.proto import event_pb2, summary_pb2  # pylint: disable=g-import-not-at-top
+
+    self._event, self._summary, self._checksum = event_pb2.Event, summary_pb2.Summary, record_writer.masked_crc32c
+    self._file = (workdir / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}").open("ab")
+    self._record(file_version="brain.Event:2")
+    # TensorBoard drops what earlier files hold from this step on.
+    self._record(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._record(step=step, summary=self._summary(value=[
+        self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
+
+  def _record(self, **fields: Any) -> None:
+    data = self._event(wall_time=time.time(), **fields).SerializeToString()
+    size = struct.pack("<Q", len(data))
+    self._file.write(b"".join(part + struct.pack("<I", self._checksum(part)) for part in (size, data)))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def check_wandb(project: str) -> None:
@@ -137,7 +175,7 @@ def progress(items: Iterable[Any], name: str, total: int | None = None) -> Itera
                   delay=1.0, dynamic_ncols=True)
 
 
-class Diverged(RuntimeError):
+class Diverged(RunError):
   """The loss or the gradient was not finite; the checkpoints are from before."""
 
 

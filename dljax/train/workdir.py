@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from dljax.config import flatten
-from dljax.errors import UserError
+from dljax.errors import UserError, writing
 
 # A run may continue with other values of these; of nothing else.
 _MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every")
@@ -22,26 +22,32 @@ _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON so that a crash leaves the old file or the new one, never a part."""
+  """Writes JSON so that a crash leaves the old file or the new one, never a part; `RunError` if it cannot."""
   temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w") as file:
-    json.dump(value, file, indent=2)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  with writing(path):
+    with temporary.open("w") as file:
+      json.dump(value, file, indent=2)
+      file.write("\n")
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def read_json(path: Path) -> Any:
-  """Reads JSON.
+def read_json(path: Path, **fields: type) -> Any:
+  """Reads JSON: an object with `fields` of these types, or anything where none are given.
 
   Raises:
     UserError: the file holds something else.
   """
+  mend = "restore it from a copy, or start afresh in another --workdir"
   try:
-    return json.loads(path.read_text())
+    value = json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError):
-    raise UserError(f"{path} is not JSON; restore it from a copy, or start afresh in another --workdir") from None
+    raise UserError(f"{path} is not JSON; {mend}") from None
+  for name, kind in fields.items():
+    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+      raise UserError(f"{path} is not what dljax writes there ({name!r} is missing or wrong); {mend}")
+  return value
 
 
 class Workdir:
@@ -77,7 +83,7 @@ class Workdir:
       return
     if resume == "never":
       raise UserError(f"--resume=never: {where} holds a run; name another --workdir, or delete it to start afresh")
-    self._check_same(read_json(self.config_file)["config"], config)
+    self._check_same(read_json(self.config_file, config=dict)["config"], config)
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     # Through JSON, where a tuple is a list.
@@ -107,9 +113,10 @@ class Workdir:
       self._lock.close()
       raise UserError(f"--workdir={self.path} is in use by process {pid}; wait for it, stop it, or name another "
                       "--workdir") from None
-    self._lock.truncate(0)
-    self._lock.write(str(os.getpid()))
-    self._lock.flush()
+    with writing(self.path / ".lock"):
+      self._lock.truncate(0)
+      self._lock.write(str(os.getpid()))
+      self._lock.flush()
 
   def release(self) -> None:
     """Gives the lock back."""
@@ -138,7 +145,7 @@ class Workdir:
     """
     if not self.config_file.exists():
       raise UserError(f"--workdir={self.path} holds no run; name the folder of one, or train first")
-    return ml_collections.ConfigDict(_with_tuples(read_json(self.config_file)["config"]))
+    return ml_collections.ConfigDict(_with_tuples(read_json(self.config_file, config=dict)["config"]))
 
   def read_assets(self) -> dict[str, Any]:
     """What was fitted to the data, by file stem."""
@@ -146,7 +153,10 @@ class Workdir:
 
   def result(self) -> dict[str, Any] | None:
     """The result of a finished run, or None."""
-    return read_json(self.result_file) if self.result_file.exists() else None
+    if not self.result_file.exists():
+      return None
+    return read_json(self.result_file, family=str, preset=str, steps=int, total_steps=int, metrics=dict, checkpoint=int,
+                     params=int, seconds=float, devices=str)
 
   def is_finished(self, total_steps: int) -> bool:
     """Whether a run of `total_steps` (or fewer, by early stopping) ended here."""

@@ -233,6 +233,15 @@ def test_a_monitor_that_nothing_gives_is_refused(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_damaged_metrics_are_refused_and_the_result_stays(tmp_path):
+  loop.fit(_experiment(total_steps=3, monitor=""), tmp_path, OPTIONS)
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("nonsense\n" + path.read_text())
+  with pytest.raises(UserError, match="metrics.jsonl has a line"):
+    loop.fit(_experiment(total_steps=5, monitor=""), tmp_path, OPTIONS)
+  assert _result(tmp_path)["steps"] == json.loads((tmp_path / "config.json").read_text())["config"]["total_steps"] == 3
+
+
 def test_must_resume_wants_a_checkpoint(tmp_path):
   must = dataclasses.replace(OPTIONS, resume="must")
   with pytest.raises(UserError, match="--resume=must"):

@@ -1,13 +1,16 @@
 """What a run writes down: each point once, readable by others."""
 
+import gc
 import json
+import resource
 import struct
 import sys
+import threading
 
 import pytest
 
 from dljax import report
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError
 from dljax.train import metrics
 from dljax.train.metrics import MetricWriter
 
@@ -20,8 +23,12 @@ def _write(folder, start, steps, scale=1.0):
 
 
 def _events(folder):
-  """(step, tag, value) of all TensorBoard files: records of length, its checksum, data, its checksum."""
-  from tensorboardX.proto.event_pb2 import Event
+  """(step, tag, value) that TensorBoard shows: a run that starts at a step takes back what was from there on.
+
+  An event file is made of records: length, its checksum, data, its checksum.
+  """
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+  from tensorboardX.record_writer import masked_crc32c
 
   found = []
   for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -29,6 +36,10 @@ def _events(folder):
     while data:
       length, = struct.unpack("<Q", data[:8])
       event = Event.FromString(data[12:12 + length])
+      assert (masked_crc32c(data[:8]), masked_crc32c(data[12:12 + length])) == (
+          *struct.unpack("<I", data[8:12]), *struct.unpack("<I", data[12 + length:16 + length]))
+      if event.session_log.status == SessionLog.START:
+        found = [point for point in found if point[0] < event.step]
       found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
       data = data[16 + length:]
   return found
@@ -51,12 +62,44 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
   expected = [(step, split) for step in range(1, 6) for split in ("train", "validation")]
   assert [(row["step"], row["split"]) for row in rows] == expected
   assert not (tmp_path / "metrics.tmp").exists()
+  assert [event[:2] for event in _events(tmp_path)] == [(step, f"{split}/loss") for step, split in expected]
 
 
 def test_a_new_run_does_not_keep_an_old_ones_rows(tmp_path):
   _write(tmp_path, 0, [1, 2])
   _write(tmp_path, 0, [1], scale=3.0)
   assert [row["loss"] for row in report.read_metrics(tmp_path / "metrics.jsonl")] == [3.0, 6.0]
+  assert _events(tmp_path) == [(1, "train/loss", 3.0), (1, "validation/loss", 6.0)]
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[]", '"step"', "3", "{}", '{"step": "one"}'])
+def test_a_damaged_line_is_told_before_anything_is_written(tmp_path, line):
+  _write(tmp_path, 0, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f"{line}\n{path.read_text()}")
+  before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+  with pytest.raises(UserError, match="metrics.jsonl has a line that is no row of metrics; delete that line") as error:
+    MetricWriter(tmp_path, 2, "", {})
+  assert "\n" not in str(error.value)
+  assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_is_one_error_and_nothing_else(tmp_path, capfd):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  threads = threading.active_count()
+  try:
+    with pytest.raises(RunError, match="metrics.jsonl was not written: File too large") as error:
+      with MetricWriter(tmp_path, 0, "", {}) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        for step in range(1, 1000):
+          writer.write(step, "train", {"loss": 0.5})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  del error, writer
+  gc.collect()
+  assert capfd.readouterr().err == ""
+  assert threading.active_count() == threads
+  assert report.read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_weights_and_biases_that_is_not_installed_is_refused(monkeypatch):

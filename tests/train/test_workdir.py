@@ -10,8 +10,8 @@ import pytest
 
 from dljax import optim
 from dljax.config import base_config
-from dljax.errors import UserError
-from dljax.train.workdir import Workdir, read_json
+from dljax.errors import RunError, UserError
+from dljax.train.workdir import Workdir, read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,6 +96,23 @@ def test_a_config_that_is_damaged_is_named(begun):
   begun.config_file.write_text('{"config": ')
   with pytest.raises(UserError, match="config.json is not JSON"):
     begun.check(_config(), "auto")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "3", '{"config": 3}', '{"config": null}', '["config"]'])
+def test_json_that_is_something_else_is_named(begun, text):
+  begun.config_file.write_text(text)
+  begun.result_file.write_text(text)
+  for use, file in ((lambda: begun.check(_config(), "auto"), "config.json"), (begun.read_config, "config.json"),
+                    (lambda: begun.is_finished(1000), "result.json")):
+    with pytest.raises(UserError, match=f"{file} is not what dljax writes there .*; restore it") as error:
+      use()
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_written_is_named(begun):
+  begun.result_file.with_name("result.json.tmp").mkdir()
+  with pytest.raises(RunError, match="result.json was not written: Is a directory"):
+    write_json(begun.result_file, {})
 
 
 _HOLD = """
