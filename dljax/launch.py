@@ -36,20 +36,29 @@ _string = lambda name, default, text: flags.DEFINE_string(name, default, text, f
 _enum = lambda name, default, values, text: flags.DEFINE_enum(name, default, values, text, flag_values=_FLAGS)
 _bool = lambda name, text: flags.DEFINE_bool(name, False, text, flag_values=_FLAGS)
 
+class _PathParser(flags.ArgumentParser):
+  """Paths: of --workdir=~/runs no shell expands the ~."""
+
+  def parse(self, argument):
+    return os.path.expanduser(argument)
+
+
+_path = lambda name, text: flags.DEFINE(_PathParser(), name, "", text, flag_values=_FLAGS)
+
 _PRESET = _string("preset", "", "What to run; see --list_presets. The default runs at once, offline.")
-_WORKDIR = _string("workdir", "", "The run's folder; by default runs/FAMILY-PRESET.")
+_WORKDIR = _path("workdir", "The run's folder; by default runs/FAMILY-PRESET.")
 _MODE = _enum("mode", "train", ["train", "eval", "predict"], "What to do with the workdir's run.")
 _STEP = _string("step", "best", "Which checkpoint to evaluate or to predict with: best, latest or a number.")
 _INPUT = flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
                            flag_values=_FLAGS)
-_OUTPUT = _string("output", "", "Where to write predictions: a .jsonl, .json or .csv file; by default only shown.")
+_OUTPUT = _path("output", "Where to write predictions: a .jsonl, .json or .csv file; by default only shown.")
 _PARALLELISM = _enum("parallelism", "jit", ["jit", "pmap"], "How to compile for several devices.")
 _MESH = _string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
 _RESUME = _enum("resume", "auto", ["auto", "never", "must"],
                 "auto continues what is in the workdir; never refuses a run there; must refuses to begin one.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0, upper_bound=2**32 - 1,
                              flag_values=_FLAGS)
-_DATA_DIR = _string("data_dir", "", "The TFDS directory; also the variable TFDS_DATA_DIR.")
+_DATA_DIR = _path("data_dir", "The TFDS directory; also the variable TFDS_DATA_DIR.")
 _WANDB = _string("wandb", "", "A Weights & Biases project to log to.")
 _DRY_RUN = _bool("dry_run", "Show the model, the batch and the compiled step's memory; needs no data.")
 _TOPOLOGY = _string("topology", "", "With --dry_run: a machine to compile for, such as v5e:4x4 or h100:4.")
@@ -220,7 +229,7 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
   if output:
     _check_writable(output)
   assets = folder.read_assets()
-  batch, names, skipped = experiment.encode(_INPUT.value, assets)
+  batch, names, skipped = experiment.encode([os.path.expanduser(path) for path in _INPUT.value], assets)
   if not names:
     rest = [f"and {len(skipped) - 3} more"] if len(skipped) > 3 else []
     raise UserError("--input: " + ("; ".join(skipped[:3] + rest) or f"{','.join(_INPUT.value)} holds no file"))

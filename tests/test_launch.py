@@ -304,7 +304,7 @@ def test_a_run_of_another_family_is_named(trained):
 # --- Prediction -------------------------------------------------------------------------------------------
 
 
-def _predict(workdir: Path, inputs: str, output: Path | None = None, *arguments: str) -> Outcome:
+def _predict(workdir: Path | str, inputs: str, output: Path | str | None = None, *arguments: str) -> Outcome:
   more = [f"--output={output}"] if output else []
   return run(mlp, f"--workdir={workdir}", "--mode=predict", f"--input={inputs}", *more, *arguments)
 
@@ -347,6 +347,16 @@ def test_every_form_of_input_and_output_says_the_same(trained, pictures, tmp_pat
     assert p == sorted(p, reverse=True) and row["probability"] == p[0]
     assert row["label"] == next(iter(row["probabilities"])) in map(str, range(10))
     assert 0.5 < sum(p) <= 1 + 1e-5
+
+
+def test_a_tilde_is_the_home_folder(trained, pictures, data_dir, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(trained)
+  (tmp_path / "data").symlink_to(data_dir)
+  outcome = _predict("~/run", "~/pictures/0.png,~/pictures/1.png", "~/out.csv", "--data_dir=~/data")
+  assert outcome.status == 0, outcome
+  assert [row["input"] for row in _read(tmp_path / "out.csv")] == [str(pictures / f"{i}.png") for i in range(2)]
+  assert not (trained / "~").exists()
 
 
 def test_predictions_are_shown_without_an_output(trained, pictures):
