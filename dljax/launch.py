@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging as python_logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> Non
   logging.use_absl_handler()
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.set_verbosity(logging.WARNING)
+  handler = _end_as_ctrl_c()
   try:
     status = _run(sys.argv, get_config, build, presets)
   except UserError as error:
@@ -92,8 +94,15 @@ def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> Non
   except (Preempted, KeyboardInterrupt) as stop:
     print(str(stop) or "stopped before there was anything to save", file=sys.stderr)
     status = PREEMPTED
+  finally:
+    signal.signal(signal.SIGTERM, handler)
   sys.stdout.flush()
   sys.exit(status)
+
+
+def _end_as_ctrl_c() -> Any:
+  """Lets SIGTERM end the process as Ctrl-C does, but in `fit`, which handles both; gives the old handler."""
+  return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> int:
@@ -155,6 +164,7 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
   if _DRY_RUN.value:
     return _dry_run(experiment, options)
   parallel.initialize()
+  _end_as_ctrl_c()  # jax.distributed takes SIGTERM for itself
   act = {"train": _train, "eval": _evaluate, "predict": _predict}[_MODE.value]
   return act(experiment, folder, options)
 

@@ -141,6 +141,34 @@ def test_exit_status_of_the_process(tmp_path, arguments, status):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--preset " in done.stderr
 
 
+_STOPPED = """
+import os, signal, time
+from dljax import launch
+from experiments import mlp
+
+def stopped(*_):
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(30)
+
+{place} = stopped
+launch.main(mlp.get_config, mlp.build, mlp.PRESETS)
+"""
+
+
+@pytest.mark.parametrize("place, distributed", [("mlp.build", False), ("launch._train", True)])
+def test_sigterm_outside_of_the_loop_exits_with_75_too(tmp_path, place, distributed):
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  if distributed:  # which has a handler of its own
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+  done = subprocess.run([sys.executable, "-c", _STOPPED.format(place=place)], cwd=tmp_path, env=environment,
+                        capture_output=True, text=True, timeout=120)
+  assert done.returncode == launch.PREEMPTED and "Traceback" not in done.stderr, done
+  assert "stopped" in done.stderr and not list(tmp_path.iterdir())
+
+
 # --- Dry run ----------------------------------------------------------------------------------------------
 
 
