@@ -20,7 +20,7 @@ from dljax import errors
 from dljax.errors import RunError, UserError
 from dljax.train import parallel
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import Evaluator, predict
+from dljax.train.evaluate import evaluate, predict
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
@@ -211,12 +211,7 @@ def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tu
 
 def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
   program, step, state = _restore(experiment, folder, options)
-  for pipeline in experiment.evals.values():
-    pipeline.open()
-  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
-  assets = folder.read_assets()
-  found = {split: evaluator.full(state.variables, state.rng, pipeline, split, assets)[0]
-           for split, pipeline in experiment.evals.items()}
+  found = evaluate(experiment, program, options.parallelism, state, folder.read_assets())
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))

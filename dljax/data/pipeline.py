@@ -7,11 +7,12 @@ global batch. Whatever is random in a batch is drawn for the global batch and th
 that neither hosts nor threads change which examples, how augmented, make up batch s.
 """
 
+import contextlib
 import dataclasses
 import functools
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import jax
@@ -36,14 +37,24 @@ class Pipeline(Protocol):
   num_examples: int
   num_batches: int
 
-  def open(self) -> None:
-    """Finds and reads the data; a second call does nothing. `UserError` says what to run if it is missing."""
+  def open(self) -> bool:
+    """Finds and reads the data, unless it is open; whether it was not. `UserError` says what to run if it is missing."""
 
   def batch(self, step: int) -> HostBatch:
     """This host's rows of global batch `step`; a pure function of (seed, step), for any thread to call."""
 
   def close(self) -> None:
     """Frees threads and memory."""
+
+
+@contextlib.contextmanager
+def opened(*pipelines: Pipeline) -> Iterator[None]:
+  """Opens what is not open yet, and closes that again; what was open stays so."""
+  with contextlib.ExitStack() as stack:
+    for pipeline in pipelines:
+      if pipeline.open():
+        stack.callback(pipeline.close)
+    yield
 
 
 def rng(seed: int, step: int, name: str) -> np.random.Generator:
@@ -111,10 +122,10 @@ class IndexedPipeline:
     self._lock = threading.RLock()
     self._permutation = functools.lru_cache(maxsize=2)(self._permute)
 
-  def open(self) -> None:
+  def open(self) -> bool:
     with self._lock:
       if self._examples is not None:
-        return
+        return False
       if self._hosts is None:
         self._host, self._hosts = jax.process_index(), jax.process_count()
       if self.batch_size % self._hosts:
@@ -125,6 +136,7 @@ class IndexedPipeline:
         raise UserError(f"--config.batch_size={self.batch_size}: there are but {len(examples)} training "
                         "examples; make it smaller")
       self._examples = examples
+      return True
 
   def close(self) -> None:
     with self._lock:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dljax.data.pipeline import Pipeline
+from dljax.data.pipeline import Pipeline, opened
 from dljax.tasks.base import Batch, Task
 from dljax.train import metrics, parallel, step
 from dljax.train.experiment import Experiment
@@ -71,6 +71,16 @@ class Evaluator:
           rows, host = parallel.rows_to_host(predicted, self._mode), parallel.gather_hosts(batch)
           real = np.asarray(host["mask"]) > 0
           yield jax.tree.map(lambda x: x[real], (rows, host))
+
+
+def evaluate(
+    experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, assets: Mapping[str, Any],
+) -> dict[str, dict[str, float]]:
+  """All metrics of every split, by its name; opens the data for it."""
+  evaluator = Evaluator(experiment.task, mode, program.mesh)
+  with opened(*experiment.evals.values()):
+    return {split: evaluator.full(state.variables, state.rng, pipeline, split, assets)[0]
+            for split, pipeline in experiment.evals.items()}
 
 
 def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch) -> Any:

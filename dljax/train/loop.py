@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from dljax import optim, report
+from dljax.data.pipeline import opened
 from dljax.errors import RunError, UserError, unknown, writing
 from dljax.train import metrics, parallel
 from dljax.train.checkpoint import Checkpointer
@@ -43,18 +44,17 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   folder.check(config, options.resume)
   metrics.check_wandb(options.wandb)
   program = Program(experiment, options)
-  for pipeline in (experiment.train, *experiment.evals.values()):
-    pipeline.open()
-  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
-  if experiment.monitor:
-    _check_monitor(experiment, evaluator, program)
-  _acquire(folder)
-  try:
-    checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
-    with StopSignals() as signals, checkpointer:
-      return _Run(experiment, folder, options, program, evaluator, checkpointer, signals).run()
-  finally:
-    folder.release()
+  with opened(experiment.train, *experiment.evals.values()):
+    evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
+    if experiment.monitor:
+      _check_monitor(experiment, evaluator, program)
+    _acquire(folder)
+    try:
+      checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
+      with StopSignals() as signals, checkpointer:
+        return _Run(experiment, folder, options, program, evaluator, checkpointer, signals).run()
+    finally:
+      folder.release()
 
 
 def _acquire(folder: Workdir) -> None:

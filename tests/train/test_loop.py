@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dljax import report
+from dljax.data.pipeline import IndexedPipeline, InMemory
 from dljax.errors import UserError
 from dljax.train import checkpoint, loop
 from dljax.train.checkpoint import Checkpointer
@@ -136,6 +137,22 @@ def test_each_logged_step_stands_there_once_and_the_last_always(tmp_path):
   assert [row["step"] for row in _rows(tmp_path, "validation")] == [4, 7, 8, 9]
   with pytest.raises(UserError, match="total_steps=5.*has done 9 steps already"):
     loop.fit(_experiment(total_steps=5), tmp_path, OPTIONS)
+
+
+def test_data_that_fit_opened_is_closed_and_other_stays_open(tmp_path):
+  def pipeline(train):
+    finish = lambda examples, plan: {**examples.gather(plan, plan.rows), "mask": toys.uneven_mask(plan.step)}
+    return IndexedPipeline(lambda _: InMemory({"x": np.ones(toys.BATCH_SIZE, np.float32)}), finish,
+                           batch_size=toys.BATCH_SIZE, train=train)
+
+  experiment = dataclasses.replace(
+      _experiment(total_steps=2), train=pipeline(True), evals={"validation": pipeline(False), "test": pipeline(False)})
+  experiment.evals["test"].open()
+  loop.fit(experiment, tmp_path, OPTIONS)
+  experiment.evals["test"].batch(0)
+  for closed in (experiment.train, experiment.evals["validation"]):
+    with pytest.raises(RuntimeError, match="open"):
+      closed.batch(0)
 
 
 # Being interrupted changes nothing
