@@ -197,10 +197,13 @@ def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tu
     host = checkpointer.host()
     if host is None:
       raise UserError(f"--workdir={folder.path} holds no checkpoint; train first")
-    text = _STEP.value
+    text, steps, best = _STEP.value, checkpointer.steps(), host["best_step"]
     if text not in ("best", "latest") and not text.isdecimal():
-      raise UserError(f"--step={text}: must be best, latest or a number, one of {checkpointer.steps()}")
-    best = host["best_step"] if host["best_step"] in checkpointer.steps() else None
+      raise UserError(f"--step={text}: must be best, latest or a number, one of {steps}")
+    if best not in steps:
+      if text == "best" and best >= 0:  # there is none where nothing is monitored
+        logging.warning("checkpoint %d, the best, is gone; the latest, %d, takes its place", best, steps[-1])
+      best = None
     step = int(text) if text.isdecimal() else best if text == "best" else None
     program = Program(experiment, options)
     restored = checkpointer.restore(program.abstract_state, step)

@@ -285,6 +285,17 @@ def test_evaluation_of_a_chosen_checkpoint(trained, step, checkpoint):
   assert evaluation["metrics"]["validation"]["loss"] == pytest.approx(logged["loss"], rel=1e-5)
 
 
+def test_a_best_checkpoint_that_is_gone_is_told(trained, caplog):
+  best = _json(trained / "result.json")["checkpoint"]
+  shutil.rmtree(trained / "checkpoints" / str(best))
+  for step in ([], ["--step=best"], ["--step=latest"]):
+    caplog.clear()
+    assert run(mlp, f"--workdir={trained}", "--mode=eval", *step).status == 0
+    assert _json(trained / "evaluation.json")["checkpoint"] == STEPS
+    told = [f"checkpoint {best}, the best, is gone; the latest, {STEPS}, takes its place"]
+    assert caplog.messages == (told if step != ["--step=latest"] else [])
+
+
 def test_evaluation_takes_overrides(trained):
   assert run(mlp, f"--workdir={trained}", "--mode=eval", "--config.data.test=test[:50%]").status == 0
   half, whole = _json(trained / "evaluation.json"), _json(trained / "result.json")
