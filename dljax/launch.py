@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging as python_logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -108,6 +109,8 @@ def _end_as_ctrl_c() -> Any:
 def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> int:
   overrides = [a for a in argv[1:] if a.startswith("--config.")]
   try:
+    if any(re.match("--?undefok(=|$)", a) for a in argv[1:]):  # absl's own flag, which lets wrong names pass
+      raise flags.UnrecognizedFlagError("undefok")
     rest = _FLAGS([argv[0], *(a for a in argv[1:] if a not in overrides)])
   except flags.UnrecognizedFlagError as error:
     known = [f"--{name}" for name in (*_FLAGS, "config.FIELD")]
@@ -126,14 +129,19 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     print("\n".join(f"{name:16}{text}" for name, text in presets.items()))
     return DONE
   train, predicts = _MODE.value == "train", _MODE.value == "predict"
-  for flag, given, with_what, there in (
-      ("--topology", _TOPOLOGY.value, "--dry_run", _DRY_RUN.value),
-      ("--dry_run", _DRY_RUN.value, "--mode=train", train),
-      ("--step", _STEP.value != _STEP.default, "--mode=eval or --mode=predict", not train),
-      ("--input", _INPUT.value, "--mode=predict", predicts),
-      ("--output", _OUTPUT.value, "--mode=predict", predicts)):
-    if given and not there:
-      raise UserError(f"{flag} goes with {with_what}; add it, or drop {flag}")
+  for flag, with_what, there in (
+      (_TOPOLOGY, "--dry_run", _DRY_RUN.value),
+      (_DRY_RUN, "--mode=train", train),
+      (_RESUME, "--mode=train", train),
+      (_WANDB, "--mode=train", train),
+      # A run that is named brings its own.
+      (_PRESET, "--mode=train", train or not _WORKDIR.value),
+      (_SEED, "--mode=train", train or not _WORKDIR.value),
+      (_STEP, "--mode=eval or --mode=predict", not train),
+      (_INPUT, "--mode=predict", predicts),
+      (_OUTPUT, "--mode=predict", predicts)):
+    if flag.present and not there:
+      raise UserError(f"--{flag.name} goes with {with_what}; add it, or drop --{flag.name}")
   if _DATA_DIR.value:
     if not Path(_DATA_DIR.value).is_dir():
       raise UserError(f"--data_dir={_DATA_DIR.value} is not a folder; name the one that holds the TFDS sets")

@@ -325,6 +325,14 @@ def test_evaluation_refuses(trained, arguments, words):
 
 
 @pytest.mark.parametrize("mode", ["eval", "predict"])
+@pytest.mark.parametrize("flag", ["--resume=auto", "--resume=never", "--wandb=project", "--preset=digits", "--seed=0"])
+def test_what_only_training_heeds_is_refused(tmp_path, mode, flag):
+  line = refuse(mlp, f"--workdir={tmp_path}", f"--mode={mode}", flag)
+  name = flag.partition("=")[0]
+  assert line == f"{name} goes with --mode=train; add it, or drop {name}"
+
+
+@pytest.mark.parametrize("mode", ["eval", "predict"])
 def test_without_a_run_or_a_checkpoint_there_is_nothing_to_use(trained, pictures, tmp_path, mode):
   arguments = [f"--mode={mode}", *([f"--input={pictures}"] if mode == "predict" else [])]
   line = refuse(mlp, f"--workdir={tmp_path / 'nowhere'}", *arguments)
@@ -474,6 +482,9 @@ def test_prediction_refuses(trained, pictures, tmp_path, arguments, words):
     # Names.
     (["--presett=mnist"], ["'--presett'", "did you mean --preset"]),
     (["--no_such_flag"], ["'--no_such_flag'"]),
+    (["--undefok=bogus", "--bogus"], ["'--undefok'"]),
+    (["--undefok", "bogus", "--bogus=1"], ["'--undefok'"]),
+    (["-undefok=bogus", "--bogus"], ["'--undefok'"]),
     (["--config=x"], ["--config.FIELD"]),
     (["--preset=mnst"], ["--preset", "'mnst'", "did you mean mnist?"]),
     (["--preset=zzz"], ["--preset", "choose one of: digits, fashion_mnist, mnist, xor"]),
