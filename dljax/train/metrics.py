@@ -7,6 +7,7 @@ import socket
 import struct
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dljax import report
 from dljax.errors import RunError, UserError, writing
 from dljax.train.experiment import Experiment
 from dljax.train.state import NOT_FAILED
+from dljax.train.workdir import read_json, write_json
 
 # Of these, less is better; of all other metrics, more.
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "bits_per", "distance")
@@ -78,7 +80,7 @@ class MetricWriter:
       self._files = self._path.open("a"), _EventFile(self._workdir, self._step)
     if self._project:
       self._wandb = _wandb_module().init(
-          project=self._project, dir=str(self._workdir), name=self._workdir.name, id=self._workdir.name,
+          project=self._project, dir=str(self._workdir), name=self._workdir.name, id=self._wandb_id(),
           resume="allow", config=dict(self._config))
     return self
 
@@ -88,6 +90,13 @@ class MetricWriter:
         file.close()
     if self._wandb:
       self._wandb.finish()
+
+  def _wandb_id(self) -> str:
+    """The run's id, in the workdir for as long as that lives: names of folders are neither unique nor for one run."""
+    path = self._workdir / "wandb.json"
+    if not path.exists():
+      write_json(path, {"id": uuid.uuid4().hex})
+    return read_json(path, id=str)["id"]
 
 
 class _EventFile:

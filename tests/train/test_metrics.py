@@ -3,6 +3,7 @@
 import gc
 import json
 import resource
+import shutil
 import struct
 import sys
 import threading
@@ -108,6 +109,43 @@ def test_weights_and_biases_that_is_not_installed_is_refused(monkeypatch):
   metrics.check_wandb("")
   with pytest.raises(UserError, match="--wandb.*pip install wandb"):
     metrics.check_wandb("project")
+
+
+class _Wandb:
+  """What is used of the module and of a run, noting the ids."""
+
+  def __init__(self):
+    self.ids, self.logged = [], []
+
+  def init(self, *, id, **_):
+    self.ids.append(id)
+    return self
+
+  def log(self, values, step):
+    self.logged.append((step, values))
+
+  def finish(self):
+    pass
+
+
+def test_weights_and_biases_continues_the_run_of_a_workdir_and_of_no_other(tmp_path, monkeypatch):
+  wandb = _Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+  def log(folder, step):
+    folder.mkdir(parents=True, exist_ok=True)
+    with MetricWriter(folder, step - 1, "project", {}) as writer:
+      writer.write(step, "train", {"loss": 0.5})
+
+  one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
+  log(one, 1)
+  log(one, 2)
+  log(other, 1)
+  shutil.rmtree(one)
+  log(one, 1)
+  first, again, of_other, afresh = wandb.ids
+  assert first == again and len({first, of_other, afresh}) == 3
+  assert wandb.logged[:2] == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.5})]
 
 
 @pytest.mark.parametrize("metric, lower", [
