@@ -38,7 +38,11 @@ class Pipeline(Protocol):
   num_batches: int
 
   def open(self) -> bool:
-    """Finds and reads the data, unless it is open; whether it was not. `UserError` says what to run if it is missing."""
+    """Finds and reads the data if it is not open, and says whether it was not.
+
+    Raises:
+      UserError: it is missing; says what to run.
+    """
 
   def batch(self, step: int) -> HostBatch:
     """This host's rows of global batch `step`; a pure function of (seed, step), for any thread to call."""
