@@ -166,7 +166,7 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     if lacks := sorted(config_lib.flatten(like).keys() - config_lib.flatten(config).keys()):
       raise UserError(f"{folder.config_file} lacks {', '.join(lacks[:3])}; restore it from a copy, or train again in "
                       "another --workdir")
-    config_lib.apply_overrides(config, overrides)
+    config_lib.apply_overrides(config, overrides, like)
     config_lib.validate(config)
   experiment = build(config)
   if _DRY_RUN.value:

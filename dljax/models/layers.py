@@ -6,6 +6,7 @@ Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
 Dimensions: `B` batch, `C` channels.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dljax.ops import collectives
+from dljax.ops.conv import conv_general_dilated
+
+# The convolution of every family: `flax.linen.Conv`, fast on a CPU too.
+Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class BatchNorm(nn.Module):

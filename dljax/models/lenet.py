@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dljax import errors
+from dljax.models.layers import Conv
 
 POOLS = {"avg": jnp.mean, "max": jnp.max}
 
@@ -82,7 +83,7 @@ class LeNet5(nn.Module):
 
 def _convolve_and_pool(model: LeNet5, x: jax.Array, name: str, features: int) -> jax.Array:
   """[B, H, W, C] -> [B, (H - 4) / 2, (W - 4) / 2, features]."""
-  x = nn.Conv(features, (5, 5), padding="VALID", dtype=model.dtype, name=name)(x)
+  x = Conv(features, (5, 5), padding="VALID", dtype=model.dtype, name=name)(x)
   x = model.activation(x)
   squares = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, features)
   return POOLS[model.pool](squares, axis=(2, 4))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dljax.models.layers import BatchNorm
+from dljax.models.layers import BatchNorm, Conv
 
 ModuleDef = Any
 
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
   small_stem: bool = False
   pad_shortcut: bool = False
   zero_init_residual: bool = False
-  conv: ModuleDef = nn.Conv
+  conv: ModuleDef = Conv
   norm: ModuleDef = BatchNorm
   dtype: Any = jnp.float32
   remat: bool = False

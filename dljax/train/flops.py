@@ -181,7 +181,10 @@ def _count(jaxpr: core.Jaxpr, stack: str) -> collections.Counter:
       scopes = re.findall(rf"{_SCOPE}(\d+)", inner)
       total[int(scopes[-1]) if scopes else None] += own
     elif name == "cond":
-      branches = [_count(_open(branch), inner) for branch in params["branches"]]
+      branches = params["branches"]
+      if params.get("branches_platforms"):  # forms of one operator: what counts is the definition, the last
+        branches = branches[-1:]
+      branches = [_count(_open(branch), inner) for branch in branches]
       total.update(max(branches, key=lambda counts: sum(counts.values())))
     else:
       times = 1

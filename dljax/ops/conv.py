@@ -1,0 +1,524 @@
+"""Convolution that is fast on a CPU, and the native one everywhere else.
+
+`conv_general_dilated` has the signature of `jax.lax.conv_general_dilated` and goes into a Flax layer as
+`nn.Conv(..., conv_general_dilated=conv_general_dilated)`. On GPU and TPU it is the native convolution and its
+native gradients. On a CPU, XLA's own are slow for many shapes: 3x3 kernels take twice the time they need, the
+gradient of the kernel four times, 1x1 kernels three, depthwise ones fifty. There, static shapes choose among
+
+- `_matmul_*`: a 1x1 kernel is a matrix product.
+- `_depthwise_*`: one channel per group is a sum of shifted products.
+- `_winograd_*`: 3x3 kernels without stride, by F(2x2, 3x3) of Andrew Lavin, Scott Gray, "Fast Algorithms for
+  Convolutional Neural Networks", 2015, https://arxiv.org/abs/1509.09308, section 4.1: 16 products where the
+  definition has 36. The kernel's gradient is F(3x3, 2x2), with the same transforms.
+- `_band_*`: with few channels, a row of the image times a banded matrix that holds the kernel.
+- `_patches_*`: the kernel's gradient for any other shape: patches of the image times the cotangent.
+- `_native_*`: whatever is left.
+
+The work goes through a few images at a time where that keeps the intermediate arrays in the cache (`_sizes`).
+
+The convolution and its two gradients are bilinear, and each one's gradients are the other two:
+
+  forward(x, w)             input_gradient(dy, w)         kernel_gradient(x, dy)
+    d/dx  input_gradient      d/ddy  forward                d/dx   input_gradient
+    d/dw  kernel_gradient     d/dw   kernel_gradient        d/ddy  forward
+
+so reverse mode of any order stays within these forms. Forward mode needs `forward_mode=True`.
+
+Dimensions: `B` batch, `H` and `W` height and width, `C` and `O` channels in and out.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Pair = tuple[int, int]
+
+_WINOGRAD_CHANNELS = 32  # with fewer the transforms cost more than the products save
+_WINOGRAD_FLOATS = 2**18  # tiles times channels at once: 16 transforms of so many floats fill 16 MB
+_PATCH_FLOATS = 2**20  # of patches at once
+_BAND_FLOATS = 2**17  # largest banded matrix: beyond it the zeros cost more than the shape saves
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conv:
+  """All that is static about a two-dimensional convolution of [B, H, W, C] with [*kernel, C / groups, O].
+
+  Attributes:
+    image, kernel: spatial sizes.
+    strides, dilation: of the kernel.
+    padding: (low, high) of each spatial dimension.
+    groups: how many the channels are split into.
+    features: C and O.
+  """
+
+  image: Pair
+  kernel: Pair
+  strides: Pair
+  dilation: Pair
+  padding: tuple[Pair, Pair]
+  groups: int
+  features: Pair
+
+  @property
+  def out(self) -> Pair:
+    """Spatial size of the result."""
+    return tuple(
+        (size + lo + hi - (k - 1) * d - 1) // s + 1
+        for size, k, s, d, (lo, hi) in zip(self.image, self.kernel, self.strides, self.dilation, self.padding))
+
+  @property
+  def taps(self) -> list[Pair]:
+    """The kernel's positions, row by row."""
+    return [(i, j) for i in range(self.kernel[0]) for j in range(self.kernel[1])]
+
+  @property
+  def plain(self) -> bool:
+    return self.groups == 1 and all(p >= 0 for pair in self.padding for p in pair)
+
+  @property
+  def is_matmul(self) -> bool:
+    return self.groups == 1 and self.kernel == (1, 1) and self.padding == ((0, 0), (0, 0))
+
+  @property
+  def is_depthwise(self) -> bool:
+    # A gradient of the image pads by kernel - 1 - padding, which must not be negative.
+    reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilation)]
+    return (self.groups == self.features[0] == self.features[1] > 1
+            and all(0 <= p <= r for r, pair in zip(reach, self.padding) for p in pair))
+
+  @property
+  def is_winograd(self) -> bool:
+    return (self.plain and self.kernel == (3, 3) and self.strides == self.dilation == (1, 1)
+            and min(self.features) >= _WINOGRAD_CHANNELS and all(p <= 2 for pair in self.padding for p in pair))
+
+  @property
+  def is_band(self) -> bool:
+    width = self.image[1] + sum(self.padding[1])
+    return (self.plain and self.dilation == (1, 1)
+            and self.kernel[0] * width * self.features[0] * self.out[1] * self.features[1] <= _BAND_FLOATS)
+
+
+def conv_general_dilated(
+    lhs: Array, rhs: Array, window_strides: Sequence[int], padding: str | Sequence[Pair],
+    lhs_dilation: Sequence[int] | None = None, rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None, feature_group_count: int = 1, batch_group_count: int = 1,
+    precision: Any = None, preferred_element_type: Any = None, out_sharding: Any = None, *,
+    forward_mode: bool = False,
+) -> Array:
+  """`jax.lax.conv_general_dilated`, in forms that are fast on a CPU too.
+
+  Results differ from the native ones by rounding alone (float32: 1e-5 of the result's scale). bfloat16 is
+  computed in float32 and rounded once.
+
+  Args:
+    lhs: the images; [B, H, W, C] or [B, W, C] where our forms are to be used.
+    rhs: the kernel; [h, w, C / groups, O] or [w, C / groups, O] likewise.
+    window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+    batch_group_count, precision, preferred_element_type, out_sharding: as of the native function. What
+      our forms do not cover takes the native one, on a CPU too.
+    forward_mode: use the native form everywhere, which alone can be differentiated in forward mode.
+
+  Returns:
+    As the native function does.
+
+  Raises:
+    TypeError, ValueError: as the native function does.
+  """
+  native = functools.partial(
+      lax.conv_general_dilated, window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation,
+      rhs_dilation=rhs_dilation, dimension_numbers=dimension_numbers, feature_group_count=feature_group_count,
+      batch_group_count=batch_group_count, precision=precision, preferred_element_type=preferred_element_type,
+      out_sharding=out_sharding)
+  out = jax.eval_shape(native, lhs, rhs)  # all checks are the native function's
+  rank = lhs.ndim - 2
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+  last = (0, rank + 1, *range(1, rank + 1))  # channels last
+  covered = (
+      not forward_mode and rank in (1, 2) and 0 not in out.shape and out_sharding is None
+      and numbers.lhs_spec == numbers.out_spec == last and numbers.rhs_spec == (rank + 1, rank, *range(rank))
+      and batch_group_count == 1 and set(lhs_dilation or (1,)) == {1}
+      and precision in (None, lax.Precision.DEFAULT) and preferred_element_type in (None, lhs.dtype)
+      and lhs.dtype in (jnp.float32, jnp.bfloat16, jnp.float64))
+  if not covered:
+    return native(lhs, rhs)
+
+  dilation = tuple(rhs_dilation or (1,) * rank)
+  if isinstance(padding, str):
+    effective = [(k - 1) * d + 1 for k, d in zip(rhs.shape, dilation)]
+    padding = lax.padtype_to_pads(lhs.shape[1:-1], effective, window_strides, padding)
+  # One dimension is two of which the first is 1.
+  pad = lambda values, fill: (fill,) * (2 - rank) + tuple(values)
+  conv = _Conv(
+      image=pad(lhs.shape[1:-1], 1), kernel=pad(rhs.shape[:rank], 1), strides=pad(window_strides, 1),
+      dilation=pad(dilation, 1), padding=pad([(int(lo), int(hi)) for lo, hi in padding], (0, 0)),
+      groups=feature_group_count, features=(lhs.shape[-1], rhs.shape[-1]))
+  y = _forward(conv, lhs.reshape(lhs.shape[0], *conv.image, -1), rhs.reshape(*conv.kernel, *rhs.shape[rank:]))
+  return y.reshape(out.shape)
+
+
+# The three functions and their gradients.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward(conv: _Conv, x: Array, w: Array) -> Array:
+  """[B, H, W, C], [h, w, C / groups, O] -> [B, *out, O]."""
+  return _by_platform(_forward_form(conv), _native_forward, conv, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  """[B, *out, O], [h, w, C / groups, O] -> [B, H, W, C]."""
+  return _by_platform(_input_gradient_form(conv), _native_input_gradient, conv, dy, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  """[B, H, W, C], [B, *out, O] -> [h, w, C / groups, O]."""
+  return _by_platform(_kernel_gradient_form(conv), _native_kernel_gradient, conv, x, dy)
+
+
+def _keep(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
+  return lambda conv, a, b: (function(conv, a, b), (a, b))
+
+
+_forward.defvjp(_keep(_forward), lambda conv, kept, dy: (
+    _input_gradient(conv, dy, kept[1]), _kernel_gradient(conv, kept[0], dy)))
+_input_gradient.defvjp(_keep(_input_gradient), lambda conv, kept, dx: (
+    _forward(conv, dx, kept[1]), _kernel_gradient(conv, dx, kept[0])))
+_kernel_gradient.defvjp(_keep(_kernel_gradient), lambda conv, kept, dw: (
+    _input_gradient(conv, kept[1], dw), _forward(conv, kept[0], dw)))
+
+
+def _by_platform(form: Callable[..., Array], native: Callable[..., Array], conv: _Conv, a: Array, b: Array) -> Array:
+  if form is native:
+    return native(conv, a, b)
+
+  def cpu(a, b):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return form(conv, a.astype(wide), b.astype(wide)).astype(a.dtype)
+
+  return lax.platform_dependent(a, b, cpu=cpu, default=functools.partial(native, conv))
+
+
+def _forward_form(conv: _Conv) -> Callable[..., Array]:
+  if conv.is_matmul:
+    return _matmul_forward
+  if conv.is_depthwise:
+    return _depthwise_forward
+  if conv.is_winograd:
+    return _winograd_forward
+  return _band_forward if conv.is_band else _native_forward
+
+
+def _input_gradient_form(conv: _Conv) -> Callable[..., Array]:
+  if conv.is_matmul:
+    return _matmul_input_gradient
+  if conv.is_depthwise:
+    return _depthwise_input_gradient
+  if conv.is_winograd:
+    return _winograd_input_gradient
+  return _band_input_gradient if conv.is_band else _native_input_gradient
+
+
+def _kernel_gradient_form(conv: _Conv) -> Callable[..., Array]:
+  if conv.is_matmul:
+    return _matmul_kernel_gradient
+  if conv.is_depthwise:
+    return _depthwise_kernel_gradient
+  if conv.is_winograd:
+    return _winograd_kernel_gradient
+  if conv.is_band:
+    return _band_kernel_gradient
+  return _patches_kernel_gradient if conv.plain else _native_kernel_gradient
+
+
+# Native.
+
+
+def _native_forward(conv: _Conv, x: Array, w: Array) -> Array:
+  return lax.conv_general_dilated(
+      x, w, conv.strides, conv.padding, rhs_dilation=conv.dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=conv.groups)
+
+
+def _native_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  x = jax.ShapeDtypeStruct((dy.shape[0], *conv.image, conv.features[0]), dy.dtype)
+  return jax.linear_transpose(lambda x: _native_forward(conv, x, w), x)(dy)[0]
+
+
+def _native_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  w = jax.ShapeDtypeStruct((*conv.kernel, conv.features[0] // conv.groups, conv.features[1]), x.dtype)
+  return jax.linear_transpose(lambda w: _native_forward(conv, x, w), w)(dy)[0]
+
+
+# A few images at a time.
+
+
+def _chunk(batch: int, floats: int, limit: int) -> int:
+  """How many images at once: a divisor of `batch` with about `limit` floats at `floats` an image.
+
+  A chunk takes as many images of every device, or a batch that is split over devices would have to be
+  gathered: see `_split`.
+  """
+  devices = jax.device_count()
+  wanted = max(1, limit // floats) * devices
+  divisors = [n for n in range(1, batch + 1) if batch % n == 0 and (n % devices == 0 or n == batch)]
+  smaller, larger = [n for n in divisors if n <= wanted], [n for n in divisors if n > wanted]
+  if smaller and (not larger or 4 * smaller[-1] > wanted):
+    return smaller[-1]
+  return larger[0]
+
+
+def _split(x: Array, size: int) -> Array:
+  """[B, ...] -> [size, B / size, ...], of which chunk i is [:, i]; every device keeps its rows."""
+  return x.reshape(size, x.shape[0] // size, *x.shape[1:])
+
+
+def _map_chunks(f: Callable[[Array], Array], size: int, x: Array) -> Array:
+  """`f` of the whole batch, `size` images at a time."""
+  if size == x.shape[0]:
+    return f(x)
+  x = _split(x, size)
+  out = jax.eval_shape(f, x[:, 0])
+
+  def body(i, y):
+    return lax.dynamic_update_index_in_dim(y, f(lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), i, 1)
+
+  y = lax.fori_loop(0, x.shape[1], body, jnp.zeros((size, x.shape[1], *out.shape[1:]), out.dtype))
+  return y.reshape(-1, *out.shape[1:])
+
+
+def _sum_chunks(f: Callable[[Array, Array], Any], size: int, x: Array, dy: Array) -> Any:
+  """The sum of `f` over the whole batch, `size` images at a time."""
+  if size == x.shape[0]:
+    return f(x, dy)
+  x, dy = _split(x, size), _split(dy, size)
+
+  def body(i, total):
+    part = f(*(lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (x, dy)))
+    return jax.tree.map(jnp.add, total, part)
+
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, x[:, 0], dy[:, 0]))
+  return lax.fori_loop(0, x.shape[1], body, zeros)
+
+
+def _pad(x: Array, padding: Sequence[Pair]) -> Array:
+  """Zeros around the images; padded once, not again in each of the loops that read it."""
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  return lax.optimization_barrier(x) if any(map(sum, padding)) else x
+
+
+def _shifted(conv: _Conv, x: Array, tap: Pair) -> Array:
+  """What the kernel's position `tap` sees of the padded images: [B, *out, C]."""
+  start = [t * d for t, d in zip(tap, conv.dilation)]
+  (i, j), (h, w), (s, t) = start, conv.out, conv.strides
+  return x[:, i:i + s * (h - 1) + 1:s, j:j + t * (w - 1) + 1:t]
+
+
+# 1x1.
+
+
+def _matmul_forward(conv: _Conv, x: Array, w: Array) -> Array:
+  return x[:, ::conv.strides[0], ::conv.strides[1]] @ w[0, 0]
+
+
+def _matmul_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  dx = jnp.einsum("bhwo,co->bhwc", dy, w[0, 0])
+  gaps = [(0, size - (out - 1) * s - 1, s - 1) for size, out, s in zip(conv.image, conv.out, conv.strides)]
+  return lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *gaps, (0, 0, 0)))
+
+
+def _matmul_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  return jnp.einsum("bhwc,bhwo->co", x[:, ::conv.strides[0], ::conv.strides[1]], dy)[None, None]
+
+
+# Depthwise.
+
+
+def _depthwise_forward(conv: _Conv, x: Array, w: Array) -> Array:
+  x = _pad(x, conv.padding)
+  return sum(_shifted(conv, x, tap) * w[tap][0] for tap in conv.taps)
+
+
+def _depthwise_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  """The forward form with the kernel reversed; a stride spreads the cotangent by zeros first."""
+  spread = [(0, 0, s - 1) for s in conv.strides]
+  dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
+  padding = tuple(
+      ((k - 1) * d - lo, size - spread_size + lo)
+      for size, spread_size, k, d, (lo, _) in zip(conv.image, dy.shape[1:3], conv.kernel, conv.dilation, conv.padding))
+  reverse = dataclasses.replace(conv, image=dy.shape[1:3], strides=(1, 1), padding=padding)
+  return _depthwise_forward(reverse, dy, w[::-1, ::-1])
+
+
+def _depthwise_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  """Adds up row by row, so that the sums run over arrays and not over single numbers."""
+  x = _pad(x, conv.padding)
+  width = conv.strides[1] * (conv.out[1] - 1) + 1
+
+  def body(row, sums):
+    dy_row = lax.dynamic_index_in_dim(dy, row, 1, keepdims=False)
+    new = []
+    for i, in sorted({(i,) for i, _ in conv.taps}):
+      x_row = lax.dynamic_index_in_dim(x, row * conv.strides[0] + i * conv.dilation[0], 1, keepdims=False)
+      for j in range(conv.kernel[1]):
+        start = j * conv.dilation[1]
+        new.append(sums[len(new)] + x_row[:, start:start + width:conv.strides[1]] * dy_row)
+    return new
+
+  zeros = [jnp.zeros((dy.shape[0], *dy.shape[2:]), dy.dtype)] * len(conv.taps)
+  sums = lax.fori_loop(0, conv.out[0], body, zeros)
+  return jnp.stack([jnp.sum(s, (0, 1)) for s in sums]).reshape(*conv.kernel, 1, -1)
+
+
+# Winograd. A 4x4 matrix of tiles is a list of lists: sixteen arrays, never put together.
+
+
+def _winograd_forward(conv: _Conv, x: Array, w: Array) -> Array:
+  tiles, padding = _winograd_tiles(conv)
+  kernel = [_transform_kernel(row) for row in _transform_kernel(w)]
+
+  def images(x):
+    x = _transform_images(jnp.pad(x, ((0, 0), *padding, (0, 0))))
+    products = [[tile @ k for tile, k in zip(*rows)] for rows in zip(x, kernel)]
+    y = _transform_back(_transform_output, products)
+    y = jnp.stack([jnp.stack(row, 3) for row in y], 2)  # [b, h, 2, w, 2, O]
+    return y.reshape(-1, 2 * tiles[0], 2 * tiles[1], y.shape[-1])[:, :conv.out[0], :conv.out[1]]
+
+  return _map_chunks(images, _winograd_chunk(conv, x, tiles), x)
+
+
+def _winograd_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  """The forward form with the kernel reversed."""
+  reverse = dataclasses.replace(
+      conv, image=conv.out, features=conv.features[::-1], padding=tuple((2 - lo, 2 - hi) for lo, hi in conv.padding))
+  return _winograd_forward(reverse, dy, w[::-1, ::-1].swapaxes(2, 3))
+
+
+def _winograd_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  tiles, padding = _winograd_tiles(conv)
+  odd = [(0, 2 * n - size) for n, size in zip(tiles, conv.out)]
+  stack = lambda tiles: jnp.stack([t.reshape(-1, t.shape[-1]) for row in tiles for t in row])
+
+  def images(x, dy):
+    x = _transform_images(jnp.pad(x, ((0, 0), *padding, (0, 0))))
+    dy = [_transform_cotangent(row, 2) for row in _transform_cotangent(jnp.pad(dy, ((0, 0), *odd, (0, 0))), 1)]
+    return jnp.einsum("ktc,kto->kco", stack(x), stack(dy))
+
+  products = _sum_chunks(images, _winograd_chunk(conv, x, tiles), x, dy)
+  products = products.reshape(4, 4, *conv.features)
+  return jnp.stack([jnp.stack(row) for row in _transform_back(_transform_kernel_gradient, products)])
+
+
+def _winograd_tiles(conv: _Conv) -> tuple[Pair, list[Pair]]:
+  """How many 2x2 tiles the result has, and the padding of the images that makes them whole."""
+  tiles = tuple(-(-size // 2) for size in conv.out)
+  return tiles, [(lo, 2 * n + 2 - size - lo) for n, size, (lo, _) in zip(tiles, conv.image, conv.padding)]
+
+
+def _winograd_chunk(conv: _Conv, x: Array, tiles: Pair) -> int:
+  return _chunk(x.shape[0], math.prod(tiles) * sum(conv.features), _WINOGRAD_FLOATS)
+
+
+def _transform_images(x: Array) -> list[list[Array]]:
+  """B^T d B of the paper, of all overlapping 4x4 tiles d: [b, 2h + 2, 2w + 2, C] -> 4x4 of [b, h, w, C]."""
+  def along(x, axis):
+    end = x.shape[axis] - 3
+    d0, d1, d2, d3 = (lax.slice_in_dim(x, i, i + end, 2, axis) for i in range(4))
+    return d0 - d2, d1 + d2, d2 - d1, d1 - d3
+
+  return [along(row, 2) for row in along(x, 1)]
+
+
+def _transform_kernel(g: Array) -> tuple[Array, ...]:
+  """G g, along the leading axis of 3."""
+  return g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]
+
+
+def _transform_output(m: Sequence[Array]) -> tuple[Array, ...]:
+  """A^T m."""
+  return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+
+
+def _transform_cotangent(dy: Array, axis: int) -> tuple[Array, ...]:
+  """The transpose of `_transform_output`: A dy, of the 2 rows or columns of each tile."""
+  even, odd = (lax.slice_in_dim(dy, i, None, 2, axis) for i in range(2))
+  return even, even + odd, even - odd, -odd
+
+
+def _transform_kernel_gradient(m: Sequence[Array]) -> tuple[Array, ...]:
+  """The transpose of `_transform_kernel`: G^T m."""
+  half_sum, half_difference = (m[1] + m[2]) / 2, (m[1] - m[2]) / 2
+  return m[0] + half_sum, half_difference, half_sum + m[3]
+
+
+def _transform_back(f: Callable[[Sequence[Array]], tuple[Array, ...]], m: Any) -> list[tuple[Array, ...]]:
+  """f(m) f^T: `f` of the columns of a 4x4 matrix, then of the rows of the result."""
+  columns = [f([m[i][j] for i in range(4)]) for j in range(4)]
+  return [f(row) for row in zip(*columns)]
+
+
+# A banded matrix for each row of the kernel, on top of each other: [h * W * C, out * O] with the image's width padded.
+
+
+def _band_forward(conv: _Conv, x: Array, w: Array) -> Array:
+  return (_band_rows(conv, x) @ _band(conv, w)).reshape(-1, *conv.out, conv.features[1])
+
+
+def _band_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  rows = dy.reshape(*dy.shape[:2], -1) @ _band(conv, w).T
+  back = jax.linear_transpose(
+      functools.partial(_band_rows, conv),
+      jax.ShapeDtypeStruct((dy.shape[0], *conv.image, conv.features[0]), dy.dtype))
+  return back(rows)[0]
+
+
+def _band_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  band = jnp.einsum("bhk,bho->ko", _band_rows(conv, x), dy.reshape(*dy.shape[:2], -1))
+  w = jax.ShapeDtypeStruct((*conv.kernel, *conv.features), x.dtype)
+  return jax.linear_transpose(functools.partial(_band, conv), w)(band)[0]
+
+
+def _band_rows(conv: _Conv, x: Array) -> Array:
+  """For each row of the result, the rows of the padded images that it sees: [B, out, h * W * C]."""
+  x = jnp.pad(x, ((0, 0), *conv.padding, (0, 0)))
+  x = x.reshape(*x.shape[:2], -1)
+  end = conv.strides[0] * (conv.out[0] - 1) + 1
+  return jnp.concatenate([x[:, i:i + end:conv.strides[0]] for i in range(conv.kernel[0])], -1)
+
+
+def _band(conv: _Conv, w: Array) -> Array:
+  """The kernel at each column of the result."""
+  width, columns = conv.image[1] + sum(conv.padding[1]), jnp.arange(conv.out[1])
+  band = sum(
+      jnp.einsum("xz,hco->hxczo", jnp.eye(width, dtype=w.dtype)[:, conv.strides[1] * columns + j], w[:, j])
+      for j in range(conv.kernel[1]))
+  return band.reshape(conv.kernel[0] * width * conv.features[0], -1)
+
+
+# Patches.
+
+
+def _patches_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
+  channels = conv.features[0]
+  size = _chunk(x.shape[0], math.prod(conv.out) * math.prod(conv.kernel) * channels, _PATCH_FLOATS)
+
+  def images(x, dy):
+    x = _pad(x, conv.padding)
+    patches = jnp.concatenate([_shifted(conv, x, tap) for tap in conv.taps], -1)
+    return jnp.einsum("bhwk,bhwo->ko", patches, dy)
+
+  def few_channels(x, dy):  # too short to be copied one by one: rows of the image are copied instead
+    x = _pad(x, conv.padding).transpose(3, 0, 1, 2)[..., None]
+    patches = jnp.stack([jax.vmap(lambda x: _shifted(conv, x, tap))(x) for tap in conv.taps])
+    return patches.reshape(len(conv.taps) * channels, -1) @ dy.reshape(-1, dy.shape[-1])
+
+  kernel = _sum_chunks(few_channels if channels <= 4 else images, size, x, dy)
+  return kernel.reshape(*conv.kernel, *conv.features)
