@@ -27,8 +27,15 @@ from flax import linen as nn
 
 from dljax import errors
 from dljax.models.layers import Conv
+from dljax.ops.pool import max_pool
 
-POOLS = {"avg": jnp.mean, "max": jnp.max}
+
+def _avg_pool(x: jax.Array) -> jax.Array:
+  """[B, H, W, C] -> [B, H / 2, W / 2, C]; on a CPU several times faster than `nn.avg_pool`."""
+  return jnp.mean(x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1), (2, 4))
+
+
+POOLS = {"avg": _avg_pool, "max": functools.partial(max_pool, window_shape=(2, 2), strides=(2, 2))}
 
 
 class LeNet5(nn.Module):
@@ -84,9 +91,7 @@ class LeNet5(nn.Module):
 def _convolve_and_pool(model: LeNet5, x: jax.Array, name: str, features: int) -> jax.Array:
   """[B, H, W, C] -> [B, (H - 4) / 2, (W - 4) / 2, features]."""
   x = Conv(features, (5, 5), padding="VALID", dtype=model.dtype, name=name)(x)
-  x = model.activation(x)
-  squares = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, features)
-  return POOLS[model.pool](squares, axis=(2, 4))
+  return POOLS[model.pool](model.activation(x))
 
 
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {

@@ -1,0 +1,72 @@
+"""Our max-pooling equals Flax's, ties and all, in value and in every derivative."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dljax.ops.pool import max_pool
+
+WINDOWS = [  # image, window, strides, padding
+    ((8, 6), (2, 2), (2, 2), "VALID"),
+    ((9, 7), (3, 2), (3, 2), "VALID"),  # a row and a column fill no window
+    ((6, 8), (2, 2), (2, 2), "SAME"),
+    ((8, 8), (2, 4), (2, 4), ((0, 0), (0, 0))),
+    ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),  # overlap
+    ((7, 7), (2, 2), (2, 2), "SAME"),
+    ((7, 7), (2, 2), None, "VALID"),
+]
+
+
+def _image(size, dtype=jnp.float32, ties=True):
+  draw = np.random.default_rng(0)
+  values = draw.integers(0, 4, (3, *size, 5)) if ties else draw.normal(size=(3, *size, 5))
+  return jnp.asarray(values, dtype)
+
+
+@pytest.mark.parametrize("size, window, strides, padding", WINDOWS)
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_value_and_gradient_are_the_native_ones(size, window, strides, padding, ties, dtype):
+  x = _image(size, dtype, ties)
+  found = []
+  for pool in (max_pool, nn.max_pool):
+    y, pull = jax.vjp(lambda x, pool=pool: pool(x, window, strides, padding), x)
+    found.append((y, *pull(jnp.arange(y.size, dtype=dtype).reshape(y.shape) % 32 + 1)))  # small integers: exact sums
+  for ours, native in zip(*found):
+    assert ours.dtype == native.dtype
+    np.testing.assert_array_equal(ours, native)
+
+
+@pytest.mark.parametrize("size, window, strides, padding", WINDOWS[:2])
+def test_other_derivatives_are_the_native_ones(size, window, strides, padding):
+  x = _image(size, ties=False)
+  found = []
+  for pool in (max_pool, nn.max_pool):
+    f = lambda x, pool=pool: jnp.sum(jnp.sin(pool(x, window, strides, padding)))
+    penalty = lambda x, f=f: jnp.sum(jax.grad(f)(x)**2)
+    found.append((jax.jvp(f, (x,), (x,)), jax.jit(jax.grad(penalty))(x),
+                  jax.vmap(jax.grad(f))(jnp.stack([x, -x])), jax.grad(jax.checkpoint(f))(x)))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
+
+
+def test_a_nan_is_the_maximum_and_takes_the_gradient():
+  x = _image((4, 4)).at[0, 1, 0, 0].set(jnp.nan)
+  y, pull = jax.vjp(lambda x: max_pool(x, (2, 2), (2, 2)), x)
+  assert jnp.isnan(y[0, 0, 0, 0]) and int(jnp.isnan(y).sum()) == 1
+  assert pull(jnp.ones_like(y))[0][0, 1, 0, 0] == 1
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_elsewhere_the_gradient_is_the_native_one(platform):
+  x = _image((8, 8))
+  lower = lambda pool: jax.jit(jax.grad(lambda x: jnp.sum(pool(x, (2, 2), (2, 2))))).trace(x).lower(
+      lowering_platforms=(platform,)).as_text()
+  for operation in ("select_and_scatter", "optimization_barrier", "iota", "reduce_window"):
+    name = f'"stablehlo.{operation}"' if operation != "iota" else "stablehlo.iota"
+    assert lower(max_pool).count(name) == lower(nn.max_pool).count(name)
+  assert "select_and_scatter" not in jax.jit(
+      jax.grad(lambda x: jnp.sum(max_pool(x, (2, 2), (2, 2))))).lower(x).as_text()
