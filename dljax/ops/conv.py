@@ -2,8 +2,8 @@
 
 `conv_general_dilated` has the signature of `jax.lax.conv_general_dilated` and goes into a Flax layer as
 `nn.Conv(..., conv_general_dilated=conv_general_dilated)`. On GPU and TPU it is the native convolution and its
-native gradients. On a CPU, XLA's own are slow for many shapes: 3x3 kernels take twice the time they need, the
-gradient of the kernel four times, 1x1 kernels three, depthwise ones fifty. There, static shapes choose among
+native gradients. On a CPU, XLA's own are slow for many shapes, most of all for the gradient of the kernel and for
+depthwise kernels. There, static shapes choose among
 
 - `_matmul_*`: a 1x1 kernel is a matrix product.
 - `_depthwise_*`: one channel per group is a sum of shifted products.

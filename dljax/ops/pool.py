@@ -1,7 +1,7 @@
 """Max-pooling whose gradient is fast on a CPU, and the native one everywhere else.
 
-Where windows tile the image, one comparison per value says whether it was its window's maximum, which takes a third
-of the time of XLA's `select_and_scatter`. Windows that overlap or are padded take the native form on a CPU too.
+Where windows tile the image, one comparison per value says whether it was its window's maximum, in place of XLA's
+`select_and_scatter`. Windows that overlap or are padded take the native form on a CPU too.
 
 Dimensions: `B` batch, `H` and `W` height and width, `C` channels, `h` and `w` of the window.
 """
