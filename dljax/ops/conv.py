@@ -169,19 +169,19 @@ def conv_general_dilated(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(conv: _Conv, x: Array, w: Array) -> Array:
   """[B, H, W, C], [h, w, C / groups, O] -> [B, *out, O]."""
-  return _by_platform(_forward_form(conv), _native_forward, conv, x, w)
+  return _by_platform(_forms(conv)[0], _native_forward, conv, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
   """[B, *out, O], [h, w, C / groups, O] -> [B, H, W, C]."""
-  return _by_platform(_input_gradient_form(conv), _native_input_gradient, conv, dy, w)
+  return _by_platform(_forms(conv)[1], _native_input_gradient, conv, dy, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
   """[B, H, W, C], [B, *out, O] -> [h, w, C / groups, O]."""
-  return _by_platform(_kernel_gradient_form(conv), _native_kernel_gradient, conv, x, dy)
+  return _by_platform(_forms(conv)[2], _native_kernel_gradient, conv, x, dy)
 
 
 def _keep(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
@@ -207,36 +207,18 @@ def _by_platform(form: Callable[..., Array], native: Callable[..., Array], conv:
   return lax.platform_dependent(a, b, cpu=cpu, default=functools.partial(native, conv))
 
 
-def _forward_form(conv: _Conv) -> Callable[..., Array]:
+def _forms(conv: _Conv) -> tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]]:
+  """The forms of the three functions for a CPU."""
   if conv.is_matmul:
-    return _matmul_forward
+    return _matmul_forward, _matmul_input_gradient, _matmul_kernel_gradient
   if conv.is_depthwise:
-    return _depthwise_forward
+    return _depthwise_forward, _depthwise_input_gradient, _depthwise_kernel_gradient
   if conv.is_winograd:
-    return _winograd_forward
-  return _band_forward if conv.is_band else _native_forward
-
-
-def _input_gradient_form(conv: _Conv) -> Callable[..., Array]:
-  if conv.is_matmul:
-    return _matmul_input_gradient
-  if conv.is_depthwise:
-    return _depthwise_input_gradient
-  if conv.is_winograd:
-    return _winograd_input_gradient
-  return _band_input_gradient if conv.is_band else _native_input_gradient
-
-
-def _kernel_gradient_form(conv: _Conv) -> Callable[..., Array]:
-  if conv.is_matmul:
-    return _matmul_kernel_gradient
-  if conv.is_depthwise:
-    return _depthwise_kernel_gradient
-  if conv.is_winograd:
-    return _winograd_kernel_gradient
+    return _winograd_forward, _winograd_input_gradient, _winograd_kernel_gradient
   if conv.is_band:
-    return _band_kernel_gradient
-  return _patches_kernel_gradient if conv.plain else _native_kernel_gradient
+    return _band_forward, _band_input_gradient, _band_kernel_gradient
+  kernel_gradient = _patches_kernel_gradient if conv.plain else _native_kernel_gradient
+  return _native_forward, _native_input_gradient, kernel_gradient
 
 
 # Native.
