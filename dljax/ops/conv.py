@@ -35,6 +35,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
@@ -201,6 +202,8 @@ def _by_platform(form: Callable[..., Array], native: Callable[..., Array], conv:
     return native(conv, a, b)
 
   def cpu(a, b):
+    # Without the barrier what made them would be made again for every element that reads them.
+    a, b = lax.optimization_barrier((a, b))
     wide = jnp.promote_types(a.dtype, jnp.float32)
     return form(conv, a.astype(wide), b.astype(wide)).astype(a.dtype)
 
@@ -271,9 +274,12 @@ def _map_chunks(f: Callable[[Array], Array], size: int, x: Array) -> Array:
   out = jax.eval_shape(f, x[:, 0])
 
   def body(i, y):
-    return lax.dynamic_update_index_in_dim(y, f(lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), i, 1)
+    return lax.dynamic_update_index_in_dim(y, f(lax.dynamic_index_in_dim(x, i, 1, keepdims=False,
+                                                                       allow_negative_indices=False)), i, 1)
 
-  y = lax.fori_loop(0, x.shape[1], body, jnp.zeros((size, x.shape[1], *out.shape[1:]), out.dtype))
+  # All of it will be overwritten. Zeros would be one array for the loops of all layers, from which each copies.
+  y = jnp.full((size, x.shape[1], *out.shape[1:]), x[(0,) * x.ndim].astype(out.dtype))
+  y = lax.fori_loop(0, x.shape[1], body, y)
   return y.reshape(-1, *out.shape[1:])
 
 
@@ -289,6 +295,16 @@ def _sum_chunks(f: Callable[[Array, Array], Any], size: int, x: Array, dy: Array
 
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, x[:, 0], dy[:, 0]))
   return lax.fori_loop(0, x.shape[1], body, zeros)
+
+
+def _after(x: Array, constant: np.ndarray) -> Array:
+  """`constant`, as if it depended on `x`.
+
+  What is made from it and a kernel would otherwise be made for all layers at once, at the start of the program.
+  """
+  constant = jnp.asarray(constant, x.dtype)
+  first = x[(0,) * x.ndim]
+  return lax.select(jnp.full(constant.shape, first == first), constant, lax.optimization_barrier(constant))
 
 
 def _pad(x: Array, padding: Sequence[Pair]) -> Array:
@@ -360,43 +376,44 @@ def _depthwise_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
   return jnp.stack([jnp.sum(s, (0, 1)) for s in sums]).reshape(*conv.kernel, 1, -1)
 
 
-# Winograd. A 4x4 matrix of tiles is a list of lists: sixteen arrays, never put together.
+# Winograd. Tiles are numbered row by row, and the 16 numbers of a tile lie in the leading axis: 16 matrix products.
 
 
 def _winograd_forward(conv: _Conv, x: Array, w: Array) -> Array:
-  tiles, padding = _winograd_tiles(conv)
-  kernel = [_transform_kernel(row) for row in _transform_kernel(w)]
-
-  def images(x):
-    x = _transform_images(jnp.pad(x, ((0, 0), *padding, (0, 0))))
-    products = [[tile @ k for tile, k in zip(*rows)] for rows in zip(x, kernel)]
-    y = _transform_back(_transform_output, products)
-    y = jnp.stack([jnp.stack(row, 3) for row in y], 2)  # [b, h, 2, w, 2, O]
-    return y.reshape(-1, 2 * tiles[0], 2 * tiles[1], y.shape[-1])[:, :conv.out[0], :conv.out[1]]
-
-  return _map_chunks(images, _winograd_chunk(conv, x, tiles), x)
+  return _winograd(conv, x, _KERNEL_TRANSFORM, w, "ktc,kco->kto")
 
 
 def _winograd_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
   """The forward form with the kernel reversed."""
   reverse = dataclasses.replace(
       conv, image=conv.out, features=conv.features[::-1], padding=tuple((2 - lo, 2 - hi) for lo, hi in conv.padding))
-  return _winograd_forward(reverse, dy, w[::-1, ::-1].swapaxes(2, 3))
+  return _winograd(reverse, dy, _KERNEL_TRANSFORM[:, ::-1, ::-1], w, "kto,kco->ktc")
+
+
+def _winograd(conv: _Conv, x: Array, transform: np.ndarray, w: Array, product: str) -> Array:
+  """`product` of the transformed images and [3, 3, C, O]."""
+  tiles, padding = _winograd_tiles(conv)
+  kernel = jnp.einsum("kij,ijco->kco", _after(x, transform), w)
+
+  def images(x):
+    x = _transform_images(jnp.pad(x, ((0, 0), *padding, (0, 0))), tiles)
+    y = jnp.einsum(product, x.reshape(16, -1, x.shape[-1]), kernel)
+    return _transform_output(y.reshape(4, 4, *x.shape[1:4], -1))[:, :conv.out[0], :conv.out[1]]
+
+  return _map_chunks(images, _winograd_chunk(conv, x, tiles), x)
 
 
 def _winograd_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
   tiles, padding = _winograd_tiles(conv)
   odd = [(0, 2 * n - size) for n, size in zip(tiles, conv.out)]
-  stack = lambda tiles: jnp.stack([t.reshape(-1, t.shape[-1]) for row in tiles for t in row])
 
   def images(x, dy):
-    x = _transform_images(jnp.pad(x, ((0, 0), *padding, (0, 0))))
-    dy = [_transform_cotangent(row, 2) for row in _transform_cotangent(jnp.pad(dy, ((0, 0), *odd, (0, 0))), 1)]
-    return jnp.einsum("ktc,kto->kco", stack(x), stack(dy))
+    x = _transform_images(jnp.pad(x, ((0, 0), *padding, (0, 0))), tiles)
+    dy = _transform_cotangent(jnp.pad(dy, ((0, 0), *odd, (0, 0))))
+    return jnp.einsum("ktc,kto->kco", x.reshape(16, -1, x.shape[-1]), dy.reshape(16, -1, dy.shape[-1]))
 
   products = _sum_chunks(images, _winograd_chunk(conv, x, tiles), x, dy)
-  products = products.reshape(4, 4, *conv.features)
-  return jnp.stack([jnp.stack(row) for row in _transform_back(_transform_kernel_gradient, products)])
+  return jnp.einsum("kij,kco->ijco", _KERNEL_TRANSFORM, products)
 
 
 def _winograd_tiles(conv: _Conv) -> tuple[Pair, list[Pair]]:
@@ -409,42 +426,45 @@ def _winograd_chunk(conv: _Conv, x: Array, tiles: Pair) -> int:
   return _chunk(x.shape[0], math.prod(tiles) * sum(conv.features), _WINOGRAD_FLOATS)
 
 
-def _transform_images(x: Array) -> list[list[Array]]:
-  """B^T d B of the paper, of all overlapping 4x4 tiles d: [b, 2h + 2, 2w + 2, C] -> 4x4 of [b, h, w, C]."""
-  def along(x, axis):
-    end = x.shape[axis] - 3
-    d0, d1, d2, d3 = (lax.slice_in_dim(x, i, i + end, 2, axis) for i in range(4))
-    return d0 - d2, d1 + d2, d2 - d1, d1 - d3
-
-  return [along(row, 2) for row in along(x, 1)]
+# G g G^T of the paper: [16, 3, 3].
+_KERNEL_TRANSFORM = np.einsum("ia,jb->ijab", *[np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2] * 2)
+_KERNEL_TRANSFORM = _KERNEL_TRANSFORM.reshape(16, 3, 3)
 
 
-def _transform_kernel(g: Array) -> tuple[Array, ...]:
-  """G g, along the leading axis of 3."""
-  return g[0], (g[0] + g[1] + g[2]) / 2, (g[0] - g[1] + g[2]) / 2, g[2]
+def _transform_images(x: Array, tiles: Pair) -> Array:
+  """B^T d B of the paper, of all overlapping 4x4 tiles d: [b, 2h + 2, 2w + 2, C] -> [16, b, h, w, C].
+
+  Each row of B^T takes one row of d with a sign from or to another, so four shifted views of the images make
+  up the result. They are gathered, by one loop; sixteen sums of slices would be compiled as sixteen.
+  """
+  first, second, sign = np.array([0, 1, 2, 1]), np.array([2, 2, 1, 3]), np.array([-1, 1, -1, -1])
+  i, j = np.divmod(np.arange(16), 4)
+  h, w = tiles
+
+  def view(rows, columns):
+    size = (x.shape[0], 2 * h - 1, 2 * w - 1, x.shape[3])
+    shifted = jax.vmap(lambda row, column: lax.dynamic_slice(x, (0, row, column, 0), size))
+    return shifted(rows, columns)[:, :, ::2, ::2]
+
+  signed = lambda signs, view: jnp.asarray(signs, x.dtype)[:, None, None, None, None] * view
+  return (view(first[i], first[j]) + signed(sign[j], view(first[i], second[j]))
+          + signed(sign[i], view(second[i], first[j])) + signed(sign[i] * sign[j], view(second[i], second[j])))
 
 
-def _transform_output(m: Sequence[Array]) -> tuple[Array, ...]:
-  """A^T m."""
-  return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+def _transform_cotangent(dy: Array) -> Array:
+  """A dy A^T, the transpose of `_transform_output`: [b, 2h, 2w, O] -> [16, b, h, w, O]."""
+  a = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
+  factors = np.einsum("ip,jq->ijpq", a, a).reshape(16, 2, 2, 1, 1, 1, 1)
+  return sum(jnp.asarray(factors[:, p, q], dy.dtype) * dy[:, p::2, q::2] for p in range(2) for q in range(2))
 
 
-def _transform_cotangent(dy: Array, axis: int) -> tuple[Array, ...]:
-  """The transpose of `_transform_output`: A dy, of the 2 rows or columns of each tile."""
-  even, odd = (lax.slice_in_dim(dy, i, None, 2, axis) for i in range(2))
-  return even, even + odd, even - odd, -odd
-
-
-def _transform_kernel_gradient(m: Sequence[Array]) -> tuple[Array, ...]:
-  """The transpose of `_transform_kernel`: G^T m."""
-  half_sum, half_difference = (m[1] + m[2]) / 2, (m[1] - m[2]) / 2
-  return m[0] + half_sum, half_difference, half_sum + m[3]
-
-
-def _transform_back(f: Callable[[Sequence[Array]], tuple[Array, ...]], m: Any) -> list[tuple[Array, ...]]:
-  """f(m) f^T: `f` of the columns of a 4x4 matrix, then of the rows of the result."""
-  columns = [f([m[i][j] for i in range(4)]) for j in range(4)]
-  return [f(row) for row in zip(*columns)]
+def _transform_output(m: Array) -> Array:
+  """A^T m A: [4, 4, b, h, w, O] -> [b, 2h, 2w, O]."""
+  half = lambda m: (m[0] + m[1] + m[2], m[1] - m[2] - m[3])
+  columns = [half(m[:, j]) for j in range(4)]
+  y = jnp.stack([jnp.stack(half(row), 3) for row in zip(*columns)], 2)  # [b, h, 2, w, 2, O]
+  b, h, _, w, _, _ = y.shape
+  return y.reshape(b, 2 * h, 2 * w, -1)
 
 
 # A banded matrix for each row of the kernel, on top of each other: [h * W * C, out * O] with the image's width padded.
