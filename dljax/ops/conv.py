@@ -11,7 +11,8 @@ depthwise kernels. There, static shapes choose among
   Convolutional Neural Networks", 2015, https://arxiv.org/abs/1509.09308, section 4.1: 16 products where the
   definition has 36. The kernel's gradient is F(3x3, 2x2), with the same transforms.
 - `_band_*`: with few channels, a row of the image times a banded matrix that holds the kernel.
-- `_patches_*`: the kernel's gradient for any other shape: patches of the image times the cotangent.
+- `_patches_*`: products with what each position of the result sees of the images; for any other kernel's
+  gradient, and for strides and small images.
 - `_native_*`: whatever is left.
 
 The work goes through a few images at a time where that keeps the intermediate arrays in the cache (`_sizes`).
@@ -44,6 +45,8 @@ Pair = tuple[int, int]
 _WINOGRAD_CHANNELS = 32  # with fewer the transforms cost more than the products save
 _WINOGRAD_FLOATS = 2**18  # tiles times channels at once: 16 transforms of so many floats fill 16 MB
 _PATCH_FLOATS = 2**20  # of patches at once
+_PATCH_CHANNELS = 128  # with fewer, native strided convolutions are as fast
+_FEW_CHANNELS = 4
 _BAND_FLOATS = 2**17  # largest banded matrix: beyond it the zeros cost more than the shape saves
 
 
@@ -220,8 +223,14 @@ def _forms(conv: _Conv) -> tuple[Callable[..., Array], Callable[..., Array], Cal
     return _winograd_forward, _winograd_input_gradient, _winograd_kernel_gradient
   if conv.is_band:
     return _band_forward, _band_input_gradient, _band_kernel_gradient
-  kernel_gradient = _patches_kernel_gradient if conv.plain else _native_kernel_gradient
-  return _native_forward, _native_input_gradient, kernel_gradient
+  if not conv.plain:
+    return _native_forward, _native_input_gradient, _native_kernel_gradient
+  # XLA exchanges the roles of images and kernel where the kernel is larger, and then finds only its slowest form.
+  strided, area = conv.strides != (1, 1), math.prod(conv.kernel)
+  forward = strided and conv.features[0] >= _PATCH_CHANNELS or area > math.prod(conv.image)
+  input_gradient = strided or area > math.prod(conv.out)
+  return (_patches_forward if forward else _native_forward,
+          _patches_input_gradient if input_gradient else _native_input_gradient, _patches_kernel_gradient)
 
 
 # Native.
@@ -505,22 +514,70 @@ def _band(conv: _Conv, w: Array) -> Array:
   return band.reshape(conv.kernel[0] * width * conv.features[0], -1)
 
 
-# Patches.
+# Patches: what each position of the result sees of the images.
+
+
+def _patches_forward(conv: _Conv, x: Array, w: Array) -> Array:
+  kernel = w.reshape(-1, conv.features[1])
+
+  def images(x):
+    return _patches(conv, x).reshape(*x.shape[:1], *conv.out, -1) @ kernel
+
+  return _map_chunks(images, _patches_chunk(conv, x), jnp.pad(x, ((0, 0), *conv.padding, (0, 0))))
+
+
+def _patches_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
+  """The cotangent of the patches, added up where they overlap."""
+  kernel = w.reshape(-1, conv.features[1]).T
+
+  def images(dy):
+    patches = lax.optimization_barrier(dy @ kernel).reshape(*dy.shape[:3], len(conv.taps), -1)
+    x = jax.ShapeDtypeStruct((dy.shape[0], *conv.image, conv.features[0]), dy.dtype)
+    taps = lambda x: [_shifted(conv, jnp.pad(x, ((0, 0), *conv.padding, (0, 0))), tap) for tap in conv.taps]
+    return jax.linear_transpose(taps, x)([patches[..., i, :] for i in range(len(conv.taps))])[0]
+
+  return _map_chunks(images, _patches_chunk(conv, dy), dy)
 
 
 def _patches_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
-  channels = conv.features[0]
-  size = _chunk(x.shape[0], math.prod(conv.out) * math.prod(conv.kernel) * channels, _PATCH_FLOATS)
+  x = jnp.pad(x, ((0, 0), *conv.padding, (0, 0)))
 
   def images(x, dy):
-    x = _pad(x, conv.padding)
-    patches = jnp.concatenate([_shifted(conv, x, tap) for tap in conv.taps], -1)
-    return jnp.einsum("bhwk,bhwo->ko", patches, dy)
+    dy = dy.reshape(-1, dy.shape[-1])
+    return dy.T @ _patches(conv, x).reshape(dy.shape[0], -1)  # faster than its transpose
 
-  def few_channels(x, dy):  # too short to be copied one by one: rows of the image are copied instead
-    x = _pad(x, conv.padding).transpose(3, 0, 1, 2)[..., None]
-    patches = jnp.stack([jax.vmap(lambda x: _shifted(conv, x, tap))(x) for tap in conv.taps])
-    return patches.reshape(len(conv.taps) * channels, -1) @ dy.reshape(-1, dy.shape[-1])
+  def few_channels(x, dy):  # too few to be copied patch by patch: rows of the image are copied instead
+    x = lax.optimization_barrier(x.transpose(3, 0, 1, 2))
+    patches = _shifts(conv, x, first=2, axis=0)  # [taps, C, b, *out]
+    return dy.reshape(-1, dy.shape[-1]).T @ patches.reshape(-1, math.prod(dy.shape[:3])).T
 
-  kernel = _sum_chunks(few_channels if channels <= 4 else images, size, x, dy)
-  return kernel.reshape(*conv.kernel, *conv.features)
+  few = conv.features[0] <= _FEW_CHANNELS
+  kernel = _sum_chunks(few_channels if few else images, _patches_chunk(conv, x), x, dy)
+  return kernel.T.reshape(*conv.kernel, *conv.features)
+
+
+def _patches(conv: _Conv, x: Array) -> Array:
+  """[b, H, W, C], padded -> [b, *out, taps, C]."""
+  return _shifts(conv, x, first=1, axis=3)
+
+
+def _shifts(conv: _Conv, x: Array, *, first: int, axis: int) -> Array:
+  """What each tap of the kernel sees of padded images, whose rows are dimension `first`, stacked on `axis`.
+
+  Gathered for all taps by one loop, as in `_transform_images`.
+  """
+  size = list(x.shape)
+  size[first:first + 2] = [s * (n - 1) + 1 for s, n in zip(conv.strides, conv.out)]
+  every = (slice(None),) * first + tuple(slice(None, None, s) for s in conv.strides)
+  start = [0] * x.ndim
+
+  def shift(row, column):
+    start[first:first + 2] = row, column
+    return lax.dynamic_slice(x, start, size)[every]
+
+  rows, columns = np.array(conv.taps).T * np.array(conv.dilation)[:, None]
+  return jax.vmap(shift, out_axes=axis)(rows, columns)
+
+
+def _patches_chunk(conv: _Conv, x: Array) -> int:
+  return _chunk(x.shape[0], math.prod(conv.out) * math.prod(conv.kernel) * conv.features[0], _PATCH_FLOATS)

@@ -28,9 +28,18 @@ FORMS = {
     "winograd_valid": ((8, 9), (3, 3), 32, 32, 1, (1, 1), "VALID"),
     "band": ((12, 12), (5, 5), 1, 6, 1, (1, 1), "VALID"),
     "band_strided": ((9, 10), (3, 3), 3, 4, 1, (2, 2), "SAME"),
-    "patches": ((16, 24), (3, 3), 12, 24, 1, (2, 2), "SAME"),
+    "patches": ((4, 5), (5, 5), 32, 48, 1, (1, 1), "SAME"),
+    "patches_strided": ((8, 9), (3, 3), 128, 24, 1, (2, 2), "SAME"),
+    "patches_backward": ((16, 24), (3, 3), 12, 24, 1, (2, 1), "SAME"),
+    "patches_kernel": ((16, 15), (5, 5), 12, 24, 1, (1, 1), ((2, 2), (0, 3))),
     "patches_few_channels": ((40, 40), (7, 7), 3, 16, 1, (2, 2), ((3, 3), (3, 3))),
-    "grouped": ((8, 8), (3, 3), 8, 16, 4, (1, 1), "SAME"),
+    "native": ((8, 8), (3, 3), 8, 16, 4, (1, 1), "SAME"),
+}
+# Where the three functions do not take forms of one kind, which of them do.
+MIXED = {
+    "patches_backward": {"native_forward", "patches_input_gradient", "patches_kernel_gradient"},
+    "patches_few_channels": {"native_forward", "patches_input_gradient", "patches_kernel_gradient"},
+    "patches_kernel": {"native_forward", "native_input_gradient", "patches_kernel_gradient"},
 }
 # One of each kind in the quick tests; the others take the same paths with other numbers.
 SAMPLED = [pytest.param(name, marks=[pytest.mark.slow] if "_" in name else []) for name in FORMS]
@@ -113,11 +122,9 @@ def test_the_form_is_the_one_that_is_tested(name, monkeypatch):
   monkeypatch.setattr(conv, "_by_platform", lambda form, native, *a: chosen.append(form.__name__) or native(*a))
   inputs, (ours, _) = _form(name)
   jax.vjp(ours, *inputs)[1](ours(*inputs))
-  family = name.partition("_")[0]
-  expected = {"patches": {"_native_forward", "_native_input_gradient", "_patches_kernel_gradient"},
-              "grouped": {"_native_forward", "_native_input_gradient", "_native_kernel_gradient"}}
-  assert set(chosen) == expected.get(
-      family, {f"_{family}_{what}" for what in ("forward", "input_gradient", "kernel_gradient")})
+  kind = name.partition("_")[0]
+  expected = MIXED.get(name, {f"{kind}_{what}" for what in ("forward", "input_gradient", "kernel_gradient")})
+  assert set(chosen) == {f"_{form}" for form in expected}
 
 
 @pytest.mark.parametrize("name", SAMPLED)
