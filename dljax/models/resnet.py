@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dljax.models.layers import BatchNorm, Conv
+from dljax.ops.pool import max_pool
 
 ModuleDef = Any
 
@@ -141,7 +142,7 @@ class ResNet(nn.Module):
       x = conv(self.width, (7, 7), strides=2, padding=3, name="stem_conv")(image)
     x = nn.relu(norm(name="stem_norm")(x, mask, train=train))
     if not self.small_stem:
-      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+      x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
     for i, size in enumerate(self.stage_sizes):
       for j in range(size):

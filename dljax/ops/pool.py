@@ -1,13 +1,14 @@
 """Max-pooling whose gradient is fast on a CPU, and the native one everywhere else.
 
-Where windows tile the image, one comparison per value says whether it was its window's maximum, in place of XLA's
-`select_and_scatter`. Windows that overlap or are padded take the native form on a CPU too.
+One comparison per value and window says whether it was the window's maximum, in place of XLA's
+`select_and_scatter`. Where windows tile the image they are a reshape of it, otherwise shifted views.
 
 Dimensions: `B` batch, `H` and `W` height and width, `C` channels, `h` and `w` of the window.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,51 +34,72 @@ def max_pool(
   Returns:
     The maximum of each window, [B, H / strides, W / strides, C] up to what the padding adds.
   """
-  window = tuple(window_shape)
-  tiles = (
-      inputs.ndim == 4 and len(window) == 2 and window == tuple(strides or (1, 1)) and window != (1, 1)
-      and jnp.issubdtype(inputs.dtype, jnp.floating)
-      and (padding == "VALID" or padding == "SAME" and not any(size % w for size, w in zip(inputs.shape[1:3], window))
-           or not isinstance(padding, str) and not any(map(sum, padding))))
-  if not tiles:
+  window, strides = tuple(window_shape), tuple(strides or (1,) * len(window_shape))
+  if inputs.ndim != 4 or len(window) != 2 or not jnp.issubdtype(inputs.dtype, jnp.floating):
     return nn.max_pool(inputs, window, strides, padding)
-  return _tiled(window, inputs)
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(inputs.shape[1:3], window, strides, padding)
+  pool = _Pool(window, strides, tuple((int(lo), int(hi)) for lo, hi in padding))
+  return _max_pool(pool, inputs)
+
+
+class _Pool(NamedTuple):
+  """The static arguments of `flax.linen.max_pool`."""
+
+  window: Pair
+  strides: Pair
+  padding: tuple[Pair, Pair]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _tiled(window: Pair, x: Array) -> Array:
-  """[B, H, W, C] -> [B, H // h, W // w, C]."""
-  return _native(window, x)
+def _max_pool(pool: _Pool, x: Array) -> Array:
+  return nn.max_pool(x, *pool)
 
 
-@_tiled.defjvp
-def _tiled_jvp(window: Pair, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@_max_pool.defjvp
+def _max_pool_jvp(pool: _Pool, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
   (x,), (dx,) = primals, tangents
+  tiles = pool.window == pool.strides and not any(map(sum, pool.padding))
   dy = lax.platform_dependent(
-      x, dx, cpu=functools.partial(_tangent, window),
-      default=lambda x, dx: jax.jvp(functools.partial(_native, window), (x,), (dx,))[1])
-  return _tiled(window, x), dy
+      x, dx, cpu=functools.partial(_tangent_of_tiles if tiles else _tangent, pool),
+      default=lambda x, dx: jax.jvp(lambda x: nn.max_pool(x, *pool), (x,), (dx,))[1])
+  return _max_pool(pool, x), dy
 
 
-def _native(window: Pair, x: Array) -> Array:
-  return nn.max_pool(x, window, window, "VALID")
-
-
-def _tangent(window: Pair, x: Array, dx: Array) -> Array:
+def _tangent(pool: _Pool, x: Array, dx: Array) -> Array:
   """The tangent at each window's first maximum, as a sum over the window with one term that is not zero."""
-  values = _windows(window, x)
-  best, first = values[:, :, 0, :, 0], jnp.zeros((), jnp.int32)
-  for place in range(1, window[0] * window[1]):
-    value = values[:, :, place // window[1], :, place % window[1]]
+  first = _first_maximum(_views(pool, x, -jnp.inf))
+  return sum(jnp.where(first == place, view, 0) for place, view in enumerate(_views(pool, dx, 0)))
+
+
+def _tangent_of_tiles(pool: _Pool, x: Array, dx: Array) -> Array:
+  """The same, for windows that tile the image."""
+  h, w = pool.window
+  tiles = _tiles(pool, x)
+  first = _first_maximum([tiles[:, :, i, :, j] for i in range(h) for j in range(w)])
+  places = jnp.arange(h * w).reshape(h, 1, w, 1)
+  return jnp.sum(jnp.where(first[:, :, None, :, None] == places, _tiles(pool, dx), 0), (2, 4))
+
+
+def _first_maximum(values: Sequence[Array]) -> Array:
+  """Which of the arrays holds the maximum, the first of equal ones."""
+  best, first = values[0], jnp.zeros((), jnp.int32)
+  for place, value in enumerate(values[1:], 1):
     better = (value > best) | (value != value)  # as the native form, a NaN is the maximum
     best, first = jnp.where(better, value, best), jnp.where(better, place, first)
-  first = lax.optimization_barrier(first)  # found once for each window, not once for each of its values
-  places = jnp.arange(window[0] * window[1]).reshape(window[0], 1, window[1], 1)
-  return jnp.sum(jnp.where(first[:, :, None, :, None] == places, _windows(window, dx), 0), (2, 4))
+  return lax.optimization_barrier(first)  # found once for each window, not once for each of its values
 
 
-def _windows(window: Pair, x: Array) -> Array:
+def _views(pool: _Pool, x: Array, fill: float) -> list[Array]:
+  """For each place in the window, row by row, its value in every window: [B, *out, C]."""
+  x = jnp.pad(x, ((0, 0), *pool.padding, (0, 0)), constant_values=fill)
+  (h, w), (s, t) = pool.window, pool.strides
+  rows, columns = x.shape[1] - h, x.shape[2] - w  # of the last window's first place
+  return [x[:, i:i + rows + 1:s, j:j + columns + 1:t] for i in range(h) for j in range(w)]
+
+
+def _tiles(pool: _Pool, x: Array) -> Array:
   """[B, H, W, C] -> [B, H // h, h, W // w, w, C], without the rows and columns that fill no window."""
-  (h, w), (rows, columns) = window, x.shape[1:3]
+  (h, w), (rows, columns) = pool.window, x.shape[1:3]
   x = x[:, :rows // h * h, :columns // w * w]
   return x.reshape(x.shape[0], rows // h, h, columns // w, w, x.shape[-1])

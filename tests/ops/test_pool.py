@@ -18,6 +18,8 @@ WINDOWS = [  # image, window, strides, padding
     ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),  # overlap
     ((7, 7), (2, 2), (2, 2), "SAME"),
     ((7, 7), (2, 2), None, "VALID"),
+    ((9, 8), (2, 3), (3, 2), ((0, 1), (2, 0))),  # some overlap, some leave a gap
+    ((5, 5), (1, 1), (2, 2), "VALID"),
 ]
 
 
@@ -41,7 +43,7 @@ def test_value_and_gradient_are_the_native_ones(size, window, strides, padding, 
     np.testing.assert_array_equal(ours, native)
 
 
-@pytest.mark.parametrize("size, window, strides, padding", WINDOWS[:2])
+@pytest.mark.parametrize("size, window, strides, padding", [WINDOWS[0], WINDOWS[1], WINDOWS[4]])
 def test_other_derivatives_are_the_native_ones(size, window, strides, padding):
   x = _image(size, ties=False)
   found = []
@@ -53,20 +55,22 @@ def test_other_derivatives_are_the_native_ones(size, window, strides, padding):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
 
 
-def test_a_nan_is_the_maximum_and_takes_the_gradient():
+@pytest.mark.parametrize("window, strides, padding", [((2, 2), (2, 2), "VALID"), ((3, 3), (2, 2), ((1, 1), (1, 1)))])
+def test_a_nan_is_the_maximum_and_takes_the_gradient(window, strides, padding):
   x = _image((4, 4)).at[0, 1, 0, 0].set(jnp.nan)
-  y, pull = jax.vjp(lambda x: max_pool(x, (2, 2), (2, 2)), x)
-  assert jnp.isnan(y[0, 0, 0, 0]) and int(jnp.isnan(y).sum()) == 1
-  assert pull(jnp.ones_like(y))[0][0, 1, 0, 0] == 1
+  y, pull = jax.vjp(lambda x: max_pool(x, window, strides, padding), x)
+  np.testing.assert_array_equal(jnp.isnan(y), jnp.isnan(nn.max_pool(x, window, strides, padding)))
+  assert jnp.isnan(y[0, 0, 0, 0])
+  assert pull(jnp.ones_like(y))[0][0, 1, 0, 0] == jnp.isnan(y).sum()
 
 
+@pytest.mark.parametrize("window, padding", [((2, 2), "VALID"), ((3, 3), "SAME")])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_elsewhere_the_gradient_is_the_native_one(platform):
+def test_elsewhere_the_gradient_is_the_native_one(platform, window, padding):
   x = _image((8, 8))
-  lower = lambda pool: jax.jit(jax.grad(lambda x: jnp.sum(pool(x, (2, 2), (2, 2))))).trace(x).lower(
-      lowering_platforms=(platform,)).as_text()
+  grad = lambda pool: jax.jit(jax.grad(lambda x: jnp.sum(pool(x, window, (2, 2), padding))))
+  lower = lambda pool: grad(pool).trace(x).lower(lowering_platforms=(platform,)).as_text()
   for operation in ("select_and_scatter", "optimization_barrier", "iota", "reduce_window"):
     name = f'"stablehlo.{operation}"' if operation != "iota" else "stablehlo.iota"
     assert lower(max_pool).count(name) == lower(nn.max_pool).count(name)
-  assert "select_and_scatter" not in jax.jit(
-      jax.grad(lambda x: jnp.sum(max_pool(x, (2, 2), (2, 2))))).lower(x).as_text()
+  assert "select_and_scatter" not in grad(max_pool).lower(x).as_text()
