@@ -156,6 +156,50 @@ def image_grid(
   return figure
 
 
+def relative_bars(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], label: str) -> Any:
+  """Horizontal bars from 1 on a logarithmic scale, in groups: what is less lies left, what is more right.
+
+  Args:
+    panels: title -> group -> name of a bar -> (value, least, most), all above 0; the last two are its whisker. Bars of
+      one name have one colour everywhere.
+    label: of the value.
+
+  Returns:
+    The figure, panels side by side.
+  """
+  groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
+  names = list(dict.fromkeys(name for panel in panels.values() for bars in panel.values() for name in bars))
+  colors = dict(zip(names, [COLORS["test"], COLORS["train"], *MORE_COLORS]))
+  figure, axes_row = _panels(len(panels), 1, 4.8, 1.0 + 0.2 * len(groups) * (len(names) + 1))
+  values = [v for panel in panels.values() for bars in panel.values() for bar in bars.values() for v in bar]
+  for axes, (title, panel) in zip(axes_row, panels.items()):
+    for row, group in enumerate(groups):
+      bars = panel.get(group, {})
+      for i, (name, (value, least, most)) in enumerate(bars.items()):
+        y = row + (i - (len(bars) - 1) / 2) / (len(names) + 1)
+        axes.barh(y, value - 1, 0.85 / (len(names) + 1), left=1, color=colors[name])
+        axes.plot(value, y, marker="o", markersize=5, color=colors[name])  # a bar to 1 has no length
+        axes.plot([least, most], [y, y], color=INK, linewidth=1)
+        axes.annotate(f"{value:.2f}", (max(most, 1), y), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                      color=INK)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(0.7, *values) / 1.15, max(1, *values) * 1.6)  # room for the numbers
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_yticks(range(len(groups)), groups if axes is axes_row[0] else [], fontsize=10)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_xlabel(label, fontsize=9)
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+  figure.legend(handles=[_patch(colors[name], name) for name in names], loc="outside upper center",
+                ncols=len(names), frameon=False, fontsize=10)
+  return figure
+
+
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
   """Writes a figure as PNG at `DPI`; whoever reads `path` sees the old file or the whole new one."""
   directory = os.path.dirname(os.path.abspath(path))
@@ -237,6 +281,11 @@ def _color(split: str, splits: Sequence[str]) -> str:
 
 def _shorten(name: str, limit: int = 16) -> str:
   return name if len(name) <= limit else name[:limit - 1] + "…"
+
+
+def _patch(color: str, label: str) -> Any:
+  from matplotlib.patches import Patch
+  return Patch(color=color, label=label)
 
 
 def _percent() -> Any:

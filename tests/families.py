@@ -4,6 +4,5 @@ import importlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOT_FAMILIES = {"__init__", "benchmark"}
-FAMILIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in NOT_FAMILIES)
+FAMILIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
 EXPERIMENTS = {name: importlib.import_module(f"experiments.{name}") for name in FAMILIES}

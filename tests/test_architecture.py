@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import FAMILIES, NOT_FAMILIES, ROOT
+from tests.families import FAMILIES, ROOT
 
 SOURCES = sorted(p for folder in ("dljax", "experiments") for p in (ROOT / folder).rglob("*.py"))
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 MAX_LINES = 250  # of a model file, and of the loop
 
 # What each room may import of the project; "dljax.data" stands for everything below it too.
@@ -97,14 +96,16 @@ def test_models_know_only_jax_flax_and_numpy(path):
 @pytest.mark.parametrize("package, only", [
     ("orbax", ["dljax.train.checkpoint"]),
     ("tensorflow", []),
-    ("torch", []),
+    ("torch", ["experiments.benchmark.torch_worker"]),  # another interpreter runs it
     ("torchvision", []),
     ("pickle", []),
     ("clu", []),
-    ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.data.prepare", "experiments.benchmark"]),
+    ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.data.prepare", "experiments.benchmark.tables",
+              "experiments.benchmark.__main__"]),
     ("tensorboardX", ["dljax.train.metrics"]),
     ("wandb", ["dljax.train.metrics"]),
-    ("absl", ["dljax.launch", "dljax.train.checkpoint", "experiments.benchmark"]),
+    ("absl", ["dljax.launch", "dljax.train.checkpoint", "experiments.benchmark.engine",
+              "experiments.benchmark.__main__"]),
 ])
 def test_a_package_has_its_place(package, only):
   users = [_module(path) for path in SOURCES if any(_below(name, [package]) for name in _imports(path))]
@@ -112,7 +113,7 @@ def test_a_package_has_its_place(package, only):
 
 
 def test_steps_are_compiled_in_one_place():
-  allowed = ("dljax.train.parallel", "experiments.benchmark")
+  allowed = ("dljax.train.parallel", "experiments.benchmark.jax_worker")
   names = {"jax.jit", "jax.pmap", "nn.jit", "linen.jit"}
   found = {_module(path): used for path in SOURCES if (used := _uses(path, names))}
   assert set(found) <= set(allowed), found

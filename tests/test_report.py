@@ -56,6 +56,16 @@ def test_the_moving_average_keeps_a_line_and_calms_noise():
   np.testing.assert_array_equal(report._moving_average(np.array([3.0])), [3.0])
 
 
+def test_relative_bars_go_from_one_to_the_value_with_the_range_across():
+  figure = report.relative_bars({"train": {"a": {"x": (0.5, 0.25, 0.75), "y": (4, 3, 8)}}, "inference": {}}, "ratio")
+  axes = panels(figure)["train"]
+  assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(1, -0.5), (1, 3)]
+  ranges = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_color() == report.INK]
+  np.testing.assert_allclose(ranges, [[0.25, 0.75], [3, 8], [1, 1]])  # the last is the line at 1
+  assert [text.get_text() for text in axes.texts] == ["0.50", "4.00"]
+  assert axes.get_xscale() == "log" and axes.get_xlim()[0] < 0.25 and axes.get_xlim()[1] > 8
+
+
 def test_read_metrics_skips_a_line_that_was_cut_short(tmp_path):
   path = tmp_path / "metrics.jsonl"
   text = "".join(json.dumps(row) + "\n" for row in ROWS)

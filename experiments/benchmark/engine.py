@@ -1,112 +1,39 @@
-"""How fast, and in how much memory, the engine runs on this machine.
+"""The rows on the engine: what the loop, the transfers, the memory and the pipeline cost.
 
-  python -m experiments.benchmark --output=benchmark.json
-
-Each row runs in a process of its own, on one device. Where two things are compared they take turns in one
-run, so that what else the machine does falls on both; a ratio is that of the medians of all turns, and
-beside it stand the smallest and the largest ratio of a turn. Leave the machine alone meanwhile.
+Where two things are compared they take turns in one process, on one device.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import gc
-import math
-import multiprocessing
 import os
 import re
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
-from dljax import errors
 from dljax.data.pipeline import HostBatch, Pipeline
 from dljax.errors import UserError
-from dljax.launch import BAD_INPUT, DONE
 from dljax.train import inspect, parallel
 from dljax.train.evaluate import prefetch
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
-from dljax.train.program import Program, RunOptions
-from dljax.train.workdir import write_json
+from dljax.train.program import Program
 from experiments import lenet, mlp, resnet
-
-_FLAGS = flags.FlagValues()
-_ROWS = flags.DEFINE_list("rows", [], "What to measure, with commas between; by default everything.",
-                          flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", 200, "Train steps of one turn.", lower_bound=1, flag_values=_FLAGS)
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Turns of each side.", lower_bound=1, flag_values=_FLAGS)
-_OUTPUT = flags.DEFINE_string("output", "", "A .json file for the numbers; by default they are only shown.",
-                              flag_values=_FLAGS)
-_HELP = flags.DEFINE_bool("help", False, "Show this help.", flag_values=_FLAGS)
+from experiments.benchmark.bare_step import ONE_DEVICE, BareStep
+from experiments.benchmark.measurement import Measurement, Settings, ratio
 
 RUN_IN = 10  # steps after which a loop's prefetching and run-ahead are full, or drained
-ONE_DEVICE = RunOptions(mesh={"data": 1, "fsdp": 1, "tensor": 1}, progress=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How long to measure.
-
-  Attributes:
-    steps: train steps of one turn.
-    repeats: turns of each side.
-  """
-
-  steps: int = 200
-  repeats: int = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-  """One line of the table.
-
-  Attributes:
-    name: what was measured on.
-    what: what was measured.
-    value: the number, often a ratio.
-    bound: what the value should hold.
-    at_least: whether it should be at least the bound; otherwise at most.
-    low, high: the smallest and the largest ratio of a turn, or None.
-    details: what the value was made from, with units in the names.
-  """
-
-  name: str
-  what: str
-  value: float
-  bound: float
-  at_least: bool = False
-  low: float | None = None
-  high: float | None = None
-  details: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-  @property
-  def holds(self) -> bool:
-    return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-
-def _ratio(name: str, what: str, over: Mapping[str, Sequence[float]], under: Mapping[str, Sequence[float]],
-           bound: float, *, at_least: bool = False) -> Measurement:
-  """The ratio of two sides that took turns; each is {name of its median in the details: seconds per turn}."""
-  (over_name, over_turns), = over.items()
-  (under_name, under_turns), = under.items()
-  medians = {over_name: statistics.median(over_turns), under_name: statistics.median(under_turns)}
-  turns = [a / b for a, b in zip(over_turns, under_turns, strict=True)]
-  value = medians[over_name] / medians[under_name]
-  return Measurement(name, what, value, bound, at_least, min(turns), max(turns), medians)
 
 
 class _Tap:
@@ -141,29 +68,11 @@ def _fit(experiment: Experiment, at: Callable[[int], None]) -> None:
     fit(tapped, Path(folder, "run"), ONE_DEVICE)
 
 
-class _BareStep:
-  """The compiled train step alone, on one batch that lies on the device."""
-
-  def __init__(self, experiment: Experiment):
-    experiment.train.open()
-    program = Program(experiment, ONE_DEVICE)
-    self._step, self._ahead = program.train_step, parallel.steps_in_flight(program.mesh)
-    self._state = program.init_state()
-    self._batch = parallel.put_batch(experiment.train.batch(0), ONE_DEVICE.parallelism, program.mesh)
-    self._lr_scale = parallel.put_shared(np.float32(1), program.mesh)
-    self.run(RUN_IN)  # compiles
-
-  def run(self, steps: int) -> float:
-    """Seconds per step."""
-    running = collections.deque()
-    start = time.perf_counter()
-    for _ in range(steps):
-      self._state, out = self._step(self._state, self._batch, self._lr_scale)
-      running.append(out["failed_step"])
-      if len(running) == self._ahead:
-        running.popleft().block_until_ready()
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / steps
+def _bare_step(experiment: Experiment) -> BareStep:
+  experiment.train.open()
+  bare = BareStep(experiment, experiment.train.batch(0))
+  bare.run(RUN_IN)  # drained and filled as the loop is
+  return bare
 
 
 def _digits(family: ModuleType, total_steps: int, *, augment: bool) -> ml_collections.ConfigDict:
@@ -186,7 +95,7 @@ def measure_loop(settings: Settings) -> list[Measurement]:
 def _loop_overhead(settings: Settings, family: ModuleType, *, augment: bool, name: str) -> Measurement:
   period = RUN_IN + settings.steps
   experiment = family.build(_digits(family, settings.repeats * period + 1, augment=augment))
-  bare = _BareStep(experiment)
+  bare = _bare_step(experiment)
   loop_turns, bare_turns, start = [], [], 0.0
 
   def at(step: int) -> None:
@@ -202,7 +111,7 @@ def _loop_overhead(settings: Settings, family: ModuleType, *, augment: bool, nam
 
   _fit(experiment, at)
   what = "step of the loop / bare step"
-  return _ratio(name, what, {"loop_seconds": loop_turns}, {"bare_seconds": bare_turns}, 1.05)
+  return ratio(name, what, {"loop_seconds": loop_turns}, {"bare_seconds": bare_turns}, 1.05)
 
 
 def measure_transfers(settings: Settings) -> list[Measurement]:
@@ -322,7 +231,7 @@ def measure_pipeline(settings: Settings) -> list[Measurement]:
     config.data.update(augmentation)
     experiments[kind] = lenet.build(config)
     experiments[kind].train.open()
-  bare = _BareStep(experiments["not augmented"])
+  bare = _bare_step(experiments["not augmented"])
   for turn in range(settings.repeats):
     step_turns.append(bare.run(settings.steps))
     for kind, experiment in experiments.items():
@@ -331,8 +240,8 @@ def measure_pipeline(settings: Settings) -> list[Measurement]:
         experiment.train.batch(step)
       batch_turns[kind].append((time.perf_counter() - start) / settings.steps)
   return [
-      _ratio(f"lenet digits, {kind}", "bare step / its batch made in memory", {"step_seconds": step_turns},
-             {"batch_seconds": batch_turns[kind]}, bound, at_least=True)
+      ratio(f"lenet digits, {kind}", "bare step / its batch made in memory", {"step_seconds": step_turns},
+            {"batch_seconds": batch_turns[kind]}, bound, at_least=True)
       for kind, (bound, _) in kinds.items()]
 
 
@@ -344,104 +253,7 @@ ROWS: Mapping[str, Callable[[Settings], list[Measurement]]] = {
 }
 
 
-def _in_child(row: str, settings: Settings) -> tuple[str, list[Measurement]]:
+def measure_row(row: str, settings: Settings) -> tuple[str, list[Measurement]]:
+  """The device's kind and the row's measurements, for a process of their own."""
   logging.set_verbosity(logging.WARNING)
   return jax.devices()[0].device_kind, ROWS[row](settings)
-
-
-def measure(rows: Sequence[str], settings: Settings) -> dict[str, Any]:
-  """Measures the rows, each in a process of its own.
-
-  Args:
-    rows: keys of `ROWS`.
-    settings: how long.
-
-  Returns:
-    JSON-able: "machine" (device, cores, load averages before and after, versions), "settings", and "rows":
-    one dict for each `Measurement`, with its "row" and whether it "holds".
-  """
-  machine = {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "jax": jax.__version__,
-             "python": ".".join(map(str, sys.version_info[:3]))}
-  found = []
-  for row in rows:
-    print(f"{row}: {ROWS[row].__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-      machine["device"], measurements = pool.submit(_in_child, row, settings).result()
-    found += [{"row": row, **dataclasses.asdict(m), "holds": m.holds} for m in measurements]
-  machine["load_after"] = os.getloadavg()[0]
-  return {"machine": machine, "settings": dataclasses.asdict(settings), "rows": found}
-
-
-def render(report: Mapping[str, Any]) -> Any:
-  """The table of what `measure` gives, for a `rich` console."""
-  from rich.table import Table  # pylint: disable=g-import-not-at-top
-
-  machine = report["machine"]
-  table = Table(
-      title=f"{machine['device']}, {machine['cores']} cores, jax {machine['jax']}; load average "
-            f"{machine['load_before']:.1f} before, {machine['load_after']:.1f} after", title_justify="left")
-  table.add_column("row")
-  table.add_column("on")
-  table.add_column("what")
-  for column in ("value", "bound", "min..max"):
-    table.add_column(column, justify="right", no_wrap=True)
-  table.add_column("verdict")
-  for m in report["rows"]:
-    spread = "" if m["low"] is None else f"{m['low']:.3g}..{m['high']:.3g}"
-    bound = f"{'>=' if m['at_least'] else '<='} {m['bound']:g}"
-    table.add_row(m["row"], m["name"], m["what"], f"{m['value']:.3f}", bound, spread,
-                  "holds" if m["holds"] else "missed")
-  return table
-
-
-def _run(argv: Sequence[str]) -> int:
-  try:
-    rest = _FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(str(error).replace("\n", " ")) from None
-  if rest[1:]:
-    raise UserError(f"{rest[1]!r} is not a flag; write --FLAG=VALUE, and see --help")
-  if _HELP.value:
-    print(_help())
-    return DONE
-  rows = _ROWS.value or list(ROWS)
-  for row in rows:
-    errors.choose("--rows", row, ROWS)
-  output = Path(_OUTPUT.value) if _OUTPUT.value else None
-  if output and output.suffix != ".json":
-    raise UserError(f"--output={output}: must end in .json")
-  if output and not output.absolute().parent.is_dir():
-    raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
-  report = measure(rows, Settings(_STEPS.value, _REPEATS.value))
-  from rich.console import Console  # pylint: disable=g-import-not-at-top
-
-  Console(width=None if sys.stdout.isatty() else 140).print(render(report))
-  if output:
-    write_json(output, report)
-    print(f"written to {output}")
-  return DONE
-
-
-def _help() -> str:
-  lines = ["usage: python -m experiments.benchmark [--FLAG=VALUE ...]", "", "rows:"]
-  lines += [f"  {name:12}{row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
-  lines += ["", "flags:"]
-  for name in _FLAGS:
-    flag = _FLAGS[name]
-    lines += [f"  --{name}" + (f"={flag.default}" if flag.default else ""), f"      {flag.help}"]
-  return "\n".join(lines)
-
-
-def main() -> None:
-  """Runs the command line, and exits: 0 when everything asked for was measured, 2 on bad input."""
-  try:
-    status = _run(sys.argv)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    status = BAD_INPUT
-  sys.stdout.flush()
-  sys.exit(status)
-
-
-if __name__ == "__main__":
-  main()

@@ -1,0 +1,50 @@
+"""What the row "models" measures: each case is the command line of an experiment, whose network is compared.
+
+Imports no model, as a worker chooses between our operators and the native ones first.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One network, with a batch and an input size.
+
+  Attributes:
+    experiment: the module that builds it, with `get_config` and `build`.
+    arguments: of its command line: the preset, and what is changed.
+    peer: the package that has the same network; `torch_worker.NETWORKS` makes it, by the case's name.
+    bound: the most that a train step or inference may take, as a multiple of the peer's, or None where they
+      are only told.
+    layouts: of the peer's memory, of which the faster counts.
+  """
+
+  experiment: str
+  arguments: tuple[str, ...]
+  peer: str
+  bound: float | None
+  layouts: tuple[str, ...] = ("contiguous", "channels_last")
+
+
+CASES: Mapping[str, Case] = {
+    "mlp": Case(
+        "experiments.mlp", ("--preset=mnist", "--config.batch_size=128", "--config.model.dropout=0"),
+        peer="torch", bound=None, layouts=("contiguous",)),
+    "lenet": Case(
+        "experiments.lenet", ("--preset=mnist", "--config.batch_size=128"), peer="torch", bound=1.0),
+    "lenet_max": Case(
+        "experiments.lenet", ("--preset=mnist", "--config.batch_size=128", "--config.model.pool=max"),
+        peer="torch", bound=1.0),
+    "resnet18": Case(
+        "experiments.resnet", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=resnet18"),
+        peer="torchvision", bound=1.0),
+    "resnet50": Case(
+        "experiments.resnet",
+        ("--preset=imagenet2012", "--config.batch_size=32", "--config.data.image_shape=64,64,3",
+         "--config.data.num_classes=10", "--config.model.zero_init_residual=false"),
+        peer="torchvision", bound=1.0),
+    "efficientnet_b0": Case(
+        "experiments.benchmark.efficientnet", ("--preset=b0", "--config.batch_size=16"),
+        peer="torchvision", bound=1.3),
+}

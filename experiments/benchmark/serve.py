@@ -1,0 +1,78 @@
+"""What a worker of the row "models" does: build one side of a case, then take turns when it is told to.
+
+A worker's argument is one JSON object. It writes JSON lines: first the facts about what it built, then one answer to
+each line that it reads (the name of a quantity, such as "train"): {"seconds": of one step, "steps": that the turn had,
+"peak_bytes": so far}. It ends when there is nothing more to read. Between two turns it waits for a line, which costs
+no CPU.
+
+Imports the standard library only, as the peer's interpreter runs it too.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Run = Callable[[int], float]  # steps -> seconds per step
+Describe = Callable[[], Mapping[str, Any]]
+
+# The same work on all sides. The rate is so small that the numbers stay what they are at the start: finite, and
+# none of them denormal, which would be slow on some sides.
+LEARNING_RATE, MOMENTUM = 1e-4, 0.9
+PRODUCT = 2048  # rows and columns of the matrices whose product gives the machine's peak
+
+
+def serve(build: Callable[[Mapping[str, Any]], tuple[Describe, Mapping[str, Run]]],
+          device_peak: Callable[[], int | None]) -> None:
+  """Runs a worker. Call it once all is imported: the time to the first step and the memory count from here.
+
+  Args:
+    build: argument -> (gives the facts, quantity -> what runs steps of it, "train" among them).
+    device_peak: the most bytes that the accelerator held, or None where the work is on the CPU.
+  """
+  spec = json.loads(sys.argv[1])
+  answers = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)  # what a library prints is no answer
+  held = _process_bytes("VmRSS")
+
+  def peak_bytes() -> int | None:
+    device, process = device_peak(), _process_bytes("VmHWM")
+    return device if device is not None or process is None or held is None else process - held
+
+  def say(answer: Mapping[str, Any]) -> None:
+    print(json.dumps(answer), file=answers, flush=True)
+
+  start = time.perf_counter()
+  describe, runs = build(spec)
+  runs["train"](1)
+  facts = {"first_step_seconds": time.perf_counter() - start, **describe()}
+  say(facts)
+  steps = {}
+  for line in sys.stdin:
+    quantity = json.loads(line)
+    run = runs[quantity]
+    if quantity not in steps:
+      steps[quantity] = steps_of_a_turn(run, spec["turn_seconds"])
+    say({"seconds": run(steps[quantity]), "steps": steps[quantity], "peak_bytes": peak_bytes()})
+
+
+def steps_of_a_turn(run: Run, seconds: float) -> int:
+  """How many steps take about `seconds`; at least one."""
+  run(1)  # the first step may be slower
+  steps = 1
+  while (taken := steps * run(steps)) < seconds / 4:
+    steps *= 2
+  return max(1, math.ceil(steps * seconds / taken))
+
+
+def _process_bytes(field: str) -> int | None:
+  """A field of /proc/self/status ("VmHWM" is the most that was held), where there is one."""
+  try:
+    with open("/proc/self/status", encoding="ascii") as status:
+      return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status.read())[1])
+  except (OSError, TypeError):
+    return None
