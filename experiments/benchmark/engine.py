@@ -185,14 +185,14 @@ def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 
   lr_scale = parallel.put_shared(np.float32(1), program.mesh)
   # The state, which the report counts, lies there before, so that compiling its creation does not count.
   state = jax.block_until_ready(program.init_state())
-  meter = _memory_meter(program.mesh.devices.flat[0])
-  before = meter() - sum(x.nbytes for x in jax.tree.leaves(state))
+  state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+  growth = _memory_meter(program.mesh.devices.flat[0])
   grown = []
   with contextlib.closing(prefetch(load, range(min(settings.steps, 5)), ahead)) as batches:
     for host, batch in batches:
       state, _ = compiled(state, batch, lr_scale)
       jax.block_until_ready(state)
-      grown.append(meter() - before)
+      grown.append(growth() + state_bytes)
   data = sum(x.nbytes for x in host.values()) * (ahead + 1)
   details = {"first_step_growth_bytes": grown[0], "growth_bytes": grown[-1], "reported_bytes": reported,
              "data_bytes": data}
@@ -202,10 +202,11 @@ def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 
 
 
 def _memory_meter(device: Any) -> Callable[[], int]:
-  """Gives a function: the most bytes that the device, or for a CPU this process, held since now."""
+  """Gives a function: by how much the most bytes that the device, or for a CPU this process, held since now
+  exceed what it holds now. The peak of an accelerator is that since the program's start."""
   if "peak_bytes_in_use" in (device.memory_stats() or {}):
     held = device.memory_stats()["bytes_in_use"]
-    return lambda: max(held, device.memory_stats()["peak_bytes_in_use"])
+    return lambda: device.memory_stats()["peak_bytes_in_use"] - held
   if not os.access("/proc/self/clear_refs", os.W_OK):
     raise UserError("--rows=memory: this system tells neither the device's memory nor (in /proc) that of the "
                     "process; leave the row out")
@@ -219,7 +220,8 @@ def _memory_meter(device: Any) -> Callable[[], int]:
     kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
     return int(kilobytes) * 1024
 
-  return peak
+  held = peak()
+  return lambda: peak() - held
 
 
 def measure_pipeline(settings: Settings) -> list[Measurement]:
