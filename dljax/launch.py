@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -83,9 +83,19 @@ def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> Non
   logging.use_absl_handler()
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.set_verbosity(logging.WARNING)
+  exit_with(lambda: _run(sys.argv, get_config, build, presets), "stopped before there was anything to save")
+
+
+def exit_with(run: Callable[[], int], stopped: str) -> NoReturn:
+  """Exits with what `run` gives, or with the status of its error, of which it prints one line.
+
+  Args:
+    run: gives the exit status.
+    stopped: what to print where SIGTERM or Ctrl-C ends it and nothing else tells what was saved.
+  """
   handler = _end_as_ctrl_c()
   try:
-    status = _run(sys.argv, get_config, build, presets)
+    status = run()
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     status = BAD_INPUT
@@ -93,7 +103,7 @@ def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> Non
     print(f"error: {error}", file=sys.stderr)
     status = FAILED
   except (Preempted, KeyboardInterrupt) as stop:
-    print(str(stop) or "stopped before there was anything to save", file=sys.stderr)
+    print(str(stop) or stopped, file=sys.stderr)
     status = PREEMPTED
   finally:
     signal.signal(signal.SIGTERM, handler)

@@ -15,7 +15,7 @@ depthwise kernels. There, static shapes choose among
   gradient, and for strides and small images.
 - `_native_*`: whatever is left.
 
-The work goes through a few images at a time where that keeps the intermediate arrays in the cache (`_sizes`).
+The work goes through a few images at a time where that keeps the intermediate arrays in the cache (`_chunk`).
 
 The convolution and its two gradients are bilinear, and each one's gradients are the other two:
 
@@ -46,7 +46,7 @@ _WINOGRAD_CHANNELS = 32  # with fewer the transforms cost more than the products
 _WINOGRAD_FLOATS = 2**18  # tiles times channels at once: 16 transforms of so many floats fill 16 MB
 _PATCH_FLOATS = 2**20  # of patches at once
 _PATCH_CHANNELS = 128  # with fewer, native strided convolutions are as fast
-_FEW_CHANNELS = 4
+_FEW_CHANNELS = 4  # up to these, rows of the image are copied faster than patches
 _BAND_FLOATS = 2**17  # largest banded matrix: beyond it the zeros cost more than the shape saves
 
 
@@ -275,6 +275,10 @@ def _split(x: Array, size: int) -> Array:
   return x.reshape(size, x.shape[0] // size, *x.shape[1:])
 
 
+def _chunk_of(x: Array, i: Array) -> Array:
+  return lax.dynamic_index_in_dim(x, i, 1, keepdims=False, allow_negative_indices=False)
+
+
 def _map_chunks(f: Callable[[Array], Array], size: int, x: Array) -> Array:
   """`f` of the whole batch, `size` images at a time."""
   if size == x.shape[0]:
@@ -283,8 +287,7 @@ def _map_chunks(f: Callable[[Array], Array], size: int, x: Array) -> Array:
   out = jax.eval_shape(f, x[:, 0])
 
   def body(i, y):
-    return lax.dynamic_update_index_in_dim(y, f(lax.dynamic_index_in_dim(x, i, 1, keepdims=False,
-                                                                       allow_negative_indices=False)), i, 1)
+    return lax.dynamic_update_index_in_dim(y, f(_chunk_of(x, i)), i, 1)
 
   # All of it will be overwritten. Zeros would be one array for the loops of all layers, from which each copies.
   y = jnp.full((size, x.shape[1], *out.shape[1:]), x[(0,) * x.ndim].astype(out.dtype))
@@ -299,7 +302,7 @@ def _sum_chunks(f: Callable[[Array, Array], Any], size: int, x: Array, dy: Array
   x, dy = _split(x, size), _split(dy, size)
 
   def body(i, total):
-    part = f(*(lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (x, dy)))
+    part = f(_chunk_of(x, i), _chunk_of(dy, i))
     return jax.tree.map(jnp.add, total, part)
 
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, x[:, 0], dy[:, 0]))
@@ -327,6 +330,24 @@ def _shifted(conv: _Conv, x: Array, tap: Pair) -> Array:
   start = [t * d for t, d in zip(tap, conv.dilation)]
   (i, j), (h, w), (s, t) = start, conv.out, conv.strides
   return x[:, i:i + s * (h - 1) + 1:s, j:j + t * (w - 1) + 1:t]
+
+
+def _shifts(x: Array, rows: np.ndarray, columns: np.ndarray, out: Pair, strides: Pair, *, first: int, axis: int,
+            ) -> Array:
+  """Views of padded images that begin at `rows` and `columns`, of size `out` with `strides`, stacked on `axis`.
+
+  The images' rows are dimension `first`. One loop gathers all views; slices would be compiled one by one.
+  """
+  size = list(x.shape)
+  size[first:first + 2] = [s * (n - 1) + 1 for s, n in zip(strides, out)]
+  every = (slice(None),) * first + tuple(slice(None, None, s) for s in strides)
+  start = [0] * x.ndim
+
+  def shift(row, column):
+    start[first:first + 2] = row, column
+    return lax.dynamic_slice(x, start, size)[every]
+
+  return jax.vmap(shift, out_axes=axis)(rows, columns)
 
 
 # 1x1.
@@ -444,17 +465,11 @@ def _transform_images(x: Array, tiles: Pair) -> Array:
   """B^T d B of the paper, of all overlapping 4x4 tiles d: [b, 2h + 2, 2w + 2, C] -> [16, b, h, w, C].
 
   Each row of B^T takes one row of d with a sign from or to another, so four shifted views of the images make
-  up the result. They are gathered, by one loop; sixteen sums of slices would be compiled as sixteen.
+  up the result.
   """
   first, second, sign = np.array([0, 1, 2, 1]), np.array([2, 2, 1, 3]), np.array([-1, 1, -1, -1])
   i, j = np.divmod(np.arange(16), 4)
-  h, w = tiles
-
-  def view(rows, columns):
-    size = (x.shape[0], 2 * h - 1, 2 * w - 1, x.shape[3])
-    shifted = jax.vmap(lambda row, column: lax.dynamic_slice(x, (0, row, column, 0), size))
-    return shifted(rows, columns)[:, :, ::2, ::2]
-
+  view = lambda rows, columns: _shifts(x, rows, columns, tiles, (2, 2), first=1, axis=0)
   signed = lambda signs, view: jnp.asarray(signs, x.dtype)[:, None, None, None, None] * view
   return (view(first[i], first[j]) + signed(sign[j], view(first[i], second[j]))
           + signed(sign[i], view(second[i], first[j])) + signed(sign[i] * sign[j], view(second[i], second[j])))
@@ -521,7 +536,7 @@ def _patches_forward(conv: _Conv, x: Array, w: Array) -> Array:
   kernel = w.reshape(-1, conv.features[1])
 
   def images(x):
-    return _patches(conv, x).reshape(*x.shape[:1], *conv.out, -1) @ kernel
+    return _patches(conv, x).reshape(x.shape[0], *conv.out, -1) @ kernel
 
   return _map_chunks(images, _patches_chunk(conv, x), jnp.pad(x, ((0, 0), *conv.padding, (0, 0))))
 
@@ -548,7 +563,7 @@ def _patches_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
 
   def few_channels(x, dy):  # too few to be copied patch by patch: rows of the image are copied instead
     x = lax.optimization_barrier(x.transpose(3, 0, 1, 2))
-    patches = _shifts(conv, x, first=2, axis=0)  # [taps, C, b, *out]
+    patches = _shifts(x, *_offsets(conv), conv.out, conv.strides, first=2, axis=0)  # [taps, C, b, *out]
     return dy.reshape(-1, dy.shape[-1]).T @ patches.reshape(-1, math.prod(dy.shape[:3])).T
 
   few = conv.features[0] <= _FEW_CHANNELS
@@ -558,25 +573,12 @@ def _patches_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
 
 def _patches(conv: _Conv, x: Array) -> Array:
   """[b, H, W, C], padded -> [b, *out, taps, C]."""
-  return _shifts(conv, x, first=1, axis=3)
+  return _shifts(x, *_offsets(conv), conv.out, conv.strides, first=1, axis=3)
 
 
-def _shifts(conv: _Conv, x: Array, *, first: int, axis: int) -> Array:
-  """What each tap of the kernel sees of padded images, whose rows are dimension `first`, stacked on `axis`.
-
-  Gathered for all taps by one loop, as in `_transform_images`.
-  """
-  size = list(x.shape)
-  size[first:first + 2] = [s * (n - 1) + 1 for s, n in zip(conv.strides, conv.out)]
-  every = (slice(None),) * first + tuple(slice(None, None, s) for s in conv.strides)
-  start = [0] * x.ndim
-
-  def shift(row, column):
-    start[first:first + 2] = row, column
-    return lax.dynamic_slice(x, start, size)[every]
-
-  rows, columns = np.array(conv.taps).T * np.array(conv.dilation)[:, None]
-  return jax.vmap(shift, out_axes=axis)(rows, columns)
+def _offsets(conv: _Conv) -> np.ndarray:
+  """Row and column of each tap: [2, taps]."""
+  return np.array(conv.taps).T * np.array(conv.dilation)[:, None]
 
 
 def _patches_chunk(conv: _Conv, x: Array) -> int:

@@ -35,7 +35,8 @@ def max_pool(
     The maximum of each window, [B, H / strides, W / strides, C] up to what the padding adds.
   """
   window, strides = tuple(window_shape), tuple(strides or (1,) * len(window_shape))
-  if inputs.ndim != 4 or len(window) != 2 or not jnp.issubdtype(inputs.dtype, jnp.floating):
+  out = jax.eval_shape(lambda x: nn.max_pool(x, window, strides, padding), inputs)  # its checks are Flax's
+  if inputs.ndim != 4 or len(window) != 2 or not jnp.issubdtype(inputs.dtype, jnp.floating) or 0 in out.shape:
     return nn.max_pool(inputs, window, strides, padding)
   if isinstance(padding, str):
     padding = lax.padtype_to_pads(inputs.shape[1:3], window, strides, padding)

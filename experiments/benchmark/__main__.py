@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 from absl import flags
 
 from dljax import errors, report
-from dljax.errors import RunError, UserError
-from dljax.launch import BAD_INPUT, DONE, FAILED, PREEMPTED
+from dljax.errors import UserError
+from dljax.launch import DONE, exit_with
 from dljax.train.workdir import write_json
 from experiments.benchmark import engine, tables
 from experiments.benchmark.cases import CASES
@@ -138,22 +137,7 @@ def main() -> None:
 
   Exit status: 0 when everything asked for was measured; 1 failed; 2 bad input; 75 stopped by Ctrl-C or SIGTERM.
   """
-  handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with all workers
-  try:
-    status = _run(sys.argv)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    status = BAD_INPUT
-  except RunError as error:
-    print(f"error: {error}", file=sys.stderr)
-    status = FAILED
-  except KeyboardInterrupt:
-    print("stopped; nothing is written", file=sys.stderr)
-    status = PREEMPTED
-  finally:
-    signal.signal(signal.SIGTERM, handler)
-  sys.stdout.flush()
-  sys.exit(status)
+  exit_with(lambda: _run(sys.argv), "stopped; nothing is written")
 
 
 if __name__ == "__main__":

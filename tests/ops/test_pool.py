@@ -20,6 +20,7 @@ WINDOWS = [  # image, window, strides, padding
     ((7, 7), (2, 2), None, "VALID"),
     ((9, 8), (2, 3), (3, 2), ((0, 1), (2, 0))),  # some overlap, some leave a gap
     ((5, 5), (1, 1), (2, 2), "VALID"),
+    ((4, 4), (6, 2), (2, 2), "VALID"),  # no window fits
 ]
 
 
