@@ -1,12 +1,26 @@
 """Four virtual CPU devices, so that every test can ask what changes with the device count.
 
-Most of a test's time is compilation; XLA at its lowest effort halves it.
+Most of a test's time is compilation. XLA at its lowest effort halves it, and the processes of one run share what
+they have compiled.
 """
 
 import os
+import shutil
+import tempfile
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 for _flag, _value in (("--xla_force_host_platform_device_count", 4), ("--xla_backend_optimization_level", 0)):
   if _flag not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Makes the folder of compiled programs; workers and the programs that tests start find it in the environment."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="dljax-compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
