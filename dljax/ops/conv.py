@@ -401,8 +401,8 @@ def _depthwise_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
         new.append(sums[len(new)] + x_row[:, start:start + width:conv.strides[1]] * dy_row)
     return new
 
-  zeros = [jnp.zeros((dy.shape[0], *dy.shape[2:]), dy.dtype)] * len(conv.taps)
-  sums = lax.fori_loop(0, conv.out[0], body, zeros)
+  # Begins with the first row: zeros would be one array, of which the loop copies one for each tap.
+  sums = lax.fori_loop(1, conv.out[0], body, body(0, [0] * len(conv.taps)))
   return jnp.stack([jnp.sum(s, (0, 1)) for s in sums]).reshape(*conv.kernel, 1, -1)
 
 
