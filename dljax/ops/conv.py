@@ -10,7 +10,7 @@ depthwise kernels. There, static shapes choose among
 - `_winograd_*`: 3x3 kernels without stride, by F(2x2, 3x3) of Andrew Lavin, Scott Gray, "Fast Algorithms for
   Convolutional Neural Networks", 2015, https://arxiv.org/abs/1509.09308, section 4.1: 16 products where the
   definition has 36. The kernel's gradient is F(3x3, 2x2), with the same transforms.
-- `_band_*`: with few channels, a row of the image times a banded matrix that holds the kernel.
+- `_band_*`: with few channels, parts of rows of the image times a banded matrix that holds the kernel.
 - `_patches_*`: products with what each position of the result sees of the images; for any other kernel's
   gradient, and for strides and small images.
 - `_native_*`: whatever is left.
@@ -47,7 +47,8 @@ _WINOGRAD_FLOATS = 2**18  # tiles times channels at once: 16 transforms of so ma
 _PATCH_FLOATS = 2**20  # of patches at once
 _PATCH_CHANNELS = 128  # with fewer, native strided convolutions are as fast
 _FEW_CHANNELS = 4  # up to these, rows of the image are copied faster than patches
-_BAND_FLOATS = 2**17  # largest banded matrix: beyond it the zeros cost more than the shape saves
+_BAND_FLOATS = 2**17  # largest banded matrix of a whole row: beyond it other forms are faster
+_BAND_COLUMNS = 80  # of the banded matrix; fewer make a product slower than the zeros that they save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,7 +492,9 @@ def _transform_output(m: Array) -> Array:
   return y.reshape(b, 2 * h, 2 * w, -1)
 
 
-# A banded matrix for each row of the kernel, on top of each other: [h * W * C, out * O] with the image's width padded.
+# A banded matrix for each row of the kernel, on top of each other: [h * V * C, n * O], which makes `n` columns of the
+# result out of the `V` columns of the padded image that they see. A whole row at once is one large product most of
+# whose numbers are zeros, a column at once has none but is copied h * w times and has only O columns.
 
 
 def _band_forward(conv: _Conv, x: Array, w: Array) -> Array:
@@ -499,7 +502,7 @@ def _band_forward(conv: _Conv, x: Array, w: Array) -> Array:
 
 
 def _band_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
-  rows = dy.reshape(*dy.shape[:2], -1) @ _band(conv, w).T
+  rows = _band_columns(conv, dy) @ _band(conv, w).T
   back = jax.linear_transpose(
       functools.partial(_band_rows, conv),
       jax.ShapeDtypeStruct((dy.shape[0], *conv.image, conv.features[0]), dy.dtype))
@@ -507,22 +510,41 @@ def _band_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
 
 
 def _band_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
-  band = jnp.einsum("bhk,bho->ko", _band_rows(conv, x), dy.reshape(*dy.shape[:2], -1))
+  band = jnp.einsum("bhnk,bhno->ko", _band_rows(conv, x), _band_columns(conv, dy))
   w = jax.ShapeDtypeStruct((*conv.kernel, *conv.features), x.dtype)
   return jax.linear_transpose(functools.partial(_band, conv), w)(band)[0]
 
 
+def _band_size(conv: _Conv) -> Pair:
+  """How many columns of the result the matrix makes, and how many of the image they see.
+
+  The fewest that leave it `_BAND_COLUMNS` columns, and divide the result.
+  """
+  wide = [n for n in range(1, conv.out[1] + 1) if conv.out[1] % n == 0 and n * conv.features[1] >= _BAND_COLUMNS]
+  n = min(wide, default=conv.out[1])
+  return n, conv.strides[1] * (n - 1) + conv.kernel[1]
+
+
 def _band_rows(conv: _Conv, x: Array) -> Array:
-  """For each row of the result, the rows of the padded images that it sees: [B, out, h * W * C]."""
+  """For each row of the result and each part of it, what it sees of the padded images: [B, out, parts, h * V * C]."""
   x = jnp.pad(x, ((0, 0), *conv.padding, (0, 0)))
-  x = x.reshape(*x.shape[:2], -1)
+  n, width = _band_size(conv)
+  starts = range(0, conv.strides[1] * conv.out[1], conv.strides[1] * n)
+  x = jnp.stack([x[:, :, start:start + width].reshape(*x.shape[:2], -1) for start in starts], 2)
   end = conv.strides[0] * (conv.out[0] - 1) + 1
   return jnp.concatenate([x[:, i:i + end:conv.strides[0]] for i in range(conv.kernel[0])], -1)
 
 
+def _band_columns(conv: _Conv, dy: Array) -> Array:
+  """[B, *out, O] -> [B, out, parts, n * O]."""
+  n, _ = _band_size(conv)
+  return dy.reshape(*dy.shape[:2], conv.out[1] // n, -1)
+
+
 def _band(conv: _Conv, w: Array) -> Array:
-  """The kernel at each column of the result."""
-  width, columns = conv.image[1] + sum(conv.padding[1]), jnp.arange(conv.out[1])
+  """The kernel at each of `n` columns of the result."""
+  n, width = _band_size(conv)
+  columns = jnp.arange(n)
   band = sum(
       jnp.einsum("xz,hco->hxczo", jnp.eye(width, dtype=w.dtype)[:, conv.strides[1] * columns + j], w[:, j])
       for j in range(conv.kernel[1]))
