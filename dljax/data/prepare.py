@@ -10,24 +10,18 @@ of them needs TensorFlow (`pip install 'dljax[tf]'`).
 
 import argparse
 import functools
-import hashlib
-import http.client
 import socket
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dljax import downloads
 from dljax.data import sources
 from dljax.errors import UserError, unknown
 
 STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100")
-TIMEOUT = 10  # seconds without an answer
-ATTEMPTS = 5  # in a row that bring nothing new
-BLOCK = 2**16  # bytes
 
 
 def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
@@ -90,7 +84,7 @@ def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
   for url, path in missing.items():
     fetch(url, path, int(files[url].size))
   for url, path in paths.items():
-    if sha256(path) != files[url].checksum:
+    if downloads.sha256(path) != files[url].checksum:
       if download:
         path.unlink()
         raise UserError(f"{url}: the download does not have TFDS's checksum and was removed; try again, or "
@@ -98,60 +92,7 @@ def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
       raise UserError(f"--manual_dir: {path} does not have TFDS's checksum; get it again from {url}")
 
 
-def fetch(url: str, path: Path, size: int) -> None:
-  """Downloads to `path`, by way of `path`.part, from where an earlier attempt stopped.
-
-  Args:
-    url: http or https.
-    path: appears when all `size` bytes are there.
-    size: in bytes.
-
-  Raises:
-    UserError: no connection, or it broke off too often; the part stays for the next time.
-  """
-  from rich import progress
-
-  part = path.with_name(path.name + ".part")
-  columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
-             progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
-  with progress.Progress(*columns) as bar:
-    task = bar.add_task(path.name, total=size, visible=False)
-    idle = 0
-    while (done := part.stat().st_size if part.exists() else 0) < size:
-      try:
-        _continue(url, part, done, lambda n: bar.update(task, completed=n, visible=True))
-        reason = "the connection broke off"
-      except urllib.error.HTTPError as e:
-        raise UserError(f"{url}: the server says {e.code} {e.reason}; put the file in a folder and name it "
-                        "by --manual_dir") from e
-      except (OSError, http.client.HTTPException) as e:
-        reason = getattr(e, "reason", e)
-        if isinstance(reason, socket.gaierror):
-          idle = ATTEMPTS  # there is no such host: offline
-      idle = 0 if part.exists() and part.stat().st_size > done else idle + 1
-      if idle >= ATTEMPTS:
-        raise UserError(f"{url}: no network ({reason}); run again to go on, or put the file in a folder and "
-                        "name it by --manual_dir")
-  part.rename(path)
-
-
-def _continue(url: str, part: Path, done: int, report: Callable[[int], None]) -> None:
-  request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-  with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-    if response.status != http.client.PARTIAL_CONTENT:
-      done = 0  # the server sends everything again
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab" if done else "wb") as out:
-      while block := response.read(BLOCK):
-        out.write(block)
-        done += len(block)
-        report(done)
-
-
-def sha256(path: Path) -> str:
-  """Of a file's content, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+fetch = functools.partial(downloads.fetch, mend="put the file in a folder and name it by --manual_dir")
 
 
 def _unknown(name: str) -> UserError:
@@ -191,7 +132,7 @@ def _require_network(url: str) -> None:
   parts = urllib.parse.urlsplit(url)
   try:  # TFDS itself would try for minutes
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname, port), TIMEOUT).close()
+    socket.create_connection((parts.hostname, port), downloads.TIMEOUT).close()
   except OSError as e:
     raise UserError(f"{url}: no network ({e}); run again when there is one") from e
 
