@@ -38,6 +38,7 @@ def default_config() -> ml_collections.ConfigDict:
       "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
       "validation": "validation",
       "test": "test",
+      "per_class": 0,  # how many examples of each class to train on, drawn by the seed; 0 is all
       "num_classes": 10,
       "image_shape": (8, 8, 1),  # height, width, channels that the model sees
       "mean": (0.3051,),  # per channel, in units of 1
@@ -69,6 +70,7 @@ def validate(config: Any) -> None:
   need("image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
        "give (height, width, channels) with 1 or 3 channels")
   need("num_classes", config.num_classes > 0, "give a positive number")
+  need("per_class", config.per_class >= 0, "give a positive number, or 0 for all")
   for field in ("mean", "std"):
     need(field, len(config[field]) == shape[-1], f"give one value for each of {shape[-1]} channels")
   need("mean", all(0 <= m <= 1 for m in config.mean), "give values from 0 to 1")
@@ -254,6 +256,9 @@ class _ImageSet:
     """Reads a split into memory if it fits, else reads it as it is needed."""
     dataset, config = self.dataset, self.config
     records = dataset.records(config[split])
+    if split == "train" and config.per_class:
+      names = dataset.features["label"].names
+      records = sources.Subset(records, few_of_each(records, names, config.per_class, pipeline.seed))
     crops = split == "train" and config.random_resized_crop > 0
     stored = dataset.features["image"].shape if crops else config.image_shape
     static = None not in stored
@@ -354,6 +359,32 @@ class _ImageSet:
 def _partners(plan: Plan) -> np.ndarray:
   """The row after each of the host's rows: the order is random already, and may cross hosts."""
   return (plan.rows + 1) % len(plan.indices)
+
+
+def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed: int) -> np.ndarray:
+  """The positions, rising, of `count` records of each class: the first of an order that is drawn by `seed`.
+
+  Args:
+    records: of the split; reads no more of them than it takes.
+    names: of the classes.
+    count: of each class.
+    seed: of the run.
+
+  Raises:
+    UserError: a class has fewer records.
+  """
+  order = rng(seed, 0, "per_class").permutation(len(records))
+  chosen = [[] for _ in names]
+  for start in range(0, len(order), DECODE_AT_ONCE):
+    block = order[start:start + DECODE_AT_ONCE]
+    for index, record in zip(block, records[block]):
+      if len(of_class := chosen[record["label"][0]]) < count:
+        of_class.append(index)
+    if all(len(of_class) == count for of_class in chosen):
+      return np.sort(np.concatenate(chosen))
+  name, least = min(zip(names, map(len, chosen)), key=lambda pair: pair[1])
+  raise UserError(f"--config.data.per_class={count}: of {name!r} there are but {least} training examples; make it "
+                  "smaller, or 0 to take all")
 
 
 def decode_record(record: Mapping[str, Any], channels: int) -> HostBatch:
