@@ -11,7 +11,8 @@ _FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, o
 _MOST_STEPS = 2**31 - 1  # the step is an int32
 # Fields that came after the first runs, and the values with which they do nothing.
 LATER_FIELDS: Mapping[str, Any] = {
-    "init.source": "", "init.format": "", "init.new_head": False, "data.per_class": 0}
+    "init.source": "", "init.format": "", "init.new_head": False, "data.per_class": 0,
+    "data.background": 0}
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
