@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                            ["--source", "--to", "--model", "--set", "--help"])
     if rest:
       raise UserError(f"{rest[0]!r} is one name too many; give an input and an output, and see --help")
-    print(convert(args.source, args.to, args.model, dict(map(_setting, args.set)), args.input, args.output.expanduser()))
+    settings = dict(map(_setting, args.set))
+    print(convert(args.source, args.to, args.model, settings, args.input, args.output.expanduser()))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return BAD_INPUT

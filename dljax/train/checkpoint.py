@@ -166,7 +166,9 @@ class Checkpointer:
     flat = self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"]
     return Restored(step, jax.tree.unflatten(treedef, [flat[name] for name in wanted]), manifest["host"])
 
-  def restore_arrays(self, choose: Callable[[Iterable[str]], Iterable[str]], step: int | None = None) -> Restored | None:
+  def restore_arrays(
+      self, choose: Callable[[Iterable[str]], Iterable[str]], step: int | None = None,
+  ) -> Restored | None:
     """Restores some arrays of a step, after verifying it, without knowing the state that was saved.
 
     Args:

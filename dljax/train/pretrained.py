@@ -96,8 +96,8 @@ def _read(source: str) -> tuple[Mapping[str, np.ndarray], str, str]:
     return tensors, interop.OURS, f"checkpoint {step} of {source}"
   if (path / folder.WEIGHTS).exists():
     return interop.read(path / folder.WEIGHTS), interop.OURS, source
-  raise UserError(f"the folder holds neither a run nor {folder.WEIGHTS}; name the workdir of a run, a .safetensors file "
-                  "or a folder that `python -m dljax.interop` wrote")
+  raise UserError(f"the folder holds neither a run nor {folder.WEIGHTS}; name the workdir of a run, a .safetensors "
+                  "file or a folder that `python -m dljax.interop` wrote")
 
 
 def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:

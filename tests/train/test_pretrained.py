@@ -79,7 +79,7 @@ def test_a_run_starts_from_the_averaged_parameters_of_the_best_checkpoint(run_di
   with pretrained.Checkpointer(run_dir / "checkpoints", read_only=True) as checkpointer:
     state = checkpointer.restore(Program(source, ONE).abstract_state, best).state
   _same(arrays, traverse_util.flatten_dict(jax.tree.map(np.asarray, state.variables), sep="/"))
-  assert not np.array_equal(arrays["params/hidden1/kernel"], state.params["hidden1"]["kernel"])  # that were not averaged
+  assert not np.array_equal(arrays["params/hidden1/kernel"], state.params["hidden1"]["kernel"])  # not averaged
 
   experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.ema_decay=0.9")
   state, started, _, summary = _start(experiment)
@@ -88,8 +88,9 @@ def test_a_run_starts_from_the_averaged_parameters_of_the_best_checkpoint(run_di
   assert summary == f"starting from checkpoint {best} of {run_dir}: {len(arrays)} of {len(arrays)} arrays"
 
 
-@pytest.mark.parametrize("options", [ONE, RunOptions(mesh={**MESH, "data": 2, "fsdp": 2}), RunOptions(parallelism="pmap")],
-                         ids=["one", "fsdp", "pmap"])
+@pytest.mark.parametrize("options", [
+    ONE, RunOptions(mesh={**MESH, "data": 2, "fsdp": 2}), RunOptions(parallelism="pmap"),
+], ids=["one", "fsdp", "pmap"])
 def test_the_head_starts_afresh_for_another_number_of_classes(run_dir, options):
   experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.data.num_classes=3")
   state, started, fresh, summary = _start(experiment, options)
