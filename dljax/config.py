@@ -9,6 +9,10 @@ from dljax.errors import UserError, unknown
 
 _FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, or none
 _MOST_STEPS = 2**31 - 1  # the step is an int32
+# Fields that came after the first runs, and the values with which they do nothing.
+LATER_FIELDS: Mapping[str, Any] = {
+    "init.source": "", "init.format": "", "init.new_head": False, "data.per_class": 0,
+    "data.background": 0}
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -26,6 +30,10 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
     ema_decay: of the average of the parameters that evaluation uses; 0 is off.
     monitor: "split/metric" that decides which checkpoint is best, early stopping and plateau; "" for none.
     early_stopping_patience: evaluations without improvement after which to stop; 0 is off.
+    init.source: weights to start from: the workdir of a run (its best checkpoint), a .safetensors file, a folder
+      written by `python -m dljax.interop`, or hub:OWNER/NAME; "" starts afresh.
+    init.format: whose names the tensors of init.source have: dljax, torchvision, ...; "" finds out.
+    init.new_head: start the head afresh even if init.source is for as many classes, which may be others.
 
   Args:
     family: the name of the experiment's file.
@@ -47,9 +55,24 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
       "ema_decay": 0.0,
       "monitor": "",
       "early_stopping_patience": 0,
+      "init": {"source": "", "format": "", "new_head": False},
   })
   config.update(fields)
   return config
+
+
+def add_later_fields(config: ml_collections.ConfigDict, like: ml_collections.ConfigDict) -> None:
+  """Gives the config of an old run the fields that `like` has by now, with the values that change nothing."""
+  old, new = flatten(config), flatten(like)
+  for name, value in LATER_FIELDS.items():
+    if name in new and name not in old:
+      *parents, field = name.split(".")
+      place = config
+      for parent in parents:
+        if parent not in place:
+          place[parent] = ml_collections.ConfigDict()
+        place = place[parent]
+      place[field] = value
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -8,7 +8,8 @@ Test accuracy of the other presets:
   cifar10        not run here; published: 91.25 % (He et al. 2016, table 6)
   imagenet2012   not run here; published: 76.40 % with one crop (Goyal et al. 2017, table 1)
 
-For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+For the emoji, first run `python -m dljax.data.prepare emoji`. For ImageNet, prepare the set with TFDS (it asks for the
+files of image-net.org), then
   python -m experiments.resnet --preset=imagenet2012 --data_dir=DIR
 """
 
@@ -24,6 +25,7 @@ PRESETS: Mapping[str, str] = {
     "digits": "ResNet-20 on the 8x8 digits that ship inside scikit-learn, at 16x16; offline, minutes.",
     "fashion_mnist": "ResNet-20 on Fashion-MNIST.",
     "cifar10": "ResNet-20 on CIFAR-10, as in He et al. 2016, section 4.2.",
+    "emoji": "ResNet-20 on the pictures of a colour font, by their group; a package of Debian or a download.",
     "imagenet2012": "ResNet-50 on ImageNet, with the recipe of Goyal et al. 2017.",
 }
 
@@ -47,6 +49,10 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
         "name": "momentum", "schedule": "step", "decay_boundaries": (0.5, 0.75), "weight_decay": 0.0, "l2": 1e-4,
         "warmup_fraction": 0.0})
     config.update({"total_steps": 64_000, "log_every": 100, "eval_every": 2000, "checkpoint_every": 2000})
+  elif preset == "emoji":
+    config.data.update({"image_shape": (32, 32, 3)})
+    config.optimizer.update({"learning_rate": 0.1})
+    config.update({"total_steps": 1500, "log_every": 25, "eval_every": 150, "checkpoint_every": 150})
   else:
     config.optimizer.update({
         "name": "nesterov", "schedule": "step", "decay_boundaries": (1 / 3, 2 / 3, 8 / 9), "weight_decay": 0.0,

@@ -17,11 +17,13 @@ MAX_LINES = 250  # of a model file, and of the loop
 
 # What each room may import of the project; "dljax.data" stands for everything below it too.
 TASKS = ["dljax.tasks", "dljax.models", "dljax.ops", "dljax.report", "dljax.errors"]
-DATA = ["dljax.data", "dljax.errors"]
+DATA = ["dljax.data", "dljax.downloads", "dljax.errors"]
+INTEROP = ["dljax.interop", "dljax.models", "dljax.downloads", "dljax.errors"]
 TRAIN = ["dljax.train", "dljax.tasks", "dljax.ops", "dljax.data.pipeline", "dljax.optim", "dljax.report",
          "dljax.config", "dljax.errors"]
 ALLOWED = {
     "dljax.errors": [],
+    "dljax.downloads": ["dljax.errors"],
     "dljax.config": ["dljax.errors"],
     "dljax.report": ["dljax.errors"],
     "dljax.optim": ["dljax.errors"],
@@ -29,7 +31,9 @@ ALLOWED = {
     "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
-    "dljax.interop": ["dljax.interop", "dljax.models", "dljax.errors"],
+    "dljax.interop.__main__": [*INTEROP, "dljax.train"],  # reads the checkpoints of runs
+    "dljax.interop": INTEROP,
+    "dljax.train.pretrained": [*TRAIN, "dljax.interop"],  # where a run starts from others' weights
     "dljax.train": TRAIN,
     "dljax.image_classification": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim",
                                    "dljax.config", "dljax.errors"],
@@ -100,7 +104,7 @@ def test_models_know_only_jax_flax_and_numpy(path):
     ("torchvision", []),
     ("pickle", []),
     ("clu", []),
-    ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.data.prepare", "experiments.benchmark.tables",
+    ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.downloads", "experiments.benchmark.tables",
               "experiments.benchmark.__main__"]),
     ("tensorboardX", ["dljax.train.metrics"]),
     ("wandb", ["dljax.train.metrics"]),

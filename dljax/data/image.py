@@ -38,10 +38,12 @@ def default_config() -> ml_collections.ConfigDict:
       "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
       "validation": "validation",
       "test": "test",
+      "per_class": 0,  # how many examples of each class to train on, drawn by the seed; 0 is all
       "num_classes": 10,
       "image_shape": (8, 8, 1),  # height, width, channels that the model sees
       "mean": (0.3051,),  # per channel, in units of 1
       "std": (0.3757,),
+      "background": 0,  # what shows through where an image is transparent: grey from 0 (black) to 255
       # How an image reaches image_shape: "pad" centres it on black (and shrinks it if it is too large),
       # "bilinear" ignores its aspect ratio, "crop" takes the centre.
       "resize": "pad",
@@ -69,11 +71,13 @@ def validate(config: Any) -> None:
   need("image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
        "give (height, width, channels) with 1 or 3 channels")
   need("num_classes", config.num_classes > 0, "give a positive number")
+  need("per_class", config.per_class >= 0, "give a positive number, or 0 for all")
   for field in ("mean", "std"):
     need(field, len(config[field]) == shape[-1], f"give one value for each of {shape[-1]} channels")
   need("mean", all(0 <= m <= 1 for m in config.mean), "give values from 0 to 1")
   need("std", all(0 < s <= 1 for s in config.std), "give values above 0 and up to 1")
   need("train", bool(config.train), "name the split to train on")
+  need("background", 0 <= config.background <= 255, "give a value from 0 to 255")
   need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
   need("crop_fraction", 0 < config.crop_fraction <= 1, "give a value above 0 and up to 1")
   need("random_resized_crop", 0 <= config.random_resized_crop <= 1, "give a value from 0 to 1")
@@ -165,7 +169,7 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
   for path in _files(paths):
     try:
       stack = _load_npy(path, config.image_shape[-1]) if path.suffix == ".npy" else [
-          decode_image(path.read_bytes(), config.image_shape[-1])]
+          decode_image(path.read_bytes(), config.image_shape[-1], config.background)]
       fitted = [fit(image) for image in stack]
     except Exception as e:  # Pillow raises many kinds for a broken file
       skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
@@ -240,7 +244,7 @@ class _ImageSet:
     if classes != config.num_classes:
       raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has {classes} classes")
     channels = dataset.features["image"].shape[-1]
-    if channels not in (None, config.image_shape[-1]):
+    if channels not in (None, config.image_shape[-1]) and (channels, config.image_shape[-1]) != (4, 3):
       raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
                       f"channel{'s' * (channels > 1)}")
     splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
@@ -254,16 +258,19 @@ class _ImageSet:
     """Reads a split into memory if it fits, else reads it as it is needed."""
     dataset, config = self.dataset, self.config
     records = dataset.records(config[split])
+    if split == "train" and config.per_class:
+      names = dataset.features["label"].names
+      records = sources.Subset(records, few_of_each(records, names, config.per_class, pipeline.seed))
     crops = split == "train" and config.random_resized_crop > 0
-    stored = dataset.features["image"].shape if crops else config.image_shape
+    channels, background = config.image_shape[-1], config.background
+    stored = (*dataset.features["image"].shape[:2], channels) if crops else config.image_shape
     static = None not in stored
-    channels = config.image_shape[-1]
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else self.fit
-      return InMemory(_decode_all(records, channels, fit, stored), self.crop if crops else None)
+      return InMemory(_decode_all(records, channels, background, fit, stored), self.crop if crops else None)
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
-      examples = [decode_record(record, channels) for record in records[indices]]
+      examples = [decode_record(record, channels, background) for record in records[indices]]
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
       return [{**example, "image": self.fit(example["image"])} for example in examples]
@@ -356,13 +363,43 @@ def _partners(plan: Plan) -> np.ndarray:
   return (plan.rows + 1) % len(plan.indices)
 
 
-def decode_record(record: Mapping[str, Any], channels: int) -> HostBatch:
+def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed: int) -> np.ndarray:
+  """The positions, rising, of `count` records of each class: the first of an order that is drawn by `seed`.
+
+  Args:
+    records: of the split; reads no more of them than it takes.
+    names: of the classes.
+    count: of each class.
+    seed: of the run.
+
+  Raises:
+    UserError: a class has fewer records.
+  """
+  order = rng(seed, 0, "per_class").permutation(len(records))
+  chosen = [[] for _ in names]
+  for start in range(0, len(order), DECODE_AT_ONCE):
+    block = order[start:start + DECODE_AT_ONCE]
+    for index, record in zip(block, records[block]):
+      if len(of_class := chosen[record["label"][0]]) < count:
+        of_class.append(index)
+    if all(len(of_class) == count for of_class in chosen):
+      return np.sort(np.concatenate(chosen))
+  name, least = min(zip(names, map(len, chosen)), key=lambda pair: pair[1])
+  raise UserError(f"--config.data.per_class={count}: of {name!r} there are but {least} training examples; make it "
+                  "smaller, or 0 to take all")
+
+
+def decode_record(record: Mapping[str, Any], channels: int, background: int = 0) -> HostBatch:
   """{"image": uint8[h, w, channels], "label": i32[]} from a record of `sources.Records`."""
-  return {"image": decode_image(record["image"][0], channels), "label": np.int32(record["label"][0])}
+  return {"image": decode_image(record["image"][0], channels, background), "label": np.int32(record["label"][0])}
 
 
-def decode_image(data: bytes, channels: int) -> np.ndarray:
-  """An encoded image as uint8[h, w, channels]; raises `OSError` and the like if it is corrupt."""
+def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
+  """An encoded image as uint8[h, w, channels], over grey `background` where it is transparent.
+
+  Raises:
+    OSError and the like: it is corrupt.
+  """
   from PIL import Image, UnidentifiedImageError
 
   try:
@@ -371,13 +408,18 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
     raise ValueError("is no image that Pillow can read") from None
   if image.mode.startswith(("I", "F")):
     raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    ground = Image.new("RGBA", image.size, (background,) * 3 + (255,))
+    image = Image.alpha_composite(ground, image)
   mode = "L" if channels == 1 else "RGB"
   array = np.asarray(image if image.mode == mode else image.convert(mode))
   return array if channels == 3 else array[..., None]
 
 
 def _decode_all(
-    records: sources.Records, channels: int, fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
+    records: sources.Records, channels: int, background: int, fit: Callable[[np.ndarray], np.ndarray],
+    shape: Sequence[int],
 ) -> dict[str, np.ndarray]:
   images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
   for start in range(0, len(records), DECODE_AT_ONCE):
@@ -387,7 +429,7 @@ def _decode_all(
     encoded = [record["image"][0] for record in block]
     decoded = png.decode(encoded)
     if decoded is None or decoded.shape[-1] != channels:
-      decoded = [decode_image(data, channels) for data in encoded]
+      decoded = [decode_image(data, channels, background) for data in encoded]
     for row, image in zip(rows, decoded):
       images[row] = fit(image)
   return {"image": images, "label": labels}

@@ -4,30 +4,27 @@
     python -m dljax.data.prepare cifar10 --data_dir=/data/tfds --manual_dir=~/Downloads
 
 mnist, fashion_mnist, cifar10 and cifar100 need nothing else: an interrupted download goes on where it
-stopped, and files are held against TFDS's checksums. Other sets are prepared by TFDS itself, which for most
+stopped, and files are held against TFDS's checksums. So does emoji, a set of ours, of a font and its names that
+Debian 12 has, installed or downloaded. Other sets are prepared by TFDS itself, which for most
 of them needs TensorFlow (`pip install 'dljax[tf]'`).
 """
 
 import argparse
 import functools
-import hashlib
-import http.client
 import socket
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dljax import downloads
 from dljax.data import sources
 from dljax.errors import UserError, unknown
 
 STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100")
-TIMEOUT = 10  # seconds without an answer
-ATTEMPTS = 5  # in a row that bring nothing new
-BLOCK = 2**16  # bytes
+EMOJI = "emoji"
+EMOJI_PACKAGES = "fonts-noto-color-emoji unicode-data"  # of Debian
 
 
 def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
@@ -56,14 +53,22 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
     raise UserError(f"--data_dir: cannot write to {data_dir}; choose another directory")
   if base in sources.EMBEDDED:
     return sources.prepare_embedded(name, data_dir)
-  if base in STOCK:
-    from dljax.data.datasets.stock import BUILDERS
+  if base in (*STOCK, EMOJI):
+    from dljax.data.datasets import emoji, stock
 
-    builder = BUILDERS[base]
+    builder = emoji.Emojis if base == EMOJI else stock.BUILDERS[base]
     if config or version not in ("", str(builder.VERSION)):
       raise UserError(f"{name}: {base} has no configs, and its version is {builder.VERSION}")
     folder = manual_dir or data_dir / "downloads" / base
-    collect(builder.url_infos, folder, download=manual_dir is None)
+    if base == EMOJI and manual_dir is None and emoji.installed():
+      folder = None
+    else:
+      try:
+        collect(builder.url_infos, folder, download=manual_dir is None)
+      except UserError as e:
+        if base != EMOJI:
+          raise
+        raise UserError(f"{e}; on Debian 12 `apt-get install {EMOJI_PACKAGES}` will do, too") from e
     sources.build(functools.partial(builder, folder=folder), data_dir)
   else:
     _prepare_by_tfds(name, data_dir, manual_dir)
@@ -85,12 +90,12 @@ def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
   missing = {url: path for url, path in paths.items() if not path.is_file()}
   if missing and not download:
     names = ", ".join(path.name for path in missing.values())
-    origin = next(iter(missing)).rpartition("/")[0]
-    raise UserError(f"--manual_dir: {folder} lacks {names}; get it from {origin}/")
+    origins = " and ".join(dict.fromkeys(url.rpartition("/")[0] + "/" for url in missing))
+    raise UserError(f"--manual_dir: {folder} lacks {names}; get it from {origins}")
   for url, path in missing.items():
     fetch(url, path, int(files[url].size))
   for url, path in paths.items():
-    if sha256(path) != files[url].checksum:
+    if downloads.sha256(path) != files[url].checksum:
       if download:
         path.unlink()
         raise UserError(f"{url}: the download does not have TFDS's checksum and was removed; try again, or "
@@ -98,66 +103,13 @@ def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
       raise UserError(f"--manual_dir: {path} does not have TFDS's checksum; get it again from {url}")
 
 
-def fetch(url: str, path: Path, size: int) -> None:
-  """Downloads to `path`, by way of `path`.part, from where an earlier attempt stopped.
-
-  Args:
-    url: http or https.
-    path: appears when all `size` bytes are there.
-    size: in bytes.
-
-  Raises:
-    UserError: no connection, or it broke off too often; the part stays for the next time.
-  """
-  from rich import progress
-
-  part = path.with_name(path.name + ".part")
-  columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
-             progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
-  with progress.Progress(*columns) as bar:
-    task = bar.add_task(path.name, total=size, visible=False)
-    idle = 0
-    while (done := part.stat().st_size if part.exists() else 0) < size:
-      try:
-        _continue(url, part, done, lambda n: bar.update(task, completed=n, visible=True))
-        reason = "the connection broke off"
-      except urllib.error.HTTPError as e:
-        raise UserError(f"{url}: the server says {e.code} {e.reason}; put the file in a folder and name it "
-                        "by --manual_dir") from e
-      except (OSError, http.client.HTTPException) as e:
-        reason = getattr(e, "reason", e)
-        if isinstance(reason, socket.gaierror):
-          idle = ATTEMPTS  # there is no such host: offline
-      idle = 0 if part.exists() and part.stat().st_size > done else idle + 1
-      if idle >= ATTEMPTS:
-        raise UserError(f"{url}: no network ({reason}); run again to go on, or put the file in a folder and "
-                        "name it by --manual_dir")
-  part.rename(path)
-
-
-def _continue(url: str, part: Path, done: int, report: Callable[[int], None]) -> None:
-  request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-  with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-    if response.status != http.client.PARTIAL_CONTENT:
-      done = 0  # the server sends everything again
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab" if done else "wb") as out:
-      while block := response.read(BLOCK):
-        out.write(block)
-        done += len(block)
-        report(done)
-
-
-def sha256(path: Path) -> str:
-  """Of a file's content, in hexadecimal."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+fetch = functools.partial(downloads.fetch, mend="put the file in a folder and name it by --manual_dir")
 
 
 def _unknown(name: str) -> UserError:
   import tensorflow_datasets as tfds
 
-  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *sources.EMBEDDED])
+  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *sources.EMBEDDED, EMOJI])
 
 
 def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None:
@@ -191,7 +143,7 @@ def _require_network(url: str) -> None:
   parts = urllib.parse.urlsplit(url)
   try:  # TFDS itself would try for minutes
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname, port), TIMEOUT).close()
+    socket.create_connection((parts.hostname, port), downloads.TIMEOUT).close()
   except OSError as e:
     raise UserError(f"{url}: no network ({e}); run again when there is one") from e
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dljax.errors import UserError, unknown
 
 EMBEDDED = ("digits",)  # sets that ship with a dependency and prepare themselves
@@ -128,6 +130,24 @@ class Records:
   def __getitem__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
     """Field name -> value list, for each of `indices`."""
     return [_parse(record) for record in self._source.__getitems__([int(i) for i in indices])]
+
+
+class Subset:
+  """Some of the examples of `Records`, and like them.
+
+  Args:
+    records: the whole.
+    indices: i64[n], their positions in it.
+  """
+
+  def __init__(self, records: Records, indices: np.ndarray):
+    self._records, self._indices = records, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+    return self._records[self._indices[np.asarray(indices)]]
 
 
 def _parse(record: bytes) -> Mapping[str, Any]:

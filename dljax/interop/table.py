@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dljax import errors
+
 Array = Any
 
 
@@ -48,12 +50,12 @@ class Table:
   no_weight: str = r"(?!)"
 
   def find(self, path: str) -> tuple[str, Layout]:
-    """The source's name and layout for our `path`."""
+    """The source's name and layout for our `path`; `UserError` where it has none."""
     for pattern, name, layout in self.rules:
       match = re.fullmatch(pattern, path)
       if match:
         return match.expand(name), layout
-    raise KeyError(f"no rule of the table matches {path}")
+    raise errors.UserError(f"the source has no counterpart of {path}; the weights are of another model")
 
   def holds_no_weight(self, name: str) -> bool:
     """Whether the source's tensor `name` may be left over."""

@@ -24,7 +24,7 @@ import json
 import logging as python_logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +165,34 @@ class Checkpointer:
     self._manager.reload()
     flat = self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"]
     return Restored(step, jax.tree.unflatten(treedef, [flat[name] for name in wanted]), manifest["host"])
+
+  def restore_arrays(
+      self, choose: Callable[[Iterable[str]], Iterable[str]], step: int | None = None,
+  ) -> Restored | None:
+    """Restores some arrays of a step, after verifying it, without knowing the state that was saved.
+
+    Args:
+      choose: the names of all arrays ("params/conv1/kernel") -> the names of those wanted.
+      step: as in `restore`.
+
+    Returns:
+      As `restore`, with name -> NumPy array as the state.
+
+    Raises:
+      UserError: the step asked for is not there or not intact.
+    """
+    self._wait()
+    step = _agree(lambda: self._choose(step))
+    if step == _NONE:
+      return None
+    manifest = self._manifest(step)
+    leaves = {name: manifest["leaves"][name] for name in choose(manifest["leaves"])}
+    args = _orbax().args.PyTreeRestore(
+        item={name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()},
+        restore_args={name: _orbax().RestoreArgs(restore_type=np.ndarray) for name in leaves}, partial_restore=True)
+    self._manager.reload()
+    return Restored(step, self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"],
+                    manifest["host"])
 
   def close(self) -> None:
     """Waits until the last save is on disk with its manifest.

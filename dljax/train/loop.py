@@ -3,9 +3,11 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from dljax import optim, report
 from dljax.data.pipeline import opened
 from dljax.errors import RunError, UserError, unknown, writing
-from dljax.train import metrics, parallel
+from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, prefetch
 from dljax.train.experiment import Experiment
@@ -44,6 +46,9 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   folder.check(config, options.resume)
   metrics.check_wandb(options.wandb)
   program = Program(experiment, options)
+  weights = functools.cache(lambda: pretrained.load(experiment, program.abstract_state))
+  if config.init.source and not Checkpointer(folder.checkpoints, read_only=True).steps():
+    weights()  # which may be bad input, to be told before anything is written
   with opened(experiment.train, *experiment.evals.values()):
     evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
     if experiment.monitor:
@@ -52,7 +57,7 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
     try:
       checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
       with StopSignals() as signals, checkpointer:
-        return _Run(experiment, folder, options, program, evaluator, checkpointer, signals).run()
+        return _Run(experiment, folder, options, program, weights, evaluator, checkpointer, signals).run()
     finally:
       folder.release()
 
@@ -83,11 +88,11 @@ class _Run:
   """One call of `fit`, past all checks."""
 
   def __init__(
-      self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program, evaluator: Evaluator,
-      checkpointer: Checkpointer, signals: StopSignals,
+      self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program,
+      weights: Callable[[], pretrained.Weights], evaluator: Evaluator, checkpointer: Checkpointer, signals: StopSignals,
   ):
     self.experiment, self.config, self.options = experiment, experiment.config, options
-    self.folder, self.program, self.evaluator = folder, program, evaluator
+    self.folder, self.program, self.weights, self.evaluator = folder, program, weights, evaluator
     self.checkpointer, self.signals = checkpointer, signals
     self.tracker = optim.Tracker()  # of the monitored metric
     self.seconds, self.started = 0.0, time.monotonic()  # of earlier calls; the start of this one
@@ -113,6 +118,9 @@ class _Run:
       self.folder.begin(self.config, self.experiment.assets())
     if restored is None:
       state = self.program.init_state()
+      if self.config.init.source:
+        state = self.weights().put(state)
+        metrics.say(self.weights().summary)
     elif start < total and not self._exhausted:
       metrics.say(f"continuing from step {start}")
     with writer:

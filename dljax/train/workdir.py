@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from dljax.config import flatten
+from dljax.config import LATER_FIELDS, flatten
 from dljax.errors import UserError, writing
 
 # A run may continue with other values of these; of nothing else.
@@ -88,6 +88,7 @@ class Workdir:
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     # Through JSON, where a tuple is a list.
     old, new = flatten(old), flatten(json.loads(json.dumps(config.to_dict())))
+    old = {key: value for key, value in LATER_FIELDS.items() if key in new} | old
     differ = [
         f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
         for key in sorted(old.keys() | new.keys())

@@ -1,6 +1,7 @@
 """Image pipelines and the reading of the user's images."""
 
 import functools
+import io
 import json
 import subprocess
 import sys
@@ -150,6 +151,31 @@ def test_mixing_is_with_the_next_row_of_the_global_batch(digits, kind):
       assert boxed.sum() <= round(64 * (1 - weight[0, 0, 0, 0]))
 
 
+@pytest.mark.parametrize("limit", [image.MEMORY_LIMIT, 0], ids=["in memory", "streamed"])
+def test_a_few_of_each_class_are_the_same_few_for_one_seed(digits, limit, monkeypatch):
+  def few(seed, count=7):
+    digits.per_class = count
+    data = build(digits, seed=seed, batch_size=10 * count)
+    data.train.open()
+    assert data.train.num_examples == 10 * count and data.train.num_batches == 1
+    batch = data.train.batch(0)
+    assert np.bincount(batch["label"]).tolist() == [count] * 10
+    evaluation = data.evals["test"]
+    evaluation.open()
+    assert evaluation.num_examples == 360  # of the whole split
+    return {pixels.tobytes() for pixels in batch["image"]}
+
+  monkeypatch.setattr(image, "MEMORY_LIMIT", limit)
+  assert few(0) == few(0) != few(1)
+  assert few(0) > few(0, 3)  # more are the same and others
+
+
+def test_a_class_with_too_few_examples_is_named(digits):
+  digits.per_class = 126
+  with pytest.raises(UserError, match=r"--config.data.per_class=126: of '\d' there are but 12\d training examples"):
+    build(digits).train.open()
+
+
 def test_evaluation_pass(digits):
   data = build(digits)
   test = data.evals["test"]
@@ -215,6 +241,8 @@ def test_class_names_and_many_threads(digits):
     ("pad_crop", 9, "pad_crop.*at most 8"),
     ("pad_crop", 10**30, "pad_crop.*at most 8"),
     ("randaugment_layers", 11, "randaugment_layers.*at most 10"),
+    ("per_class", -1, "per_class"),
+    ("background", 256, "background.*from 0 to 255"),
     ("mixup", float("nan"), "mixup"),
     ("randaugment_magnitude", 31.0, "randaugment_magnitude"),
     ("train", "", "train"),
@@ -274,6 +302,25 @@ def test_encode_reads_as_evaluation_does(digits, tmp_path):
   assert names == [str(tmp_path / f"digit{i}.png") for i in range(12)] and not skipped  # 2 before 10
   np.testing.assert_array_equal(batch["image"], rows["image"][:12])
   assert batch["mask"].tolist() == [1] * 12 and batch["host/id"].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("background, expected", [(0, 100), (255, 228)])
+def test_transparent_images_lie_on_the_background(mode, background, expected):
+  pixels = np.full((4, 6, 4), 200, np.uint8)
+  pixels[:, :3, 3], pixels[:, 3:, 3] = 128, 255
+  picture = Image.fromarray(pixels)
+  if mode == "LA":
+    picture = picture.convert("LA")
+  if mode == "P":
+    picture = picture.quantize(4)
+  file = io.BytesIO()
+  picture.save(file, "png")
+  for channels in 1, 3:
+    decoded = image.decode_image(file.getvalue(), channels, background)
+    assert decoded.shape == (4, 6, channels)
+    np.testing.assert_allclose(decoded[:, :3].astype(int), expected, atol=3)
+    np.testing.assert_allclose(decoded[:, 3:].astype(int), 200, atol=1)
 
 
 def test_encode_npy_of_every_shape(digits, tmp_path):

@@ -322,6 +322,26 @@ def test_read_only_moves_and_deletes_nothing(saved, caplog):
   assert "instead of" in _messages(caplog)[0]
 
 
+def test_some_arrays_can_be_had_without_knowing_the_state(saved):
+  with Checkpointer(saved, read_only=True) as checkpointer:
+    restored = checkpointer.restore_arrays(lambda names: [name for name in names if name.startswith("params/")])
+    older = checkpointer.restore_arrays(lambda names: ["step"], 4)
+  state = _state(8)
+  assert restored.step == 8 and restored.host["seen"] == 8
+  assert restored.state.keys() == {f"params/{module}/{name}" for module in state.params for name in ("bias", "kernel")}
+  for module, arrays in state.params.items():
+    for name, array in arrays.items():
+      found = restored.state[f"params/{module}/{name}"]
+      assert isinstance(found, np.ndarray) and found.dtype == array.dtype
+      assert found.tobytes() == np.asarray(array).tobytes()
+  assert older.state["step"] == 4
+  _flip(_largest(saved / "8"), 5)
+  with Checkpointer(saved, read_only=True) as checkpointer:
+    assert checkpointer.restore_arrays(lambda names: ["step"]).step == 4
+    with pytest.raises(UserError, match="differs from its SHA-256"):
+      checkpointer.restore_arrays(lambda names: ["step"], 8)
+
+
 @pytest.mark.parametrize("damage, fault", [
     (lambda path: path.write_text('["a", "c"]'), "differs from its SHA-256"),
     (lambda path: path.write_text("[]"), "bytes instead of"),

@@ -1,0 +1,252 @@
+"""The emoji of the font Noto Color Emoji, as a TFDS set: pictures with transparency, names and groups.
+
+The pictures are the font's own, 136 pixels wide and 128 high, one for each emoji that Unicode 15.0 recommends
+(the "fully-qualified" lines of emoji-test.txt), skin tones, professions, families and flags included. Both files
+come from Debian 12: the packages fonts-noto-color-emoji 2.042 (SIL Open Font License 1.1) and unicode-data 15.0.0.
+Those that are installed are taken if they are the same files, else those of the packages.
+
+Splits. What looks alike is in one split: emoji that differ in skin tone, in the sex of a person, in what follows a
+colon in the name ("family: man, woman, boy"; but not flags and keycaps), and those with the same picture (the flags
+of Norway and Svalbard). From every group, families in an order drawn by a hash go to the test until it has 15 % of the
+group's pictures, then to validation until it has 10 %.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+GROUPS = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
+          "Objects", "Symbols", "Flags")
+SHARES = {"test": 0.15, "validation": 0.10}
+
+FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+NAMES = "usr/share/unicode/emoji/emoji-test.txt"
+SHA256 = {
+    FONT: "e5899ed38b8ed83e08bd3ac5de09791e9d19d288333a796de1d35ad17396f1ec",
+    NAMES: "8445f23ac8388e096be19d0262e14fceff856ff52093f2356dc89485f1a853db",
+}
+PACKAGES = {
+    "https://deb.debian.org/debian/pool/main/f/fonts-noto-color-emoji/fonts-noto-color-emoji_2.042-0+deb12u1_all.deb":
+        (FONT, 9893872, "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751"),
+    "https://deb.debian.org/debian/pool/main/u/unicode-data/unicode-data_15.0.0-1_all.deb":
+        (NAMES, 7983784, "5efef23bbb1c6a133ecbdd63a2cfa07159ccacf5466a49e2426101c5ecd691fc"),
+}
+
+SKIN_TONES = range(0x1F3FB, 0x1F3FF + 1)
+EMOJI_STYLE, JOINER = 0xFE0F, 0x200D  # variation selector 16, zero width joiner
+MAN, WOMAN, PERSON, MALE, FEMALE = 0x1F468, 0x1F469, 0x1F9D1, 0x2642, 0x2640
+HEIGHT, WIDTH = 128, 136
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+  """One emoji, as emoji-test.txt has it.
+
+  Attributes:
+    codepoints: the sequence of code points.
+    name: its short name (CLDR).
+    group, subgroup: where it stands.
+  """
+
+  codepoints: tuple[int, ...]
+  name: str
+  group: str
+  subgroup: str
+
+
+def parse_names(text: str) -> list[Emoji]:
+  """The fully-qualified emoji of an emoji-test.txt (Unicode Technical Standard 51)."""
+  found, group, subgroup = [], "", ""
+  for line in text.splitlines():
+    if line.startswith("# group: "):
+      group = line.removeprefix("# group: ").strip()
+    elif line.startswith("# subgroup: "):
+      subgroup = line.removeprefix("# subgroup: ").strip()
+    elif match := re.fullmatch(r"([0-9A-F ]+?)\s*; fully-qualified\s*# \S+ E[\d.]+ (.+)", line):
+      found.append(Emoji(tuple(int(code, 16) for code in match[1].split()), match[2], group, subgroup))
+  return found
+
+
+class Font:
+  """The bitmaps of a colour font (tables CBLC and CBDT of OpenType) by sequence of code points.
+
+  Args:
+    data: the font file.
+  """
+
+  def __init__(self, data: bytes):
+    from fontTools.ttLib import TTFont
+
+    font = TTFont(io.BytesIO(data), lazy=True)
+    self._glyphs = font.getBestCmap()
+    self._ligatures = {}  # glyphs -> the glyph that is drawn for them in a row
+    for lookup in font["GSUB"].table.LookupList.Lookup if "GSUB" in font else ():
+      for table in lookup.SubTable:
+        for first, ligatures in getattr(table, "ligatures", {}).items():
+          for ligature in ligatures:
+            self._ligatures.setdefault((first, *ligature.Component), ligature.LigGlyph)
+    self._bitmaps = font["CBDT"].strikeData[0]
+
+  def bitmap(self, codepoints: Sequence[int]) -> bytes | None:
+    """The PNG file drawn for a sequence; None where the font has no picture of the whole."""
+    for variant in (tuple(codepoints), tuple(code for code in codepoints if code != EMOJI_STYLE)):
+      glyphs = tuple(self._glyphs.get(code) for code in variant)
+      glyph = glyphs[0] if len(glyphs) == 1 else self._ligatures.get(glyphs)
+      if glyph in self._bitmaps:
+        return bytes(self._bitmaps[glyph].imageData)
+    return None
+
+
+def families(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> list[list[int]]:
+  """Positions of emoji that look alike, and so must be in one split.
+
+  Args:
+    emoji: all of them.
+    pictures: of each.
+
+  Returns:
+    Families in order of their first member, with their members in order.
+  """
+  parent = list(range(len(emoji)))
+
+  def root(i: int) -> int:
+    while parent[i] != i:
+      i = parent[i]
+    return i
+
+  first: dict[Any, int] = {}
+  for i, (one, picture) in enumerate(zip(emoji, pictures)):
+    for key in ("codes", _plain(one.codepoints)), ("name", _base_name(one)), ("picture", picture):
+      other = root(first.setdefault(key, i))
+      parent[max(root(i), other)] = min(root(i), other)
+  members = collections.defaultdict(list)
+  for i in range(len(emoji)):
+    members[root(i)].append(i)
+  return list(members.values())
+
+
+def _plain(codepoints: Iterable[int]) -> tuple[int, ...]:
+  """Without skin tone, and with a person in place of a man or a woman."""
+  codes: list[int] = []
+  for code in codepoints:
+    if code in (MALE, FEMALE) and codes[-1:] == [JOINER]:
+      codes.pop()
+    elif code not in SKIN_TONES and code != EMOJI_STYLE:
+      codes.append(PERSON if code in (MAN, WOMAN) else code)
+  return tuple(codes)
+
+
+def _base_name(emoji: Emoji) -> str:
+  """What stands before the colon; of flags and keycaps, which differ in nothing else, the whole name."""
+  name, _, _ = emoji.name.partition(":")
+  return emoji.name if name in ("flag", "keycap") else name
+
+
+def split(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> dict[str, list[int]]:
+  """Split name -> positions, as this file's docstring says."""
+  def draw(family: list[int]) -> str:
+    return hashlib.sha256(emoji[family[0]].name.encode()).hexdigest()
+
+  parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+  by_group = collections.defaultdict(list)
+  for family in families(emoji, pictures):
+    by_group[emoji[family[0]].group].append(family)
+  for of_group in by_group.values():
+    total = sum(map(len, of_group))
+    left = {name: share * total for name, share in SHARES.items()}
+    for family in sorted(of_group, key=draw):
+      part = next((name for name, wanted in left.items() if wanted > 0), "train")
+      if part in left:
+        left[part] -= len(family)
+      parts[part] += family
+  return {name: sorted(part) for name, part in parts.items()}
+
+
+def read_package(path: Path, member: str) -> bytes:
+  """One file of a Debian package: an `ar` archive that holds a tar archive data.tar.* (deb(5)).
+
+  Raises:
+    ValueError: it is no such package, or the file is not in it.
+  """
+  data = path.read_bytes()
+  position = 8
+  while data[:8] == b"!<arch>\n" and position + 60 <= len(data):
+    name, size = data[position:position + 16].decode().strip(" /"), int(data[position + 48:position + 58])
+    position += 60
+    if name.startswith("data.tar"):
+      with tarfile.open(fileobj=io.BytesIO(data[position:position + size])) as archive:
+        for entry in archive:
+          if entry.isfile() and entry.name.removeprefix("./") == member:
+            return archive.extractfile(entry).read()
+    position += size + size % 2
+  raise ValueError(f"{path} is no Debian package that holds {member}")
+
+
+def installed(root: Path = Path("/")) -> bool:
+  """Whether both files are installed as this set is made of them."""
+  return all((root / path).is_file() and hashlib.sha256((root / path).read_bytes()).hexdigest() == checksum
+             for path, checksum in SHA256.items())
+
+
+with tfds.core.registered.skip_registration():
+
+  class Emojis(tfds.core.GeneratorBasedBuilder):
+    """See this file's docstring.
+
+    Args:
+      folder: holds the packages; None takes what is installed.
+    """
+
+    name = "emoji"
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {url: tfds.download.checksums.UrlInfo(size=size, checksum=checksum, filename=url.rpartition("/")[2])
+                 for url, (_, size, checksum) in PACKAGES.items()}
+
+    def __init__(self, *, folder: Path | None, **kwargs: Any):
+      self._folder = folder
+      super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+      return tfds.core.DatasetInfo(
+          builder=self,
+          description=__doc__,
+          features=tfds.features.FeaturesDict({
+              "image": tfds.features.Image(shape=(HEIGHT, WIDTH, 4), encoding_format="png"),
+              "label": tfds.features.ClassLabel(names=GROUPS),
+              "name": tfds.features.Text(),
+              "subgroup": tfds.features.Text(),
+              "codepoints": tfds.features.Text(),  # "1F44B 1F3FB"
+          }),
+          supervised_keys=("image", "label"),
+          homepage="https://github.com/googlefonts/noto-emoji",
+      )
+
+    def _split_generators(self, dl_manager):
+      font = Font(self._read(FONT))
+      emoji = parse_names(self._read(NAMES).decode())
+      pictures = [font.bitmap(one.codepoints) for one in emoji]
+      return {name: self._generate_examples([(emoji[i], pictures[i]) for i in part])
+              for name, part in split(emoji, pictures).items()}
+
+    def _generate_examples(self, examples: Iterable[tuple[Emoji, bytes]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+      from PIL import Image
+
+      for emoji, picture in examples:
+        codepoints = " ".join(f"{code:04X}" for code in emoji.codepoints)
+        yield codepoints, {
+            "image": Image.open(io.BytesIO(picture)).convert("RGBA"), "label": emoji.group, "name": emoji.name,
+            "subgroup": emoji.subgroup, "codepoints": codepoints}
+
+    def _read(self, member: str) -> bytes:
+      if self._folder is None:
+        return Path("/", member).read_bytes()
+      url = next(url for url, (path, _, _) in PACKAGES.items() if path == member)
+      return read_package(self._folder / url.rpartition("/")[2], member)

@@ -1,0 +1,130 @@
+"""Starting from weights that were trained before: `--config.init.source`.
+
+What the source holds under the names of this model is taken. The head, that is every array whose size depends on
+the number of classes, starts afresh where the source is for another number of classes or has none, or where
+`--config.init.new_head` says so; anything else that is missing, left over or of another shape is an error that
+names it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dljax import interop
+from dljax.errors import UserError, choose
+from dljax.interop import folder, hub, variants
+from dljax.train.checkpoint import Checkpointer
+from dljax.train.experiment import Experiment
+from dljax.train.state import TrainState
+from dljax.train.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Variables to start from.
+
+  Attributes:
+    arrays: path ("params/conv1/kernel", "batch_stats/norm1/mean") -> array; without what starts afresh.
+    summary: one line that says what was taken from where, and what starts afresh.
+  """
+
+  arrays: Mapping[str, np.ndarray]
+  summary: str
+
+  def put(self, state: TrainState) -> TrainState:
+    """A fresh `state`, on its devices, with these variables; the average of the parameters starts there too."""
+    flat = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
+    flat |= {path: jax.device_put(array, flat[path].sharding) for path, array in self.arrays.items()}
+    variables = traverse_util.unflatten_dict(flat, sep="/")
+    params = variables.pop("params")
+    ema = jax.tree.map(jnp.copy, params) if state.ema else {}
+    return state.replace(params=params, model_state=state.model_state | variables, ema=ema)
+
+
+def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
+  """The weights that `experiment.config.init` names.
+
+  Args:
+    experiment: what is to be trained.
+    abstract_state: the shapes of its state.
+
+  Raises:
+    UserError: the source is not there, is none, or does not fit the model.
+  """
+  init, task = experiment.config.init, experiment.task
+  specs = traverse_util.flatten_dict({"params": abstract_state.params, **abstract_state.model_state}, sep="/")
+  model = getattr(task, "model", None)
+  head = {}
+  if hasattr(model, "num_classes"):
+    batch = {key: jnp.zeros(spec.shape, spec.dtype) for key, spec in experiment.batch_spec.items()}
+    head = variants.head(lambda n: dataclasses.replace(task, model=model.clone(num_classes=n)).init(
+        jax.random.key(0), batch))
+  if init.new_head and not head:
+    raise UserError("--config.init.new_head: this model has no head that depends on a number of classes; drop it")
+  where = f"--config.init.source={init.source}"
+  try:
+    tensors, source, place = _read(init.source)
+    if init.format:
+      source = choose("--config.init.format", init.format, {name: name for name in (interop.OURS, *interop.SOURCES)})
+    source = source or interop.recognise(model, tensors, specs)
+    variables = interop.load(model, tensors, source, specs=specs, head=head)
+  except UserError as error:
+    raise UserError(str(error) if str(error).startswith("--") else f"{where}: {error}") from error
+  arrays = traverse_util.flatten_dict(variables, sep="/")
+  if init.new_head:
+    arrays = {path: array for path, array in arrays.items() if path not in head}
+  fresh = sorted(path.removeprefix("params/") for path in specs.keys() - arrays.keys())
+  summary = f"starting from {place}: {len(arrays)} of {len(specs)} arrays"
+  if fresh:
+    summary += f"; {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} afresh for {model.num_classes} classes"
+  return Weights(arrays, summary)
+
+
+def _read(source: str) -> tuple[Mapping[str, np.ndarray], str, str]:
+  """(tensors, whose names they have or "" where that is to be found out, what to call the place)."""
+  path = Path(source).expanduser()
+  if source.startswith(hub.PREFIX) or not path.is_dir():
+    return interop.read(source if source.startswith(hub.PREFIX) else path), "", source
+  if Workdir(path).config_file.exists():
+    step, tensors = read_run(path)
+    return tensors, interop.OURS, f"checkpoint {step} of {source}"
+  if (path / folder.WEIGHTS).exists():
+    return interop.read(path / folder.WEIGHTS), interop.OURS, source
+  raise UserError(f"the folder holds neither a run nor {folder.WEIGHTS}; name the workdir of a run, a .safetensors "
+                  "file or a folder that `python -m dljax.interop` wrote")
+
+
+def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
+  """The best checkpoint of a run, or the latest where nothing was monitored or the best is gone.
+
+  Args:
+    path: the run's workdir.
+
+  Returns:
+    Its step, and what evaluation uses: path ("params/conv1/kernel") -> array, averaged where the run averages.
+
+  Raises:
+    UserError: the run has no intact checkpoint.
+  """
+  with Checkpointer(Workdir(path).checkpoints, read_only=True) as checkpointer:
+    best = (checkpointer.host() or {}).get("best_step")
+    restored = checkpointer.restore_arrays(_of_evaluation, best if best in checkpointer.steps() else None)
+  if restored is None:
+    raise UserError(f"{path} holds no intact checkpoint; train there first")
+  ours = {}
+  for name, array in restored.state.items():
+    part, _, rest = name.partition("/")
+    ours[rest if part == "model_state" else f"params/{rest}"] = array
+  return restored.step, ours
+
+
+def _of_evaluation(names: Iterable[str]) -> list[str]:
+  names = list(names)
+  params = "ema/" if any(name.startswith("ema/") for name in names) else "params/"
+  return [name for name in names if name.startswith((params, "model_state/"))]

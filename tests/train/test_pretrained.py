@@ -1,0 +1,211 @@
+"""Transfer learning: --config.init.source, what it takes, what it starts afresh and what it refuses."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from dljax import config as config_lib
+from dljax import interop
+from dljax.data import sources
+from dljax.errors import UserError
+from dljax.interop import __main__ as convert
+from dljax.train import pretrained
+from dljax.train.loop import fit
+from dljax.train.program import Program, RunOptions
+from experiments import lenet, mlp, resnet
+from tests.command import refuse, run
+
+pytestmark = pytest.mark.usefixtures("_digits")
+MESH = {"data": 1, "fsdp": 1, "tensor": 1}
+ONE = RunOptions(mesh=MESH, progress=False)
+SHORT = ("--config.model.widths=16", "--config.total_steps=6", "--config.eval_every=3", "--config.checkpoint_every=3",
+         "--config.optimizer.learning_rate=0.01")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  root = tmp_path_factory.mktemp("tfds")
+  sources.prepare_embedded("digits", root)
+  return root
+
+
+@pytest.fixture
+def _digits(data_dir, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir, tmp_path_factory):
+  """A finished run of an MLP on digits, with an average of its parameters."""
+  workdir = tmp_path_factory.mktemp("runs") / "source"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TFDS_DATA_DIR", str(data_dir))
+    fit(_experiment(mlp, *SHORT, "--config.ema_decay=0.5"), workdir, ONE)
+  return workdir
+
+
+def _experiment(family, *overrides, preset="digits"):
+  config = family.get_config(preset)
+  config_lib.apply_overrides(config, overrides)
+  return family.build(config)
+
+
+def _start(experiment, options=ONE):
+  """The state that a run starts with, the one it would start with afresh, and what it says; as path -> array."""
+  program = Program(experiment, options)
+  weights = pretrained.load(experiment, program.abstract_state)
+  fresh = program.init_state()
+  state = weights.put(fresh)
+  flat = lambda state: traverse_util.flatten_dict(
+      jax.tree.map(np.asarray, {"params": state.params, **state.model_state}), sep="/")
+  return state, flat(state), flat(fresh), weights.summary
+
+
+def _same(one, other):
+  assert one.keys() == other.keys()
+  jax.tree.map(np.testing.assert_array_equal, dict(one), dict(other))
+
+
+def test_a_run_starts_from_the_averaged_parameters_of_the_best_checkpoint(run_dir):
+  best = json.loads((run_dir / "result.json").read_text())["checkpoint"]
+  step, arrays = pretrained.read_run(run_dir)
+  assert step == best
+  source = _experiment(mlp, *SHORT, "--config.ema_decay=0.5")
+  with pretrained.Checkpointer(run_dir / "checkpoints", read_only=True) as checkpointer:
+    state = checkpointer.restore(Program(source, ONE).abstract_state, best).state
+  _same(arrays, traverse_util.flatten_dict(jax.tree.map(np.asarray, state.variables), sep="/"))
+  assert not np.array_equal(arrays["params/hidden1/kernel"], state.params["hidden1"]["kernel"])  # not averaged
+
+  experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.ema_decay=0.9")
+  state, started, _, summary = _start(experiment)
+  _same(started, arrays)
+  _same(traverse_util.flatten_dict(state.ema, sep="/"), traverse_util.flatten_dict(state.params, sep="/"))
+  assert summary == f"starting from checkpoint {best} of {run_dir}: {len(arrays)} of {len(arrays)} arrays"
+
+
+@pytest.mark.parametrize("options", [
+    ONE, RunOptions(mesh={**MESH, "data": 2, "fsdp": 2}), RunOptions(parallelism="pmap"),
+], ids=["one", "fsdp", "pmap"])
+def test_the_head_starts_afresh_for_another_number_of_classes(run_dir, options):
+  experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.data.num_classes=3")
+  state, started, fresh, summary = _start(experiment, options)
+  _, arrays = pretrained.read_run(run_dir)
+  head = {"params/head/kernel", "params/head/bias"}
+  _same({p: a for p, a in started.items() if p in head}, {p: a for p, a in fresh.items() if p in head})
+  _same({p: a for p, a in started.items() if p not in head}, {p: a for p, a in arrays.items() if p not in head})
+  assert summary.endswith("2 of 4 arrays; head/bias, head/kernel start afresh for 3 classes")
+  abstract = Program(experiment, options).abstract_state
+  assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), state, abstract))
+
+
+def test_a_head_for_as_many_classes_starts_afresh_when_asked(run_dir):
+  experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.init.new_head=true")
+  _, started, fresh, summary = _start(experiment)
+  np.testing.assert_array_equal(started["params/head/kernel"], fresh["params/head/kernel"])
+  assert not np.array_equal(started["params/hidden1/kernel"], fresh["params/hidden1/kernel"])
+  assert "2 of 4 arrays" in summary
+
+
+def test_files_and_folders_are_recognised(run_dir, tmp_path):
+  model = _experiment(mlp, *SHORT).task.model
+  _, arrays = pretrained.read_run(run_dir)
+  theirs = interop.dump(model, traverse_util.unflatten_dict(arrays, sep="/"), "torch")
+  safetensors.numpy.save_file(theirs, tmp_path / "torch.safetensors")
+  assert convert.main([str(run_dir), str(tmp_path / "ours")]) == 0
+  assert convert.main(["--to=torch", str(run_dir), str(tmp_path / "again.safetensors")]) == 0
+  _same(safetensors.numpy.load_file(tmp_path / "again.safetensors"), theirs)
+  for place in (tmp_path / "torch.safetensors", tmp_path / "ours", tmp_path / "ours" / "weights.safetensors"):
+    _same(_start(_experiment(mlp, *SHORT, f"--config.init.source={place}"))[1], arrays)
+  named = f"--config.init.source={tmp_path / 'torch.safetensors'}", "--config.init.format=torch"
+  _same(_start(_experiment(mlp, *SHORT, *named))[1], arrays)
+  del theirs["head.weight"], theirs["head.bias"]
+  safetensors.numpy.save_file(theirs, tmp_path / "headless.safetensors")
+  summary = _start(_experiment(mlp, *SHORT, f"--config.init.source={tmp_path / 'headless.safetensors'}"))[-1]
+  assert "start afresh" in summary
+
+
+def test_running_statistics_come_along(tmp_path):
+  model = _experiment(resnet).task.model
+  variables = jax.tree.map(
+      lambda spec: np.random.default_rng(0).random(spec.shape, np.float32),
+      jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))))
+  safetensors.numpy.save_file(interop.dump(model, variables, "torchvision"), tmp_path / "net.safetensors")
+  _, started, _, _ = _start(_experiment(
+      resnet, f"--config.init.source={tmp_path / 'net.safetensors'}", "--config.batch_size=8"))
+  _same(started, traverse_util.flatten_dict(variables, sep="/"))
+
+
+def test_what_does_not_fit_is_named(run_dir, tmp_path):
+  def refusal(experiment):
+    with pytest.raises(UserError) as error:
+      pretrained.load(experiment, Program(experiment, ONE).abstract_state)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+  path = tmp_path / "net.safetensors"
+  source = f"--config.init.source={path}"
+  _, arrays = pretrained.read_run(run_dir)
+  small = (*SHORT, source)
+  assert "there is no such file" in refusal(_experiment(mlp, *small))
+  for change, message in (
+      ({"params/hidden1/bias": None}, "params/hidden1/bias is missing"),
+      ({"params/hidden9/bias": np.zeros(3, np.float32)}, "params/hidden9/bias is left over"),
+      ({"params/hidden1/bias": np.zeros(3, np.float32)}, "params/hidden1/bias has shape (3,)"),
+  ):
+    safetensors.numpy.save_file({k: v for k, v in {**arrays, **change}.items() if v is not None}, path)
+    assert refusal(_experiment(mlp, *small)).startswith(source) and message in refusal(_experiment(mlp, *small))
+  safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, path)
+  assert "the names of dljax or torch; the first names are: a" in refusal(_experiment(mlp, *small))
+  assert "did you mean torch" in refusal(_experiment(mlp, *small, "--config.init.format=torhc"))
+  net = _experiment(lenet).task.model
+  grey = net.init(jax.random.key(0), np.zeros((1, 32, 32, 1)))
+  safetensors.numpy.save_file(interop.dump(net, grey, "torch"), path)
+  coloured = ("--config.data.image_shape=32,32,3", "--config.data.mean=0,0,0", "--config.data.std=1,1,1")
+  assert "they were trained on images of 1 channels, and these have 3" in refusal(_experiment(lenet, source, *coloured))
+  assert "holds neither a run nor weights.safetensors" in refusal(
+      _experiment(mlp, *SHORT, f"--config.init.source={tmp_path}"))
+  shutil.copytree(run_dir, tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
+  assert "holds no intact checkpoint" in refusal(_experiment(mlp, *SHORT, f"--config.init.source={tmp_path / 'empty'}"))
+
+
+# --- On the command line ----------------------------------------------------------------------------------
+
+
+def test_fine_tuning_changes_only_what_is_not_frozen_and_resumes_without_the_source(run_dir, tmp_path):
+  source, workdir = tmp_path / "source", tmp_path / "tuned"
+  shutil.copytree(run_dir, source)
+  flags = (f"--workdir={workdir}", "--mesh=data:1", *SHORT, f"--config.init.source={source}",
+           "--config.optimizer.freeze=hidden1/kernel", "--config.optimizer.learning_rates=*/bias=0.1")
+  outcome = run(mlp, *flags)
+  assert outcome.status == 0 and outcome.err.startswith("starting from checkpoint"), outcome
+  before, after = pretrained.read_run(source)[1], pretrained.read_run(workdir)[1]
+  changed = {path for path, array in after.items() if not np.array_equal(array, before[path])}
+  assert changed == {"params/hidden1/bias", "params/head/kernel", "params/head/bias"}
+  shutil.rmtree(source)
+  longer = run(mlp, *flags, "--config.total_steps=9")
+  assert longer.status == 0 and "starting from" not in longer.err and "continuing from step 6" in longer.err, longer
+  assert run(mlp, "--mode=eval", f"--workdir={workdir}").status == 0
+
+
+def test_a_bad_source_is_one_line_and_touches_nothing(tmp_path):
+  line = refuse(mlp, f"--workdir={tmp_path / 'run'}", *SHORT, "--config.init.source=nowhere")
+  assert line == "--config.init.source=nowhere: nowhere: there is no such file"
+  assert not list(tmp_path.iterdir())
+
+
+def test_runs_from_before_these_fields_go_on(run_dir, tmp_path):
+  workdir = tmp_path / "old"
+  shutil.copytree(run_dir, workdir)
+  written = json.loads((workdir / "config.json").read_text())
+  del written["config"]["init"], written["config"]["data"]["per_class"]
+  (workdir / "config.json").write_text(json.dumps(written))
+  assert run(mlp, "--mode=eval", f"--workdir={workdir}").status == 0
+  flags = f"--workdir={workdir}", "--mesh=data:1", *SHORT, "--config.ema_decay=0.5"
+  line = refuse(mlp, *flags, "--config.init.source=x")
+  assert "init.source is '' there and 'x' here" in line
+  assert run(mlp, *flags, "--config.total_steps=9").status == 0
