@@ -36,14 +36,14 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   variant = {"digits": "vgg11_bn", "fashion_mnist": "vgg13_bn", "cifar10": "vgg16_bn"}.get(preset, "vgg16")
   config = image_classification.config("vgg", preset, data=preset, variant=variant, optimizer="nesterov")
   config.model.update({"num_pools": 3, "width_factor": 0.5, "pooled_size": 1, "hidden_width": 256, "dropout": 0.5})
-  config.optimizer.update({"learning_rate": 0.1, "weight_decay": 5e-4, "warmup_fraction": 0.1})
+  config.optimizer.update({"learning_rate": 0.1, "weight_decay": 5e-3, "warmup_fraction": 0.1})
   if preset == "digits":
     config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
     config.model.width_factor = 0.25
     config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.update({"total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+    config.update({"total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
     config.model.update({"num_pools": 5, "width_factor": 1.0, "hidden_width": 512})
