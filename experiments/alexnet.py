@@ -35,18 +35,18 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = image_classification.config("alexnet", preset, data=preset, variant="alexnet", optimizer="adamw")
   config.model.update({
-      "stem": (5, 1, 2), "width_factor": 0.5, "pooled_size": 2, "hidden_width": 512, "dropout": 0.5})
+      "stem": (5, 1, 2), "width_factor": 0.5, "pooled_size": 2, "hidden_width": 1024, "dropout": 0.5})
   config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05, "warmup_fraction": 0.1})
   if preset == "digits":
     config.data.update({"image_shape": (28, 28, 1), "resize": "bilinear", "pad_crop": 3})
-    config.model.width_factor = 0.25
+    config.model.update({"width_factor": 0.25, "hidden_width": 512})
     config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
     config.update({"total_steps": 15_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
-    config.model.update({"width_factor": 1.0, "pooled_size": 3, "hidden_width": 1024})
+    config.model.update({"width_factor": 1.0, "pooled_size": 3})
     config.update({"total_steps": 35_200, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
   else:
     config.model.update({"stem": (11, 4, 2), "width_factor": 1.0, "pooled_size": 6, "hidden_width": 4096})

@@ -40,7 +40,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   if preset == "digits":
     config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
     config.model.width_factor = 0.25
-    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+    config.update({"total_steps": 800, "log_every": 20, "eval_every": 200, "checkpoint_every": 400})
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
     config.update({"total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})

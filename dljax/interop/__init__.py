@@ -8,7 +8,7 @@ A source is a table (`interop/<source>.py`) that gives, for each of our paramete
 how the array is laid out there. Checkpoints are read from safetensors files only: a pickle can run any code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from dljax.interop.table import Table
 
 Tensors = Mapping[str, np.ndarray]
 
-SOURCES: Mapping[str, Mapping[type[nn.Module], Table]] = {
+# A table, or where the names depend on the model's sizes, what makes one for a model.
+SOURCES: Mapping[str, Mapping[type[nn.Module], Table | Callable[[Any], Table]]] = {
     "torch": torch.TABLES,
     "torchvision": torchvision.TABLES,
 }
@@ -114,7 +115,8 @@ def _table(model: nn.Module, source: str) -> Table:
   if type(model) not in tables:
     known = ", ".join(sorted(kind.__name__ for kind in tables))
     raise errors.UserError(f"{source} has no counterpart of {type(model).__name__}, but of: {known}")
-  return tables[type(model)]
+  table = tables[type(model)]
+  return table if isinstance(table, Table) else table(model)
 
 
 def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.ShapeDtypeStruct]:

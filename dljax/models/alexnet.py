@@ -133,6 +133,10 @@ class AlexNet(nn.Module):
       x = x if name == "head" else nn.relu(x)
     return x
 
+  def width(self, layer: int) -> int:
+    """Channels of convolution `layer` of 1 to 5."""
+    return 8 * max(1, round(self.width_factor * self.widths[layer - 1] / 8))
+
   @property
   def smallest_image(self) -> int:
     """Height and width that leave one position after the last pooling."""
@@ -146,12 +150,11 @@ class AlexNet(nn.Module):
 def _convolve(model: AlexNet, x: jax.Array, layer: int) -> jax.Array:
   """Convolution `layer` of 1 to 5 and what follows it: [B, H, W, C] -> [B, H', W', C']."""
   kernel, stride, padding = {1: model.stem, 2: (5, 1, 2)}.get(layer, (3, 1, 1))
-  width = 8 * max(1, round(model.width_factor * model.widths[layer - 1] / 8))
   bias = model.hidden_bias if layer in (2, 4, 5) else 0.0
   x = model.conv(
-      width, (kernel, kernel), strides=stride, padding=padding, feature_group_count=model.groups[layer - 1],
-      kernel_init=model.kernel_init, bias_init=nn.initializers.constant(bias), dtype=model.dtype,
-      name=f"conv{layer}")(x)
+      model.width(layer), (kernel, kernel), strides=stride, padding=padding,
+      feature_group_count=model.groups[layer - 1], kernel_init=model.kernel_init,
+      bias_init=nn.initializers.constant(bias), dtype=model.dtype, name=f"conv{layer}")(x)
   x = nn.relu(x)
   if model.response_norm and layer in (1, 2):
     x = local_response_norm(x)

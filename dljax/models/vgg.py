@@ -93,14 +93,18 @@ class VGG(nn.Module):
       x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return dense(self.num_classes, name="head")(x)
 
+  def width(self, stage: int) -> int:
+    """Channels of `stage`, from 1 on."""
+    return 8 * max(1, round(self.width_factor * WIDTHS[stage - 1] / 8))
+
 
 def _stage(model: VGG, x: jax.Array, mask: jax.Array | None, stage: int, train: bool) -> jax.Array:
   """Convolutions and pooling of `stage`, from 1 on: [B, H, W, C] -> [B, H / 2, W / 2, C']."""
-  width = 8 * max(1, round(model.width_factor * WIDTHS[stage - 1] / 8))
   kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, backward case
   for i in range(1, model.stage_sizes[stage - 1] + 1):
     x = model.conv(
-        width, (3, 3), padding=1, kernel_init=kernel_init, dtype=model.dtype, name=f"stage{stage}_conv{i}")(x)
+        model.width(stage), (3, 3), padding=1, kernel_init=kernel_init, dtype=model.dtype,
+        name=f"stage{stage}_conv{i}")(x)
     if model.norm is not None:
       x = model.norm(dtype=model.dtype, name=f"stage{stage}_norm{i}")(x, mask, train=train)
     x = nn.relu(x)
