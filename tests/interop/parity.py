@@ -77,8 +77,9 @@ def assert_sgd_step(build: Callable[..., nn.Module], source: str, stem: str) -> 
     old, new = (interop.dump(model, v, source) for v in (variables, {"params": new.params, **new.model_state}))
   ours = formula.sample(new[name] - old[name] for name in fixture["shapes"])
   theirs = fixture["sgd"]
-  assert (theirs[:, -1] > 0).all(), "a tensor does not change"
-  error = np.abs(ours - theirs).max(1) / theirs[:, -1]
+  size = theirs[:, -1]
+  # A bias in front of BatchNorm has no gradient but rounding errors, which need not be equal.
+  error = np.abs(ours - theirs).max(1) / np.maximum(size, 1e-9 * size.max())
   assert error.max() < 1e-4, f"{list(fixture['shapes'])[error.argmax()]} is off by {error.max():.1e}"
 
 
@@ -88,6 +89,6 @@ def assert_equals_peer(ours: jax.Array, theirs: np.ndarray, tolerance: float) ->
   Measured against the size of the logits, a network that ignores its input would pass.
   """
   difference = np.abs(theirs[0] - theirs[1]).max()
-  assert difference > 0.1 * np.abs(theirs).max()
+  assert difference > 0.05 * np.abs(theirs).max()
   error = np.abs(np.asarray(ours, np.float64) - theirs).max() / difference
   assert error < tolerance, f"off by {error:.1e}"
