@@ -305,9 +305,10 @@ def test_every_family_has_a_case_and_every_case_a_network_of_the_peer():
 
 
 BATCHES = {"mlp": (128, 28, 28, 1), "lenet": (128, 28, 28, 1), "lenet_max": (128, 28, 28, 1),
-           "resnet18": (64, 32, 32, 3), "resnet50": (32, 64, 64, 3), "efficientnet_b0": (16, 128, 128, 3)}
-PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "resnet18": 11_173_962, "resnet50": 23_528_522,
-              "efficientnet_b0": 4_020_358}  # of the peers, at ten classes
+           "alexnet": (64, 32, 32, 3), "vgg11": (64, 32, 32, 3), "resnet18": (64, 32, 32, 3),
+           "resnet50": (32, 64, 64, 3), "efficientnet_b0": (16, 128, 128, 3)}
+PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "alexnet": 5_871_434, "vgg11": 9_750_922,
+              "resnet18": 11_173_962, "resnet50": 23_528_522, "efficientnet_b0": 4_020_358}  # of the peers, at ten classes
 
 
 @pytest.mark.parametrize("name", CASES)

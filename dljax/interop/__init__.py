@@ -8,7 +8,7 @@ A source is a table (`interop/<source>.py`) that gives, for each of our paramete
 how the array is laid out there. Checkpoints are read from safetensors files only: a pickle can run any code.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ Tensors = Mapping[str, np.ndarray]
 Specs = Mapping[str, jax.ShapeDtypeStruct]
 
 OURS = "dljax"  # our own paths as names, "params/conv1/kernel"
-SOURCES: Mapping[str, Mapping[type[nn.Module], Table]] = {
+# A table, or where the names depend on the model's sizes, what makes one for a model.
+SOURCES: Mapping[str, Mapping[type[nn.Module], Table | Callable[[Any], Table]]] = {
     "torch": torch.TABLES,
     "torchvision": torchvision.TABLES,
 }
@@ -95,7 +96,7 @@ def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) ->
   common = {}
   for source, tables in SOURCES.items():
     if type(model) in tables:
-      table = tables[type(model)]
+      table = find_table(model, source)
       paths = _specs(table, model, tensors) if specs is None else specs
       common[source] = len({table.find(path)[0] for path in paths} & set(tensors))
   if not any(common.values()):
@@ -165,7 +166,8 @@ def find_table(model: nn.Module, source: str) -> Table:
   if type(model) not in tables:
     known = ", ".join(sorted(kind.__name__ for kind in tables))
     raise errors.UserError(f"{source} has no counterpart of {type(model).__name__}, but of: {known}")
-  return tables[type(model)]
+  table = tables[type(model)]
+  return table if isinstance(table, Table) else table(model)
 
 
 def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,11 +1,13 @@
 """torchvision's names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flax import linen as nn
 
-from dljax.interop.table import CONV, LINEAR, SAME, Table, batch_norm, image
-from dljax.models import resnet
+from dljax.errors import UserError
+from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image
+from dljax.models import alexnet, resnet, vgg
 
 # torchvision/models/resnet.py; of ours, the ImageNet forms. Blocks count from 0 in both.
 RESNET = Table(
@@ -23,4 +25,40 @@ RESNET = Table(
     no_weight=r".*\.num_batches_tracked",
 )
 
-TABLES: Mapping[type[nn.Module], Table] = {resnet.ResNet: RESNET}
+
+def _layer(path: str, name: str, layout: Layout) -> list[tuple[str, str, Layout]]:
+  """The two rules of a convolution or a linear layer."""
+  return [(f"params/{path}/kernel", f"{name}.weight", layout), (f"params/{path}/bias", f"{name}.bias", SAME)]
+
+
+def _alexnet(model: alexnet.AlexNet) -> Table:
+  """torchvision/models/alexnet.py: layers in their place in two `Sequential`s, among activations and pooling."""
+  if model.response_norm or set(model.groups) != {1}:
+    raise UserError("torchvision's AlexNet has neither groups nor response normalisation: use the variant alexnet")
+  rules = []
+  for layer, place in enumerate((0, 3, 6, 8, 10), start=1):
+    rules += _layer(f"conv{layer}", f"features.{place}", CONV)
+  rules += _layer("fc6", "classifier.1", flattened(model.width(5), model.pooled_size, model.pooled_size))
+  rules += _layer("fc7", "classifier.4", LINEAR) + _layer("head", "classifier.6", LINEAR)
+  return Table(rules, inputs=image(model.smallest_image, "features.0.weight"))
+
+
+def _vgg(model: vgg.VGG) -> Table:
+  """torchvision/models/vgg.py, likewise; the places depend on how many layers there are."""
+  rules, place = [], 0
+  for stage, size in enumerate(model.stage_sizes, start=1):
+    for i in range(1, size + 1):
+      rules += _layer(f"stage{stage}_conv{i}", f"features.{place}", CONV)
+      if model.norm is not None:
+        place += 1
+        rules += batch_norm(f"stage{stage}_norm{i}", f"features.{place}")
+      place += 2  # and an activation
+    if stage <= model.num_pools:
+      place += 1
+  rules += _layer("fc1", "classifier.0", flattened(model.width(stage), model.pooled_size, model.pooled_size))
+  rules += _layer("fc2", "classifier.3", LINEAR) + _layer("head", "classifier.6", LINEAR)
+  return Table(rules, inputs=image(2**model.num_pools, "features.0.weight"), no_weight=r".*\.num_batches_tracked")
+
+
+TABLES: Mapping[type[nn.Module], Table | Callable[[Any], Table]] = {
+    resnet.ResNet: RESNET, alexnet.AlexNet: _alexnet, vgg.VGG: _vgg}

@@ -1,7 +1,8 @@
-"""Max-pooling whose gradient is fast on a CPU, and the native one everywhere else.
+"""Pooling: the maximum of a window, and averages that make an image of any size one of a given size.
 
-One comparison per value and window says whether it was the window's maximum, in place of XLA's
-`select_and_scatter`. Where windows tile the image they are a reshape of it, otherwise shifted views.
+Max-pooling has a gradient that is fast on a CPU, and the native one everywhere else: one comparison per value and
+window says whether it was the window's maximum, in place of XLA's `select_and_scatter`. Where windows tile the
+image they are a reshape of it, otherwise shifted views.
 
 Dimensions: `B` batch, `H` and `W` height and width, `C` channels, `h` and `w` of the window.
 """
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -42,6 +44,34 @@ def max_pool(
     padding = lax.padtype_to_pads(inputs.shape[1:3], window, strides, padding)
   pool = _Pool(window, strides, tuple((int(lo), int(hi)) for lo, hi in padding))
   return _max_pool(pool, inputs)
+
+
+def adaptive_avg_pool(inputs: Array, size: Pair) -> Array:
+  """Averages to an image of `size`, as `torch.nn.AdaptiveAvgPool2d` does.
+
+  Row i of the result is the mean of the rows from floor(i H / h) up to, not including, ceil((i + 1) H / h) of the
+  image. Those windows overlap where h does not divide H, and repeat rows where h is larger.
+
+  Args:
+    inputs: [B, H, W, C].
+    size: (h, w).
+
+  Returns:
+    [B, h, w, C].
+  """
+  for axis, out in zip((1, 2), size):
+    if inputs.shape[axis] != out:
+      means = jnp.asarray(_adaptive_means(inputs.shape[axis], out), inputs.dtype)
+      inputs = jnp.moveaxis(jnp.tensordot(means, inputs, ((1,), (axis,))), 0, axis)
+  return inputs
+
+
+def _adaptive_means(size: int, out: int) -> np.ndarray:
+  """The matrix [out, size] that averages one axis."""
+  start, end = np.arange(out) * size // out, -(-np.arange(1, out + 1) * size // out)
+  place = np.arange(size)
+  inside = (start[:, None] <= place) & (place < end[:, None])
+  return inside / inside.sum(1, keepdims=True)
 
 
 class _Pool(NamedTuple):

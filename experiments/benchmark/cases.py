@@ -36,6 +36,13 @@ CASES: Mapping[str, Case] = {
     "lenet_max": Case(
         "experiments.lenet", ("--preset=mnist", "--config.batch_size=128", "--config.model.pool=max"),
         peer="torch", bound=1.0),
+    "alexnet": Case(
+        "experiments.alexnet", ("--preset=cifar10", "--config.batch_size=64", "--config.model.dropout=0"),
+        peer="torch", bound=1.0),
+    "vgg11": Case(
+        "experiments.vgg", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=vgg11",
+                            "--config.model.dropout=0"),
+        peer="torch", bound=1.0),
     "resnet18": Case(
         "experiments.resnet", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=resnet18"),
         peer="torchvision", bound=1.0),

@@ -72,6 +72,33 @@ def _lenet_max(classes):
   return _lenet(classes, "MaxPool2d")
 
 
+def _alexnet(classes):
+  """torchvision's with a stem and a head for small images."""
+  from torch import nn
+  layers, channels = [], 3
+  for width, kernel, pool in ((64, 5, True), (192, 5, True), (384, 3, False), (256, 3, False), (256, 3, True)):
+    layers += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), nn.ReLU(inplace=True)]
+    layers += [nn.MaxPool2d(3, 2)] if pool else []
+    channels = width
+  return nn.Sequential(
+      *layers, nn.Flatten(), nn.Linear(3 * 3 * 256, 1024), nn.ReLU(inplace=True), nn.Linear(1024, 1024),
+      nn.ReLU(inplace=True), nn.Linear(1024, classes))
+
+
+def _vgg11(classes):
+  """torchvision's with a head for small images."""
+  from torch import nn
+  layers, channels = [], 3
+  for stage, size in zip((64, 128, 256, 512, 512), (1, 1, 2, 2, 2)):
+    for _ in range(size):
+      layers += [nn.Conv2d(channels, stage, 3, padding=1), nn.ReLU(inplace=True)]
+      channels = stage
+    layers.append(nn.MaxPool2d(2))
+  return nn.Sequential(
+      *layers, nn.Flatten(), nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Linear(512, 512), nn.ReLU(inplace=True),
+      nn.Linear(512, classes))
+
+
 def _resnet18(classes):
   """With the stem for small images."""
   from torch import nn
@@ -92,6 +119,8 @@ NETWORKS = {  # by the case's name: number of classes -> module
     "mlp": _mlp,
     "lenet": _lenet,
     "lenet_max": _lenet_max,
+    "alexnet": _alexnet,
+    "vgg11": _vgg11,
     "resnet18": _resnet18,
     "resnet50": _resnet50,
     "efficientnet_b0": _efficientnet_b0,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from dljax import interop
-from dljax.models import resnet
+from dljax.errors import UserError
+from dljax.models import alexnet, resnet, vgg
 from tests.fixtures import formula
-from tests.interop.parity import assert_equals_peer, assert_parity
+from tests.interop.parity import assert_equals_peer, assert_parity, assert_sgd_step
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_resnet_gives_torchvisions_logits(name):
@@ -38,3 +39,46 @@ def test_resnet18_in_training_mode_gives_torchvisions_logits_and_running_statist
   statistics = np.concatenate([new[name][::8] for name in names])
   np.testing.assert_allclose(statistics, fixture["train_statistics"], rtol=1e-9, atol=1e-12)
   assert not any(np.array_equal(old[name], new[name]) for name in names)
+
+
+def test_alexnet_gives_torchvisions_logits():
+  assert_parity(functools.partial(alexnet.VARIANTS["alexnet"], num_classes=1000), "torchvision", "alexnet")
+
+
+def test_torchvision_has_no_alexnet_of_2012():
+  with pytest.raises(UserError, match="neither groups nor response normalisation"):
+    interop.load(alexnet.VARIANTS["alexnet_2012"](num_classes=1000), {}, "torchvision")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "vgg11_bn" else pytest.mark.slow) for name in vgg.VARIANTS])
+def test_vgg_gives_torchvisions_logits(name):
+  assert_parity(functools.partial(vgg.VARIANTS[name], num_classes=1000), "torchvision", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, variants", [("alexnet", alexnet.VARIANTS), ("vgg11_bn", vgg.VARIANTS)])
+def test_a_step_of_sgd_gives_torchvisions_parameters(name, variants):
+  assert_sgd_step(functools.partial(variants[name], num_classes=1000, dropout=0.0), "torchvision", name)
+
+
+@pytest.mark.parametrize("build, size", [
+    (functools.partial(alexnet.VARIANTS["alexnet"], width_factor=0.25, pooled_size=3, hidden_width=24, stem=(5, 1, 2)),
+     28),
+    (functools.partial(vgg.VARIANTS["vgg13_bn"], width_factor=0.125, pooled_size=2, hidden_width=24, num_pools=3), 28),
+])
+def test_small_forms_have_torchvisions_names_and_come_back(build, size):
+  """The layout of the first linear layer, too, follows the sizes: H, W, C with us, C, H, W there."""
+  model = build(num_classes=10)
+  image = np.zeros((1, size, size, 1), np.float32)
+  draw = np.random.default_rng(0)
+  variables = jax.tree.map(
+      lambda s: draw.normal(size=s.shape).astype(s.dtype), jax.eval_shape(model.init, jax.random.key(0), image))
+  tensors = interop.dump(model, variables, "torchvision")
+  jax.tree.map(np.testing.assert_array_equal, interop.load(model, tensors, "torchvision"), variables)
+  first = "fc6" if "fc6" in variables["params"] else "fc1"
+  kernel = variables["params"][first]["kernel"]
+  name = next(name for name in tensors if name.startswith("classifier.") and tensors[name].shape == kernel.shape[::-1])
+  side, channels = model.pooled_size, len(kernel) // model.pooled_size**2
+  for c, i, j in ((0, 0, 0), (3, 0, 1), (channels - 1, 1, 0)):
+    np.testing.assert_array_equal(tensors[name][:, (c * side + i) * side + j], kernel[(i * side + j) * channels + c])

@@ -1,6 +1,7 @@
-"""Our max-pooling equals Flax's, ties and all, in value and in every derivative."""
+"""Our max-pooling equals Flax's, ties and all, in value and in every derivative; adaptive pooling its definition."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dljax.ops.pool import max_pool
+from dljax.ops.pool import adaptive_avg_pool, max_pool
 
 WINDOWS = [  # image, window, strides, padding
     ((8, 6), (2, 2), (2, 2), "VALID"),
@@ -75,3 +76,23 @@ def test_elsewhere_the_gradient_is_the_native_one(platform, window, padding):
     name = f'"stablehlo.{operation}"' if operation != "iota" else "stablehlo.iota"
     assert lower(max_pool).count(name) == lower(nn.max_pool).count(name)
   assert "select_and_scatter" not in grad(max_pool).lower(x).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size, out", [
+    ((8, 6), (4, 3)),  # windows tile the image
+    ((13, 10), (6, 7)),  # they overlap
+    ((2, 3), (7, 7)),  # they repeat rows
+    ((1, 9), (6, 1)),
+    ((7, 7), (7, 7)),
+])
+def test_adaptive_pooling_is_the_mean_of_the_windows_that_torch_has(size, out, dtype):
+  x = _image(size, dtype, ties=False)
+  window = lambda i, n, m: slice(math.floor(i * n / m), math.ceil((i + 1) * n / m))
+  wide = np.asarray(x, np.float64)
+  expected = np.array([
+      [wide[:, window(i, size[0], out[0]), window(j, size[1], out[1])].mean((1, 2)) for j in range(out[1])]
+      for i in range(out[0])]).transpose(2, 0, 1, 3)
+  y = adaptive_avg_pool(x, out)
+  assert y.dtype == dtype
+  np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=1e-6 if dtype == jnp.float32 else 0.03)

@@ -1,0 +1,79 @@
+"""AlexNet: the network of 2012 as torchvision has it ("alexnet") and as the paper has it ("alexnet_2012").
+
+  python -m experiments.alexnet
+
+Test accuracy of the other presets:
+
+  cifar10        not run here
+  imagenet2012   not run here; published: 56.52 % with one crop (torchvision's weights), 59.3 % with five crops and
+                 reflections (Krizhevsky et al. 2012, table 2, "1 CNN")
+
+For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+  python -m experiments.alexnet --preset=imagenet2012 --data_dir=DIR
+Where the paper crops 224 pixels out of 256 and shifts colours along their principal components, crops here have
+random sizes and shapes (Szegedy et al. 2015).
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, launch
+from dljax.errors import UserError
+from dljax.models import alexnet
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "AlexNet's small form on the 8x8 digits that ship inside scikit-learn, at 28x28; offline, minutes.",
+    "fashion_mnist": "AlexNet's small form on Fashion-MNIST.",
+    "cifar10": "AlexNet with a small stem on CIFAR-10.",
+    "imagenet2012": "AlexNet on ImageNet, with the recipe of Krizhevsky et al. 2012.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  config = image_classification.config("alexnet", preset, data=preset, variant="alexnet", optimizer="adamw")
+  config.model.update({
+      "stem": (5, 1, 2), "width_factor": 0.5, "pooled_size": 2, "hidden_width": 1024, "dropout": 0.5})
+  config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05, "warmup_fraction": 0.1})
+  if preset == "digits":
+    config.data.update({"image_shape": (28, 28, 1), "resize": "bilinear", "pad_crop": 3})
+    config.model.update({"width_factor": 0.25, "hidden_width": 512})
+    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  elif preset == "fashion_mnist":
+    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+    config.update({"total_steps": 15_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  elif preset == "cifar10":
+    config.data.update({"pad_crop": 4, "flip": True})
+    config.model.update({"width_factor": 1.0, "pooled_size": 3})
+    config.update({"total_steps": 35_200, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  else:
+    config.model.update({"stem": (11, 4, 2), "width_factor": 1.0, "pooled_size": 6, "hidden_width": 4096})
+    config.optimizer.update({
+        "name": "momentum", "momentum": 0.9, "learning_rate": 0.01, "schedule": "constant", "plateau_factor": 0.1,
+        "plateau_patience": 5, "weight_decay": 0.0, "l2": 5e-4, "warmup_fraction": 0.0})
+    config.update({"total_steps": 891_810, "log_every": 100, "eval_every": 9909, "checkpoint_every": 9909})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, alexnet.VARIANTS)
+  model = config.model
+  for field in ("width_factor", "pooled_size", "hidden_width"):
+    if not model[field] > 0:
+      raise UserError(f"--config.model.{field}={model[field]}: must be above 0")
+  if not 0 <= model.dropout < 1:
+    raise UserError(f"--config.model.dropout={model.dropout}: must be at least 0 and below 1")
+  if len(model.stem) != 3 or min(model.stem[:2]) < 1 or not 0 <= model.stem[2] < model.stem[0]:
+    raise UserError(f"--config.model.stem={model.stem}: give kernel, stride and a padding below the kernel, as 5,1,2")
+  network = variant(
+      num_classes=config.data.num_classes, stem=model.stem, width_factor=model.width_factor,
+      pooled_size=model.pooled_size, hidden_width=model.hidden_width, dropout=model.dropout,
+      dtype=image_classification.dtype(config), remat=model.remat)
+  return image_classification.build(config, network)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)

@@ -1,0 +1,80 @@
+"""VGG: eleven to nineteen layers, with and without batch normalisation.
+
+  python -m experiments.vgg
+
+Test accuracy of the other presets:
+
+  cifar10        not run here; published: 93.25 % (VGG-16 with batch normalisation, Li et al. 2017, table 1)
+  imagenet2012   not run here; published: 71.59 % with one crop (torchvision's weights), 73.0 % with one crop of 256
+                 and training at many scales (Simonyan and Zisserman 2014, table 3, D)
+
+For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+  python -m experiments.vgg --preset=imagenet2012 --data_dir=DIR
+Where the paper scales images and crops 224 pixels, crops here have random sizes and shapes (Szegedy et al. 2015);
+where it starts from a trained vgg11, all layers start at random.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, launch
+from dljax.errors import UserError
+from dljax.models import vgg
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "VGG-11's small form on the 8x8 digits that ship inside scikit-learn, at 16x16; offline, minutes.",
+    "fashion_mnist": "VGG-13's small form with batch normalisation on Fashion-MNIST.",
+    "cifar10": "VGG-16 with batch normalisation on CIFAR-10.",
+    "imagenet2012": "VGG-16 on ImageNet, with the recipe of Simonyan and Zisserman 2014.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  variant = {"digits": "vgg11_bn", "fashion_mnist": "vgg13_bn", "cifar10": "vgg16_bn"}.get(preset, "vgg16")
+  config = image_classification.config("vgg", preset, data=preset, variant=variant, optimizer="nesterov")
+  config.model.update({"num_pools": 3, "width_factor": 0.5, "pooled_size": 1, "hidden_width": 256, "dropout": 0.5})
+  config.optimizer.update({"learning_rate": 0.1, "weight_decay": 5e-3, "warmup_fraction": 0.1})
+  if preset == "digits":
+    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
+    config.model.width_factor = 0.25
+    config.update({"total_steps": 800, "log_every": 20, "eval_every": 200, "checkpoint_every": 400})
+  elif preset == "fashion_mnist":
+    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+    config.update({"total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  elif preset == "cifar10":
+    config.data.update({"pad_crop": 4, "flip": True})
+    config.model.update({"num_pools": 5, "width_factor": 1.0, "hidden_width": 512})
+    config.update({"total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  else:
+    config.model.update({"num_pools": 5, "width_factor": 1.0, "pooled_size": 7, "hidden_width": 4096})
+    config.optimizer.update({
+        "name": "momentum", "learning_rate": 0.01, "schedule": "constant", "plateau_factor": 0.1,
+        "plateau_patience": 5, "weight_decay": 0.0, "l2": 5e-4, "warmup_fraction": 0.0})
+    config.update({"total_steps": 370_000, "batch_size": 256, "eval_batch_size": 256, "log_every": 100,
+                   "eval_every": 4954, "checkpoint_every": 4954})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, vgg.VARIANTS)
+  model = config.model
+  for field in ("width_factor", "pooled_size", "hidden_width"):
+    if not model[field] > 0:
+      raise UserError(f"--config.model.{field}={model[field]}: must be above 0")
+  if not 0 <= model.dropout < 1:
+    raise UserError(f"--config.model.dropout={model.dropout}: must be at least 0 and below 1")
+  if not 0 <= model.num_pools <= len(vgg.WIDTHS):
+    raise UserError(f"--config.model.num_pools={model.num_pools}: must be from 0 to {len(vgg.WIDTHS)}")
+  network = variant(
+      num_classes=config.data.num_classes, num_pools=model.num_pools, width_factor=model.width_factor,
+      pooled_size=model.pooled_size, hidden_width=model.hidden_width, dropout=model.dropout,
+      dtype=image_classification.dtype(config), remat=model.remat)
+  return image_classification.build(config, network)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)

@@ -1,0 +1,141 @@
+"""VGG, with and without batch normalisation."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dljax.errors import UserError
+from dljax.models import vgg
+from dljax.models.layers import BatchNorm
+from dljax.train.state import parameter_count
+from tests.models.variables import random_variables
+
+COUNTS = {
+    "vgg11": 132_863_336, "vgg13": 133_047_848, "vgg16": 138_357_544, "vgg19": 143_667_240,
+    "vgg11_bn": 132_868_840, "vgg13_bn": 133_053_736, "vgg16_bn": 138_365_992, "vgg19_bn": 143_678_248,
+}
+
+
+def _images(size, batch=2, channels=3, dtype=np.float32):
+  return np.random.RandomState(0).normal(size=(batch, size, size, channels)).astype(dtype)
+
+
+def _tiny(**kwargs):
+  sizes = {"stage_sizes": (1, 1, 2), "width_factor": 0.06, "hidden_width": 12, "num_pools": 2, "pooled_size": 2}
+  return vgg.VGG(num_classes=5, **{"norm": BatchNorm, **sizes, **kwargs})
+
+
+@pytest.mark.parametrize("name", vgg.VARIANTS)
+def test_parameter_counts_at_1000_classes(name):
+  model = vgg.VARIANTS[name](num_classes=1000)
+  params = jax.eval_shape(model.init, jax.random.key(0), _images(224, 1))["params"]
+  assert parameter_count(params) == COUNTS[name]
+  # The number in the name is that of the layers with weights.
+  kernels = [path for path, _ in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel"]
+  assert len(kernels) == int(re.search(r"\d+", name)[0])
+
+
+@pytest.mark.parametrize("size, num_pools, sizes", [
+    (224, 5, [224, 112, 56, 28, 14]), (32, 5, [32, 16, 8, 4, 2]), (28, 3, [28, 14, 7, 3, 3]),
+])
+def test_feature_maps_halve_with_each_pooling(size, num_pools, sizes):
+  model = vgg.VARIANTS["vgg11"](num_classes=10, num_pools=num_pools, pooled_size=1)
+  _, state = jax.eval_shape(
+      lambda x: model.init_with_output(
+          jax.random.key(0), x, capture_intermediates=lambda m, _: (m.name or "").endswith("_conv1"),
+          mutable=["params", "intermediates"]), _images(size, 1))
+  shapes = [v["__call__"][0].shape for _, v in sorted(state["intermediates"].items())]
+  assert [shape[1:] for shape in shapes] == [(n, n, c) for n, c in zip(sizes, (64, 128, 256, 512, 512))]
+
+
+def test_is_the_same_as_plain_layers_in_a_row():
+  class Plain(nn.Module):
+    """Written out, by Flax's own layers."""
+
+    @nn.compact
+    def __call__(self, x):
+      for name, width in (("stage1_conv1", 8), ("pool", 0), ("stage2_conv1", 8), ("pool", 0), ("stage3_conv1", 16),
+                          ("stage3_conv2", 16)):
+        x = nn.relu(nn.Conv(width, (3, 3), padding=1, name=name)(x)) if width else nn.max_pool(x, (2, 2), (2, 2))
+      x = x.reshape(len(x), -1)  # 2x2 already
+      for name in ("fc1", "fc2"):
+        x = nn.relu(nn.Dense(12, name=name)(x))
+      return nn.Dense(5, name="head")(x)
+
+  model, x = _tiny(norm=None), _images(8)
+  variables = random_variables(model, x)
+  np.testing.assert_allclose(
+      jax.jit(model.apply)(variables, x), jax.jit(Plain().apply)(variables, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_pools", [1, 3])
+def test_images_that_are_too_small_are_refused_with_the_smallest_size(num_pools):
+  model, smallest = _tiny(num_pools=num_pools), 2**num_pools
+  run = lambda *size: jax.eval_shape(model.init_with_output, jax.random.key(0), np.zeros((1, *size, 3)))[0]
+  assert run(smallest, smallest + 9).shape == (1, 5)
+  for size in ((smallest - 1, 9), (9, smallest - 1)):
+    with pytest.raises(UserError, match=f"at least {smallest}x{smallest} pixels"):
+      run(*size)
+
+
+def test_remat_changes_no_gradient_and_no_statistic():
+  with jax.enable_x64(True):
+    x, results = _images(8, dtype=np.float64), []
+    for remat in (False, True):
+      model = _tiny(remat=remat, dtype=jnp.float64)
+      variables = random_variables(model, x, dtype=np.float64)
+
+      def loss(params, model=model, variables=variables):
+        logits, state = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"],
+                                    rngs={"dropout": jax.random.key(1)})
+        return jnp.sum(logits**2), state
+
+      grad = jax.jit(jax.grad(loss, has_aux=True))
+      assert ("remat" in str(jax.make_jaxpr(grad)(variables["params"]))) == remat
+      results.append(grad(variables["params"]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *results)
+
+
+def test_padding_rows_do_not_reach_the_others():
+  x, model = _images(8, batch=6), _tiny(dropout=0.0)
+  variables = random_variables(model, x)
+  run = jax.jit(lambda x, mask: model.apply(variables, x, mask, train=True, mutable=["batch_stats"]))
+  mask = np.array([1, 1, 0, 1, 0, 1], np.float32)
+  padded, state = run(x, mask)
+  alone, alone_state = run(x[mask > 0], np.ones(4, np.float32))
+  np.testing.assert_allclose(padded[mask > 0], alone, rtol=1e-4, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, alone_state)
+  unmasked, _ = run(x, np.ones(6, np.float32))
+  assert np.abs(unmasked[mask > 0] - alone).max() > 1e-2
+
+
+def test_initialisation_is_torchvisions():
+  model = vgg.VARIANTS["vgg13_bn"](num_classes=10, num_pools=2, width_factor=0.5, hidden_width=64, pooled_size=1)
+  params = jax.jit(model.init)(jax.random.key(0), _images(8))["params"]
+  for name, layer in params.items():
+    np.testing.assert_array_equal(layer["bias"], 0)
+    if "norm" in name:
+      np.testing.assert_array_equal(layer["scale"], 1)
+  np.testing.assert_allclose(np.std(params["stage3_conv1"]["kernel"]), np.sqrt(2 / (9 * 128)), rtol=0.02)
+  np.testing.assert_allclose(np.std(params["fc1"]["kernel"]), 0.01, rtol=0.02)
+
+
+def test_units_are_dropped_in_training_only():
+  model, x = _tiny(norm=None), _images(8)
+  variables = random_variables(model, x)
+  run = jax.jit(lambda key: model.apply(variables, x, train=True, rngs={"dropout": key}))
+  assert np.abs(run(jax.random.key(0)) - run(jax.random.key(1))).max() > 0
+  off = jax.jit(lambda: _tiny(norm=None, dropout=0.0).apply(variables, x, train=True))()
+  np.testing.assert_allclose(jax.jit(model.apply)(variables, x), off, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_computes_in_dtype_with_float32_parameters_and_statistics(dtype):
+  model, x = _tiny(dtype=dtype), _images(8)
+  logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+  assert logits.dtype == dtype
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
