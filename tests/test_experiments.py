@@ -21,7 +21,7 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax.data import sources
-from dljax.models import lenet, mlp, resnet
+from dljax.models import alexnet, lenet, mlp, resnet, vgg
 from dljax.tasks.classification import Classification
 from dljax.train import workdir as workdir_lib
 from dljax.train.checkpoint import Checkpointer
@@ -42,9 +42,11 @@ SHORT = {
     "resnet": ["--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3",
                "--config.batch_size=32", "--mesh=data:1"],
 }
-# To what share the loss falls meanwhile; see `_falls_to`. A few steps of resnet tell only that numbers are finite.
-FALLS_TO = {"mlp": 0.3, "resnet": math.inf}
-PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434}
+SHORT["vgg"] = SHORT["resnet"]
+# To what share the loss falls meanwhile; see `_falls_to`. A few steps of deep networks tell only that numbers are finite.
+FALLS_TO = {"mlp": 0.3, "resnet": math.inf, "vgg": math.inf}
+PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594}
+SMALL = ("mlp", "lenet", "resnet")  # the smoke runs of the others are slow
 
 
 def _classifies(experiment: Experiment) -> bool:
@@ -119,6 +121,7 @@ def test_a_preset_builds_without_data(family, preset, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("family, preset, variants, count", [
     ("mlp", "mnist", mlp.VARIANTS, 669_706), ("lenet", "mnist", lenet.VARIANTS, 61_706),
+    ("alexnet", "imagenet2012", alexnet.VARIANTS, 61_100_840), ("vgg", "imagenet2012", vgg.VARIANTS, 138_357_544),
     ("resnet", "imagenet2012", resnet.VARIANTS, 25_557_032),
 ])
 def test_presets_have_the_published_sizes(family, preset, variants, count):
@@ -155,7 +158,8 @@ class Trained:
     return json.loads((self.workdir / "result.json").read_text())
 
 
-@pytest.fixture(scope="module", params=list(EXPERIMENTS))
+@pytest.fixture(scope="module", params=[
+    pytest.param(family, marks=[] if family in SMALL else [pytest.mark.slow]) for family in EXPERIMENTS])
 def trained(request, data_dir, tmp_path_factory) -> Trained:
   family, workdir = request.param, tmp_path_factory.mktemp(request.param) / "run"
   module, arguments = EXPERIMENTS[family], SHORT.get(family, SHORTENED)
