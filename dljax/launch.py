@@ -1,6 +1,5 @@
 """The command line of every experiment: flags -> experiment -> fit, evaluate, predict or dry run."""
 
-import csv
 import hashlib
 import json
 import logging as python_logging
@@ -21,12 +20,12 @@ from dljax import errors
 from dljax.errors import RunError, UserError
 from dljax.train import parallel
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import evaluate, predict
+from dljax.train.evaluate import Evaluator, evaluate, predict
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import Preempted
-from dljax.train.workdir import Workdir, write_json
+from dljax.train.workdir import Workdir, write_csv, write_json
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
 
@@ -232,11 +231,13 @@ def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tu
 
 def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
   program, step, state = _restore(experiment, folder, options)
-  found = evaluate(experiment, program, options.parallelism, state, folder.read_assets())
+  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
+  found, findings = evaluate(experiment, evaluator, state.variables, state.rng, folder.read_assets())
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))
     try:
+      folder.write_findings(findings)
       write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
       print(f"written to {folder.path / 'evaluation.json'}")
     except RunError as error:  # a run that one may only read can be evaluated too
@@ -304,14 +305,7 @@ def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
-
-
-_WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": _write_csv}
+_WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:

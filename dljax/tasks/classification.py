@@ -20,7 +20,7 @@ import numpy as np
 
 from dljax import report
 from dljax.errors import UserError, unknown
-from dljax.tasks.base import ALL, Array, Batch, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
 
 CRITERIA = ("softmax", "perceptron")
 MAX_CONFUSION_CLASSES = 200  # beyond, the matrix is a large array to add up and nothing to look at
@@ -123,7 +123,7 @@ class Classification:
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
-  ) -> tuple[Mapping[str, float], Mapping[str, Any]]:
+  ) -> Findings:
     """No further metrics; the pictures confusion_matrix and mistakes.
 
     The mistakes are up to `MAX_PICTURED` images, the most wrongly sure first; where there was none,
@@ -134,7 +134,7 @@ class Classification:
     figures = {} if mistakes is None else {"mistakes": mistakes}
     if "confusion_matrix" in sums:
       figures["confusion_matrix"] = report.confusion_matrix(np.asarray(sums["confusion_matrix"][0]), names)
-    return {}, figures
+    return Findings(figures=figures)
 
   def _logits(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, train: bool,
