@@ -7,6 +7,8 @@ import ml_collections
 
 from dljax.errors import UserError, unknown
 
+# Fields that are younger than some runs, and the values that those ran with.
+_YOUNGER = {"eval.corruptions": "", "data.groups": ()}
 _FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, or none
 _MOST_STEPS = 2**31 - 1  # the step is an int32
 
@@ -26,6 +28,8 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
     ema_decay: of the average of the parameters that evaluation uses; 0 is off.
     monitor: "split/metric" that decides which checkpoint is best, early stopping and plateau; "" for none.
     early_stopping_patience: evaluations without improvement after which to stop; 0 is off.
+    eval.corruptions: what to disturb the test images with in a final evaluation: "all", names with commas between,
+      or "" for nothing.
 
   Args:
     family: the name of the experiment's file.
@@ -47,9 +51,37 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
       "ema_decay": 0.0,
       "monitor": "",
       "early_stopping_patience": 0,
+      "eval": {"corruptions": ""},
   })
   config.update(fields)
   return config
+
+
+def younger_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The fields of `config` that an older run may lack, with the values that it ran with."""
+  return {name: value for name, value in _YOUNGER.items() if name in flatten(config)}
+
+
+def complete(config: ml_collections.ConfigDict, like: ml_collections.ConfigDict) -> None:
+  """Gives the config of an older run the younger fields that `like` has."""
+  for name, value in younger_fields(like).items():
+    group, _, field = name.partition(".")
+    if group not in config:
+      config[group] = ml_collections.ConfigDict()
+    if isinstance(config[group], ml_collections.ConfigDict) and field not in config[group]:
+      config[group][field] = value
+
+
+def identity(config: ml_collections.ConfigDict) -> str:
+  """A text that two configs share if they train alike; of the younger fields only what is not as it was before."""
+  rest = config.copy_and_resolve_references()
+  rest.unlock()
+  del rest["eval"]
+  for name, value in younger_fields(rest).items():
+    group, _, field = name.partition(".")
+    if rest[group][field] == value:
+      del rest[group][field]
+  return rest.to_json(sort_keys=True)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

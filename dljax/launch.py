@@ -157,14 +157,14 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     os.environ["TFDS_DATA_DIR"] = _DATA_DIR.value
   options = RunOptions(parallelism=_PARALLELISM.value, mesh=parallel.parse_mesh(_MESH.value), resume=_RESUME.value,
                        wandb=_WANDB.value)
-  plain = config.to_json()
+  plain = config_lib.identity(config)
   if train or not _WORKDIR.value:  # a run that is named brings its own config
     config_lib.apply_overrides(config, overrides)
     config.seed = _SEED.value
     config_lib.validate(config)
   name = f"{config.family}-{preset}"
-  if config.to_json() != plain:
-    name += "-" + hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:8]
+  if (identity := config_lib.identity(config)) != plain:
+    name += "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
   folder = Workdir(_WORKDIR.value or Path("runs", name))
   if not train:
     family, config = config.family, folder.read_config()
@@ -172,12 +172,16 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     if ran != family:
       raise UserError(f"--workdir={folder.path} holds a run of {ran}; use python -m experiments.{ran}")
     like = get_config(preset) if preset in presets else config_lib.base_config(family, preset)
+    config_lib.complete(config, like)
     if lacks := sorted(config_lib.flatten(like).keys() - config_lib.flatten(config).keys()):
       raise UserError(f"{folder.config_file} lacks {', '.join(lacks[:3])}; restore it from a copy, or train again in "
                       "another --workdir")
     config_lib.apply_overrides(config, overrides, like)
     config_lib.validate(config)
   experiment = build(config)
+  if config.eval.corruptions and not experiment.corruptions:
+    raise UserError(f"--config.eval.corruptions={config.eval.corruptions}: there is nothing to disturb in this data; "
+                    "drop it")
   if _DRY_RUN.value:
     return _dry_run(experiment, options)
   parallel.initialize()
@@ -236,9 +240,13 @@ def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> i
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))
+    entries = {"checkpoint": step, "metrics": found}
+    if experiment.corruptions:
+      entries["corruptions"] = findings.tables["corruptions"]
+      _show(_corruptions_table(entries["corruptions"], found["test"]))
     try:
       folder.write_findings(findings)
-      write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
+      write_json(folder.path / "evaluation.json", entries)
       print(f"written to {folder.path / 'evaluation.json'}")
     except RunError as error:  # a run that one may only read can be evaluated too
       logging.warning("%s", error)
@@ -318,6 +326,20 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
     table.add_column(name, justify="right")
   for split, values in metrics.items():
     table.add_row(split, *(f"{values[name]:.4f}" if name in values else "" for name in names))
+  return table
+
+
+def _corruptions_table(rows: Sequence[Mapping[str, Any]], clean: Mapping[str, float]) -> Any:
+  """One row for each metric under each corruption, one column for each strength."""
+  from rich.table import Table  # pylint: disable=g-import-not-at-top
+
+  table = Table("metric", "corruption", "clean")
+  for strength in sorted({row["strength"] for row in rows}):
+    table.add_column(str(strength), justify="right")
+  for metric in list(rows[0])[2:]:
+    for name in dict.fromkeys(row["corruption"] for row in rows):
+      values = [row[metric] for row in rows if row["corruption"] == name]
+      table.add_row(metric, name, f"{clean[metric]:.4f}", *(f"{value:.4f}" for value in values))
   return table
 
 

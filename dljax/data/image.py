@@ -1,7 +1,8 @@
 """Labelled images: the config that every vision experiment shares, and its pipelines.
 
 A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask f32[b] (0 where a row is padding) and
-"host/id" i64[b] (the example's position in its split, -1 for padding); under mixup or CutMix also mix_label
+"host/id" i64[b] (the example's position in its split, -1 for padding); in evaluation "host/group/NAME" str[b] for
+each feature NAME of `config.data.groups`; under mixup or CutMix also mix_label
 i32[b], the partner's label, and mix_weight f32[b], the weight of the own one.
 """
 
@@ -20,13 +21,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from dljax.data import augment, png, sources
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming, rng
-from dljax.errors import UserError
+from dljax.data import augment, corrupt, png, sources
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Retake, Streaming, rng
+from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
 RESIZE = ("pad", "bilinear", "crop")
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random resized crops
+GROUP_FEATURES = ("ClassLabel", "Text")  # of TFDS, that can tell groups apart
 CROP_ATTEMPTS = 10
 DECODE_AT_ONCE = 2048  # images
 
@@ -40,6 +42,7 @@ def default_config() -> ml_collections.ConfigDict:
       "test": "test",
       "num_classes": 10,
       "image_shape": (8, 8, 1),  # height, width, channels that the model sees
+      "groups": (),  # features, classes or texts, by whose values evaluation tells its results apart
       "mean": (0.3051,),  # per channel, in units of 1
       "std": (0.3757,),
       # How an image reaches image_shape: "pad" centres it on black (and shrinks it if it is too large),
@@ -97,17 +100,19 @@ class ImageData:
     evals: "validation" and "test", in order, as far as the config names them.
     batch_spec: field -> shape and dtype of a global training batch.
     class_names: opens the set if need be; name of each label, for `workdir/data/`.
+    corruptions: name -> strength -> one pass over "test", so disturbed.
   """
 
   train: Pipeline
   evals: Mapping[str, Pipeline]
   batch_spec: Mapping[str, jax.ShapeDtypeStruct]
   class_names: Callable[[], list[str]]
+  corruptions: Mapping[str, Mapping[int, Pipeline]]
 
 
 def pipelines(
     config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-    hosts: int | None = None,
+    hosts: int | None = None, corruptions: Sequence[str] = (),
 ) -> ImageData:
   """Pipelines from `config.data`; opens nothing.
 
@@ -118,6 +123,7 @@ def pipelines(
     seed: of the run.
     host: this host's number and
     hosts: how many there are; by default what JAX says.
+    corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
 
   Raises:
     UserError: a value out of range; when opened, data that is missing or does not fit the config.
@@ -126,6 +132,8 @@ def pipelines(
   for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
     if size < 1:
       raise UserError(f"--config.{field}={size}: give a positive number")
+  if corruptions and not config["test"]:
+    raise UserError("--config.eval.corruptions disturbs the test split; name one by --config.data.test")
   images = _ImageSet(config)
   evals = {
       split: IndexedPipeline(
@@ -140,7 +148,10 @@ def pipelines(
   if images.mixes:
     spec |= {"mix_label": ((batch_size,), np.int32), "mix_weight": ((batch_size,), np.float32)}
   spec = {key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}
-  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names))
+  disturbed = {
+      name: {strength: Retake(evals["test"], functools.partial(images.eval_batch, corruption=(name, strength)))
+             for strength in corrupt.STRENGTHS} for name in corruptions}
+  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names), disturbed)
 
 
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
@@ -243,6 +254,9 @@ class _ImageSet:
     if channels not in (None, config.image_shape[-1]):
       raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
                       f"channel{'s' * (channels > 1)}")
+    for name in config.groups:
+      choose("--config.data.groups", name, {
+          name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
     splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
     ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
     for one, other in itertools.combinations(splits, 2):
@@ -257,19 +271,29 @@ class _ImageSet:
     crops = split == "train" and config.random_resized_crop > 0
     stored = dataset.features["image"].shape if crops else config.image_shape
     static = None not in stored
+    groups = self.groups if split != "train" else lambda record: {}
     channels = config.image_shape[-1]
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else self.fit
-      return InMemory(_decode_all(records, channels, fit, stored), self.crop if crops else None)
+      return InMemory(_decode_all(records, channels, fit, stored, groups), self.crop if crops else None)
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
-      examples = [decode_record(record, channels) for record in records[indices]]
+      examples = [decode_record(record, channels) | groups(record) for record in records[indices]]
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
       return [{**example, "image": self.fit(example["image"])} for example in examples]
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
+
+  def groups(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{"host/group/NAME": str[]} of a record."""
+    found = {}
+    for name in self.config.groups:
+      value, feature = record[name][0], self.dataset.features[name]
+      text = value.decode() if isinstance(value, bytes) else feature.int2str(value)
+      found[f"host/group/{name}"] = np.asarray(text)
+    return found
 
   def fit(self, image: np.ndarray) -> np.ndarray:
     """uint8[h, w, C] -> uint8[H, W, C], by `config.resize`."""
@@ -299,12 +323,14 @@ class _ImageSet:
     """The rows of the global batch that a host has to read: its own and, for mixing, their partners."""
     return np.union1d(plan.rows, _partners(plan)) if self.mixes else plan.rows
 
-  def eval_batch(self, examples: Examples, plan: Plan) -> HostBatch:
+  def eval_batch(self, examples: Examples, plan: Plan, corruption: tuple[str, int] | None = None) -> HostBatch:
+    """The host's rows; `corruption` is a name and a strength."""
     read = examples.gather(plan, plan.rows)
     ids = plan.indices[plan.rows]
-    return {
-        "image": augment.normalise(read["image"], self.config.mean, self.config.std),
-        "label": read["label"], "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+    if corruption:
+      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed, ids)
+    return read | {
+        "image": augment.normalise(read["image"], self.config.mean, self.config.std), "mask": (ids >= 0).astype(np.float32), "host/id": ids}
 
   def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
     rows = self.rows(plan)
@@ -378,16 +404,19 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
 
 def _decode_all(
     records: sources.Records, channels: int, fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
+    groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
   images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
+  grouped = []
   for start in range(0, len(records), DECODE_AT_ONCE):
     rows = range(start, min(start + DECODE_AT_ONCE, len(records)))
     block = records[rows]
     labels[rows] = [record["label"][0] for record in block]
+    grouped += map(groups, block)
     encoded = [record["image"][0] for record in block]
     decoded = png.decode(encoded)
     if decoded is None or decoded.shape[-1] != channels:
       decoded = [decode_image(data, channels) for data in encoded]
     for row, image in zip(rows, decoded):
       images[row] = fit(image)
-  return {"image": images, "label": labels}
+  return {"image": images, "label": labels, **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

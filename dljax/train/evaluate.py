@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dljax import report
 from dljax.data.pipeline import Pipeline, opened
 from dljax.tasks.base import Batch, Findings, Task
 from dljax.train import metrics, parallel, step
@@ -79,13 +80,24 @@ def evaluate(
 ) -> tuple[dict[str, Mapping[str, float]], Findings]:
   """All metrics of every split, by its name, and all findings of the last, the one that counts.
 
-  Opens the data where it is not open.
+  Where the experiment has corruptions, their table and figure are among the findings. Opens the data where it is
+  not open.
   """
   metrics_of, findings = {}, Findings()
-  with opened(*experiment.evals.values()):
+  passes = [pipeline for passes in experiment.corruptions.values() for pipeline in passes.values()]
+  with opened(*experiment.evals.values(), *passes):
     for split, pipeline in experiment.evals.items():
       findings = evaluator.full(variables, rng, pipeline, split, assets)
       metrics_of[split] = findings.metrics
+    table = [
+        {"corruption": name, "strength": strength, **evaluator.sums(variables, rng, pipeline, f"{name} {strength}")}
+        for name, passes in experiment.corruptions.items() for strength, pipeline in sorted(passes.items())]
+  if table:
+    curves = {metric: {name: [row[metric] for row in table if row["corruption"] == name]
+                       for name in experiment.corruptions} for metric in list(table[0])[2:]}
+    findings = dataclasses.replace(
+        findings, tables={**findings.tables, "corruptions": table},
+        figures={**findings.figures, "corruptions": report.strengths(curves, metrics_of["test"])})
   return metrics_of, findings
 
 

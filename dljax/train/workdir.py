@@ -15,12 +15,12 @@ from typing import Any
 import ml_collections
 
 from dljax import report
-from dljax.config import flatten
+from dljax.config import flatten, younger_fields
 from dljax.errors import UserError, writing
 from dljax.tasks.base import Findings
 
 # A run may continue with other values of these; of nothing else.
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every")
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "eval.corruptions")
 _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -99,7 +99,8 @@ class Workdir:
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     # Through JSON, where a tuple is a list.
-    old, new = flatten(old), flatten(json.loads(json.dumps(config.to_dict())))
+    jsonable = lambda value: json.loads(json.dumps(value))
+    old, new = jsonable(younger_fields(config)) | flatten(old), flatten(jsonable(config.to_dict()))
     differ = [
         f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
         for key in sorted(old.keys() | new.keys())
