@@ -275,16 +275,26 @@ class _ImageSet:
     channels = config.image_shape[-1]
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else self.fit
-      return InMemory(_decode_all(records, channels, fit, stored, groups), self.crop if crops else None)
+      arrays = _decode_all(records, channels, fit, stored, groups)
+      self.check_labels(arrays["label"], split)
+      return InMemory(arrays, self.crop if crops else None)
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
       examples = [decode_record(record, channels) | groups(record) for record in records[indices]]
+      self.check_labels([example["label"] for example in examples], split, indices)
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
       return [{**example, "image": self.fit(example["image"])} for example in examples]
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
+
+  def check_labels(self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None) -> None:
+    """Raises `UserError` on a label that is no class, such as the -1 of TFDS for "none"; `indices` are the examples'."""
+    classes = self.config.num_classes
+    for i in np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))[:1]:
+      raise UserError(f"--config.data.{split}={self.config[split]!r}: example {i if indices is None else indices[i]} has "
+                      f"the label {labels[i]}, outside of 0 to {classes - 1}; choose a split with labels")
 
   def groups(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """{"host/group/NAME": str[]} of a record."""

@@ -358,6 +358,20 @@ def photos(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [0, image.MEMORY_LIMIT], ids=["streamed", "in memory"])
+def test_labels_out_of_range_are_told(digits, monkeypatch, limit):
+  monkeypatch.setattr(image, "MEMORY_LIMIT", limit)
+  getitem = sources.Records.__getitem__
+  unlabelled = lambda records, indices: [
+      {**record, "label": [-1 if i == 7 else record["label"][0]]} for i, record in zip(indices, getitem(records, indices))]
+  monkeypatch.setattr(sources.Records, "__getitem__", unlabelled)
+  test = build(digits).evals["test"]
+  with pytest.raises(UserError, match="--config.data.test='test': example 7 has the label -1, outside of 0 to 9"):
+    test.open()
+    test.batch(0)
+  test.close()
+
+
+@pytest.mark.parametrize("limit", [0, image.MEMORY_LIMIT], ids=["streamed", "in memory"])
 def test_groups_travel_with_evaluation_batches(tmp_path, monkeypatch, limit):
   import tensorflow_datasets as tfds
 
