@@ -11,8 +11,8 @@ _FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, o
 _MOST_STEPS = 2**31 - 1  # the step is an int32
 # Fields that came after the first runs, and the values with which they do nothing.
 LATER_FIELDS: Mapping[str, Any] = {
-    "init.source": "", "init.format": "", "init.new_head": False, "data.per_class": 0,
-    "data.background": 0}
+    "init.source": "", "init.format": "", "init.new_head": False, "eval.corruptions": "", "data.per_class": 0,
+    "data.background": 0, "data.groups": ()}
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -34,6 +34,8 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
       written by `python -m dljax.interop`, or hub:OWNER/NAME; "" starts afresh.
     init.format: whose names the tensors of init.source have: dljax, torchvision, ...; "" finds out.
     init.new_head: start the head afresh even if init.source is for as many classes, which may be others.
+    eval.corruptions: what to disturb the test images with in a final evaluation: "all", names with commas between,
+      or "" for nothing.
 
   Args:
     family: the name of the experiment's file.
@@ -56,6 +58,7 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
       "monitor": "",
       "early_stopping_patience": 0,
       "init": {"source": "", "format": "", "new_head": False},
+      "eval": {"corruptions": ""},
   })
   config.update(fields)
   return config
@@ -66,13 +69,24 @@ def add_later_fields(config: ml_collections.ConfigDict, like: ml_collections.Con
   old, new = flatten(config), flatten(like)
   for name, value in LATER_FIELDS.items():
     if name in new and name not in old:
-      *parents, field = name.split(".")
-      place = config
-      for parent in parents:
-        if parent not in place:
-          place[parent] = ml_collections.ConfigDict()
-        place = place[parent]
-      place[field] = value
+      group, _, field = name.partition(".")
+      if group not in config:
+        config[group] = ml_collections.ConfigDict()
+      if isinstance(config[group], ml_collections.ConfigDict):
+        config[group][field] = value
+
+
+def identity(config: ml_collections.ConfigDict) -> str:
+  """A text that two configs share if they train alike; of the later fields only what is not as it was before them."""
+  rest = config.copy_and_resolve_references()
+  rest.unlock()
+  del rest["eval"]
+  fields = flatten(rest)
+  for name, value in LATER_FIELDS.items():
+    if fields.get(name) == value:
+      group, _, field = name.partition(".")
+      del rest[group][field]
+  return rest.to_json(sort_keys=True)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

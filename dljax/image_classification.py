@@ -9,7 +9,7 @@ import ml_collections
 
 from dljax import optim
 from dljax.config import base_config
-from dljax.data import image
+from dljax.data import corrupt, image
 from dljax.errors import UserError
 from dljax.tasks import classification
 from dljax.train.experiment import Experiment
@@ -60,7 +60,8 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, criterion: str = 
     criterion: see `Classification`.
   """
   data = image.pipelines(
-      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
+      corruptions=corrupt.parse(config.eval.corruptions))
   task = classification.Classification(
       model=model, num_classes=config.data.num_classes, label_smoothing=config.model.label_smoothing,
       criterion=criterion)
@@ -68,7 +69,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, criterion: str = 
       task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
       monitor=config.monitor or None,
       encode=functools.partial(_encode, config.data), decode=classification.decode,
-      assets=lambda: {"classes": data.class_names()})
+      assets=lambda: {"classes": data.class_names()}, corruptions=data.corruptions)
 
 
 def _encode(data_config, paths, assets):

@@ -1,6 +1,5 @@
 """The command line of every experiment: flags -> experiment -> fit, evaluate, predict or dry run."""
 
-import csv
 import hashlib
 import json
 import logging as python_logging
@@ -21,12 +20,12 @@ from dljax import errors
 from dljax.errors import RunError, UserError
 from dljax.train import parallel
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import evaluate, predict
+from dljax.train.evaluate import Evaluator, evaluate, predict
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import Preempted
-from dljax.train.workdir import Workdir, write_json
+from dljax.train.workdir import Workdir, write_csv, write_json
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
 
@@ -158,14 +157,14 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     os.environ["TFDS_DATA_DIR"] = _DATA_DIR.value
   options = RunOptions(parallelism=_PARALLELISM.value, mesh=parallel.parse_mesh(_MESH.value), resume=_RESUME.value,
                        wandb=_WANDB.value)
-  plain = config.to_json()
+  plain = config_lib.identity(config)
   if train or not _WORKDIR.value:  # a run that is named brings its own config
     config_lib.apply_overrides(config, overrides)
     config.seed = _SEED.value
     config_lib.validate(config)
   name = f"{config.family}-{preset}"
-  if config.to_json() != plain:
-    name += "-" + hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:8]
+  if (identity := config_lib.identity(config)) != plain:
+    name += "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
   folder = Workdir(_WORKDIR.value or Path("runs", name))
   if not train:
     family, config = config.family, folder.read_config()
@@ -180,6 +179,9 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     config_lib.apply_overrides(config, overrides, like)
     config_lib.validate(config)
   experiment = build(config)
+  if config.eval.corruptions and not experiment.corruptions:
+    raise UserError(f"--config.eval.corruptions={config.eval.corruptions}: there is nothing to disturb in this data; "
+                    "drop it")
   if _DRY_RUN.value:
     return _dry_run(experiment, options)
   parallel.initialize()
@@ -233,12 +235,18 @@ def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tu
 
 def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
   program, step, state = _restore(experiment, folder, options)
-  found = evaluate(experiment, program, options.parallelism, state, folder.read_assets())
+  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
+  found, findings = evaluate(experiment, evaluator, state.variables, state.rng, folder.read_assets())
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))
+    entries = {"checkpoint": step, "metrics": found}
+    if experiment.corruptions:
+      entries["corruptions"] = findings.tables["corruptions"]
+      _show(_corruptions_table(entries["corruptions"], found["test"]))
     try:
-      write_json(folder.path / "evaluation.json", {"checkpoint": step, "metrics": found})
+      folder.write_findings(findings)
+      write_json(folder.path / "evaluation.json", entries)
       print(f"written to {folder.path / 'evaluation.json'}")
     except RunError as error:  # a run that one may only read can be evaluated too
       logging.warning("%s", error)
@@ -305,14 +313,7 @@ def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
-
-
-_WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": _write_csv}
+_WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
@@ -325,6 +326,20 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
     table.add_column(name, justify="right")
   for split, values in metrics.items():
     table.add_row(split, *(f"{values[name]:.4f}" if name in values else "" for name in names))
+  return table
+
+
+def _corruptions_table(rows: Sequence[Mapping[str, Any]], clean: Mapping[str, float]) -> Any:
+  """One row for each metric under each corruption, one column for each strength."""
+  from rich.table import Table  # pylint: disable=g-import-not-at-top
+
+  table = Table("metric", "corruption", "clean")
+  for strength in sorted({row["strength"] for row in rows}):
+    table.add_column(str(strength), justify="right")
+  for metric in list(rows[0])[2:]:
+    for name in dict.fromkeys(row["corruption"] for row in rows):
+      values = [row[metric] for row in rows if row["corruption"] == name]
+      table.add_row(metric, name, f"{clean[metric]:.4f}", *(f"{value:.4f}" for value in values))
   return table
 
 

@@ -123,6 +123,106 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Any:
   return figure
 
 
+def calibration(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> Any:
+  """A reliability diagram (Guo et al. 2017, figure 1): how often guesses of a confidence were right.
+
+  Args:
+    count: [M], examples in each of M bins of confidence of equal width.
+    confidence: [M], the sum of the probabilities of the guesses.
+    right: [M], how many guesses were right.
+
+  Returns:
+    The figure: accuracy against confidence, and below it how the guesses spread over the bins.
+  """
+  count, confidence, right = (np.asarray(x, np.float64) for x in (count, confidence, right))
+  total, bins = max(count.sum(), 1), len(count)
+  figure = _figure(4.6, 5.6)
+  upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+  left, there = np.arange(bins) / bins, count > 0
+  accuracy, mean = (np.divide(x, count, out=np.zeros(bins), where=there) for x in (right, confidence))
+  upper.bar(left[there], accuracy[there], 1 / bins, align="edge", color=COLORS["test"], edgecolor="white",
+            label="accuracy")
+  upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--", label="perfectly calibrated")
+  upper.plot(mean[there], accuracy[there], color=COLORS["validation"], marker="o", markersize=4, linewidth=0,
+             label="at the bin's mean confidence")
+  lower.bar(left, count / total, 1 / bins, align="edge", color=COLORS["train"], edgecolor="white")
+  upper.set_ylabel("accuracy", fontsize=10)
+  lower.set_ylabel("share of guesses", fontsize=10)
+  lower.set_xlabel("confidence", fontsize=10)
+  error = np.abs(right - confidence).sum() / total
+  upper.set_title(f"{total:,.0f} guesses, calibration error {error:.2%}", fontsize=11, color=INK)
+  upper.legend(loc="upper left", fontsize=8, frameon=False)
+  for axes in (upper, lower):
+    axes.set_xlim(0, 1)
+    axes.yaxis.set_major_formatter(_percent())
+    axes.xaxis.set_major_formatter(_percent())
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+  upper.set_ylim(0, 1)
+  return figure
+
+
+def strengths(curves: Mapping[str, Mapping[str, Sequence[float]]], clean: Mapping[str, float]) -> Any:
+  """Metrics against the strength of disturbances, 1, 2, ..., one curve for each.
+
+  Args:
+    curves: metric -> disturbance -> its value at each strength.
+    clean: metric -> its value without a disturbance, drawn as a line.
+
+  Returns:
+    The figure, one panel for each metric.
+  """
+  figure, panels = _panels(len(curves), 1, 4.8, 3.8)
+  names = list(dict.fromkeys(name for values in curves.values() for name in values))
+  colors = dict(zip(names, [COLORS["test"], COLORS["validation"], *MORE_COLORS, COLORS["train"]]))
+  lines = {}
+  for axes, (metric, values) in zip(panels, curves.items()):
+    lines["clean"] = axes.axhline(clean[metric], color=INK, linewidth=1, linestyle="--", label="clean")
+    for name, points in values.items():
+      lines[name], = axes.plot(range(1, len(points) + 1), points, color=colors.get(name, INK), marker="o", markersize=4,
+                               linewidth=1.5, label=name)
+    _label_panel(axes, metric, list(values.values()))
+    axes.set_xticks(range(1, 1 + max(map(len, values.values()))))
+    axes.set_xlabel("strength", fontsize=10)
+  figure.legend(handles=list(lines.values()), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+  return figure
+
+
+def heat_maps(images: Sequence[np.ndarray], maps: Mapping[str, np.ndarray], titles: Sequence[str] = ()) -> Any:
+  """Maps of what a network looked at, each laid over its image.
+
+  Args:
+    images: each [H, W], [H, W, 1] or [H, W, 3], shown as `image_grid` does.
+    maps: name -> [N, H, W], one for each image. Maps that take both signs are coloured blue to red about 0,
+      the others by the share of their greatest value.
+    titles: one for each image, or none.
+
+  Returns:
+    The figure: a row for each image, itself first, then its maps.
+  """
+  figure, panels = _panels(1 + len(maps), len(images), 1.8, 1.8)
+  for axes in panels:
+    axes.set_axis_off()
+  for i, image in enumerate(images):
+    row = panels[i * (1 + len(maps)):]
+    image = _stretch(image)
+    row[0].imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    if titles:
+      row[0].set_title(_shorten(titles[i], 22), fontsize=9, color=INK, pad=3)
+    grey = image.mean(axis=-1) if image.ndim == 3 else image
+    for axes, (name, values) in zip(row[1:], maps.items()):
+      heat = np.asarray(values[i], np.float32)
+      reach, signed = max(float(np.abs(heat).max()), 1e-30), heat.min() < 0
+      axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+      axes.imshow(heat, cmap="bwr" if signed else "inferno", vmin=-reach if signed else 0, vmax=reach, alpha=0.65,
+                  interpolation="nearest")
+      if i == 0:
+        axes.set_title(_shorten(name, 22), fontsize=9, color=INK, pad=3)
+  return figure
+
+
 def image_grid(
     images: Sequence[np.ndarray], titles: Sequence[str] = (), *, columns: int = 8, caption: str = "",
 ) -> Any:
@@ -144,11 +244,7 @@ def image_grid(
   for axes in panels:
     axes.set_axis_off()
   for axes, image in zip(panels, images):
-    image = np.asarray(image, np.float32)
-    low, high = image.min(), image.max()
-    image = (image - low) / (high - low) if high > low else np.zeros_like(image)
-    axes.imshow(image.squeeze(-1) if image.shape[2:] == (1,) else image, cmap="gray", vmin=0, vmax=1,
-                interpolation="nearest")
+    axes.imshow(_stretch(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
   for axes, title in zip(panels, titles):
     axes.set_title("\n".join(_shorten(line, 18) for line in title.split("\n")), fontsize=9, color=INK, pad=3)
   if caption:
@@ -242,6 +338,14 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[np
       key: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
       for key, values in points.items()
   }
+
+
+def _stretch(image: np.ndarray) -> np.ndarray:
+  """[H, W], [H, W, 1] or [H, W, 3] from its least value to its greatest as [H, W] or [H, W, 3] of 0 to 1."""
+  image = np.asarray(image, np.float32)
+  low, high = image.min(), image.max()
+  image = (image - low) / (high - low) if high > low else np.zeros_like(image)
+  return image.squeeze(-1) if image.shape[2:] == (1,) else image
 
 
 def _moving_average(values: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ SHORT = {
                "--config.batch_size=32", "--mesh=data:1"],
 }
 SHORT["vgg"] = SHORT["resnet"]
-# To what share the loss falls meanwhile; see `_falls_to`. A few steps of deep networks tell only that numbers are finite.
+# To what share the loss falls meanwhile; see `_falls_to`. A few steps of deep ones tell only that numbers are finite.
 FALLS_TO = {"mlp": 0.3, "resnet": math.inf, "vgg": math.inf}
 PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594}
 SMALL = ("mlp", "lenet", "resnet")  # the smoke runs of the others are slow
@@ -253,7 +253,7 @@ def test_result_json_is_complete_and_true(trained):
     assert result["checkpoint"] == result["steps"]
   if _classifies(experiment):
     for values in result["metrics"].values():
-      assert set(values) == {"accuracy", "loss", "top_5_accuracy"}
+      assert set(values) == {"accuracy", "loss", "top_5_accuracy", "macro_f1", "calibration_error"}
       assert 0 <= values["accuracy"] <= values["top_5_accuracy"] <= 1
 
   state = fit(experiment, trained.workdir)
@@ -279,13 +279,14 @@ def test_checkpoints_pictures_and_data_are_there(trained):
     assert set(manifest["assets"]) == {"classes.json"}
     classes = json.loads((workdir / "data" / "classes.json").read_text())
     assert len(classes) == trained.experiment.task.num_classes
-    assert figures == {"learning_curves.png", "confusion_matrix.png", "mistakes.png"}
+    assert figures == {"learning_curves.png", "confusion_matrix.png", "mistakes.png", "calibration.png"}
 
 
 def test_nothing_else_lies_in_the_workdir(trained):
   workdir = trained.workdir
   names = {path.name for path in workdir.iterdir() if not path.name.startswith("events.out.tfevents.")}
-  assert names == {"config.json", "metrics.jsonl", "result.json", "checkpoints", "data", "figures", ".lock"}
+  assert names == {"config.json", "metrics.jsonl", "result.json", "checkpoints", "data", "figures", "tables",
+                   ".lock"}
   assert not list(workdir.rglob("*.tmp"))
   lock = workdir_lib.Workdir(workdir)
   lock.acquire()

@@ -120,6 +120,43 @@ def test_long_titles_do_not_run_into_each_other():
   assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
 
 
+def test_a_reliability_diagram_shows_accuracy_by_confidence():
+  figure = report.calibration([0, 4, 6], [0, 2.4, 5.4], [0, 1, 6])
+  upper, lower = figure.axes
+  bars = [(round(bar.get_x(), 3), bar.get_height()) for bar in upper.patches]
+  assert bars == [(0.333, 0.25), (0.667, 1)]  # none where there is nothing
+  points = next(line for line in upper.lines if line.get_linewidth() == 0)
+  np.testing.assert_allclose(points.get_xydata(), [[0.6, 0.25], [0.9, 1]])
+  assert [bar.get_height() for bar in lower.patches] == [0, 0.4, 0.6]
+  assert upper.get_title() == "10 guesses, calibration error 20.00%"
+  report.calibration([0], [0], [0])
+
+
+def test_strengths_have_a_curve_each_and_the_clean_value_as_a_line():
+  curves = {"accuracy": {"noise": [0.9, 0.8], "blur": [0.7, 0.5]}, "loss": {"noise": [1, 2], "blur": [2, 3]}}
+  drawn = panels(report.strengths(curves, {"accuracy": 0.95, "loss": 0.5}))
+  assert list(drawn) == ["accuracy", "loss"]
+  np.testing.assert_array_equal(line(drawn["accuracy"], "blur").get_xydata(), [[1, 0.7], [2, 0.5]])
+  np.testing.assert_array_equal(line(drawn["loss"], "clean").get_ydata(), [0.5, 0.5])
+  colors = {line(drawn["accuracy"], name).get_color() for name in ("noise", "blur", "clean")}
+  assert len(colors) == 3
+
+
+def test_heat_maps_lie_over_their_images():
+  images = [np.random.default_rng(i).normal(size=(4, 4, 3)) for i in range(2)]
+  heat = np.abs(np.random.default_rng(2).normal(size=(2, 4, 4)))
+  figure = report.heat_maps(images, {"saliency": heat, "signed": heat - 1}, ["cat", "dog"])
+  rows = [figure.axes[:3], figure.axes[3:]]
+  for i, (plain, one, signed) in enumerate(rows):
+    assert len(plain.images) == 1 and plain.get_title() == ["cat", "dog"][i]
+    np.testing.assert_allclose(one.images[1].get_array(), heat[i], rtol=1e-6)
+    assert one.images[1].get_clim() == (0, pytest.approx(heat[i].max()))
+    low, high = signed.images[1].get_clim()
+    assert low == -high == pytest.approx(-np.abs(heat[i] - 1).max())  # white is 0
+  assert [axes.get_title() for axes in rows[0][1:]] == ["saliency", "signed"]
+  report.heat_maps([np.zeros((2, 2))], {"nothing": np.zeros((1, 2, 2))})
+
+
 def test_save_replaces_as_a_whole(tmp_path):
   path = tmp_path / "figures" / "grid.png"
   report.save(report.image_grid([np.eye(8)]), path)

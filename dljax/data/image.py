@@ -1,7 +1,8 @@
 """Labelled images: the config that every vision experiment shares, and its pipelines.
 
 A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask f32[b] (0 where a row is padding) and
-"host/id" i64[b] (the example's position in its split, -1 for padding); under mixup or CutMix also mix_label
+"host/id" i64[b] (the example's position in its split, -1 for padding); in evaluation "host/group/NAME" str[b] for
+each feature NAME of `config.data.groups`; under mixup or CutMix also mix_label
 i32[b], the partner's label, and mix_weight f32[b], the weight of the own one.
 """
 
@@ -20,13 +21,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from dljax.data import augment, png, sources
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming, rng
-from dljax.errors import UserError
+from dljax.data import augment, corrupt, png, sources
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Retake, Streaming, rng
+from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
 RESIZE = ("pad", "bilinear", "crop")
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random resized crops
+GROUP_FEATURES = ("ClassLabel", "Text")  # of TFDS, that can tell groups apart
 CROP_ATTEMPTS = 10
 DECODE_AT_ONCE = 2048  # images
 
@@ -41,6 +43,7 @@ def default_config() -> ml_collections.ConfigDict:
       "per_class": 0,  # how many examples of each class to train on, drawn by the seed; 0 is all
       "num_classes": 10,
       "image_shape": (8, 8, 1),  # height, width, channels that the model sees
+      "groups": (),  # features, classes or texts, by whose values evaluation tells its results apart
       "mean": (0.3051,),  # per channel, in units of 1
       "std": (0.3757,),
       "background": 0,  # what shows through where an image is transparent: grey from 0 (black) to 255
@@ -101,17 +104,19 @@ class ImageData:
     evals: "validation" and "test", in order, as far as the config names them.
     batch_spec: field -> shape and dtype of a global training batch.
     class_names: opens the set if need be; name of each label, for `workdir/data/`.
+    corruptions: name -> strength -> one pass over "test", so disturbed.
   """
 
   train: Pipeline
   evals: Mapping[str, Pipeline]
   batch_spec: Mapping[str, jax.ShapeDtypeStruct]
   class_names: Callable[[], list[str]]
+  corruptions: Mapping[str, Mapping[int, Pipeline]]
 
 
 def pipelines(
     config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-    hosts: int | None = None,
+    hosts: int | None = None, corruptions: Sequence[str] = (),
 ) -> ImageData:
   """Pipelines from `config.data`; opens nothing.
 
@@ -122,6 +127,7 @@ def pipelines(
     seed: of the run.
     host: this host's number and
     hosts: how many there are; by default what JAX says.
+    corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
 
   Raises:
     UserError: a value out of range; when opened, data that is missing or does not fit the config.
@@ -130,6 +136,8 @@ def pipelines(
   for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
     if size < 1:
       raise UserError(f"--config.{field}={size}: give a positive number")
+  if corruptions and not config["test"]:
+    raise UserError("--config.eval.corruptions disturbs the test split; name one by --config.data.test")
   images = _ImageSet(config)
   evals = {
       split: IndexedPipeline(
@@ -144,7 +152,10 @@ def pipelines(
   if images.mixes:
     spec |= {"mix_label": ((batch_size,), np.int32), "mix_weight": ((batch_size,), np.float32)}
   spec = {key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}
-  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names))
+  disturbed = {
+      name: {strength: Retake(evals["test"], functools.partial(images.eval_batch, corruption=(name, strength)))
+             for strength in corrupt.STRENGTHS} for name in corruptions}
+  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names), disturbed)
 
 
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
@@ -247,6 +258,9 @@ class _ImageSet:
     if channels not in (None, config.image_shape[-1]) and (channels, config.image_shape[-1]) != (4, 3):
       raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
                       f"channel{'s' * (channels > 1)}")
+    for name in config.groups:
+      choose("--config.data.groups", name, {
+          name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
     splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
     ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
     for one, other in itertools.combinations(splits, 2):
@@ -265,18 +279,39 @@ class _ImageSet:
     channels, background = config.image_shape[-1], config.background
     stored = (*dataset.features["image"].shape[:2], channels) if crops else config.image_shape
     static = None not in stored
+    groups = self.groups if split != "train" else lambda record: {}
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else self.fit
-      return InMemory(_decode_all(records, channels, background, fit, stored), self.crop if crops else None)
+      arrays = _decode_all(records, channels, background, fit, stored, groups)
+      self.check_labels(arrays["label"], split)
+      return InMemory(arrays, self.crop if crops else None)
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
-      examples = [decode_record(record, channels, background) for record in records[indices]]
+      examples = [decode_record(record, channels, background) | groups(record) for record in records[indices]]
+      self.check_labels([example["label"] for example in examples], split, indices)
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
       return [{**example, "image": self.fit(example["image"])} for example in examples]
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
+
+  def check_labels(self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None) -> None:
+    """Raises `UserError` on a label that is no class, such as TFDS' -1 for "none"; `indices` are the examples'."""
+    classes = self.config.num_classes
+    for i in np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))[:1]:
+      example = i if indices is None else indices[i]
+      raise UserError(f"--config.data.{split}={self.config[split]!r}: example {example} has the label {labels[i]}, "
+                      f"outside of 0 to {classes - 1}; choose a split with labels")
+
+  def groups(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{"host/group/NAME": str[]} of a record."""
+    found = {}
+    for name in self.config.groups:
+      value, feature = record[name][0], self.dataset.features[name]
+      text = value.decode() if isinstance(value, bytes) else feature.int2str(value)
+      found[f"host/group/{name}"] = np.asarray(text)
+    return found
 
   def fit(self, image: np.ndarray) -> np.ndarray:
     """uint8[h, w, C] -> uint8[H, W, C], by `config.resize`."""
@@ -306,12 +341,15 @@ class _ImageSet:
     """The rows of the global batch that a host has to read: its own and, for mixing, their partners."""
     return np.union1d(plan.rows, _partners(plan)) if self.mixes else plan.rows
 
-  def eval_batch(self, examples: Examples, plan: Plan) -> HostBatch:
+  def eval_batch(self, examples: Examples, plan: Plan, corruption: tuple[str, int] | None = None) -> HostBatch:
+    """The host's rows; `corruption` is a name and a strength."""
     read = examples.gather(plan, plan.rows)
     ids = plan.indices[plan.rows]
-    return {
+    if corruption:
+      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed, ids)
+    return read | {
         "image": augment.normalise(read["image"], self.config.mean, self.config.std),
-        "label": read["label"], "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+        "mask": (ids >= 0).astype(np.float32), "host/id": ids}
 
   def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
     rows = self.rows(plan)
@@ -419,17 +457,19 @@ def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
 
 def _decode_all(
     records: sources.Records, channels: int, background: int, fit: Callable[[np.ndarray], np.ndarray],
-    shape: Sequence[int],
+    shape: Sequence[int], groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
   images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
+  grouped = []
   for start in range(0, len(records), DECODE_AT_ONCE):
     rows = range(start, min(start + DECODE_AT_ONCE, len(records)))
     block = records[rows]
     labels[rows] = [record["label"][0] for record in block]
+    grouped += map(groups, block)
     encoded = [record["image"][0] for record in block]
     decoded = png.decode(encoded)
     if decoded is None or decoded.shape[-1] != channels:
       decoded = [decode_image(data, channels, background) for data in encoded]
     for row, image in zip(rows, decoded):
       images[row] = fit(image)
-  return {"image": images, "label": labels}
+  return {"image": images, "label": labels, **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

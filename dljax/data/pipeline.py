@@ -157,9 +157,10 @@ class IndexedPipeline:
     n = self.num_examples
     return n // self.batch_size if self.train else -(-n // self.batch_size)
 
-  def batch(self, step: int) -> HostBatch:
+  def batch(self, step: int, finish: Callable[[Examples, Plan], HostBatch] | None = None) -> HostBatch:
+    """See `Pipeline.batch`; `finish` takes the place of the pipeline's own."""
     examples = self._opened()
-    return self._finish(examples, self.plan(step, len(examples)))
+    return (finish or self._finish)(examples, self.plan(step, len(examples)))
 
   def plan(self, step: int, num_examples: int) -> Plan:
     """The plan of global batch `step` of a split of `num_examples`."""
@@ -182,6 +183,30 @@ class IndexedPipeline:
     if self._examples is None:
       raise RuntimeError("open() the pipeline first")
     return self._examples
+
+
+class Retake:
+  """The examples of another pipeline, in its batches, made into batches in another way. Reads nothing twice.
+
+  Args:
+    pipeline: whose examples they are; opened with this one.
+    finish: (examples, plan) -> this host's batch.
+  """
+
+  def __init__(self, pipeline: IndexedPipeline, finish: Callable[[Examples, Plan], HostBatch]):
+    self._pipeline, self._finish = pipeline, finish
+    self.open, self.close = pipeline.open, pipeline.close
+
+  @property
+  def num_examples(self) -> int:
+    return self._pipeline.num_examples
+
+  @property
+  def num_batches(self) -> int:
+    return self._pipeline.num_batches
+
+  def batch(self, step: int) -> HostBatch:
+    return self._pipeline.batch(step, self._finish)
 
 
 class InMemory:

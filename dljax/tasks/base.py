@@ -4,7 +4,8 @@ A task turns (model, batch) into a loss and metrics. It is a frozen dataclass th
 module and never a loop: the engine (`dljax/train`) calls it from one pure train step.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -33,6 +34,21 @@ class LossOutput:
   loss: Array
   metrics: Sums
   model_state: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+  """What an evaluation of a whole set found beside the summed metrics.
+
+  Attributes:
+    metrics: name -> value.
+    figures: file stem -> `matplotlib.figure.Figure`.
+    tables: file stem -> rows, each a flat dict of strings and numbers with the same keys.
+  """
+
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tables: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -69,8 +85,8 @@ class Task(Protocol):
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
-  ) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-    """Whole-set metrics and pictures, on the host, after a final evaluation.
+  ) -> Findings:
+    """Whole-set metrics, pictures and tables, on the host, after a final evaluation.
 
     Args:
       rows: (predictions, host batch) of every batch, padding dropped, gathered over hosts.
@@ -78,5 +94,5 @@ class Task(Protocol):
       assets: what was fitted to the data, as saved in `workdir/data/` (e.g. the class names).
 
     Returns:
-      Metrics beyond those of `summarize`, and file stem -> `matplotlib.figure.Figure`.
+      What was found; its metrics beyond those of `summarize`.
     """

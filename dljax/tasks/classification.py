@@ -20,11 +20,13 @@ import numpy as np
 
 from dljax import report
 from dljax.errors import UserError, unknown
-from dljax.tasks.base import ALL, Array, Batch, LossOutput, PyTree, Sums, Variables
+from dljax.tasks import scores
+from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
 
 CRITERIA = ("softmax", "perceptron")
 MAX_CONFUSION_CLASSES = 200  # beyond, the matrix is a large array to add up and nothing to look at
 MAX_PICTURED = 24
+GROUP = "host/group/"  # begins the batch fields that say to which group a row belongs
 MAX_LISTED = 5
 
 
@@ -123,18 +125,35 @@ class Classification:
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
-  ) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-    """No further metrics; the pictures confusion_matrix and mistakes.
+  ) -> Findings:
+    """Scores by class and by group, calibration, and pictures.
 
-    The mistakes are up to `MAX_PICTURED` images, the most wrongly sure first; where there was none,
-    the least sure of the right guesses. Inputs that are no images have no such picture.
+    Metrics: macro_f1; calibration_error (of the softmax's guesses); worst_NAME_accuracy for each batch field
+    "host/group/NAME", which says of each row to which group it belongs.
+    Tables: classes (precision, recall, f1, support); group_NAME (accuracy, support), the groups' names in order.
+    Figures: confusion_matrix, calibration, mistakes. The mistakes are up to `MAX_PICTURED` images, the most
+    wrongly sure first; where there was none, the least sure of the right guesses. Inputs that are no images
+    have no such picture.
     """
     names = class_names(assets, self.num_classes)
-    mistakes = _picture_mistakes(rows, names)  # first: `sums` may be filled by the passing of the rows
+    tally = _Tally(self.num_classes)
+    mistakes = _picture_mistakes(tally.watch(rows), names)  # first: `sums` may be filled by the passing of the rows
     figures = {} if mistakes is None else {"mistakes": mistakes}
+    by_class = scores.by_class(*tally.counts)
+    metrics = {"macro_f1": scores.macro_f1(*tally.counts)}
+    tables = {"classes": [
+        {"class": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for name, p, r, f, n in zip(names, by_class.precision, by_class.recall, by_class.f1, by_class.support)]}
+    if self.criterion == "softmax":  # a perceptron's probabilities mean nothing
+      metrics["calibration_error"] = tally.calibration.error()
+      figures["calibration"] = report.calibration(
+          tally.calibration.count, tally.calibration.confidence, tally.calibration.right)
+    for group, table in tally.groups().items():
+      metrics[f"worst_{group}_accuracy"] = min(row["accuracy"] for row in table)
+      tables[f"group_{group}"] = table
     if "confusion_matrix" in sums:
       figures["confusion_matrix"] = report.confusion_matrix(np.asarray(sums["confusion_matrix"][0]), names)
-    return {}, figures
+    return Findings(metrics, figures, tables)
 
   def _logits(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, train: bool,
@@ -200,6 +219,38 @@ def _rank(logits: Array, label: Array) -> Array:
   own = _pick(logits, label)[:, None]
   behind = (logits < own) | ((logits == own) & (jnp.arange(logits.shape[-1]) >= label[:, None]))
   return jnp.sum(~behind, axis=-1)  # all classes where the logits are no numbers
+
+
+class _Tally:
+  """Counts while rows pass.
+
+  Attributes:
+    counts: f64[3, C], of each class how often it was guessed right, was the truth, and was guessed.
+    calibration: of the guesses.
+  """
+
+  def __init__(self, num_classes: int):
+    self.counts = np.zeros((3, num_classes))
+    self.calibration = scores.Calibration.of(np.zeros(0), np.zeros(0))
+    self._groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+  def watch(self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]]) -> Iterator[tuple[PyTree, Mapping[str, Any]]]:
+    """The same rows."""
+    for predictions, batch in rows:
+      p, label = np.asarray(predictions["probabilities"]), np.asarray(batch["label"])
+      guess = p.argmax(axis=-1)
+      right = guess == label
+      for total, classes in zip(self.counts, (label[right], label, guess)):
+        total += np.bincount(classes, minlength=len(total))
+      self.calibration += scores.Calibration.of(p.max(axis=-1), right)
+      for field, groups in batch.items():
+        if field.startswith(GROUP):
+          self._groups.setdefault(field.removeprefix(GROUP), []).append((np.asarray(groups), right))
+      yield predictions, batch
+
+  def groups(self) -> dict[str, list[dict[str, Any]]]:
+    """The table of each kind of group."""
+    return {name: scores.by_group(*map(np.concatenate, zip(*parts))) for name, parts in self._groups.items()}
 
 
 def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str]) -> Any:

@@ -1,6 +1,7 @@
 """One pass over a split: summed metrics, and predictions for the metrics of whole sets."""
 
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from dljax import report
 from dljax.data.pipeline import Pipeline, opened
-from dljax.tasks.base import Batch, Task
+from dljax.tasks.base import Batch, Findings, Task
 from dljax.train import metrics, parallel, step
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program
@@ -47,14 +49,14 @@ class Evaluator:
 
   def full(
       self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str, assets: Mapping[str, Any],
-  ) -> tuple[dict[str, float], dict[str, Any]]:
-    """All metrics of the split, and its pictures by file stem."""
+  ) -> Findings:
+    """What there is to say of the split; all its metrics, summed ones included."""
     sums: dict[str, Any] = {}
     with contextlib.closing(self._batches(variables, rng, pipeline, name, sums, predictions=True)) as rows:
-      more, figures = self._task.evaluate(rows, sums, assets)
+      found = self._task.evaluate(rows, sums, assets)
       for _ in rows:  # a task need not look at every row
         pass
-    return {**self._task.summarize(sums), **more}, dict(figures)
+    return dataclasses.replace(found, metrics={**self._task.summarize(sums), **found.metrics})
 
   def _batches(
       self, variables, rng, pipeline: Pipeline, name: str, sums: dict[str, Any], *, predictions: bool,
@@ -74,13 +76,30 @@ class Evaluator:
 
 
 def evaluate(
-    experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, assets: Mapping[str, Any],
-) -> dict[str, dict[str, float]]:
-  """All metrics of every split, by its name; opens the data for it."""
-  evaluator = Evaluator(experiment.task, mode, program.mesh)
-  with opened(*experiment.evals.values()):
-    return {split: evaluator.full(state.variables, state.rng, pipeline, split, assets)[0]
-            for split, pipeline in experiment.evals.items()}
+    experiment: Experiment, evaluator: Evaluator, variables: Mapping[str, Any], rng: jax.Array,
+    assets: Mapping[str, Any],
+) -> tuple[dict[str, Mapping[str, float]], Findings]:
+  """All metrics of every split, by its name, and all findings of the last, the one that counts.
+
+  Where the experiment has corruptions, their table and figure are among the findings. Opens the data where it is
+  not open.
+  """
+  metrics_of, findings = {}, Findings()
+  passes = [pipeline for passes in experiment.corruptions.values() for pipeline in passes.values()]
+  with opened(*experiment.evals.values(), *passes):
+    for split, pipeline in experiment.evals.items():
+      findings = evaluator.full(variables, rng, pipeline, split, assets)
+      metrics_of[split] = findings.metrics
+    table = [
+        {"corruption": name, "strength": strength, **evaluator.sums(variables, rng, pipeline, f"{name} {strength}")}
+        for name, passes in experiment.corruptions.items() for strength, pipeline in sorted(passes.items())]
+  if table:
+    curves = {metric: {name: [row[metric] for row in table if row["corruption"] == name]
+                       for name in experiment.corruptions} for metric in list(table[0])[2:]}
+    findings = dataclasses.replace(
+        findings, tables={**findings.tables, "corruptions": table},
+        figures={**findings.figures, "corruptions": report.strengths(curves, metrics_of["test"])})
+  return metrics_of, findings
 
 
 def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch) -> Any:

@@ -32,6 +32,8 @@ class Experiment:
     decode: (predictions, assets) -> one flat, JSON-able dict per row, to print and to write.
     assets: called once after the data was opened: what was fitted to it (class names, a
       tokenizer), JSON-able, by file stem; saved in `workdir/data/`.
+    corruptions: what `config.eval.corruptions` asks for: name -> strength, from 1 -> one pass over the split
+      "test", so disturbed. A final evaluation measures each and gives the table and figure "corruptions".
   """
 
   task: Task
@@ -43,3 +45,4 @@ class Experiment:
   encode: Callable[[Sequence[str], Mapping[str, Any]], tuple[Mapping[str, Any], list[str], list[str]]]
   decode: Callable[[Any, Mapping[str, Any]], Iterable[Mapping[str, Any]]]
   assets: Callable[[], Mapping[str, Any]] = _no_assets
+  corruptions: Mapping[str, Mapping[int, Pipeline]] = dataclasses.field(default_factory=dict)

@@ -14,10 +14,10 @@ import numpy as np
 
 from dljax import optim, report
 from dljax.data.pipeline import opened
-from dljax.errors import RunError, UserError, unknown, writing
+from dljax.errors import RunError, UserError, unknown
 from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import Evaluator, prefetch
+from dljax.train.evaluate import Evaluator, evaluate, prefetch
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import Preempted, StopSignals
@@ -200,19 +200,13 @@ class _Run:
         checkpoint, variables = best.step, best.state.variables
       except UserError as fault:  # damaged since
         metrics.say(f"warning: {fault}; the results are those of the last step")
-    assets = self.folder.read_assets()
-    found, figures = {}, {}
-    for split, pipeline in self.experiment.evals.items():
-      found[split], figures = self.evaluator.full(variables, state.rng, pipeline, split, assets)
+    found, findings = evaluate(self.experiment, self.evaluator, variables, state.rng, self.folder.read_assets())
     digest = state_sha256(parallel.state_to_host(state, self.program.mesh))
     if jax.process_index() != 0:
       return
     rows = report.read_metrics(self.folder.metrics_file)
-    figures["learning_curves"] = report.learning_curves(rows)
-    with writing(self.folder.figures):
-      self.folder.figures.mkdir(exist_ok=True)
-      for stem, figure in figures.items():  # of the last split, the one that counts
-        report.save(figure, self.folder.figures / f"{stem}.png")
+    figures = {**findings.figures, "learning_curves": report.learning_curves(rows)}
+    self.folder.write_findings(dataclasses.replace(findings, figures=figures))
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     write_json(self.folder.result_file, {
         "family": self.config.family, "preset": self.config.preset, "steps": steps,

@@ -273,11 +273,17 @@ def rows_to_host(tree: Any, mode: Mode) -> Any:
 
 
 def gather_hosts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The global batch on every host, its rows in the order of `rows_to_host`; text stays at home."""
+  """The global batch on every host, its rows in the order of `rows_to_host`; objects and bytes stay at home."""
   if jax.process_count() == 1:
     return dict(batch)
-  numbers = {k: v for k, v in batch.items() if v.dtype.kind not in "OUS"}
-  return _multihost().process_allgather(numbers, tiled=True)
+  gather = lambda value: _multihost().process_allgather(value, tiled=True)
+  found = gather({k: v for k, v in batch.items() if v.dtype.kind not in "OUS"})
+  for key, texts in sorted(batch.items()):
+    if texts.dtype.kind == "U":  # as code points, of which a host's longest text decides the number
+      width = int(gather(np.asarray([texts.dtype.itemsize])).max()) // 4
+      points = np.ascontiguousarray(texts.astype(f"U{width}")).view(np.uint32).reshape(len(texts), width)
+      found[key] = np.ascontiguousarray(gather(points)).view(f"U{width}").reshape(-1)
+  return found
 
 
 def state_to_host(state: TrainState, mesh: Mesh) -> Any:

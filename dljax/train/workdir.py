@@ -1,5 +1,6 @@
 """The folder of a run: who may write in it, what ran there, and where each thing lies."""
 
+import csv
 import fcntl
 import importlib.metadata
 import json
@@ -7,17 +8,19 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from dljax import report
 from dljax.config import LATER_FIELDS, flatten
 from dljax.errors import UserError, writing
+from dljax.tasks.base import Findings
 
 # A run may continue with other values of these; of nothing else.
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every")
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "eval.corruptions")
 _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -31,6 +34,14 @@ def write_json(path: Path, value: Any) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with the same keys, the keys in the first line; a dict becomes JSON."""
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
 
 
 def read_json(path: Path, **fields: type) -> Any:
@@ -55,7 +66,7 @@ class Workdir:
 
   Attributes:
     path: the folder.
-    checkpoints, data, figures: its parts.
+    checkpoints, data, figures, tables: its parts.
     config_file, metrics_file, result_file: its files.
   """
 
@@ -64,6 +75,7 @@ class Workdir:
     self.checkpoints = self.path / "checkpoints"
     self.data = self.path / "data"
     self.figures = self.path / "figures"
+    self.tables = self.path / "tables"
     self.config_file = self.path / "config.json"
     self.metrics_file = self.path / "metrics.jsonl"
     self.result_file = self.path / "result.json"
@@ -87,8 +99,9 @@ class Workdir:
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     # Through JSON, where a tuple is a list.
-    old, new = flatten(old), flatten(json.loads(json.dumps(config.to_dict())))
-    old = {key: value for key, value in LATER_FIELDS.items() if key in new} | old
+    jsonable = lambda value: json.loads(json.dumps(value))
+    new = flatten(jsonable(config.to_dict()))
+    old = {key: jsonable(value) for key, value in LATER_FIELDS.items() if key in new} | flatten(old)
     differ = [
         f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
         for key in sorted(old.keys() | new.keys())
@@ -147,6 +160,17 @@ class Workdir:
     if not self.config_file.exists():
       raise UserError(f"--workdir={self.path} holds no run; name the folder of one, or train first")
     return ml_collections.ConfigDict(_with_tuples(read_json(self.config_file, config=dict)["config"]))
+
+  def write_findings(self, findings: Findings) -> None:
+    """Writes figures/*.png and tables/*.csv; `RunError` where that fails."""
+    with writing(self.figures):
+      self.figures.mkdir(exist_ok=True)
+      for stem, figure in findings.figures.items():
+        report.save(figure, self.figures / f"{stem}.png")
+    with writing(self.tables):
+      self.tables.mkdir(exist_ok=True)
+      for stem, rows in findings.tables.items():
+        write_csv(self.tables / f"{stem}.csv", rows)
 
   def read_assets(self) -> dict[str, Any]:
     """What was fitted to the data, by file stem."""

@@ -404,6 +404,64 @@ def photos(tmp_path, monkeypatch):
   return config
 
 
+@pytest.mark.parametrize("limit", [0, image.MEMORY_LIMIT], ids=["streamed", "in memory"])
+def test_labels_out_of_range_are_told(digits, monkeypatch, limit):
+  monkeypatch.setattr(image, "MEMORY_LIMIT", limit)
+  getitem = sources.Records.__getitem__
+  unlabelled = lambda records, indices: [
+      {**record, "label": [-1 if i == 7 else record["label"][0]]} for i, record in zip(indices, getitem(records, indices))]
+  monkeypatch.setattr(sources.Records, "__getitem__", unlabelled)
+  test = build(digits).evals["test"]
+  with pytest.raises(UserError, match="--config.data.test='test': example 7 has the label -1, outside of 0 to 9"):
+    test.open()
+    test.batch(0)
+  test.close()
+
+
+@pytest.mark.parametrize("limit", [0, image.MEMORY_LIMIT], ids=["streamed", "in memory"])
+def test_groups_travel_with_evaluation_batches(tmp_path, monkeypatch, limit):
+  import tensorflow_datasets as tfds
+
+  with tfds.core.registered.skip_registration():
+
+    class Grouped(tfds.core.GeneratorBasedBuilder):
+      name = "grouped"
+      VERSION = tfds.core.Version("1.0.0")
+
+      def _info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(4, 4, 1)), "label": tfds.features.ClassLabel(num_classes=2),
+            "camera": tfds.features.ClassLabel(names=["old", "new one"]), "place": tfds.features.Text(),
+            "weight": np.float32}))
+
+      def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(4), "test": self._generate_examples(5)}
+
+      def _generate_examples(self, n):
+        for i in range(n):
+          picture = Image.fromarray(np.full((4, 4), 40 * i, np.uint8))
+          yield i, {"image": picture, "label": i % 2, "camera": i // 3, "place": "Łódź" * i, "weight": 1.0}
+
+  sources.build(Grouped, tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  monkeypatch.setattr(image, "MEMORY_LIMIT", limit)
+  config = image.default_config()
+  config.update(name="grouped", validation="", num_classes=2, image_shape=(4, 4, 1), groups=("camera", "place"))
+  data = build(config, batch_size=4)
+  assert all(p.open() for p in (data.train, data.evals["test"]))
+  assert not any("group" in field for field in data.train.batch(0))
+  batch = data.evals["test"].batch(0)
+  numbers = np.round((batch["image"][:5, 0, 0, 0] * config.std[0] + config.mean[0]) * 255 / 40).astype(int)
+  assert sorted(numbers) == [0, 1, 2, 3, 4]
+  assert batch["host/group/camera"][:5].tolist() == [["old", "new one"][i // 3] for i in numbers]
+  assert batch["host/group/place"][:5].tolist() == ["Łódź" * i for i in numbers]
+  data.evals["test"].close()
+  for wrong, words in (("camra", "did you mean camera"), ("weight", "--config.data.groups")):
+    config.groups = (wrong,)
+    with pytest.raises(UserError, match=words):
+      build(config, batch_size=4).train.open()
+
+
 def test_images_of_many_sizes_are_streamed(photos, monkeypatch):
   data = build(photos, batch_size=8)
   assert list(data.evals) == ["validation"]

@@ -11,6 +11,7 @@ import sklearn.metrics
 from dljax.errors import UserError
 from dljax.tasks import classification
 from dljax.tasks.classification import Classification
+from dljax.tasks.scores import Calibration
 
 NUM_CLASSES = 7
 
@@ -265,9 +266,16 @@ def test_evaluate_draws_the_confusion_matrix_and_the_mistakes(wrong):
       yield {"probabilities": p[i:i + 40]}, {"image": images[i:i + 40], "label": labels[i:i + 40]}
     sums["confusion_matrix"] = np.array([[40, 10], [5, 45]]), np.full((2, 2), 50)  # whole after the last row
 
-  metrics, figures = task.evaluate(rows(), sums, {"classes": ["cat", "dog"]})
-  assert metrics == {}
-  assert set(figures) == {"confusion_matrix", "mistakes"}
+  found = task.evaluate(rows(), sums, {"classes": ["cat", "dog"]})
+  figures = found.figures
+  assert set(figures) == {"confusion_matrix", "calibration", "mistakes"}
+  guess = p.argmax(axis=1)
+  assert found.metrics["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(labels, guess, average="macro"))
+  assert found.metrics["calibration_error"] == pytest.approx(Calibration.of(p.max(axis=1), guess == labels).error())
+  assert [row["class"] for row in found.tables["classes"]] == ["cat", "dog"]
+  for c, row in enumerate(found.tables["classes"]):
+    expected = sklearn.metrics.precision_recall_fscore_support(labels, guess, labels=[c], zero_division=0)
+    assert [row[k] for k in ("precision", "recall", "f1", "support")] == [pytest.approx(x[0]) for x in expected]
   titles = [axes.get_title() for axes in figures["mistakes"].axes if axes.images]
   expected = min(wrong or 100, classification.MAX_PICTURED)
   assert len(titles) == expected
@@ -278,11 +286,31 @@ def test_evaluate_draws_the_confusion_matrix_and_the_mistakes(wrong):
     assert titles[0] == "truth: cat\nsure: 60%"
 
 
+def test_evaluate_by_group():
+  task = Classification(Identity(), 2)
+  p, labels = np.eye(2)[[0, 0, 1, 1, 0, 1]], np.array([0, 0, 1, 0, 1, 0])
+  batch = {"image": np.zeros((6, 2)), "label": labels, "host/group/writer": np.array(list("abbaac")),
+           "host/group/year": np.array([9, 9, 9, 10, 10, 10])}
+  rows = [({"probabilities": p[s]}, {k: v[s] for k, v in batch.items()}) for s in (slice(4), slice(4, None))]
+  found = task.evaluate(iter(rows), {}, {})
+  assert (found.metrics["worst_writer_accuracy"], found.metrics["worst_year_accuracy"]) == (0, 0)
+  assert found.tables["group_writer"] == [
+      {"group": "a", "accuracy": pytest.approx(1 / 3), "support": 3}, {"group": "b", "accuracy": 1, "support": 2},
+      {"group": "c", "accuracy": 0, "support": 1}]
+  assert [(row["group"], row["accuracy"]) for row in found.tables["group_year"]] == [(9, 1), (10, 0)]
+
+
+def test_a_perceptron_is_not_calibrated():
+  row = {"probabilities": np.array([[0.3, 0.7]])}, {"image": np.zeros((1, 2)), "label": np.array([0])}
+  found = Classification(Identity(), 2, criterion="perceptron").evaluate(iter([row]), {}, {})
+  assert set(found.metrics) == {"macro_f1"} and not found.figures
+
+
 def test_evaluate_without_images_draws_no_mistakes():
   task = Classification(Identity(), 2)
   row = {"probabilities": np.array([[0.3, 0.7]])}, {"image": np.zeros((1, 2)), "label": np.array([0])}
   rows = iter([row] * 3)
-  assert task.evaluate(rows, {}, {}) == ({}, {})
+  assert set(task.evaluate(rows, {}, {}).figures) == {"calibration"}
   assert next(rows, None) is None  # all were read, so that the sums are whole
 
 

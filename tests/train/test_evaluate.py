@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dljax.tasks.base import Findings
 from dljax.train.evaluate import Evaluator, predict, prefetch
 from dljax.train.program import Program, RunOptions
 from tests.train import toys
@@ -25,7 +26,8 @@ class _Collects(toys.Formula):
   def evaluate(self, rows, sums, assets):
     rows = list(rows)
     self.seen[:] = rows
-    return {"rows": float(sum(len(batch["x"]) for _, batch in rows)), **assets}, {"picture": "figure"}
+    count = float(sum(len(batch["x"]) for _, batch in rows))
+    return Findings({"rows": count, **assets}, {"picture": "figure"}, {"table": [{"rows": count}]})
 
 
 def _x(rows):
@@ -61,9 +63,9 @@ def test_each_real_row_counts_once_and_comes_back_in_order(mode, mesh):
   found = evaluator.sums(state.variables, state.rng, SPLIT, "test")
   assert found == {"all_loss": pytest.approx(EXPECTED, rel=1e-6)}
 
-  found, figures = evaluator.full(state.variables, state.rng, SPLIT, "test", {"asset": 1.5})
-  assert found == {"all_loss": pytest.approx(EXPECTED, rel=1e-6), "rows": COUNT, "asset": 1.5}
-  assert figures == {"picture": "figure"}
+  found = evaluator.full(state.variables, state.rng, SPLIT, "test", {"asset": 1.5})
+  assert found.metrics == {"all_loss": pytest.approx(EXPECTED, rel=1e-6), "rows": COUNT, "asset": 1.5}
+  assert (found.figures, found.tables) == ({"picture": "figure"}, {"table": [{"rows": COUNT}]})
   predictions, batches = zip(*TASK.seen)
   np.testing.assert_array_equal(np.concatenate([b["host/id"] for b in batches]), np.arange(COUNT))
   losses = np.concatenate([p["loss"] for p in predictions])

@@ -135,6 +135,34 @@ def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
       path.name for path in (tmp_path / "one" / "figures").iterdir()}
 
 
+_GATHER = """
+import json, jax, numpy as np
+from dljax.train import parallel
+parallel.initialize()
+i = jax.process_index()
+places = [["a", "Łódź"], ["", "a longer one"]][i]
+found = parallel.gather_hosts({"x": np.arange(2) + 2 * i, "host/group/place": np.array(places)})
+print(json.dumps({name: value.tolist() for name, value in found.items()}))
+"""
+
+
+def test_rows_and_their_texts_are_gathered_over_two_processes():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  env = {**os.environ, "XLA_FLAGS": "", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+  both = [subprocess.Popen([sys.executable, "-c", _GATHER], cwd=ROOT, env={**env, "JAX_PROCESS_ID": str(index)},
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for index in range(2)]
+  try:
+    for process in both:
+      line, = [line for line in _end(process).splitlines() if line.startswith("{")]  # others are Gloo's
+      assert json.loads(line) == {
+          "x": [0, 1, 2, 3], "host/group/place": ["a", "Łódź", "", "a longer one"]}
+  finally:
+    for process in both:
+      process.kill()
+
+
 @pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
   process = _start(*XOR, f"--workdir={tmp_path}", "--config.total_steps=1000000")

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dljax import optim
+from dljax import optim, report
 from dljax.config import base_config
 from dljax.errors import RunError, UserError
+from dljax.tasks.base import Findings
 from dljax.train.workdir import Workdir, read_json, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,17 @@ def test_differences_are_named_field_by_field(begun):
 def test_a_field_that_one_of_the_two_lacks_is_a_difference(begun):
   with pytest.raises(UserError, match="extra is 'not set' there and 3 here"):
     begun.check(_config(extra=3), "auto")
+
+
+def test_figures_and_tables_are_written_beside_each_other(begun):
+  begun.write_findings(Findings(tables={"classes": [{"class": "a, b", "f1": 0.5}, {"class": "c", "f1": 1.0}], "none": []},
+                                figures={"grid": report.image_grid([np.eye(2)])}))
+  assert (begun.tables / "classes.csv").read_text().splitlines() == ["class,f1", '"a, b",0.5', "c,1.0"]
+  assert (begun.tables / "none.csv").exists() and (begun.figures / "grid.png").stat().st_size > 100
+  (begun.tables / "classes.csv").unlink()
+  (begun.tables / "classes.csv").mkdir()
+  with pytest.raises(RunError, match="tables was not written"):
+    begun.write_findings(Findings(tables={"classes": [{"class": "a"}]}))
 
 
 def test_never_and_must(begun, tmp_path):

@@ -18,7 +18,7 @@ from dljax.config import base_config
 from dljax.models.layers import BatchNorm
 from dljax.models.mlp import MLP
 from dljax.models.resnet import BasicBlock, ResNet
-from dljax.tasks.base import ALL, LossOutput
+from dljax.tasks.base import ALL, Findings, LossOutput
 from dljax.train import parallel
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program, RunOptions
@@ -68,7 +68,7 @@ class Formula:
     return {name: float(total / count) if count else np.nan for name, (total, count) in sums.items()}
 
   def evaluate(self, rows, sums, assets):
-    return {}, {}
+    return Findings()
 
 
 class ConvNet(nn.Module):

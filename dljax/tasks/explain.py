@@ -1,0 +1,212 @@
+"""What a classifier looked at: maps [B, H, W] over its images. Pure functions, for the caller to compile.
+
+Saliency. Karen Simonyan, Andrea Vedaldi, Andrew Zisserman. "Deep Inside Convolutional Networks", 2013.
+https://arxiv.org/abs/1312.6034, section 3.
+Integrated gradients. Mukund Sundararajan, Ankur Taly, Qiqi Yan. "Axiomatic Attribution for Deep Networks", 2017.
+https://arxiv.org/abs/1703.01365
+Grad-CAM. Ramprasaath Selvaraju et al. "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+Localization", 2017. https://arxiv.org/abs/1610.02391
+Attention rollout. Samira Abnar, Willem Zuidema. "Quantifying Attention Flow in Transformers", 2020.
+https://arxiv.org/abs/2005.00928
+
+All explain one logit of each image: that of its target, by default the class that the network guesses.
+
+Dimensions: `B` batch, `H` height, `W` width, `C` channels, `K` features, `N` tokens.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dljax.errors import UserError, choose
+from dljax.tasks.base import Array, Batch, Variables
+from dljax.tasks.classification import Classification
+
+CHUNK = 16  # steps of integrated gradients that are computed at once
+
+
+def target_logits(
+    task: Classification, variables: Variables, batch: Batch, image: Array, target: Array | None = None,
+) -> tuple[Array, Array]:
+  """The logits [B] of the targets, at least float32, and the targets i32[B].
+
+  Args:
+    task: holds the model.
+    variables: of the model.
+    batch: gives the mask.
+    image: [B, ...], in place of the batch's.
+    target: i32[B], classes; by default those with the greatest logit.
+  """
+  logits = task.model.apply(variables, image, batch["mask"], train=False)
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  target = jnp.argmax(logits, axis=-1) if target is None else target
+  return jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0], target
+
+
+def saliency(task: Classification, variables: Variables, batch: Batch, target: Array | None = None) -> Array:
+  """How much each pixel moves the target's logit: the largest |gradient| over its channels, [B, H, W].
+
+  Args:
+    task: holds the model.
+    variables: of the model.
+    batch: image [B, H, W, C] and mask.
+    target: see `target_logits`.
+  """
+  return jnp.max(jnp.abs(_gradient(task, variables, batch, batch["image"], target)), axis=-1)
+
+
+def integrated_gradients(
+    task: Classification, variables: Variables, batch: Batch, target: Array | None = None, *,
+    baseline: Array | float = 0.0, steps: int = 256,
+) -> Array:
+  """What each pixel adds to the target's logit on the straight way from a baseline to the image, [B, H, W].
+
+  Equation 1, by the midpoint rule. The map adds up to the logit at the image less that at the baseline.
+
+  Args:
+    task: holds the model.
+    variables: of the model.
+    batch: image [B, H, W, C] and mask.
+    target: see `target_logits`.
+    baseline: an image, or a value, in the units of the normalised images.
+    steps: of the rule; a multiple of `CHUNK`, or less than it.
+
+  Raises:
+    UserError: on other `steps`.
+  """
+  chunk = min(steps, CHUNK)
+  if steps < 1 or steps % chunk:
+    raise UserError(f"integrated gradients in {steps} steps: give a multiple of {CHUNK}")
+  image = batch["image"]
+  _, target = target_logits(task, variables, batch, image, target)
+  start = jnp.broadcast_to(jnp.asarray(baseline, image.dtype), image.shape)
+  at = lambda share: _gradient(task, variables, batch, start + share * (image - start), target)
+  shares = ((jnp.arange(steps) + 0.5) / steps).astype(image.dtype).reshape(-1, chunk)
+  add = lambda total, part: (total + jnp.sum(jax.vmap(at)(part), axis=0), None)
+  total, _ = jax.lax.scan(add, jnp.zeros_like(image), shares)
+  return jnp.sum((image - start) * total / steps, axis=-1)
+
+
+def grad_cam(
+    task: Classification, variables: Variables, batch: Batch, layer: str, target: Array | None = None,
+) -> Array:
+  """Where the features of a layer speak for the target: equations 1 and 2, resized to the image, [B, H, W].
+
+  Args:
+    task: holds the model.
+    variables: of the model.
+    batch: image [B, H, W, C] and mask.
+    layer: the path of the module whose result [B, h, w, K] is looked at, e.g. the last block of a ResNet,
+      "stage4_block2" of resnet50; for a module inside of another "outer/inner".
+    target: see `target_logits`.
+
+  Raises:
+    UserError: no module of that path was called (the line names those that were), or it gives no feature map.
+  """
+  shapes: dict[str, tuple[int, ...]] = {}
+
+  def note(path: str, y: Any) -> Any:
+    if isinstance(y, jax.Array) and y.ndim == 4:
+      shapes[path] = y.shape
+    return y
+
+  if getattr(task.model, "remat", False):  # what is traced to be recomputed cannot be looked at from outside
+    task = dataclasses.replace(task, model=task.model.clone(remat=False))
+  apply = lambda: target_logits(task, variables, batch, batch["image"], target)
+  with nn.intercept_methods(_outputs(note)):
+    jax.eval_shape(apply)
+  shape = choose("Grad-CAM's layer", layer, shapes)
+
+  def from_added(added: Array) -> tuple[Array, Array]:
+    """The targets' logits, summed, when `added` is added to the layer's result; and that result."""
+    seen = []
+
+    def add(path: str, y: Any) -> Any:
+      if path != layer:
+        return y
+      seen.append(y + added.astype(y.dtype))
+      return seen[-1]
+
+    with nn.intercept_methods(_outputs(add)):
+      logits, _ = apply()
+    return jnp.sum(logits), seen[-1]
+
+  gradient, features = jax.grad(from_added, has_aux=True)(jnp.zeros(shape, jnp.float32))
+  weights = jnp.mean(gradient, axis=(1, 2), keepdims=True)  # alpha of equation 1
+  cam = nn.relu(jnp.sum(weights * features.astype(jnp.float32), axis=-1))
+  return _resize(cam, batch["image"])
+
+
+def attention_rollout(task: Classification, variables: Variables, batch: Batch) -> Array:
+  """How much of each patch reaches the class token through all layers' attention, resized to the image, [B, H, W].
+
+  Without a class token (as many tokens as patches in a square) it is the mean over the tokens.
+
+  Args:
+    task: holds a model whose blocks sow their attention weights [B, heads, N, N] as "attention" into the
+      collection "intermediates".
+    variables: of the model.
+    batch: image [B, H, W, C] and mask.
+
+  Raises:
+    UserError: the model sows no attention.
+  """
+  _, sown = task.model.apply(variables, batch["image"], batch["mask"], train=False, mutable=["intermediates"])
+  paths = jax.tree_util.tree_flatten_with_path(sown.get("intermediates", {}))[0]
+  layers = {jax.tree_util.keystr(path, simple=True, separator="/"): weights for path, weights in paths
+            if any(getattr(key, "key", None) == "attention" for key in path)}
+  if not layers:
+    raise UserError(f"{type(task.model).__name__} keeps no attention weights; attention rollout needs a transformer")
+  flow = rollout([layers[path] for path in sorted(layers, key=_natural)])
+  tokens = flow.shape[-1]
+  side = math.isqrt(tokens)
+  patches = jnp.mean(flow, axis=1) if side * side == tokens else flow[:, 0, 1:]
+  side = math.isqrt(patches.shape[-1])
+  return _resize(patches.reshape(-1, side, side), batch["image"])
+
+
+def rollout(attention: Sequence[Array]) -> Array:
+  """The paper's rollout: the product of the layers' mean attention, half of each being the residual connection.
+
+  Args:
+    attention: of each layer from the first, [B, heads, N, N]; rows (queries) sum to 1.
+
+  Returns:
+    f[B, N, N]: how much of each input token (column) is in each output token (row); rows sum to 1.
+  """
+  flow = jnp.eye(attention[0].shape[-1])
+  for weights in attention:
+    mean = jnp.mean(weights.astype(jnp.float32), axis=1)
+    flow = (0.5 * mean + 0.5 * jnp.eye(mean.shape[-1])) @ flow
+  return flow
+
+
+def _gradient(
+    task: Classification, variables: Variables, batch: Batch, image: Array, target: Array | None,
+) -> Array:
+  """Of each target's logit with respect to its image, [B, H, W, C]."""
+  return jax.grad(lambda x: jnp.sum(target_logits(task, variables, batch, x, target)[0]))(image)
+
+
+def _outputs(change: Callable[[str, Any], Any]) -> Callable[..., Any]:
+  """An interceptor that puts `change(path, result)` in the place of the result of each module's `__call__`."""
+  def intercept(call, args, kwargs, context):
+    y = call(*args, **kwargs)
+    return y if context.method_name != "__call__" else change("/".join(context.module.path), y)
+  return intercept
+
+
+def _resize(maps: Array, image: Array) -> Array:
+  """[B, h, w] -> [B, H, W], bilinear."""
+  return jax.image.resize(maps, (len(maps), *image.shape[1:3]), "bilinear")
+
+
+def _natural(path: str) -> list[Any]:
+  """Sorts "block2" before "block10"."""
+  return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path)]

@@ -1,0 +1,172 @@
+"""Maps of what a network looked at: against finite differences, closed forms and the papers' axioms."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dljax.errors import UserError
+from dljax.models import lenet, resnet
+from dljax.tasks import explain
+from dljax.tasks.classification import Classification
+
+
+def _task(model, shape, classes=10, seed=0):
+  """A task, its variables, and a batch of random images."""
+  task = Classification(model, classes)
+  image = jax.random.normal(jax.random.key(seed), shape)
+  batch = {"image": image, "mask": jnp.ones(shape[0])}
+  return task, task.init(jax.random.key(seed + 1), batch), batch
+
+
+@pytest.fixture(scope="module")
+def net():
+  return _task(lenet.VARIANTS["lenet5"](num_classes=10), (3, 28, 28, 1))
+
+
+def _logits(net, image, target=None):
+  task, variables, batch = net
+  return explain.target_logits(task, variables, batch, image, target)
+
+
+def test_saliency_is_the_slope_of_the_logit(net):
+  task, variables, batch = net
+  found = jax.jit(functools.partial(explain.saliency, task))(variables, batch)
+  assert found.shape == (3, 28, 28) and (found >= 0).all()
+  _, target = _logits(net, batch["image"])
+  slope = jax.jit(lambda image: _logits(net, image, target)[0])
+  for y, x in ((14, 14), (5, 20), (0, 0)):
+    step = jnp.zeros((1, 28, 28, 1)).at[0, y, x, 0].set(0.05)
+    expected = (slope(batch["image"] + step) - slope(batch["image"] - step)) / 0.1
+    np.testing.assert_allclose(found[:, y, x], np.abs(expected), rtol=2e-2, atol=1e-4)
+
+
+def test_the_target_is_the_guess_unless_it_is_given(net):
+  task, variables, batch = net
+  maps = jax.jit(functools.partial(explain.saliency, task))
+  _, guess = _logits(net, batch["image"])
+  np.testing.assert_allclose(maps(variables, batch, guess), maps(variables, batch), rtol=1e-5)
+  assert np.abs(maps(variables, batch, (guess + 1) % 10) - maps(variables, batch)).max() > 1e-3
+
+
+@pytest.mark.parametrize("baseline", [0.0, -0.4242])
+def test_integrated_gradients_add_up_to_the_difference_of_the_logits(net, baseline):
+  task, variables, batch = net
+  found = jax.jit(functools.partial(explain.integrated_gradients, task, baseline=baseline))(variables, batch)
+  high, target = _logits(net, batch["image"])
+  low, _ = _logits(net, jnp.full_like(batch["image"], baseline), target)
+  np.testing.assert_allclose(found.sum(axis=(1, 2)), high - low, rtol=0.01)
+
+
+class Linear(nn.Module):
+  """One logit per class, linear in the pixels."""
+
+  @nn.compact
+  def __call__(self, image, mask=None, *, train):
+    return nn.Dense(4, name="head")(image.reshape(len(image), -1))
+
+
+def test_integrated_gradients_of_a_linear_model_are_weight_times_pixel():
+  task, variables, batch = _task(Linear(), (2, 3, 5, 2), classes=4)
+  target = jnp.array([1, 3])
+  found = explain.integrated_gradients(task, variables, batch, target, steps=3)
+  weight = variables["params"]["head"]["kernel"].T[target].reshape(2, 3, 5, 2)
+  np.testing.assert_allclose(found, jnp.sum(weight * batch["image"], axis=-1), rtol=1e-4, atol=1e-6)
+  with pytest.raises(UserError, match="multiple of 16"):
+    explain.integrated_gradients(task, variables, batch, steps=40)
+
+
+class Pooled(nn.Module):
+  """A feature map, its mean and a linear layer: Grad-CAM is then the class activation map (section 3.1)."""
+
+  @nn.compact
+  def __call__(self, image, mask=None, *, train):
+    x = nn.Conv(5, (3, 3), name="features")(image)
+    return nn.Dense(4, use_bias=False, name="head")(x.mean(axis=(1, 2)))
+
+
+def test_grad_cam_of_pooled_features_is_the_class_activation_map():
+  task, variables, batch = _task(Pooled(), (2, 6, 6, 3), classes=4)
+  target = jnp.array([2, 0])
+  found = jax.jit(lambda v, b: explain.grad_cam(task, v, b, "features", target))(variables, batch)
+  features = nn.Conv(5, (3, 3)).apply({"params": variables["params"]["features"]}, batch["image"])
+  weights = variables["params"]["head"]["kernel"].T[target] / 36
+  expected = np.maximum(np.einsum("bhwk,bk->bhw", features, weights), 0)
+  assert expected.max() > 0
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  with pytest.raises(UserError, match="Grad-CAM's layer: there is no 'feature'; did you mean features"):
+    explain.grad_cam(task, variables, batch, "feature")
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_grad_cam_of_a_resnet(remat):
+  model = resnet.ResNet(num_classes=10, block=resnet.BasicBlock, stage_sizes=(1, 1), width=4, small_stem=True,
+                        remat=remat)
+  task, variables, batch = _task(model, (2, 12, 12, 3))
+  found = jax.jit(lambda v, b: explain.grad_cam(task, v, b, "stage2_block0"))(variables, batch)
+  assert found.shape == (2, 12, 12) and (found >= 0).all() and found.max() > 0
+  # The last block's result is pooled and goes through the head: the class activation map, resized.
+  _, target = explain.target_logits(task, variables, batch, batch["image"])
+  _, seen = model.apply(variables, batch["image"], train=False, capture_intermediates=lambda m, _: m.name == "stage2_block0")
+  features, = seen["intermediates"]["stage2_block0"]["__call__"]
+  weights = variables["params"]["head"]["kernel"].T[target] / features[0, ..., 0].size
+  small = nn.relu(jnp.einsum("bhwk,bk->bhw", features, weights))
+  np.testing.assert_allclose(found, jax.image.resize(small, (2, 12, 12), "bilinear"), rtol=1e-3, atol=1e-6)
+
+
+def _stochastic(draw, *shape):
+  weights = draw.random(shape)
+  return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def test_rollout_by_closed_form():
+  draw = np.random.default_rng(0)
+  one, two = _stochastic(draw, 2, 3, 5, 5), _stochastic(draw, 2, 3, 5, 5)
+  found = explain.rollout([jnp.asarray(one), jnp.asarray(two)])
+  half = lambda a: (a.mean(axis=1) + np.eye(5)) / 2
+  np.testing.assert_allclose(found, half(two) @ half(one), rtol=1e-5)
+  np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-5)
+  still = jnp.broadcast_to(jnp.eye(5), (2, 3, 5, 5))  # each token looks at itself alone
+  np.testing.assert_allclose(explain.rollout([still] * 4), np.broadcast_to(np.eye(5), (2, 5, 5)), atol=1e-6)
+
+
+class Block(nn.Module):
+  number: int
+
+  @nn.compact
+  def __call__(self, tokens):
+    draw = np.random.default_rng(self.number)
+    self.sow("intermediates", "attention", jnp.asarray(_stochastic(draw, len(tokens), 2, tokens.shape[1], tokens.shape[1])))
+    return tokens
+
+
+class Sower(nn.Module):
+  """Eleven blocks (so that names do not sort as numbers do) over 2x2 patches and perhaps a class token."""
+
+  class_token: bool
+
+  @nn.compact
+  def __call__(self, image, mask=None, *, train):
+    tokens = jnp.zeros((len(image), 4 + self.class_token, 1))
+    for i in range(11):
+      tokens = Block(i, name=f"block{i}")(tokens)
+    return tokens[:, 0]
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_attention_rollout_of_what_was_sown(class_token):
+  task, _, batch = _task(Sower(class_token), (3, 2, 2, 1))
+  found = explain.attention_rollout(task, {}, batch)
+  tokens = 4 + class_token
+  layers = [jnp.asarray(_stochastic(np.random.default_rng(i), 3, 2, tokens, tokens)) for i in range(11)]
+  flow = np.asarray(explain.rollout(layers))
+  expected = flow[:, 0, 1:] if class_token else flow.mean(axis=1)
+  np.testing.assert_allclose(found, expected.reshape(3, 2, 2), rtol=1e-5)
+
+
+def test_a_network_without_attention_has_no_rollout(net):
+  with pytest.raises(UserError, match="LeNet5 keeps no attention weights"):
+    explain.attention_rollout(*net)
