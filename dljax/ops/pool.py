@@ -1,8 +1,9 @@
 """Pooling: the maximum of a window, and averages that make an image of any size one of a given size.
 
-Max-pooling has a gradient that is fast on a CPU, and the native one everywhere else: one comparison per value and
-window says whether it was the window's maximum, in place of XLA's `select_and_scatter`. Where windows tile the
-image they are a reshape of it, otherwise shifted views.
+Max-pooling is fast on a CPU, and the native one everywhere else. Its gradient: one comparison per value and window
+says whether it was the window's maximum, in place of XLA's `select_and_scatter`. Where windows tile the image they are
+a reshape of it, otherwise shifted views; the maximum of those, first over rows and then over columns, is also several
+times faster than XLA's `reduce_window`.
 
 Dimensions: `B` batch, `H` and `W` height and width, `C` channels, `h` and `w` of the window.
 """
@@ -81,20 +82,35 @@ class _Pool(NamedTuple):
   strides: Pair
   padding: tuple[Pair, Pair]
 
+  @property
+  def tiles(self) -> bool:
+    """Whether the windows neither overlap nor leave gaps."""
+    return self.window == self.strides and not any(map(sum, self.padding))
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _max_pool(pool: _Pool, x: Array) -> Array:
-  return nn.max_pool(x, *pool)
+  native = lambda x: nn.max_pool(x, *pool)
+  return native(x) if pool.tiles else lax.platform_dependent(
+      x, cpu=functools.partial(_maximum, pool), default=native)
 
 
 @_max_pool.defjvp
 def _max_pool_jvp(pool: _Pool, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
   (x,), (dx,) = primals, tangents
-  tiles = pool.window == pool.strides and not any(map(sum, pool.padding))
   dy = lax.platform_dependent(
-      x, dx, cpu=functools.partial(_tangent_of_tiles if tiles else _tangent, pool),
+      x, dx, cpu=functools.partial(_tangent_of_tiles if pool.tiles else _tangent, pool),
       default=lambda x, dx: jax.jvp(lambda x: nn.max_pool(x, *pool), (x,), (dx,))[1])
   return _max_pool(pool, x), dy
+
+
+def _maximum(pool: _Pool, x: Array) -> Array:
+  """The maximum of each window's rows, and then of what is left of its columns."""
+  rows = _Pool((pool.window[0], 1), (pool.strides[0], 1), (pool.padding[0], (0, 0)))
+  columns = _Pool((1, pool.window[1]), (1, pool.strides[1]), ((0, 0), pool.padding[1]))
+  for part in (rows, columns):
+    x = functools.reduce(jnp.maximum, _views(part, x, -jnp.inf))
+  return x
 
 
 def _tangent(pool: _Pool, x: Array, dx: Array) -> Array:
