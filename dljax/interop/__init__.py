@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from dljax import errors
-from dljax.interop import torch, torchvision
+from dljax.interop import timm, torch, torchvision
 from dljax.interop.table import Table
 
 Tensors = Mapping[str, np.ndarray]
@@ -28,6 +28,7 @@ Tensors = Mapping[str, np.ndarray]
 SOURCES: Mapping[str, Mapping[type[nn.Module], Table | Callable[[Any], Table]]] = {
     "torch": torch.TABLES,
     "torchvision": torchvision.TABLES,
+    "timm": timm.TABLES,
 }
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 

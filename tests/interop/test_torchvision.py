@@ -8,7 +8,7 @@ import pytest
 
 from dljax import interop
 from dljax.errors import UserError
-from dljax.models import alexnet, resnet, vgg
+from dljax.models import alexnet, efficientnet, resnet, vgg
 from tests.fixtures import formula
 from tests.interop.parity import assert_equals_peer, assert_parity, assert_sgd_step
 
@@ -82,3 +82,8 @@ def test_small_forms_have_torchvisions_names_and_come_back(build, size):
   side, channels = model.pooled_size, len(kernel) // model.pooled_size**2
   for c, i, j in ((0, 0, 0), (3, 0, 1), (channels - 1, 1, 0)):
     np.testing.assert_array_equal(tensors[name][:, (c * side + i) * side + j], kernel[(i * side + j) * channels + c])
+
+
+def test_efficientnet_b0_gives_torchvisions_logits():
+  assert_parity(functools.partial(efficientnet.VARIANTS["efficientnet_b0"], num_classes=1000), "torchvision",
+                "efficientnet_b0")
