@@ -28,7 +28,8 @@ def _tiny(**kwargs):
 @pytest.mark.parametrize("name", vit.VARIANTS)
 def test_parameter_counts_at_1000_classes(name):
   side = 32 if name == "vit_nano" else 224
-  params = jax.eval_shape(vit.VARIANTS[name](num_classes=1000).init, jax.random.key(0), _images(side, batch=1))["params"]
+  model = vit.VARIANTS[name](num_classes=1000)
+  params = jax.eval_shape(model.init, jax.random.key(0), _images(side, batch=1))["params"]
   assert parameter_count(params) == COUNTS[name]
 
 
@@ -83,7 +84,8 @@ def test_interpolated_positions_make_weights_fit_another_size():
     vit.interpolate_positions(table, (3, 3), (4, 4))
 
 
-@pytest.mark.parametrize("size, message", [((9, 12), "9x12 pixels.*resize them to 8x12"), ((3, 3), "resize them to 4x4")])
+@pytest.mark.parametrize("size, message", [
+    ((9, 12), "9x12 pixels.*resize them to 8x12"), ((3, 3), "resize them to 4x4")])
 def test_images_that_patches_do_not_tile_are_refused(size, message):
   with pytest.raises(UserError, match=message):
     jax.eval_shape(_tiny().init, jax.random.key(0), _images(*size))
