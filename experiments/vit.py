@@ -43,7 +43,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
     config.model.stochastic_depth = 0.1
-    config.update({"total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+    config.update({"total_steps": 6000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
     config.model.stochastic_depth = 0.1
