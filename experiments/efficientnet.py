@@ -52,7 +52,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
                          "label_smoothing": 0.1})
     config.optimizer.update({
         "name": "rmsprop", "learning_rate": 0.256, "momentum": 0.9, "b2": 0.9, "eps": 1e-3, "schedule": "exponential",
-        "weight_decay": 0.0, "l2": 1e-5, "warmup_fraction": 5 / 350})
+        "end_factor": 0.97 ** (350 / 2.4), "weight_decay": 0.0, "l2": 1e-5, "warmup_fraction": 5 / 350})
     config.update({"total_steps": 108_500, "batch_size": 4096, "eval_batch_size": 256, "log_every": 100,
                    "eval_every": 3100, "checkpoint_every": 3100})
   return config
