@@ -124,7 +124,7 @@ def test_of_the_layouts_the_faster_counts_for_each_quantity_apart(fake):
       "torch channels_last": {"train": [2.0, 5.0, 90.0], "inference": [9.0, 9.0, 1.0]}}
   found, _ = fake.measure("efficientnet_b0")
   assert [(m.what, m.bound) for m in found] == [
-      ("train step: dljax / torch channels_last", 1.3), ("inference: dljax / torch contiguous", 1.3),
+      ("train step: dljax / torch channels_last", 1.0), ("inference: dljax / torch contiguous", 1.0),
       ("train step: dljax / flax", None), ("inference: dljax / flax", None)]
   assert {m.name for m in found} == {"efficientnet_b0, 2x3x3x1"}
   train, inference, flax, _ = found
@@ -275,7 +275,7 @@ def test_the_peers_script_needs_nothing_of_ours(tmp_path):
                         text=True, timeout=60)
   assert done.returncode == 0, done.stderr
   answer = json.loads(done.stdout)
-  assert answer["missing"] == {name: f"No module named '{name}'" for name in ("torch", "torchvision")}
+  assert answer["missing"] == {name: f"No module named '{name}'" for name in ("torch", "torchvision", "timm")}
 
 
 def test_operators_that_torchvision_does_not_find_are_named_for_it(tmp_path):
@@ -306,9 +306,10 @@ def test_every_family_has_a_case_and_every_case_a_network_of_the_peer():
 
 BATCHES = {"mlp": (128, 28, 28, 1), "lenet": (128, 28, 28, 1), "lenet_max": (128, 28, 28, 1),
            "alexnet": (64, 32, 32, 3), "vgg11": (64, 32, 32, 3), "resnet18": (64, 32, 32, 3),
-           "resnet50": (32, 64, 64, 3), "efficientnet_b0": (16, 128, 128, 3)}
+           "resnet50": (32, 64, 64, 3), "efficientnet_b0": (16, 128, 128, 3), "vit_ti16": (16, 224, 224, 3)}
 PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "alexnet": 5_871_434, "vgg11": 9_750_922,
-              "resnet18": 11_173_962, "resnet50": 23_528_522, "efficientnet_b0": 4_020_358}  # of the peers, at ten classes
+              "resnet18": 11_173_962, "resnet50": 23_528_522, "efficientnet_b0": 4_020_358,
+              "vit_ti16": 5_526_346}  # of the peers, at ten classes
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import traverse_util
 
 from dljax import errors
-from dljax.interop import hub, torch, torchvision
+from dljax.interop import hub, timm, torch, torchvision
 from dljax.interop.table import SAME, Layout, Table
 
 Tensors = Mapping[str, np.ndarray]
@@ -30,6 +30,7 @@ OURS = "dljax"  # our own paths as names, "params/conv1/kernel"
 SOURCES: Mapping[str, Mapping[type[nn.Module], Table | Callable[[Any], Table]]] = {
     "torch": torch.TABLES,
     "torchvision": torchvision.TABLES,
+    "timm": timm.TABLES,
 }
 _OURS = Table(rules=[("(.*)", r"\1", SAME)], inputs=lambda tensors: ())
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")

@@ -1,6 +1,7 @@
 """What a table of names is made of: rules, and the layouts of arrays."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,5 +79,16 @@ def image(size: int, conv: str) -> Callable[[Mapping[str, np.ndarray]], tuple[ja
   def inputs(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
     shape = np.shape(tensors.get(conv))
     return (jax.ShapeDtypeStruct((1, size, size, shape[1] if len(shape) == 4 else 3), np.float32),)
+
+  return inputs
+
+
+def patches(side: int, conv: str, positions: str) -> Callable[[Mapping[str, np.ndarray]], tuple[Any, ...]]:
+  """`Table.inputs` of a vision transformer with a class token: the image's size is read off `positions`, if square."""
+
+  def inputs(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    shape = np.shape(tensors.get(positions))
+    grid = max(1, math.isqrt(max(0, shape[1] - 1))) if len(shape) == 3 else 1
+    return image(grid * side, conv)(tensors)
 
   return inputs

@@ -6,8 +6,8 @@ from typing import Any
 from flax import linen as nn
 
 from dljax.errors import UserError
-from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image
-from dljax.models import alexnet, resnet, vgg
+from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image, patches
+from dljax.models import alexnet, efficientnet, resnet, vgg, vit
 
 # torchvision/models/resnet.py; of ours, the ImageNet forms. Blocks count from 0 in both.
 RESNET = Table(
@@ -60,5 +60,55 @@ def _vgg(model: vgg.VGG) -> Table:
   return Table(rules, inputs=image(2**model.num_pools, "features.0.weight"), no_weight=r".*\.num_batches_tracked")
 
 
+# Squeeze-and-excitation is by 1x1 convolutions there: [out, in, 1, 1] <-> [in, out].
+_POINTWISE = Layout(lambda x: x[:, :, 0, 0].transpose(), lambda x: x.transpose()[:, :, None, None])
+
+
+def _efficientnet(model: efficientnet.EfficientNet) -> Table:
+  """torchvision/models/efficientnet.py: stages from 1, and the parts of a block in their place."""
+  rules = _normalised("stem", "features.0")
+  for i, stage in enumerate(model.stages, start=1):
+    ours, theirs = rf"stage{i}_block(\d+)/", rf"features.{i}.\1.block"
+    parts = ["expand"] * (stage.expansion > 1) + ["depthwise", "", "project"]
+    for place, part in enumerate(parts):
+      if part:
+        rules += _normalised(ours + part, f"{theirs}.{place}")
+      else:
+        rules += _layer(ours + "squeeze", f"{theirs}.{place}.fc1", _POINTWISE)
+        rules += _layer(ours + "excite", f"{theirs}.{place}.fc2", _POINTWISE)
+  rules += _normalised("head", f"features.{len(model.stages) + 1}")
+  rules += _layer("head", "classifier.1", LINEAR)
+  return Table(rules, inputs=image(32, "features.0.0.weight"), no_weight=r".*\.num_batches_tracked")
+
+
+def _normalised(path: str, name: str) -> list[tuple[str, str, Layout]]:
+  """The rules of a convolution without bias and its BatchNorm."""
+  return [(f"params/{path}_conv/kernel", f"{name}.0.weight", CONV), *batch_norm(f"{path}_norm", f"{name}.1")]
+
+
+def _vit(model: vit.ViT) -> Table:
+  """torchvision/models/vision_transformer.py."""
+  if model.pool != "token" or model.positions != "learned":
+    raise UserError("torchvision's ViT has a class token and learned positions: use pool='token', positions='learned'")
+  block, theirs = r"block(\d+)", r"encoder.layers.encoder_layer_\1"
+  rules = [
+      ("params/class_token", "class_token", SAME),
+      ("params/positions", "encoder.pos_embedding", SAME),
+      *_layer("patches", "conv_proj", CONV),
+      (f"params/{block}/qkv/kernel", f"{theirs}.self_attention.in_proj_weight", LINEAR),
+      (f"params/{block}/qkv/bias", f"{theirs}.self_attention.in_proj_bias", SAME),
+      *_layer(f"{block}/project", f"{theirs}.self_attention.out_proj", LINEAR),
+      *_layer(f"{block}/mlp1", f"{theirs}.mlp.0", LINEAR),
+      *_layer(f"{block}/mlp2", f"{theirs}.mlp.3", LINEAR),
+      (rf"params/{block}/norm([12])/scale", rf"{theirs}.ln_\2.weight", SAME),
+      (rf"params/{block}/norm([12])/bias", rf"{theirs}.ln_\2.bias", SAME),
+      ("params/norm/scale", "encoder.ln.weight", SAME),
+      ("params/norm/bias", "encoder.ln.bias", SAME),
+      *_layer("head", "heads.head", LINEAR),
+  ]
+  return Table(rules, inputs=patches(model.patch_size, "conv_proj.weight", "encoder.pos_embedding"))
+
+
 TABLES: Mapping[type[nn.Module], Table | Callable[[Any], Table]] = {
-    resnet.ResNet: RESNET, alexnet.AlexNet: _alexnet, vgg.VGG: _vgg}
+    resnet.ResNet: RESNET, alexnet.AlexNet: _alexnet, vgg.VGG: _vgg,
+    efficientnet.EfficientNet: _efficientnet, vit.ViT: _vit}

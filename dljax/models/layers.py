@@ -3,6 +3,9 @@
 BatchNorm. Sergey Ioffe, Christian Szegedy. "Batch Normalization: Accelerating Deep Network Training by
 Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
 
+Stochastic depth. Gao Huang, Yu Sun, Zhuang Liu, Daniel Sedra, Kilian Weinberger. "Deep Networks with Stochastic
+Depth", 2016. https://arxiv.org/abs/1603.09382
+
 Dimensions: `B` batch, `C` channels.
 """
 
@@ -93,3 +96,22 @@ def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array
   mean = total / jnp.maximum(count, 1)
   var = collectives.psum(jnp.sum(jnp.square(x - mean), axes, where=where)) / jnp.maximum(count, 1)
   return mean, var, count
+
+
+class StochasticDepth(nn.Module):
+  """Leaves out a residual branch of a random part of the rows; the others' is scaled so that the mean stays.
+
+  Attributes:
+    rate: probability of leaving out; draws from the stream "dropout".
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[B, ...] -> [B, ...]; the identity unless `train`."""
+    if not train or self.rate == 0:
+      return x
+    keep = 1 - self.rate
+    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(kept, x / keep, 0).astype(x.dtype)

@@ -9,7 +9,7 @@ Table 1's columns A, B, D and E are vgg11, 13, 16 and 19. What differs from the 
 - Before the fully connected layers the map is averaged to 7x7, as in torchvision. At 224 pixels it has that size
   already, so other sizes work too.
 - Weights start as in torchvision: convolutions from He's normal distribution over the fan-out, fully connected
-  layers from one of deviation 0.01, biases at zero. The paper had to train vgg11 first and start the deeper
+  layers from one of deviation 0.01 (larger for narrower ones, by the root of their width), biases at zero. The paper had to train vgg11 first and start the deeper
   networks from its layers (section 3.1).
 `num_pools`, `pooled_size` and the widths make the form for images of 28 to 64 pixels.
 
@@ -87,7 +87,9 @@ class VGG(nn.Module):
     x = adaptive_avg_pool(x, (self.pooled_size, self.pooled_size))
     x = x.reshape(x.shape[0], -1)
 
-    dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype)
+    # 0.01 at the paper's width; in layers of a few hundred units it would leave nothing of the signal.
+    kernel_init = nn.initializers.normal(0.01 * (4096 / self.hidden_width)**0.5)
+    dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=self.dtype)
     for name in ("fc1", "fc2"):
       x = nn.relu(dense(self.hidden_width, name=name)(x))
       x = nn.Dropout(self.dropout, deterministic=not train)(x)

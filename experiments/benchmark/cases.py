@@ -52,6 +52,14 @@ CASES: Mapping[str, Case] = {
          "--config.data.num_classes=10", "--config.model.zero_init_residual=false"),
         peer="torchvision", bound=1.0),
     "efficientnet_b0": Case(
-        "experiments.benchmark.efficientnet", ("--preset=b0", "--config.batch_size=16"),
-        peer="torchvision", bound=1.3),
+        "experiments.efficientnet",
+        ("--preset=imagenet2012", "--config.batch_size=16", "--config.data.image_shape=128,128,3",
+         "--config.data.num_classes=10", "--config.model.dropout=0", "--config.model.stochastic_depth=0",
+         "--config.model.label_smoothing=0"),
+        peer="torchvision", bound=1.0),
+    "vit_ti16": Case(
+        "experiments.vit",
+        ("--preset=imagenet2012", "--config.batch_size=16", "--config.data.num_classes=10",
+         "--config.model.variant=vit_ti16", "--config.model.pool=token", "--config.model.positions=learned"),
+        peer="timm", bound=1.0),
 }

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-PACKAGES = ("torch", "torchvision")
+PACKAGES = ("torch", "torchvision", "timm")
 
 if __name__ == "__main__":
   # In place of this folder, whose files have names like those of other packages' parts; and for no longer, as our
@@ -115,6 +115,11 @@ def _efficientnet_b0(classes):
   return import_torchvision().models.efficientnet_b0(num_classes=classes, stochastic_depth_prob=0.0, dropout=0.0)
 
 
+def _vit_ti16(classes):
+  import_torchvision()  # timm imports it
+  return importlib.import_module("timm").create_model("vit_tiny_patch16_224", num_classes=classes)
+
+
 NETWORKS = {  # by the case's name: number of classes -> module
     "mlp": _mlp,
     "lenet": _lenet,
@@ -124,6 +129,7 @@ NETWORKS = {  # by the case's name: number of classes -> module
     "resnet18": _resnet18,
     "resnet50": _resnet50,
     "efficientnet_b0": _efficientnet_b0,
+    "vit_ti16": _vit_ti16,
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dljax import interop
 from dljax.errors import UserError
-from dljax.models import alexnet, resnet, vgg
+from dljax.models import alexnet, efficientnet, resnet, vgg, vit
 from tests.fixtures import formula
 from tests.interop.parity import assert_equals_peer, assert_parity, assert_sgd_step
 
@@ -57,9 +57,11 @@ def test_vgg_gives_torchvisions_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, variants", [("alexnet", alexnet.VARIANTS), ("vgg11_bn", vgg.VARIANTS)])
+@pytest.mark.parametrize("name, variants", [
+    ("alexnet", alexnet.VARIANTS), ("vgg11_bn", vgg.VARIANTS), ("efficientnet_b0", efficientnet.VARIANTS)])
 def test_a_step_of_sgd_gives_torchvisions_parameters(name, variants):
-  assert_sgd_step(functools.partial(variants[name], num_classes=1000, dropout=0.0), "torchvision", name)
+  off = {"dropout": 0.0, **({"stochastic_depth": 0.0} if variants is efficientnet.VARIANTS else {})}
+  assert_sgd_step(functools.partial(variants[name], num_classes=1000, **off), "torchvision", name)
 
 
 @pytest.mark.parametrize("build, size", [
@@ -82,3 +84,22 @@ def test_small_forms_have_torchvisions_names_and_come_back(build, size):
   side, channels = model.pooled_size, len(kernel) // model.pooled_size**2
   for c, i, j in ((0, 0, 0), (3, 0, 1), (channels - 1, 1, 0)):
     np.testing.assert_array_equal(tensors[name][:, (c * side + i) * side + j], kernel[(i * side + j) * channels + c])
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "efficientnet_b0" else pytest.mark.slow) for name in efficientnet.SCALING])
+def test_efficientnet_gives_torchvisions_logits(name):
+  assert_parity(functools.partial(efficientnet.VARIANTS[name], num_classes=1000), "torchvision", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_b16", "vit_b32", "vit_l16"])
+def test_vit_gives_torchvisions_logits(name):
+  stem = f"{name[:-2]}_{name[-2:]}"
+  assert_parity(functools.partial(vit.VARIANTS[name], num_classes=1000), "torchvision", stem)
+
+
+@pytest.mark.parametrize("kwargs", [{"pool": "mean"}, {"positions": "sincos"}])
+def test_torchvisions_vit_has_a_class_token_and_learned_positions(kwargs):
+  with pytest.raises(UserError, match="class token and learned positions"):
+    interop.load(vit.VARIANTS["vit_nano"](num_classes=10, **kwargs), {}, "torchvision")

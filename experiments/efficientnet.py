@@ -1,0 +1,82 @@
+"""EfficientNet: b0 to b7 for ImageNet, and a small form.
+
+  python -m experiments.efficientnet
+
+Test accuracy of the other presets:
+
+  cifar10        not run here; published for training from scratch on CIFAR-10: none
+  imagenet2012   not run here; published: 77.1 % with one crop (Tan and Le 2019, table 2)
+
+For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+  python -m experiments.efficientnet --preset=imagenet2012 --data_dir=DIR
+Where the paper augments with AutoAugment, crops and flips are random here and nothing else.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, launch
+from dljax.errors import UserError
+from dljax.models import efficientnet
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "EfficientNet's small form on the 8x8 digits that ship inside scikit-learn, at 16x16; offline, minutes.",
+    "fashion_mnist": "EfficientNet's small form on Fashion-MNIST.",
+    "cifar10": "EfficientNet-B0 with fewer strides on CIFAR-10.",
+    "imagenet2012": "EfficientNet-B0 on ImageNet, with the recipe of Tan and Le 2019.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  small = preset in ("digits", "fashion_mnist")
+  config = image_classification.config(
+      "efficientnet", preset, data=preset, variant="efficientnet_nano" if small else "efficientnet_b0",
+      optimizer="nesterov")
+  config.model.update({"stem_stride": 1, "strides": (1, 2, 2, 1), "dropout": 0.2, "stochastic_depth": 0.1})
+  config.optimizer.update({"learning_rate": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.1})
+  if preset == "digits":
+    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
+    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  elif preset == "fashion_mnist":
+    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+    config.update({"total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  elif preset == "cifar10":
+    config.data.update({"pad_crop": 4, "flip": True})
+    config.model.update({"strides": (1, 1, 2, 2, 1, 2, 1), "stochastic_depth": 0.2})
+    config.update({"total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  else:
+    config.model.update({"stem_stride": 2, "strides": (1, 2, 2, 2, 1, 2, 1), "stochastic_depth": 0.2,
+                         "label_smoothing": 0.1})
+    config.optimizer.update({
+        "name": "rmsprop", "learning_rate": 0.256, "momentum": 0.9, "b2": 0.9, "eps": 1e-3, "schedule": "exponential",
+        "end_factor": 0.97 ** (350 / 2.4), "weight_decay": 0.0, "l2": 1e-5, "warmup_fraction": 5 / 350})
+    config.update({"total_steps": 108_500, "batch_size": 4096, "eval_batch_size": 256, "log_every": 100,
+                   "eval_every": 3100, "checkpoint_every": 3100})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, efficientnet.VARIANTS)
+  model = config.model
+  for field in ("dropout", "stochastic_depth"):
+    if not 0 <= model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  for field, strides in (("stem_stride", (model.stem_stride,)), ("strides", model.strides)):
+    if any(stride not in (1, 2) for stride in strides):
+      raise UserError(f"--config.model.{field}={model[field]}: a stride must be 1 or 2")
+  network = variant(
+      num_classes=config.data.num_classes, stem_stride=model.stem_stride, strides=tuple(model.strides),
+      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=image_classification.dtype(config),
+      remat=model.remat)
+  if len(network.strides) != len(network.stages):
+    raise UserError(f"--config.model.strides={model.strides}: must be {len(network.stages)} numbers, one for each "
+                    f"stage of {model.variant}")
+  return image_classification.build(config, network)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)

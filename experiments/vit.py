@@ -1,0 +1,81 @@
+"""Vision transformers: Ti, S, B and L for ImageNet, and a small form.
+
+  python -m experiments.vit
+
+Test accuracy of the other presets:
+
+  cifar10        not run here; published for training from scratch on CIFAR-10: none
+  imagenet2012   not run here; published: 76.5 % (ViT-S/16, 90 epochs, Beyer et al. 2022, table 1)
+
+For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+  python -m experiments.vit --preset=imagenet2012 --data_dir=DIR
+The recipe is of Beyer et al. 2022 (https://arxiv.org/abs/2205.01580), without RandAugment and mixup, which lowers
+the accuracy; Dosovitskiy et al. train on more than ImageNet first.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, launch
+from dljax.errors import UserError
+from dljax.models import vit
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digits": "ViT's small form on the 8x8 digits that ship inside scikit-learn, at 16x16; offline, minutes.",
+    "fashion_mnist": "ViT's small form on Fashion-MNIST.",
+    "cifar10": "ViT's small form on CIFAR-10.",
+    "imagenet2012": "ViT-S/16 on ImageNet, after Beyer et al. 2022.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  config = image_classification.config("vit", preset, data=preset, variant="vit_nano", optimizer="adamw")
+  config.model.update({"patch_size": 4, "pool": "token", "positions": "learned", "dropout": 0.0,
+                       "stochastic_depth": 0.0})
+  config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0, "warmup_fraction": 0.1})
+  if preset == "digits":
+    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear"})
+    config.optimizer.learning_rate = 2e-3
+    config.update({"total_steps": 600, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  elif preset == "fashion_mnist":
+    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+    config.model.stochastic_depth = 0.1
+    config.update({"total_steps": 6000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  elif preset == "cifar10":
+    config.data.update({"pad_crop": 4, "flip": True})
+    config.model.stochastic_depth = 0.1
+    config.update({"total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  else:
+    config.model.update({"variant": "vit_s16", "patch_size": 16, "pool": "mean", "positions": "sincos"})
+    config.optimizer.update({"weight_decay": 0.1, "warmup_fraction": 10_000 / 112_590})
+    config.update({"total_steps": 112_590, "batch_size": 1024, "eval_batch_size": 256, "log_every": 100,
+                   "eval_every": 1251, "checkpoint_every": 1251})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, vit.VARIANTS)
+  model = config.model
+  for field, known in (("pool", vit.POOLS), ("positions", vit.POSITIONS)):
+    if model[field] not in known:
+      raise errors.unknown(f"--config.model.{field}", model[field], known)
+  for field in ("dropout", "stochastic_depth"):
+    if not 0 <= model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  sides = config.data.image_shape[:2]
+  if model.patch_size < 1 or any(side % model.patch_size for side in sides):
+    raise UserError(f"--config.model.patch_size={model.patch_size}: must divide the images' sides, "
+                    f"{sides[0]}x{sides[1]} pixels")
+  network = variant(
+      num_classes=config.data.num_classes, patch_size=model.patch_size, pool=model.pool, positions=model.positions,
+      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=image_classification.dtype(config),
+      remat=model.remat)
+  return image_classification.build(config, network)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)
