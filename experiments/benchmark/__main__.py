@@ -34,7 +34,7 @@ _ROWS = flags.DEFINE_list("rows", [], "What to measure, with commas between; by 
 _MODELS = flags.DEFINE_list("models", [], "Cases of the row models, with commas between; by default all: "
                             f"{', '.join(CASES)}.", flag_values=_FLAGS)
 _PEER_PYTHON = flags.DEFINE_string(
-    "peer_python", "", "The Python that has torch and torchvision, for the row models; by default this one, if it "
+    "peer_python", "", "The Python that has torch, torchvision, timm, for the row models; by default this one, if it "
     "has them.", flag_values=_FLAGS)
 _STEPS = flags.DEFINE_integer("steps", 200, "Train steps of one turn; in the row models a turn takes a second.",
                               lower_bound=1, flag_values=_FLAGS)

@@ -60,6 +60,7 @@ CASES: Mapping[str, Case] = {
     "vit_ti16": Case(
         "experiments.vit",
         ("--preset=imagenet2012", "--config.batch_size=16", "--config.data.num_classes=10",
+         "--config.data.mixup=0",
          "--config.model.variant=vit_ti16", "--config.model.pool=token", "--config.model.positions=learned"),
         peer="timm", bound=1.0),
 }

@@ -42,12 +42,19 @@ def import_torchvision():
   return importlib.import_module("torchvision")
 
 
+def import_package(name):
+  """A package of `PACKAGES`; timm imports torchvision itself, which therefore comes first."""
+  if name in ("torchvision", "timm"):
+    import_torchvision()
+  return importlib.import_module(name)
+
+
 def find_packages():
   """{"found": {package: version}, "missing": {package: why}}."""
   found, missing = {}, {}
   for name in PACKAGES:
     try:
-      module = import_torchvision() if name == "torchvision" else importlib.import_module(name)
+      module = import_package(name)
       found[name] = module.__version__
     except Exception as error:  # a package that is broken is as good as none
       missing[name] = " ".join(f"{error}".split()) or type(error).__name__
@@ -116,8 +123,7 @@ def _efficientnet_b0(classes):
 
 
 def _vit_ti16(classes):
-  import_torchvision()  # timm imports it
-  return importlib.import_module("timm").create_model("vit_tiny_patch16_224", num_classes=classes)
+  return import_package("timm").create_model("vit_tiny_patch16_224", pretrained=False, num_classes=classes)
 
 
 NETWORKS = {  # by the case's name: number of classes -> module
@@ -128,8 +134,8 @@ NETWORKS = {  # by the case's name: number of classes -> module
     "vgg11": _vgg11,
     "resnet18": _resnet18,
     "resnet50": _resnet50,
-    "efficientnet_b0": _efficientnet_b0,
     "vit_ti16": _vit_ti16,
+    "efficientnet_b0": _efficientnet_b0,
 }
 
 

@@ -9,10 +9,11 @@ import safetensors.numpy
 from dljax import interop
 from dljax.errors import UserError
 from dljax.interop import table
-from dljax.models import lenet, mlp, resnet
+from dljax.models import lenet, mlp, resnet, vit
 from tests.models.variables import random_variables
 
 MODEL = lenet.LeNet5(num_classes=10)
+VIT = vit.ViT(num_classes=3, patch_size=2, embed_dim=6, num_layers=2, num_heads=3)
 
 
 def _tensors():
@@ -70,7 +71,9 @@ def test_unknown_sources_and_models_are_named():
     (mlp.VARIANTS["mlp"](num_classes=3, widths=(5, 6, 7)), (1, 9), "torch"),
     (lenet.VARIANTS["lenet5"](num_classes=3), (1, 32, 32, 3), "torch"),
     (resnet.VARIANTS["resnet18"](num_classes=3, small_stem=True, width=8), (1, 28, 28, 1), "torchvision"),
-], ids=["perceptron", "mlp", "lenet5", "resnet18"])
+    (VIT, (1, 8, 8, 1), "torchvision"),
+    (VIT, (1, 8, 8, 1), "timm"),
+], ids=["perceptron", "mlp", "lenet5", "resnet18", "vit-torchvision", "vit-timm"])
 def test_load_is_the_inverse_of_dump_for_other_sizes_and_channels(model, image, source):
   variables = random_variables(model, np.zeros(image))
   tensors = interop.dump(model, variables, source)
