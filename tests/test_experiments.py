@@ -21,7 +21,7 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax.data import sources
-from dljax.models import alexnet, lenet, mlp, resnet, vgg
+from dljax.models import alexnet, efficientnet, lenet, mlp, resnet, vgg, vit
 from dljax.tasks.classification import Classification
 from dljax.train import workdir as workdir_lib
 from dljax.train.checkpoint import Checkpointer
@@ -42,10 +42,11 @@ SHORT = {
     "resnet": ["--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3",
                "--config.batch_size=32", "--mesh=data:1"],
 }
-SHORT["vgg"] = SHORT["resnet"]
+SHORT["vgg"] = SHORT["efficientnet"] = SHORT["resnet"]
 # To what share the loss falls meanwhile; see `_falls_to`. A few steps of deep ones tell only that numbers are finite.
-FALLS_TO = {"mlp": 0.3, "resnet": math.inf, "vgg": math.inf}
-PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594}
+FALLS_TO = {"mlp": 0.3, "resnet": math.inf, "vgg": math.inf, "efficientnet": math.inf}
+PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594,
+              "efficientnet": 178_962, "vit": 675_562}
 SMALL = ("mlp", "lenet", "resnet")  # the smoke runs of the others are slow
 
 
@@ -123,6 +124,9 @@ def test_a_preset_builds_without_data(family, preset, monkeypatch, tmp_path):
     ("mlp", "mnist", mlp.VARIANTS, 669_706), ("lenet", "mnist", lenet.VARIANTS, 61_706),
     ("alexnet", "imagenet2012", alexnet.VARIANTS, 61_100_840), ("vgg", "imagenet2012", vgg.VARIANTS, 138_357_544),
     ("resnet", "imagenet2012", resnet.VARIANTS, 25_557_032),
+    ("efficientnet", "imagenet2012", efficientnet.VARIANTS, 5_288_548),
+    # timm's 22,050,664 without the class token and the learned positions of it and 196 patches
+    ("vit", "imagenet2012", vit.VARIANTS, 22_050_664 - 384 - 197 * 384),
 ])
 def test_presets_have_the_published_sizes(family, preset, variants, count):
   config = EXPERIMENTS[family].get_config(preset)
