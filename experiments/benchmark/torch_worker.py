@@ -8,6 +8,7 @@ The JSON object: "case" (a key of `NETWORKS`), "batch" and "classes" (those of o
 """
 
 import importlib
+import importlib.util
 import json
 import sys
 import time
@@ -43,8 +44,8 @@ def import_torchvision():
 
 
 def import_package(name):
-  """A package of `PACKAGES`; timm imports torchvision itself, which therefore comes first."""
-  if name in ("torchvision", "timm"):
+  """A package of `PACKAGES`; timm, where it is, imports torchvision itself, which therefore comes first."""
+  if name == "torchvision" or name == "timm" and importlib.util.find_spec(name):
     import_torchvision()
   return importlib.import_module(name)
 
