@@ -1,6 +1,7 @@
 """The experiment that every family of image classifiers shares: from a config and a model."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -84,3 +85,17 @@ def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
     raise UserError(f"--config.model.dtype={config.model.dtype}: must be float32, bfloat16 or (with "
                     "JAX_ENABLE_X64=1) float64")
   return jnp.dtype(config.model.dtype)
+
+
+def check_model(model: ml_collections.ConfigDict) -> None:
+  """Refuses sizes and rates out of range, as far as `config.model` has these fields that families share.
+
+  Raises:
+    UserError: a size is not above 0, or a rate not in [0, 1).
+  """
+  for field in ("width_factor", "pooled_size", "hidden_width"):
+    if field in model and not 0 < model[field] < math.inf:
+      raise UserError(f"--config.model.{field}={model[field]}: must be above 0")
+  for field in ("dropout", "stochastic_depth"):
+    if field in model and not 0 <= model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")

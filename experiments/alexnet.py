@@ -61,11 +61,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, alexnet.VARIANTS)
   model = config.model
-  for field in ("width_factor", "pooled_size", "hidden_width"):
-    if not model[field] > 0:
-      raise UserError(f"--config.model.{field}={model[field]}: must be above 0")
-  if not 0 <= model.dropout < 1:
-    raise UserError(f"--config.model.dropout={model.dropout}: must be at least 0 and below 1")
+  image_classification.check_model(model)
   if len(model.stem) != 3 or min(model.stem[:2]) < 1 or not 0 <= model.stem[2] < model.stem[0]:
     raise UserError(f"--config.model.stem={model.stem}: give kernel, stride and a padding below the kernel, as 5,1,2")
   network = variant(

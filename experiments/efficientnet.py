@@ -62,9 +62,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, efficientnet.VARIANTS)
   model = config.model
-  for field in ("dropout", "stochastic_depth"):
-    if not 0 <= model[field] < 1:
-      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  image_classification.check_model(model)
   for field, strides in (("stem_stride", (model.stem_stride,)), ("strides", model.strides)):
     if any(stride not in (1, 2) for stride in strides):
       raise UserError(f"--config.model.{field}={model[field]}: a stride must be 1 or 2")

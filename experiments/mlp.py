@@ -63,8 +63,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   num_classes = 2 if config.preset == "xor" else config.data.num_classes
   variant = errors.choose("--config.model.variant", config.model.variant, mlp.VARIANTS)
-  if not 0 <= config.model.dropout < 1:
-    raise UserError(f"--config.model.dropout={config.model.dropout}: must be at least 0 and below 1")
+  image_classification.check_model(config.model)
   if any(width < 1 for width in config.model.widths):
     raise UserError(f"--config.model.widths={config.model.widths}: each must be at least 1")
   sizes = {"widths": config.model.widths} if config.model.variant == "mlp" else {}

@@ -63,11 +63,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, vgg.VARIANTS)
   model = config.model
-  for field in ("width_factor", "pooled_size", "hidden_width"):
-    if not model[field] > 0:
-      raise UserError(f"--config.model.{field}={model[field]}: must be above 0")
-  if not 0 <= model.dropout < 1:
-    raise UserError(f"--config.model.dropout={model.dropout}: must be at least 0 and below 1")
+  image_classification.check_model(model)
   if not 0 <= model.num_pools <= len(vgg.WIDTHS):
     raise UserError(f"--config.model.num_pools={model.num_pools}: must be from 0 to {len(vgg.WIDTHS)}")
   network = variant(

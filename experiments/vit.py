@@ -65,9 +65,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   for field, known in (("pool", vit.POOLS), ("positions", vit.POSITIONS)):
     if model[field] not in known:
       raise errors.unknown(f"--config.model.{field}", model[field], known)
-  for field in ("dropout", "stochastic_depth"):
-    if not 0 <= model[field] < 1:
-      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  image_classification.check_model(model)
   sides = config.data.image_shape[:2]
   if model.patch_size < 1 or any(side % model.patch_size for side in sides):
     raise UserError(f"--config.model.patch_size={model.patch_size}: must divide the images' sides, "

@@ -9,8 +9,8 @@ Table 1's columns A, B, D and E are vgg11, 13, 16 and 19. What differs from the 
 - Before the fully connected layers the map is averaged to 7x7, as in torchvision. At 224 pixels it has that size
   already, so other sizes work too.
 - Weights start as in torchvision: convolutions from He's normal distribution over the fan-out, fully connected
-  layers from one of deviation 0.01 (larger for narrower ones, by the root of their width), biases at zero. The paper had to train vgg11 first and start the deeper
-  networks from its layers (section 3.1).
+  layers from one of deviation 0.01 (larger for narrower ones, by the root of their width), biases at zero. The
+  paper had to train vgg11 first and start the deeper networks from its layers (section 3.1).
 `num_pools`, `pooled_size` and the widths make the form for images of 28 to 64 pixels.
 
 Dimensions: `B` batch, `H` height, `W` width, `C` channels.

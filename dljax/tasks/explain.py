@@ -146,7 +146,8 @@ def grad_cam(
 def attention_rollout(task: Classification, variables: Variables, batch: Batch) -> Array:
   """How much of each patch reaches the class token through all layers' attention, resized to the image, [B, H, W].
 
-  Without a class token (as many tokens as patches in a square) it is the mean over the tokens.
+  Without a class token (as many tokens as there are square patches of some size in the image) it is the mean over
+  the tokens.
 
   Args:
     task: holds a model whose blocks sow their attention weights [B, heads, N, N] as "attention" into the
@@ -155,7 +156,7 @@ def attention_rollout(task: Classification, variables: Variables, batch: Batch) 
     batch: image [B, H, W, C] and mask.
 
   Raises:
-    UserError: the model sows no attention.
+    UserError: the model sows no attention, or its tokens are no square patches.
   """
   _, sown = task.model.apply(variables, batch["image"], batch["mask"], train=False, mutable=["intermediates"])
   paths = jax.tree_util.tree_flatten_with_path(sown.get("intermediates", {}))[0]
@@ -165,10 +166,13 @@ def attention_rollout(task: Classification, variables: Variables, batch: Batch) 
     raise UserError(f"{type(task.model).__name__} keeps no attention weights; attention rollout needs a transformer")
   flow = rollout([layers[path] for path in sorted(layers, key=_natural)])
   tokens = flow.shape[-1]
-  side = math.isqrt(tokens)
-  patches = jnp.mean(flow, axis=1) if side * side == tokens else flow[:, 0, 1:]
-  side = math.isqrt(patches.shape[-1])
-  return _resize(patches.reshape(-1, side, side), batch["image"])
+  grid, grid_beside_token = (_grid(batch["image"], patches) for patches in (tokens, tokens - 1))
+  if not grid and not grid_beside_token:
+    raise UserError(f"attention rollout of {tokens} tokens: images of {batch['image'].shape[1]}x"
+                    f"{batch['image'].shape[2]} pixels are no such number of square patches, with or without a class "
+                    "token")
+  patches = jnp.mean(flow, axis=1) if grid else flow[:, 0, 1:]
+  return _resize(patches.reshape(-1, *(grid or grid_beside_token)), batch["image"])
 
 
 def rollout(attention: Sequence[Array]) -> Array:
@@ -200,6 +204,15 @@ def _outputs(change: Callable[[str, Any], Any]) -> Callable[..., Any]:
     y = call(*args, **kwargs)
     return y if context.method_name != "__call__" else change("/".join(context.module.path), y)
   return intercept
+
+
+def _grid(image: Array, patches: int) -> tuple[int, int] | None:
+  """Rows and columns of so many square patches of images [B, H, W, C]; None where there is no such size of a patch."""
+  _, height, width, _ = image.shape
+  side = math.isqrt(height * width // max(patches, 1))
+  if not side or height % side or width % side or height * width != patches * side**2:
+    return None
+  return height // side, width // side
 
 
 def _resize(maps: Array, image: Array) -> Array:

@@ -1,5 +1,6 @@
 """Maps of what a network looked at: against finite differences, closed forms and the papers' axioms."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from dljax.errors import UserError
-from dljax.models import lenet, resnet
+from dljax.models import lenet, resnet, vit
 from dljax.tasks import explain
 from dljax.tasks.classification import Classification
+from tests.models.variables import random_variables
 
 
 def _task(model, shape, classes=10, seed=0):
@@ -144,27 +146,88 @@ class Block(nn.Module):
 
 
 class Sower(nn.Module):
-  """Eleven blocks (so that names do not sort as numbers do) over 2x2 patches and perhaps a class token."""
+  """Eleven blocks (so that names do not sort as numbers do) over the tokens."""
 
-  class_token: bool
+  tokens: int
 
   @nn.compact
   def __call__(self, image, mask=None, *, train):
-    tokens = jnp.zeros((len(image), 4 + self.class_token, 1))
+    x = jnp.zeros((len(image), self.tokens, 1))
     for i in range(11):
-      tokens = Block(i, name=f"block{i}")(tokens)
-    return tokens[:, 0]
+      x = Block(i, name=f"block{i}")(x)
+    return x[:, 0]
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_attention_rollout_of_what_was_sown(class_token):
-  task, _, batch = _task(Sower(class_token), (3, 2, 2, 1))
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_attention_rollout_of_what_was_sown(tokens):
+  task, _, batch = _task(Sower(tokens), (3, 2, 2, 1))  # 2x2 patches and perhaps a class token
   found = explain.attention_rollout(task, {}, batch)
-  tokens = 4 + class_token
   layers = [jnp.asarray(_stochastic(np.random.default_rng(i), 3, 2, tokens, tokens)) for i in range(11)]
   flow = np.asarray(explain.rollout(layers))
-  expected = flow[:, 0, 1:] if class_token else flow.mean(axis=1)
+  expected = flow[:, 0, 1:] if tokens == 5 else flow.mean(axis=1)
   np.testing.assert_allclose(found, expected.reshape(3, 2, 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7])
+def test_tokens_that_are_no_square_patches_have_no_rollout(tokens):
+  task, _, batch = _task(Sower(tokens), (3, 2, 6, 1))
+  with pytest.raises(UserError, match=f"rollout of {tokens} tokens: images of 2x6 pixels"):
+    explain.attention_rollout(task, {}, batch)
+
+
+@pytest.fixture(scope="module", params=vit.POOLS)
+def transformer(request):
+  """A ViT of three blocks with random variables (a new head is zero), for images of 3x5 patches."""
+  model = vit.ViT(num_classes=4, patch_size=2, embed_dim=8, num_layers=3, num_heads=2, pool=request.param)
+  image = np.asarray(jax.random.normal(jax.random.key(0), (2, 6, 10, 3)))
+  return Classification(model, 4), random_variables(model, image), {"image": image, "mask": np.ones(2, np.float32)}
+
+
+def _map(flow, pool):
+  """The rollout of 3x5 patches and perhaps a class token, as large as the image."""
+  patches = flow[:, 0, 1:] if pool == "token" else flow.mean(axis=1)
+  return jax.image.resize(patches.reshape(2, 3, 5), (2, 6, 10), "bilinear")
+
+
+def test_rollout_of_a_vit_multiplies_its_blocks_attention(transformer):
+  task, variables, batch = transformer
+  found = jax.jit(functools.partial(explain.attention_rollout, task))(variables, batch)
+  _, sown = jax.jit(lambda v, x: task.model.apply(v, x, mutable=["intermediates"]))(variables, batch["image"])
+  layers = [sown["intermediates"][f"block{i}"]["attention"][0] for i in range(3)]
+  flow = explain.rollout(layers)
+  np.testing.assert_allclose(flow.sum(axis=-1), 1, rtol=1e-5)
+  one, two, three = ((np.mean(a, axis=1) + np.eye(a.shape[-1])) / 2 for a in layers)
+  np.testing.assert_allclose(flow, three @ two @ one, rtol=1e-4)
+  assert np.abs(flow - one @ two @ three).max() > 1e-3  # the order of the blocks shows
+  np.testing.assert_allclose(found, _map(three @ two @ one, task.model.pool), rtol=1e-4)
+
+
+def test_rollout_of_a_vit_of_one_block_by_the_papers_equations(transformer):
+  task, variables, batch = transformer
+  params, task = variables["params"], dataclasses.replace(task, model=task.model.clone(num_layers=1))
+  x = batch["image"].reshape(2, 3, 2, 5, 2, 3).swapaxes(2, 3).reshape(2, 15, 12)
+  x = x @ params["patches"]["kernel"].reshape(12, 8) + params["patches"]["bias"]
+  if task.model.pool == "token":
+    x = np.concatenate([np.broadcast_to(params["class_token"], (2, 1, 8)), x], axis=1)
+  x = x + params["positions"]
+  block = params["block0"]
+  x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * block["norm1"]["scale"] + block["norm1"]["bias"]
+  qkv = (x @ block["qkv"]["kernel"] + block["qkv"]["bias"]).reshape(2, -1, 3, 2, 4)
+  scores = np.exp(np.einsum("bqhd,bkhd->bhqk", qkv[:, :, 0], qkv[:, :, 1]) / np.sqrt(4))
+  attention = scores / scores.sum(-1, keepdims=True)
+  flow = (attention.mean(axis=1) + np.eye(x.shape[1])) / 2
+  found = jax.jit(functools.partial(explain.attention_rollout, task))(variables, batch)
+  np.testing.assert_allclose(found, _map(flow, task.model.pool), rtol=1e-4)
+
+
+@pytest.mark.parametrize("transformer", ["token"], indirect=True)
+def test_integrated_gradients_of_a_vit_add_up_to_the_difference_of_the_logits(transformer):
+  task, variables, batch = transformer
+  found = jax.jit(functools.partial(explain.integrated_gradients, task))(variables, batch)
+  high, target = _logits(transformer, batch["image"])
+  low, _ = _logits(transformer, np.zeros_like(batch["image"]), target)
+  assert np.abs(high - low).min() > 1e-3
+  np.testing.assert_allclose(found.sum(axis=(1, 2)), high - low, rtol=0.01)
 
 
 def test_a_network_without_attention_has_no_rollout(net):
