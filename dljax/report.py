@@ -252,6 +252,51 @@ def image_grid(
   return figure
 
 
+def detections(
+    images: Sequence[np.ndarray], truths: Sequence[Mapping[str, np.ndarray]],
+    found: Sequence[Mapping[str, np.ndarray]], class_names: Sequence[str], *, columns: int = 4, caption: str = "",
+) -> Any:
+  """Images with the boxes of the objects that are there, and of those that were found.
+
+  Args:
+    images: each [H, W, 1] (shown in grey) or [H, W, 3], shown as `image_grid` does.
+    truths: of each, "boxes" [m, 4] as (x0, y0, x1, y1) in pixels.
+    found: of each, "boxes" [d, 4], "labels" i[d] and "scores" [d]; label and score stand at the box.
+    class_names: of the labels.
+    columns: images in a row.
+    caption: stands above all.
+
+  Returns:
+    The figure.
+  """
+  from matplotlib.patches import Rectangle
+
+  columns = max(1, min(columns, len(images)))
+  figure, panels = _panels(columns, max(1, math.ceil(len(images) / columns)), 2.6, 2.6)
+  truth_color, found_color = MORE_COLORS[1], COLORS["validation"]
+  for axes in panels:
+    axes.set_axis_off()
+  for axes, image, truth, detected in zip(panels, images, truths, found):
+    axes.imshow(_stretch(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+    def draw(box: np.ndarray, color: str, axes: Any = axes, **style: Any) -> None:
+      x0, y0, x1, y1 = map(float, box)
+      axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=color, **style))
+
+    for box in truth["boxes"]:
+      draw(box, truth_color, linewidth=2.5)
+    for box, label, score in zip(detected["boxes"], detected["labels"], detected["scores"]):
+      draw(box, found_color, linewidth=1, linestyle="--")
+      axes.text(float(box[0]), float(box[1]), f"{_shorten(str(class_names[label]))} {score:.0%}", fontsize=6,
+                color="white", va="bottom", clip_on=True,
+                bbox={"facecolor": found_color, "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  figure.legend(handles=[_patch(truth_color, "truth"), _patch(found_color, "found")], loc="outside lower center",
+                ncols=2, frameon=False, fontsize=9)
+  return figure
+
+
 def relative_bars(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], label: str) -> Any:
   """Horizontal bars from 1 on a logarithmic scale, in groups: what is less lies left, what is more right.
 

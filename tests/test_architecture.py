@@ -28,6 +28,7 @@ ALLOWED = {
     "dljax.report": ["dljax.errors"],
     "dljax.optim": ["dljax.errors"],
     "dljax.ops": ["dljax.ops", "dljax.errors"],
+    "dljax.models.retinanet": ["dljax.models.layers", "dljax.models.resnet"],  # whose stages carry its pyramid
     "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
