@@ -261,12 +261,7 @@ class _ImageSet:
     for name in config.groups:
       choose("--config.data.groups", name, {
           name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
-    splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
-    ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
-    for one, other in itertools.combinations(splits, 2):
-      if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
-        raise UserError(f"--config.data.{other}={splits[other]!r} overlaps "
-                        f"--config.data.{one}={splits[one]!r}; choose ranges without a common example")
+    check_splits(dataset, config)
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits, else reads it as it is needed."""
@@ -394,6 +389,16 @@ class _ImageSet:
     if not cut:
       return augment.mixup(image, partner, weight), weight
     return augment.cutmix(image, partner, augment.cutmix_box(*image.shape[1:3], weight, *draw.random(2)))
+
+
+def check_splits(dataset: sources.Dataset, config: Any) -> None:
+  """Raises `UserError` where a split of `config.data` does not exist, is empty or overlaps another."""
+  splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
+  ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
+  for one, other in itertools.combinations(splits, 2):
+    if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
+      raise UserError(f"--config.data.{other}={splits[other]!r} overlaps "
+                      f"--config.data.{one}={splits[one]!r}; choose ranges without a common example")
 
 
 def _partners(plan: Plan) -> np.ndarray:
