@@ -9,7 +9,7 @@ fixed sizes, which object it holds (`logits`) and how it has to be moved and str
 anchor is, the loss and the choice among overlapping answers are in `tasks/boxes.py` and `tasks/detection.py`.
 
 What differs from the paper, as torchvision has it:
-- The level after the last stage's, P6, is a convolution of P5, not of the stage itself, C5.
+- The level after the last stage's, P6, is a convolution of P5, not of the stage itself, C5 (but see `extra_of_stage`).
 - The normalisation can be frozen (`frozen_norm`): running statistics, scale and bias then are constants, as one has
   them from pretraining; with two images per device a batch has no statistics to speak of.
 
@@ -63,11 +63,13 @@ class FeaturePyramid(nn.Module):
   Attributes:
     width: D.
     extra_levels: how many coarser ones follow the last stage's.
+    extra_of_stage: whether the first of them is made of the stage, or of its level.
     conv: the convolution, with its dtype bound.
   """
 
   width: int
   extra_levels: int
+  extra_of_stage: bool
   conv: Callable[..., nn.Module]
 
   @nn.compact
@@ -81,7 +83,7 @@ class FeaturePyramid(nn.Module):
       merged = lateral if i + 1 == len(stages) else lateral + _upsample(merged, lateral.shape)
       levels.insert(0, conv((3, 3), padding=1, name=f"output{i}")(merged))
     for i in range(self.extra_levels):
-      x = levels[-1] if i == 0 else nn.relu(levels[-1])
+      x = nn.relu(levels[-1]) if i else stages[-1] if self.extra_of_stage else levels[-1]
       levels.append(conv((3, 3), strides=2, padding=1, name=f"extra{i}")(x))
     return levels
 
@@ -102,6 +104,7 @@ class Head(nn.Module):
     outputs: of each anchor.
     num_anchors: A.
     bias: that the outputs start with.
+    norm_groups: of a group normalisation after each convolution but the last; 0 for none.
     conv: the convolution, with its dtype bound.
   """
 
@@ -109,18 +112,22 @@ class Head(nn.Module):
   outputs: int
   num_anchors: int
   bias: float
+  norm_groups: int
   conv: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(self, levels: Sequence[jax.Array]) -> jax.Array:
     """[B, h, w, D] of each level -> [B, N, outputs]: level, row, column, anchor, in this order."""
     conv = functools.partial(self.conv, kernel_size=(3, 3), padding=1, kernel_init=nn.initializers.normal(0.01))
-    layers = [conv(levels[0].shape[-1], name=f"conv{i}") for i in range(self.depth)]
+    width, groups = levels[0].shape[-1], self.norm_groups
+    layers = [conv(width, use_bias=not groups, name=f"conv{i}") for i in range(self.depth)]
+    norms = [nn.GroupNorm(groups, epsilon=1e-5, dtype=levels[0].dtype, use_fast_variance=False, name=f"norm{i}")
+             if groups else lambda x: x for i in range(self.depth)]
     last = conv(self.num_anchors * self.outputs, bias_init=nn.initializers.constant(self.bias), name="output")
     outputs = []
     for x in levels:
-      for layer in layers:
-        x = nn.relu(layer(x))
+      for layer, norm in zip(layers, norms):
+        x = nn.relu(norm(layer(x)))
       outputs.append(last(x).reshape(len(x), -1, self.outputs))
     return jnp.concatenate(outputs, axis=1)
 
@@ -133,8 +140,10 @@ class RetinaNet(nn.Module):
     block, stage_sizes, backbone_width, small_stem: of the `ResNet`.
     first_stage: counted from 1, of whose output the finest level is made.
     extra_levels: coarser ones beyond the stages.
+    extra_of_stage: whether the first of these is made of the last stage, as in the paper, or of its level.
     width: D.
     head_depth: convolutions of a head before its last.
+    head_norm_groups: of a group normalisation (Wu and He 2018) after each of these; 0 for none, as in the paper.
     num_anchors: A.
     frozen_norm: see above.
     norm_epsilon: of the normalisation (torchvision's weights trained on COCO were trained with 0).
@@ -149,8 +158,10 @@ class RetinaNet(nn.Module):
   small_stem: bool = False
   first_stage: int = 2
   extra_levels: int = 2
+  extra_of_stage: bool = False
   width: int = 256
   head_depth: int = 4
+  head_norm_groups: int = 0
   num_anchors: int = 9
   frozen_norm: bool = False
   norm_epsilon: float = 1e-5
@@ -188,8 +199,10 @@ class RetinaNet(nn.Module):
         num_classes=None, block=self.block, stage_sizes=self.stage_sizes, width=self.backbone_width,
         small_stem=self.small_stem, norm=norm, dtype=self.dtype, remat=self.remat, name="backbone",
     )(image, mask, train=train)
-    levels = FeaturePyramid(self.width, self.extra_levels, conv, name="fpn")(stages[self.first_stage - 1:])
-    head = functools.partial(Head, self.head_depth, num_anchors=self.num_anchors, conv=conv)
+    levels = FeaturePyramid(
+        self.width, self.extra_levels, self.extra_of_stage, conv, name="fpn")(stages[self.first_stage - 1:])
+    head = functools.partial(
+        Head, self.head_depth, num_anchors=self.num_anchors, norm_groups=self.head_norm_groups, conv=conv)
     return {
         "logits": head(self.num_classes, bias=-math.log((1 - PRIOR) / PRIOR), name="class_head")(levels),
         "boxes": head(4, bias=0.0, name="box_head")(levels),
@@ -200,7 +213,10 @@ VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
     # Section 4, "RetinaNet"; parameters at 91 classes.
     "retinanet_resnet50_fpn": functools.partial(
         RetinaNet, block=resnet.Bottleneck, stage_sizes=(3, 4, 6, 3)),  # 34,068,119; frozen norm 34,014,999
-    "retinanet_resnet101_fpn": functools.partial(RetinaNet, block=resnet.Bottleneck, stage_sizes=(3, 4, 23, 3)),
+    "retinanet_resnet50_fpn_v2": functools.partial(  # torchvision's second (Zhang et al. 2019): 38,198,935
+        RetinaNet, block=resnet.Bottleneck, stage_sizes=(3, 4, 6, 3), extra_of_stage=True, head_norm_groups=32),
+    "retinanet_resnet101_fpn": functools.partial(  # 53,060,247
+        RetinaNet, block=resnet.Bottleneck, stage_sizes=(3, 4, 23, 3)),
     # For images of about 100 pixels: the same with basic blocks, on levels of 4, 8 and 16 pixels; at 10 classes.
     "retinanet_small": functools.partial(
         RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1, 1, 1, 1), backbone_width=16, small_stem=True,

@@ -114,6 +114,19 @@ def clip(boxes: Array, height: int, width: int) -> Array:
   return jnp.clip(boxes, 0, limit)
 
 
+def carry_back(boxes: Array, place: Array, size: Array) -> Array:
+  """Boxes in an image on which a picture was laid -> what of them lies in the picture, in its own pixels.
+
+  Args:
+    boxes: [..., 4].
+    place: [4], the box of the image that the picture fills.
+    size: [2], width and height of the picture.
+  """
+  scale = size / jnp.maximum(place[2:] - place[:2], 1)  # padding has no place
+  boxes = (boxes - jnp.tile(place[:2], 2)) * jnp.tile(scale, 2)
+  return jnp.clip(boxes, 0, jnp.tile(size, 2))
+
+
 def match(
     anchors: Array, boxes: Array, box_mask: Array, *, foreground: float = 0.5, background: float = 0.4,
 ) -> Array:

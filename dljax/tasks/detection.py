@@ -119,6 +119,9 @@ class Detection:
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
     """The detections of each image, the surest first.
 
+    Where the batch says by place f32[B, 4], a box, where in the image a picture lies, and by size f32[B, 2] how wide
+    and high it was itself, the boxes are in the picture's own pixels.
+
     Returns:
       boxes f32[B, D, 4] (x0, y0, x1, y1) in pixels, scores f32[B, D], labels i32[B, D] and valid bool[B, D], false
       where there were no more.
@@ -128,12 +131,15 @@ class Detection:
     height, width = batch["image"].shape[1:3]
     grids = self.model.grids(height, width)
     sizes = [rows * columns * self.anchors.per_cell for rows, columns in grids]
-    return jax.vmap(functools.partial(self._select, self._anchors(batch), sizes, height, width))(
+    found = jax.vmap(functools.partial(self._select, self._anchors(batch), sizes, height, width))(
         *(output[name].astype(jnp.float32) for name in ("logits", "boxes")))
+    if "place" in batch:
+      found["boxes"] = jax.vmap(box_lib.carry_back)(found["boxes"], batch["place"], batch["size"])
+    return found
 
   def _select(
       self, anchors: Array, sizes: Sequence[int], height: int, width: int, logits: Array, code: Array,
-  ) -> Mapping[str, Array]:
+  ) -> dict[str, Array]:
     """The detections of one image: logits [N, K], code [N, 4]; `sizes` of the levels, in anchors."""
     best, start = [], 0
     for size in sizes:
@@ -159,24 +165,27 @@ class Detection:
     """Average precision and recall, over all classes and of each; the picture detections.
 
     Areas, by which ap_small (below 32^2 pixels), ap_medium and ap_large (from 96^2) are told apart, are those of the
-    boxes in the images that the network sees. What has no object is left out. Pictured are the images with the most
-    mistakes.
+    boxes in the images that the network sees. What has no object is left out. Detections in a box that stands for a
+    crowd ("host/box_crowd" f32[B, M], where a batch has it) are neither right nor wrong. Pictured are the images with
+    the most mistakes.
     """
     del sums
     names = class_names(assets, self.num_classes)
-    worst, images, truths, found = [], [], [], []
+    worst, images, truths, crowds, found = [], [], [], [], []
     for predictions, batch in rows:
       for i in range(len(batch["boxes"])):
         objects, there = batch["box_mask"][i] > 0, predictions["valid"][i]
+        crowd = batch["host/box_crowd"][i] > 0 if "host/box_crowd" in batch else np.zeros_like(objects)
         truth = {"boxes": batch["boxes"][i][objects], "labels": batch["box_label"][i][objects]}
         detected = {name: predictions[name][i][there] for name in ("boxes", "labels", "scores")}
         images.append(batch["image"][i].shape[:2])
         truths.append(truth)
+        crowds.append({"boxes": batch["boxes"][i][crowd], "labels": batch["box_label"][i][crowd]})
         found.append(detected)
         sure = {name: values[detected["scores"] >= SHOWN_SCORE] for name, values in detected.items()}
         worst.append((count_mistakes(truth, sure), -len(worst), batch["image"][i].copy(), truth, sure))
       worst = sorted(worst, key=lambda row: row[:2], reverse=True)[:MAX_PICTURED]
-    metrics, table = average_precision(images, truths, found, names)
+    metrics, table = average_precision(images, truths, found, names, crowds)
     figure = report.detections(
         [row[2] for row in worst], [row[3] for row in worst], [row[4] for row in worst], names,
         caption="Images with the most mistakes") if worst else None
@@ -216,6 +225,7 @@ def smooth_l1(error: Array, beta: float) -> Array:
 def average_precision(
     images: Sequence[tuple[int, int]], truths: Sequence[Mapping[str, np.ndarray]],
     detections: Sequence[Mapping[str, np.ndarray]], names: Sequence[str],
+    crowds: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
   """COCO's average precision and recall, by its own evaluation.
 
@@ -224,6 +234,7 @@ def average_precision(
     truths: of each, "boxes" [m, 4] and "labels" [m].
     detections: of each, "boxes", "labels" and "scores" [d].
     names: of the classes.
+    crowds: of each, or of none, "boxes" and "labels" of those boxes that stand for many objects, not told apart.
 
   Returns:
     Those of `METRICS` that there are objects for, and for each class its number of objects, ap and ap50.
@@ -234,8 +245,9 @@ def average_precision(
     return {}, []
   annotations = [
       {"image_id": i, "category_id": int(label), "bbox": _corner_and_sides(box), "area": float(box_lib.area(box)),
-       "iscrowd": 0}
-      for i, truth in enumerate(truths) for box, label in zip(truth["boxes"], truth["labels"])]
+       "iscrowd": is_crowd}
+      for is_crowd, images_boxes in enumerate((truths, crowds))
+      for i, truth in enumerate(images_boxes) for box, label in zip(truth["boxes"], truth["labels"])]
   truth = COCO({
       "images": [{"id": i, "height": int(height), "width": int(width)} for i, (height, width) in enumerate(images)],
       "categories": [{"id": i, "name": str(name)} for i, name in enumerate(names)],
@@ -248,7 +260,7 @@ def average_precision(
   evaluation.run()
   metrics = {name: float(value) for name, value in zip(METRICS, evaluation.stats) if value >= 0}
   precision = evaluation.eval["precision"][..., 0, -1]  # [IoU, recall, class], of all areas, at most 100 detections
-  counts = np.bincount([a["category_id"] for a in annotations], minlength=len(names))
+  counts = np.bincount([a["category_id"] for a in annotations if not a["iscrowd"]], minlength=len(names))
   table = [{"class": str(name), "objects": int(counts[i]), "ap": float(precision[..., i].mean()),
             "ap50": float(precision[0, :, i].mean())} for i, name in enumerate(names) if counts[i]]
   return metrics, table

@@ -12,8 +12,9 @@ from dljax.tasks import boxes
 from dljax.train.state import parameter_count
 from tests.models.variables import random_variables
 
-# At 91 classes; torchvision's own number of parameters is the first.
-COUNTS = {"retinanet_resnet50_fpn": 34_068_119, "retinanet_resnet101_fpn": 53_060_247}
+# At 91 classes; torchvision's own numbers of parameters are the first two.
+COUNTS = {"retinanet_resnet50_fpn": 34_068_119, "retinanet_resnet50_fpn_v2": 38_198_935,
+          "retinanet_resnet101_fpn": 53_060_247}
 
 
 def _tiny(**kwargs):
@@ -85,7 +86,7 @@ def test_outputs_are_in_the_order_level_row_column_anchor():
 
 def test_each_level_knows_what_the_coarser_ones_see():
   """Zeros in a lateral connection leave of a level what comes from above: constant over 2x2 cells."""
-  pyramid = retinanet.FeaturePyramid(width=2, extra_levels=0, conv=retinanet.Conv)
+  pyramid = retinanet.FeaturePyramid(width=2, extra_levels=0, extra_of_stage=False, conv=retinanet.Conv)
   stages = [_images(8, 6, channels=3), _images(4, 3, channels=5)]
   variables = random_variables(pyramid, stages)
   params = variables["params"]
