@@ -1,6 +1,7 @@
 """The experiment that every family of object detectors shares: from a config, a model and its anchors."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from dljax import optim
 from dljax.config import base_config
 from dljax.data import scenes
+from dljax.errors import UserError
 from dljax.tasks import boxes, detection
 from dljax.train.experiment import Experiment
 
@@ -50,8 +52,17 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
 
 
 def anchors(config: ml_collections.ConfigDict, strides: Sequence[int]) -> boxes.Anchors:
-  """Those that `config.model` describes, for levels with so many pixels between their cells."""
-  return boxes.Anchors.octaves([config.model.anchor_scale * stride for stride in strides], config.model.anchor_ratios)
+  """Those that `config.model` describes, for levels with so many pixels between their cells.
+
+  Raises:
+    UserError: they have no size or no shape.
+  """
+  scale, ratios = config.model.anchor_scale, tuple(config.model.anchor_ratios)
+  if scale < 1:
+    raise UserError(f"--config.model.anchor_scale={scale}: give a positive number of strides")
+  if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
+    raise UserError(f"--config.model.anchor_ratios={ratios}: give one or more of height / width, such as 0.5,1,2")
+  return boxes.Anchors.octaves([scale * stride for stride in strides], ratios)
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module, anchors: boxes.Anchors) -> Experiment:

@@ -156,8 +156,8 @@ class Detection:
     return {"boxes": boxes[kept], "scores": jnp.where(valid, scores[kept], 0), "labels": labels[kept], "valid": valid}
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
-    """The means; NaN where no anchor held an object."""
-    return {name: float(total) / float(count) if count else math.nan for name, (total, count) in sums.items()}
+    """The means, as the loss has them: the whole where no anchor held an object."""
+    return {name: float(total) / max(float(count), 1) for name, (total, count) in sums.items()}
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],

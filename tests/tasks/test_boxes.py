@@ -86,6 +86,15 @@ def test_clip():
       box_lib.clip(np.array([[-3, -1, 50, 60], [2, 3, 4, 5]], np.float32), height=30, width=40), [[0, 0, 40, 30], [2, 3, 4, 5]])
 
 
+def test_boxes_are_carried_back_to_the_picture_that_was_laid_on_the_image():
+  """A picture of 200x100, at half its size, its corner at (10, 30)."""
+  place, size = np.array([10., 30, 110, 80]), np.array([200., 100])
+  boxes = np.array([[20., 40, 60, 60], [0, 0, 500, 500], [10, 30, 110, 80]])
+  np.testing.assert_allclose(
+      jax.jit(box_lib.carry_back)(boxes, place, size), [[20, 20, 100, 60], [0, 0, 200, 100], [0, 0, 200, 100]], rtol=1e-6)
+  assert np.isfinite(box_lib.carry_back(boxes, np.zeros(4), np.zeros(2))).all()  # a row that is padding
+
+
 def plain_match(anchors, boxes, foreground=0.5, background=0.4):
   """By loops: thresholds, then every object's best anchors, ties included."""
   table = np.array([[plain_iou(b, a) for a in anchors] for b in boxes])
