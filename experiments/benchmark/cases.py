@@ -51,6 +51,8 @@ CASES: Mapping[str, Case] = {
         ("--preset=imagenet2012", "--config.batch_size=32", "--config.data.image_shape=64,64,3",
          "--config.data.num_classes=10", "--config.model.zero_init_residual=false"),
         peer="torchvision", bound=1.0),
+    "retinanet": Case(
+        "experiments.retinanet", ("--preset=digit_scenes", "--config.batch_size=16"), peer="torchvision", bound=1.0),
     "efficientnet_b0": Case(
         "experiments.benchmark.efficientnet", ("--preset=b0", "--config.batch_size=16"),
         peer="torchvision", bound=1.3),

@@ -115,6 +115,61 @@ def _efficientnet_b0(classes):
   return import_torchvision().models.efficientnet_b0(num_classes=classes, stochastic_depth_prob=0.0, dropout=0.0)
 
 
+def _retinanet(classes):
+  """torchvision's RetinaNet on a small ResNet of its blocks, with a pyramid and heads of its own."""
+  torchvision = import_torchvision()
+  from torch import nn
+  from torchvision.models.detection import retinanet
+  from torchvision.models.detection.anchor_utils import AnchorGenerator
+  from torchvision.models.detection.image_list import ImageList
+  from torchvision.models.resnet import BasicBlock
+
+  def stage(inside, outside, stride):
+    if stride == 1:
+      return BasicBlock(inside, outside)
+    shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+    return BasicBlock(inside, outside, stride, shortcut)
+
+  class Backbone(nn.Module):
+    out_channels = 64
+
+    def __init__(self):
+      super().__init__()
+      self.stem = nn.Sequential(
+          nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), stage(16, 16, 1),
+          stage(16, 32, 2))
+      self.stages = nn.ModuleList([stage(32, 64, 2), stage(64, 128, 2), stage(128, 256, 2)])
+      self.pyramid = torchvision.ops.FeaturePyramidNetwork([64, 128, 256], self.out_channels)
+
+    def forward(self, image):
+      levels, x = {}, self.stem(image)
+      for i, layer in enumerate(self.stages):
+        levels[str(i)] = x = layer(x)
+      return self.pyramid(levels)
+
+  class Detector(nn.Module):
+
+    def __init__(self):
+      super().__init__()
+      sizes = tuple((s, int(s * 2**(1 / 3)), int(s * 2**(2 / 3))) for s in (8, 16, 32))
+      anchors = AnchorGenerator(sizes, ((1.25, 2.0),) * 3)
+      self.net = retinanet.RetinaNet(Backbone(), classes, anchor_generator=anchors)
+      for head in (self.net.head.classification_head, self.net.head.regression_head):
+        head.conv = head.conv[:2]
+
+    def forward(self, image):
+      return self.net.head(list(self.net.backbone(image).values()))
+
+    def loss(self, batch):
+      image = batch["image"]
+      levels = list(self.net.backbone(image).values())
+      anchors = self.net.anchor_generator(ImageList(image, [image.shape[-2:]] * len(image)), levels)
+      targets = [{"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["box_label"])]
+      return sum(self.net.compute_loss(targets, self.net.head(levels), anchors).values())
+
+  return Detector()
+
+
 NETWORKS = {  # by the case's name: number of classes -> module
     "mlp": _mlp,
     "lenet": _lenet,
@@ -123,8 +178,25 @@ NETWORKS = {  # by the case's name: number of classes -> module
     "vgg11": _vgg11,
     "resnet18": _resnet18,
     "resnet50": _resnet50,
+    "retinanet": _retinanet,
     "efficientnet_b0": _efficientnet_b0,
 }
+
+
+def _random_batch(shapes, classes):
+  """As our side's `random_batch`, with the images' channels first."""
+  import torch
+
+  size, height, width, channels = shapes["image"]
+  batch = {"image": torch.randn(size, channels, height, width)}
+  for name in ("label", "box_label"):
+    if name in shapes:
+      batch[name] = torch.randint(classes, shapes[name])
+  if "boxes" in shapes:
+    corner, size = (torch.tensor([width, height]) * (least + extent * torch.rand(*shapes["boxes"][:-1], 2))
+                    for least, extent in ((0, 0.6), (0.1, 0.3)))
+    batch["boxes"] = torch.cat([corner, corner + size], -1)
+  return batch
 
 
 def _build(spec):
@@ -141,9 +213,8 @@ def _build(spec):
 
   layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[spec["layout"]]
   model = NETWORKS[spec["case"]](spec["classes"]).to(device, memory_format=layout)
-  size, height, width, channels = spec["batch"]["image"]
-  image = torch.randn(size, channels, height, width).to(device, memory_format=layout)
-  label = torch.randint(spec["classes"], spec["batch"]["label"]).to(device)
+  batch = {name: x.to(device) for name, x in _random_batch(spec["batch"], spec["classes"]).items()}
+  image = batch["image"] = batch["image"].to(memory_format=layout)
   optimizer = torch.optim.SGD(model.parameters(), lr=serve.LEARNING_RATE, momentum=serve.MOMENTUM)
 
   loss = None
@@ -151,7 +222,8 @@ def _build(spec):
   def train_step():
     nonlocal loss
     optimizer.zero_grad()
-    loss = torch.nn.functional.cross_entropy(model(image), label)
+    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(
+        model(image), batch["label"])
     loss.backward()
     optimizer.step()
 
