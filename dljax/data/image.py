@@ -168,14 +168,14 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
     config: `config.data`.
 
   Returns:
-    A batch of image, mask and "host/id", without rows if nothing was usable; the name of each row; and one
-    line for each file that could not be used.
+    A batch of image, mask, "host/id" and "host/size" (height and width of the image itself), without rows if nothing
+    was usable; the name of each row; and one line for each file that could not be used.
 
   Raises:
     UserError: a path does not exist.
   """
   validate(config)
-  images, names, skipped = [], [], []
+  images, sizes, names, skipped = [], [], [], []
   fit = _ImageSet(config).fit
   for path in _files(paths):
     try:
@@ -186,10 +186,12 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
       skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
       continue
     images += fitted
+    sizes += [image.shape[:2] for image in stack]
     names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
   stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
   batch = {"image": augment.normalise(stacked, config.mean, config.std),
-           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names))}
+           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names)),
+           "host/size": np.array(sizes, np.int64).reshape(-1, 2)}
   return batch, names, skipped
 
 
