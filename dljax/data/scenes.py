@@ -176,6 +176,13 @@ class Placement:
     high, wide = (max(round(scale * h), 1), max(round(scale * w), 1)) if scale < 1 else (h, w)
     return cls(high / h, wide / w, (height - high) // 2, (width - wide) // 2, high, wide)
 
+  def back(self, classes: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Classes on the canvas, u8[H, W] -> those of the image of (h, w), u8[h, w], the nearest pixel's."""
+    from PIL import Image
+
+    part = classes[self.top:self.top + self.height, self.left:self.left + self.width]
+    return np.asarray(Image.fromarray(part).resize((int(size[1]), int(size[0])), Image.Resampling.NEAREST))
+
 
 class _SceneSet:
   """What the pipelines of one config share: the opened set, and how its examples become batches."""

@@ -19,7 +19,7 @@ Dimensions: `B` batch, `H` height, `W` width, `C` channels, `K` classes.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,7 +151,7 @@ class UNet(nn.Module):
       UserError: on images of sides that do not fit.
     """
     if image.ndim != 4 or not all(map(self.fits, image.shape[1:3])):
-      raise errors.UserError(self._misfit(image.shape[1:]))
+      raise errors.UserError(self.misfit(image.shape[1:]))
     block = nn.remat(DoubleConv, static_argnums=(3,)) if self.remat else DoubleConv
     block = functools.partial(
         block, padding=int(self.padded), conv=functools.partial(self.conv, dtype=self.dtype),
@@ -174,8 +174,8 @@ class UNet(nn.Module):
     kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     return self.conv(self.num_classes, (1, 1), kernel_init=kernel_init, dtype=self.dtype, name="head")(x)
 
-  def _misfit(self, shape: tuple[int, ...]) -> str:
-    """Says which images fit."""
+  def misfit(self, shape: Sequence[int]) -> str:
+    """Says which images fit, where those of `shape` [H, W, C] do not."""
     sides = [f"{self.smallest + i * self.step}" for i in range(3)]
     near = [self.smallest + max(0, -(-(side - self.smallest) // self.step)) * self.step for side in shape[:2]]
     mend = f"; resize or pad them to {'x'.join(map(str, near))}" if len(shape) == 3 else ""
