@@ -142,7 +142,7 @@ def test_the_skip_brings_every_pixel_to_its_own_place(padded):
     for conv in ("conv1", "conv2"):
       _hand_on(params[block], conv, (0, 0))  # of up1's inputs the skip comes first
   _hand_on(params, "head", (0, 0))
-  logits = model.apply({"params": params}, x)
+  logits = jax.jit(model.apply)({"params": params}, x)
   cut = model.margin // 2
   assert cut == (0 if padded else 20)
   np.testing.assert_allclose(logits[..., 0], x[:, cut:60 - cut, cut:52 - cut, 0], rtol=1e-6)
@@ -179,10 +179,10 @@ def test_dropout_is_at_the_end_of_the_contracting_path():
   variables = random_variables(model, x)
 
   def run(train):
-    _, state = model.apply(
-        variables, x, train=train, rngs={"dropout": jax.random.key(1)}, mutable=["intermediates"],
-        capture_intermediates=lambda module, _: isinstance(module, (nn.Dropout, unet.DoubleConv)))
-    return state["intermediates"]
+    apply = jax.jit(lambda v: model.apply(
+        v, x, train=train, rngs={"dropout": jax.random.key(1)}, mutable=["intermediates"],
+        capture_intermediates=lambda module, _: isinstance(module, (nn.Dropout, unet.DoubleConv))))
+    return apply(variables)[1]["intermediates"]
 
   plain, dropped = run(False), run(True)
   np.testing.assert_array_equal(dropped["down1"]["__call__"][0], plain["down1"]["__call__"][0])
@@ -197,7 +197,7 @@ def test_remat_changes_no_gradient(norm):
   with jax.enable_x64(True):
     x, results = _images(8, dtype=np.float64), []
     for remat in (False, True):
-      model = _tiny(remat=remat, norm=norm, padded=True, dtype=jnp.float64)
+      model = _tiny(remat=remat, norm=norm, num_pools=1, padded=True, dtype=jnp.float64)
       variables = random_variables(model, x, dtype=np.float64)
       loss = lambda params: jnp.sum(
           model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])[0]**2)
