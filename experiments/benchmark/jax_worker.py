@@ -43,11 +43,17 @@ def build_experiment(case: Case) -> Experiment:
   return experiment.build(config)
 
 
+def label_field(batch: Mapping[str, Any]) -> str:
+  """Where a batch has what is to be learnt."""
+  return "segmentation" if "segmentation" in batch else "label"
+
+
 def random_batch(experiment: Experiment) -> HostBatch:
-  """Noise with labels that it has nothing to do with."""
+  """Noise with labels, of images or of pixels, that it has nothing to do with."""
   draw = np.random.default_rng(0)
   batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
-  batch["label"] = draw.integers(0, experiment.config.data.num_classes, batch["label"].shape, batch["label"].dtype)
+  label = batch[label_field(batch)]
+  batch[label_field(batch)] = draw.integers(0, experiment.task.num_classes, label.shape, label.dtype)
   return {**batch, "mask": np.ones_like(batch["mask"])}
 
 
@@ -69,8 +75,8 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
         "compile_seconds": bare.compile_seconds,
         "parameters": sum(x.size for x in jax.tree.leaves(bare.state.params)),
         "train_flops": bare.program.train_step_flops(),
-        "batch": {k: bare.batch[k].shape for k in ("image", "label")},
-        "classes": experiment.config.data.num_classes,
+        "batch": {"image": bare.batch["image"].shape, "label": bare.batch[label_field(bare.batch)].shape},
+        "classes": experiment.task.num_classes,
     }
 
   model, dot = experiment.task.model, jax.jit(jnp.dot)
