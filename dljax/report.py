@@ -307,7 +307,7 @@ def segmentations(
 
   Args:
     images: each [H, W], [H, W, 1] or [H, W, 3], shown as `image_grid` does.
-    maps: name, such as "truth" -> of each image the classes i[H, W]. The first class, the ground, is left as it is;
+    maps: name, such as "truth" -> of each image the classes i[H, W]. The first class, the ground, is left in grey;
       what is negative has no class and is white.
     class_names: of all classes.
     caption: stands above all.
@@ -327,8 +327,8 @@ def segmentations(
     panels[i].imshow(image, interpolation="nearest")
     for row, (name, values) in enumerate(maps.items(), 1):
       axes, classes = panels[row * len(images) + i], np.asarray(values[i], int)
-      tinted = 0.35 * image.mean(axis=-1, keepdims=True) + 0.65 * colors[np.maximum(classes, 0)] / 255
-      tinted = np.where(classes[..., None] > 0, tinted, image)
+      grey = image.mean(axis=-1, keepdims=True)
+      tinted = np.where(classes[..., None] > 0, 0.35 * grey + 0.65 * colors[np.maximum(classes, 0)] / 255, grey)
       axes.imshow(np.where(classes[..., None] < 0, 1, tinted), interpolation="nearest")
       if i == 0:
         axes.set_ylabel(name, fontsize=10, color=INK)
