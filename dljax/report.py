@@ -80,15 +80,16 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
   return figure
 
 
-def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Any:
+def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], *, per_cent: bool = False) -> Any:
   """Which class was taken for which.
 
   Args:
     matrix: [C, C], counts; row: truth, column: guess. Cells are coloured by their share of the row.
     class_names: C names.
+    per_cent: whether the share of the row stands in a cell, not the count.
 
   Returns:
-    The figure; with up to `MAX_CELL_TEXTS` classes the counts stand in the cells.
+    The figure; with up to `MAX_CELL_TEXTS` classes numbers stand in the cells.
   """
   matrix = np.asarray(matrix)
   count = len(matrix)
@@ -101,7 +102,8 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Any:
   if count <= MAX_CELL_TEXTS:
     for i, j in np.ndindex(count, count):
       if matrix[i, j]:
-        axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=9,
+        text = f"{100 * shares[i, j]:.2g}" if per_cent else f"{matrix[i, j]:.0f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=9,
                   color="white" if shares[i, j] > 0.3 else INK)
   if count <= MAX_CLASS_TICKS:
     size = 9 if count <= MAX_CELL_TEXTS else 6
@@ -295,6 +297,74 @@ def detections(
   figure.legend(handles=[_patch(truth_color, "truth"), _patch(found_color, "found")], loc="outside lower center",
                 ncols=2, frameon=False, fontsize=9)
   return figure
+
+
+def segmentations(
+    images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]], class_names: Sequence[str], *,
+    caption: str = "",
+) -> Any:
+  """Images, and the classes of their pixels laid over them in colours.
+
+  Args:
+    images: each [H, W], [H, W, 1] or [H, W, 3], shown as `image_grid` does.
+    maps: name, such as "truth" -> of each image the classes i[H, W]. The first class, the ground, is left in grey;
+      what is negative has no class and is white.
+    class_names: of all classes.
+    caption: stands above all.
+
+  Returns:
+    The figure: a column for each image, itself first, then its maps. The legend has the classes that occur.
+  """
+  figure, panels = _panels(len(images), 1 + len(maps), 1.8, 1.8)
+  colors = class_colors(len(class_names))
+  occur = set()
+  for axes in panels:
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+  for i, image in enumerate(images):
+    image = _stretch(image)
+    image = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+    panels[i].imshow(image, interpolation="nearest")
+    for row, (name, values) in enumerate(maps.items(), 1):
+      axes, classes = panels[row * len(images) + i], np.asarray(values[i], int)
+      grey = image.mean(axis=-1, keepdims=True)
+      tinted = np.where(classes[..., None] > 0, 0.35 * grey + 0.65 * colors[np.maximum(classes, 0)] / 255, grey)
+      axes.imshow(np.where(classes[..., None] < 0, 1, tinted), interpolation="nearest")
+      if i == 0:
+        axes.set_ylabel(name, fontsize=10, color=INK)
+      occur |= set(np.unique(classes[classes > 0]).tolist())
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  handles = [_patch(colors[c] / 255, _shorten(str(class_names[c]))) for c in sorted(occur)[:MAX_CELL_TEXTS]]
+  if handles:
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(images)), frameon=False,
+                  fontsize=9, columnspacing=1, handlelength=1)
+  return figure
+
+
+def class_colors(count: int) -> np.ndarray:
+  """u8[count, 3]: a colour for each class of pixels; the first, the ground, is black."""
+  import matplotlib
+
+  table = np.concatenate([matplotlib.colormaps[name].colors for name in ("tab10", "tab20b", "tab20c")])
+  rest = matplotlib.colormaps["hsv"](np.arange(count) * 0.618 % 1)[:, :3]  # neighbours differ most by the golden ratio
+  return np.round(255 * np.concatenate([np.zeros((1, 3)), table, rest])[:count]).astype(np.uint8)
+
+
+def class_map(classes: np.ndarray) -> Any:
+  """A picture whose pixels have the numbers of their classes as values, shown in their colours; 255 is white.
+
+  Args:
+    classes: u8[H, W].
+
+  Returns:
+    The `PIL.Image.Image`, with a palette.
+  """
+  from PIL import Image
+
+  picture = Image.fromarray(classes).convert("P")
+  picture.putpalette(np.concatenate([class_colors(255), np.full((1, 3), 255)]).astype(np.uint8).tobytes())
+  return picture
 
 
 def relative_bars(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], label: str) -> Any:

@@ -31,11 +31,13 @@ PRESETS: Mapping[str, str] = {
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   variant = "retinanet_resnet50_fpn" if preset == "coco" else "retinanet_small"
-  config = object_detection.config("retinanet", preset, data=preset, variant=variant, optimizer="momentum")
+  optimizer = "momentum" if preset == "coco" else "adamw"
+  config = object_detection.config("retinanet", preset, data=preset, variant=variant, optimizer=optimizer)
   config.model.update({"frozen_norm": False})
   if preset == "digit_scenes":
-    config.model.update({"anchor_scale": 2, "anchor_ratios": (1.0, 1.5, 2.5)})
-    config.optimizer.update({"learning_rate": 0.02, "weight_decay": 1e-4, "warmup_fraction": 0.05, "clip_norm": 1.0})
+    config.model.update({"anchor_scale": 2, "anchor_ratios": (1.25, 2.0)})  # digits are higher than wide
+    config.data.update({"scale": (0.8, 1.25), "shift": 8})
+    config.optimizer.update({"learning_rate": 0.003, "clip_norm": 1.0})
     config.update({"total_steps": 2000, "batch_size": 16, "eval_batch_size": 50, "log_every": 20, "eval_every": 250,
                    "checkpoint_every": 250})
   else:

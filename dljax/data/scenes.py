@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dljax.data import augment, image, png, sources
+from dljax.data import augment, image, sources
 from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming
 from dljax.errors import UserError
 
@@ -176,6 +176,13 @@ class Placement:
     high, wide = (max(round(scale * h), 1), max(round(scale * w), 1)) if scale < 1 else (h, w)
     return cls(high / h, wide / w, (height - high) // 2, (width - wide) // 2, high, wide)
 
+  def back(self, classes: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Classes on the canvas, u8[H, W] -> those of the image of (h, w), u8[h, w], the nearest pixel's."""
+    from PIL import Image
+
+    part = classes[self.top:self.top + self.height, self.left:self.left + self.width]
+    return np.asarray(Image.fromarray(part).resize((int(size[1]), int(size[0])), Image.Resampling.NEAREST))
+
 
 class _SceneSet:
   """What the pipelines of one config share: the opened set, and how its examples become batches."""
@@ -248,10 +255,10 @@ class _SceneSet:
   def read(self, records: Sequence[Mapping[str, Any]], split: str, indices: Sequence[int]) -> list[HostBatch]:
     """Examples on the canvas, decoded and checked; `indices` are their numbers, for messages."""
     config, canvas = self.config, self.config.image_shape[:2]
-    images = _decode([record["image"][0] for record in records], config.image_shape[-1])
+    images = [image.decode_image(record["image"][0], config.image_shape[-1]) for record in records]
     masks = [None] * len(records)
     if self.segmentation:
-      masks = _decode([record[config.mask_feature][0] for record in records], 1)
+      masks = [image.decode_image(record[config.mask_feature][0], 1) for record in records]
     examples = []
     for index, record, pixels, mask in zip(indices, records, images, masks):
       where = f"--config.data.{split}={config[split]!r}: example {index} of {config.name}"
@@ -416,11 +423,3 @@ def _object_labels(features: Mapping[str, Any]) -> Any:
   """TFDS's feature of the labels of objects with boxes; None where there is none."""
   objects = dict(getattr(features.get("objects"), "feature", {}).items())
   return objects["label"] if "bbox" in objects and hasattr(objects.get("label"), "names") else None
-
-
-def _decode(files: Sequence[bytes], channels: int) -> Sequence[np.ndarray]:
-  """Each uint8[h, w, channels]."""
-  decoded = png.decode(files)
-  if decoded is None or decoded.shape[-1] != channels:
-    return [image.decode_image(data, channels) for data in files]
-  return decoded

@@ -43,6 +43,9 @@ CASES: Mapping[str, Case] = {
         "experiments.vgg", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=vgg11",
                             "--config.model.dropout=0"),
         peer="torch", bound=1.0),
+    "unet": Case(
+        "experiments.unet", ("--preset=digit_scenes", "--config.batch_size=16", "--config.model.dice_weight=0"),
+        peer="torch", bound=1.0),
     "resnet18": Case(
         "experiments.resnet", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=resnet18"),
         peer="torchvision", bound=1.0),

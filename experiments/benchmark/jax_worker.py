@@ -44,12 +44,12 @@ def build_experiment(case: Case) -> Experiment:
 
 
 def random_batch(experiment: Experiment) -> HostBatch:
-  """Noise with labels, and boxes of a tenth to four tenths of the image's sides, that it has nothing to do with."""
+  """Noise with labels, of images, pixels or boxes, that it has nothing to do with; boxes of 0.1 to 0.4 of its sides."""
   draw = np.random.default_rng(0)
   batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
   for name, x in batch.items():
     if np.issubdtype(x.dtype, np.integer):
-      batch[name] = draw.integers(0, experiment.config.data.num_classes, x.shape, x.dtype)
+      batch[name] = draw.integers(0, experiment.task.num_classes, x.shape, x.dtype)
     elif name in ("mask", "box_mask"):
       batch[name] = np.ones_like(x)
     elif name == "boxes":
@@ -78,7 +78,7 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
         "parameters": sum(x.size for x in jax.tree.leaves(bare.state.params)),
         "train_flops": bare.program.train_step_flops(),
         "batch": {k: x.shape for k, x in bare.batch.items() if k not in ("mask", "box_mask")},
-        "classes": experiment.config.data.num_classes,
+        "classes": experiment.task.num_classes,
     }
 
   model, dot = experiment.task.model, jax.jit(jnp.dot)

@@ -99,6 +99,40 @@ def _vgg11(classes):
       nn.Linear(512, classes))
 
 
+def _unet(classes, width=16, pools=3):
+  """With padding and batch normalisation, for images of one channel."""
+  import torch
+  from torch import nn
+
+  def block(channels, width):
+    layers = []
+    for channels in (channels, width):
+      layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+  class UNet(nn.Module):
+
+    def __init__(self):
+      super().__init__()
+      widths = [width * 2**i for i in range(pools + 1)]
+      self.down = nn.ModuleList(map(block, [1, *widths], widths))
+      self.up_convs = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
+      self.up = nn.ModuleList(block(2 * w, w) for w in widths[:-1])
+      self.pool, self.head = nn.MaxPool2d(2), nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+      skips = []
+      for down in self.down[:-1]:
+        skips.append(down(x))
+        x = self.pool(skips[-1])
+      x = self.down[-1](x)
+      for skip, up_conv, up in reversed(list(zip(skips, self.up_convs, self.up))):
+        x = up(torch.cat([skip, up_conv(x)], dim=1))
+      return self.head(x)
+
+  return UNet()
+
+
 def _resnet18(classes):
   """With the stem for small images."""
   from torch import nn
@@ -176,6 +210,7 @@ NETWORKS = {  # by the case's name: number of classes -> module
     "lenet_max": _lenet_max,
     "alexnet": _alexnet,
     "vgg11": _vgg11,
+    "unet": _unet,
     "resnet18": _resnet18,
     "resnet50": _resnet50,
     "retinanet": _retinanet,
@@ -189,7 +224,7 @@ def _random_batch(shapes, classes):
 
   size, height, width, channels = shapes["image"]
   batch = {"image": torch.randn(size, channels, height, width)}
-  for name in ("label", "box_label"):
+  for name in ("label", "segmentation", "box_label"):
     if name in shapes:
       batch[name] = torch.randint(classes, shapes[name])
   if "boxes" in shapes:
@@ -215,6 +250,7 @@ def _build(spec):
   model = NETWORKS[spec["case"]](spec["classes"]).to(device, memory_format=layout)
   batch = {name: x.to(device) for name, x in _random_batch(spec["batch"], spec["classes"]).items()}
   image = batch["image"] = batch["image"].to(memory_format=layout)
+  label = batch.get("segmentation", batch.get("label"))
   optimizer = torch.optim.SGD(model.parameters(), lr=serve.LEARNING_RATE, momentum=serve.MOMENTUM)
 
   loss = None
@@ -222,8 +258,7 @@ def _build(spec):
   def train_step():
     nonlocal loss
     optimizer.zero_grad()
-    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(
-        model(image), batch["label"])
+    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(model(image), label)
     loss.backward()
     optimizer.step()
 
