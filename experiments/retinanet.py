@@ -1,17 +1,19 @@
-"""RetinaNet: ResNet-50 with a feature pyramid for COCO, a small form for scenes of digits.
+r"""RetinaNet: ResNet-50 with a feature pyramid for COCO, a small form for scenes of digits.
 
   python -m experiments.retinanet
 
 The other preset:
 
-  coco  not run here; published: AP 32.5 at a short side of 500 pixels, which is about that of COCO's own images, and
-        35.7 at 800 (Lin et al. 2017, table 1e)
+  coco  not run here; published: AP 32.5 with the short side at 500 pixels, about that of COCO's own images, and 35.7 at
+        800 (Lin et al. 2017, table 1e)
 
-It has the paper's recipe (section 4, "Optimization"), but for the size: the paper resizes the short side to 800 pixels;
-here every image lies as it is on 640x640 pixels. For that size and a long night more, --config.data.image_shape and
---config.data.resize=bilinear. The backbone is to come from ImageNet, with its norms frozen. Prepare the set with TFDS
-(coco/2017, as ArrayRecord), then
-  python -m experiments.retinanet --preset=coco --data_dir=DIR
+It has the paper's recipe (section 4.1, "Optimization"), but for the size: every image lies as it is on 640x640 pixels,
+where the paper magnifies it to a short side of 800. The paper begins with a backbone that was trained on ImageNet, and
+leaves its norms as they are. Prepare the set with TFDS, then
+  python -m experiments.retinanet --preset=coco --data_dir=DIR \
+      --config.init.source=resnet50.safetensors --config.model.frozen_norm=true
+with torchvision's weights of resnet50, or the workdir of a run of experiments.resnet. Without these two flags it starts
+from nothing.
 """
 
 from collections.abc import Mapping

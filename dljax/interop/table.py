@@ -73,10 +73,10 @@ class Table:
 
 
 def batch_norm(path: str, name: str) -> list[tuple[str, str, Layout]]:
-  """The four rules of a BatchNorm at our `path` (a pattern) and the source's `name`."""
+  """The four rules of a BatchNorm at our `path` (a pattern) and the source's `name`; frozen, it is all statistics."""
   return [
-      (f"params/{path}/scale", f"{name}.weight", SAME),
-      (f"params/{path}/bias", f"{name}.bias", SAME),
+      (f"(?:params|batch_stats)/{path}/scale", f"{name}.weight", SAME),
+      (f"(?:params|batch_stats)/{path}/bias", f"{name}.bias", SAME),
       (f"batch_stats/{path}/mean", f"{name}.running_mean", SAME),
       (f"batch_stats/{path}/var", f"{name}.running_var", SAME),
   ]

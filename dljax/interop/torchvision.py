@@ -1,6 +1,5 @@
 """torchvision's names."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,7 +66,7 @@ def _retinanet(model: retinanet.RetinaNet) -> Table:
   A norm has the same four tensors there, be it frozen or not. Earlier versions numbered some layers otherwise.
   """
   rules = [
-      (re.sub("^(params|batch_stats)/", "(?:params|batch_stats)/backbone/", pattern), f"backbone.body.{name}", layout)
+      (pattern.replace("/", "/backbone/", 1), f"backbone.body.{name}", layout)
       for pattern, name, layout in RESNET.rules]
   rules += _layer(r"fpn/lateral(\d)", r"backbone.fpn.inner_blocks.\1.0", CONV)
   rules += _layer(r"fpn/output(\d)", r"backbone.fpn.layer_blocks.\1.0", CONV)

@@ -175,6 +175,14 @@ class RetinaNet(nn.Module):
     levels = len(self.stage_sizes) - self.first_stage + 1 + self.extra_levels
     return tuple(2 ** (first + i) for i in range(levels))
 
+  @property
+  def backbone(self) -> resnet.ResNet:
+    """The network whose stages carry the pyramid; its variables lie under "backbone"."""
+    norm = functools.partial(FrozenBatchNorm if self.frozen_norm else BatchNorm, epsilon=self.norm_epsilon)
+    return resnet.ResNet(
+        num_classes=None, block=self.block, stage_sizes=self.stage_sizes, width=self.backbone_width,
+        small_stem=self.small_stem, norm=norm, dtype=self.dtype, remat=self.remat, parent=None)
+
   def grids(self, height: int, width: int) -> list[tuple[int, int]]:
     """(h, w) of each level for an image of so many pixels: each stride of two rounds up."""
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in self.strides]
@@ -194,11 +202,7 @@ class RetinaNet(nn.Module):
       order level (the finest first), row, column, anchor of the cell.
     """
     conv = functools.partial(Conv, dtype=self.dtype)
-    norm = functools.partial(FrozenBatchNorm if self.frozen_norm else BatchNorm, epsilon=self.norm_epsilon)
-    stages = resnet.ResNet(
-        num_classes=None, block=self.block, stage_sizes=self.stage_sizes, width=self.backbone_width,
-        small_stem=self.small_stem, norm=norm, dtype=self.dtype, remat=self.remat, name="backbone",
-    )(image, mask, train=train)
+    stages = self.backbone.clone(parent=self, name="backbone")(image, mask, train=train)
     levels = FeaturePyramid(
         self.width, self.extra_levels, self.extra_of_stage, conv, name="fpn")(stages[self.first_stage - 1:])
     head = functools.partial(

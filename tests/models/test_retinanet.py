@@ -99,6 +99,28 @@ def test_each_level_knows_what_the_coarser_ones_see():
   assert np.std(coarse) > 0.1
 
 
+@pytest.mark.parametrize("of_stage", [False, True])
+def test_the_first_extra_level_is_made_of_the_stage_or_of_its_level(of_stage):
+  pyramid = retinanet.FeaturePyramid(width=2, extra_levels=2, extra_of_stage=of_stage, conv=retinanet.Conv)
+  stages = [_images(8, 6, channels=3), _images(4, 3, channels=5)]
+  variables = random_variables(pyramid, stages)
+  before = pyramid.apply(variables, stages)
+  variables["params"]["output1"] = jax.tree.map(np.zeros_like, variables["params"]["output1"])
+  after = pyramid.apply(variables, stages)
+  assert [x.shape[1:3] for x in after] == [(8, 6), (4, 3), (2, 2), (1, 1)]
+  assert [np.array_equal(*pair) for pair in zip(before, after)] == [True, False, of_stage, of_stage]
+
+
+def test_normalised_heads_do_not_depend_on_the_scale_of_their_kernels():
+  head = retinanet.Head(depth=2, outputs=3, num_anchors=2, bias=0.0, norm_groups=2, conv=retinanet.Conv)
+  levels = [_images(4, 4, channels=4), _images(2, 2, channels=4)]
+  variables = random_variables(head, levels)
+  before = head.apply(variables, levels)
+  variables["params"]["conv1"]["kernel"] *= 3
+  np.testing.assert_allclose(head.apply(variables, levels), before, rtol=1e-3, atol=1e-4)
+  assert "bias" not in variables["params"]["conv0"]
+
+
 def test_odd_sizes_take_the_cell_that_they_lie_in():
   x = np.arange(6.0).reshape(1, 2, 3, 1)
   expected = x[:, [0, 0, 1]][:, :, [0, 0, 1, 1, 2]]  # rows 0, 2/3, 4/3 and columns 0, 3/5, ... of the coarse grid
