@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,7 +52,8 @@ _MODE = _enum("mode", "train", ["train", "eval", "predict"], "What to do with th
 _STEP = _string("step", "best", "Which checkpoint to evaluate or to predict with: best, latest or a number.")
 _INPUT = flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
                            flag_values=_FLAGS)
-_OUTPUT = _path("output", "Where to write predictions: a .jsonl, .json or .csv file; by default only shown.")
+_OUTPUT = _path("output", "Where to write predictions: a .jsonl, .json or .csv file, or a new folder for those that are "
+                "pictures; by default only shown.")
 _PARALLELISM = _enum("parallelism", "jit", ["jit", "pmap"], "How to compile for several devices.")
 _MESH = _string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
 _RESUME = _enum("resume", "auto", ["auto", "never", "must"],
@@ -257,12 +258,8 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
   if not _INPUT.value:
     raise UserError("--mode=predict needs --input=FILE_OR_FOLDER")
   output = Path(_OUTPUT.value) if _OUTPUT.value else None
-  if output and output.suffix not in _WRITERS:
-    raise UserError(f"--output={output}: must end in {', '.join(_WRITERS)}")
-  if output and not output.absolute().parent.is_dir():
-    raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
   if output:
-    _check_writable(output)
+    _check_output(output, experiment.pictures is not None)
   assets = folder.read_assets()
   batch, names, skipped = experiment.encode([os.path.expanduser(path) for path in _INPUT.value], assets)
   if not names:
@@ -278,9 +275,25 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
       print("  ".join(f"{v:.4f}" if isinstance(v, float) else v for v in row.values() if not isinstance(v, dict)))
     if output:
       with errors.writing(output):
-        _WRITERS[output.suffix](output, rows)
+        if output.suffix in _WRITERS:
+          _WRITERS[output.suffix](output, rows)
+        else:
+          _write_folder(output, rows, experiment.pictures(batch, predictions, assets))
       print(f"{len(rows)} predictions written to {output}")
   return FAILED if skipped else DONE
+
+
+def _check_output(output: Path, pictures: bool) -> None:
+  """Raises `UserError` where predictions cannot be written to `output`, which is a folder if it may and has no suffix."""
+  if output.suffix not in _WRITERS and (output.suffix or not pictures):
+    raise UserError(f"--output={output}: must end in {', '.join(_WRITERS)}" + ", or be a new folder" * pictures)
+  if not output.absolute().parent.is_dir():
+    raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
+  if output.suffix not in _WRITERS and output.is_dir():
+    if any(output.iterdir()):
+      raise UserError(f"--output={output} is not empty, and nothing is written over; name a new folder")
+    output /= _ROWS
+  _check_writable(output)
 
 
 def _check_writable(output: Path) -> None:
@@ -313,6 +326,18 @@ def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _write_folder(folder: Path, rows: Sequence[Mapping[str, Any]], pictures: Iterable[Any]) -> None:
+  """Makes a folder with `_ROWS` and the picture of each row, "a.png" for "scans/a.jpg"; equal names are numbered."""
+  folder.mkdir(exist_ok=True)
+  names: list[str] = []
+  for row, picture in zip(rows, pictures, strict=True):
+    stem = re.sub(r"\.\w+(\[(\d+)\])?$", lambda end: f"-{end[2]}" if end[2] else "", Path(row["input"]).name)
+    names.append(next(name for name in (stem, *(f"{stem}-{i}" for i in range(2, 2 + len(rows)))) if name not in names))
+    picture.save(folder / f"{names[-1]}.png")
+  _write_jsonl(folder / _ROWS, [{**row, "picture": f"{name}.png"} for row, name in zip(rows, names)])
+
+
+_ROWS = "predictions.jsonl"
 _WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}
 
 

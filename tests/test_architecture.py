@@ -28,6 +28,7 @@ ALLOWED = {
     "dljax.report": ["dljax.errors"],
     "dljax.optim": ["dljax.errors"],
     "dljax.ops": ["dljax.ops", "dljax.errors"],
+    "dljax.models.retinanet": ["dljax.models.layers", "dljax.models.resnet"],  # whose stages carry its pyramid
     "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
@@ -37,6 +38,8 @@ ALLOWED = {
     "dljax.train": TRAIN,
     "dljax.image_classification": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim",
                                    "dljax.config", "dljax.errors"],
+    "dljax.object_detection": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
+                               "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],

@@ -168,14 +168,14 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
     config: `config.data`.
 
   Returns:
-    A batch of image, mask and "host/id", without rows if nothing was usable; the name of each row; and one
-    line for each file that could not be used.
+    A batch of image, mask, "host/id" and "host/size" (height and width of the image itself), without rows if nothing
+    was usable; the name of each row; and one line for each file that could not be used.
 
   Raises:
     UserError: a path does not exist.
   """
   validate(config)
-  images, names, skipped = [], [], []
+  images, sizes, names, skipped = [], [], [], []
   fit = _ImageSet(config).fit
   for path in _files(paths):
     try:
@@ -186,10 +186,12 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
       skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
       continue
     images += fitted
+    sizes += [image.shape[:2] for image in stack]
     names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
   stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
   batch = {"image": augment.normalise(stacked, config.mean, config.std),
-           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names))}
+           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names)),
+           "host/size": np.array(sizes, np.int64).reshape(-1, 2)}
   return batch, names, skipped
 
 
@@ -261,12 +263,7 @@ class _ImageSet:
     for name in config.groups:
       choose("--config.data.groups", name, {
           name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
-    splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
-    ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
-    for one, other in itertools.combinations(splits, 2):
-      if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
-        raise UserError(f"--config.data.{other}={splits[other]!r} overlaps "
-                        f"--config.data.{one}={splits[one]!r}; choose ranges without a common example")
+    check_splits(dataset, config)
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits, else reads it as it is needed."""
@@ -394,6 +391,16 @@ class _ImageSet:
     if not cut:
       return augment.mixup(image, partner, weight), weight
     return augment.cutmix(image, partner, augment.cutmix_box(*image.shape[1:3], weight, *draw.random(2)))
+
+
+def check_splits(dataset: sources.Dataset, config: Any) -> None:
+  """Raises `UserError` where a split of `config.data` does not exist, is empty or overlaps another."""
+  splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
+  ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
+  for one, other in itertools.combinations(splits, 2):
+    if any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in ranges[one] for b in ranges[other]):
+      raise UserError(f"--config.data.{other}={splits[other]!r} overlaps "
+                      f"--config.data.{one}={splits[one]!r}; choose ranges without a common example")
 
 
 def _partners(plan: Plan) -> np.ndarray:

@@ -15,7 +15,22 @@ import numpy as np
 
 from dljax.errors import UserError, unknown
 
-EMBEDDED = ("digits",)  # sets that ship with a dependency and prepare themselves
+
+
+def _digits() -> type:
+  from dljax.data.datasets.digits import Digits
+
+  return Digits
+
+
+def _digit_scenes() -> type:
+  from dljax.data.datasets.digit_scenes import DigitScenes
+
+  return DigitScenes
+
+
+# Sets that ship with a dependency and prepare themselves: name -> its builder, which imports TFDS.
+EMBEDDED: Mapping[str, Callable[[], type]] = {"digits": _digits, "digit_scenes": _digit_scenes}
 
 
 def data_dir() -> Path:
@@ -195,7 +210,7 @@ def prepare_embedded(name: str, root: Path) -> Path:
   """Prepares a set that needs no download under `root`, or in the cache if `root` is not writable.
 
   Args:
-    name: "digits", "digits/stratified" or "digits/by_writer".
+    name: of `EMBEDDED`, possibly with config and version, e.g. "digits/by_writer".
     root: the data directory.
 
   Returns:
@@ -204,21 +219,20 @@ def prepare_embedded(name: str, root: Path) -> Path:
   Raises:
     UserError: there is no such config or version, or nowhere to write.
   """
-  from dljax.data.datasets.digits import Digits
-
-  _, config, _ = parse_name(name)
-  configs = list(Digits.builder_configs)
+  base, config, _ = parse_name(name)
+  builder = EMBEDDED[base]()
+  configs = list(builder.builder_configs)
   if config and config not in configs:
-    raise unknown("--config.data.name", name, [f"digits/{c}" for c in configs])
+    raise unknown("--config.data.name", name, [f"{base}/{c}" for c in configs] or [base])
   place = next(filter(writable, (root, cache_dir())), None)
   if place is None:
     raise UserError(f"--data_dir: {name} is written once before it is read, and neither {root} nor {cache_dir()} can "
                     "be written; name a folder that can, by --data_dir or the variable TFDS_DATA_DIR")
   with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # TFDS's bars
-    build(functools.partial(Digits, config=config or configs[0]), place)
+    build(functools.partial(builder, config=config or configs[0]) if configs else builder, place)
   path = find(name, place)
   if path is None:
-    raise UserError(f"--config.data.name: there is no {name}; the version is {Digits.VERSION}")
+    raise UserError(f"--config.data.name: there is no {name}; the version is {builder.VERSION}")
   return path
 
 

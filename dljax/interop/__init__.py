@@ -56,6 +56,7 @@ def load(
     UserError: naming the first tensors that are missing, left over, or of another shape or kind.
   """
   table = find_table(model, source)
+  tensors = table.rename(tensors)
   specs = _specs(table, model, tensors) if specs is None else specs
   entries = {path: (spec, *table.find(path)) for path, spec in specs.items()}
   names = {name for _, name, _ in entries.values()}

@@ -44,11 +44,13 @@ class Table:
     inputs: the source's tensors -> the model's inputs, whose shapes decide the parameters'. It must do
       without any tensor that might be missing.
     no_weight: pattern of the source's names of buffers that hold no weight.
+    older: (pattern, name): what earlier versions of the source called a tensor, and what it is called now.
   """
 
   rules: Sequence[tuple[str, str, Layout]]
   inputs: Callable[[Mapping[str, np.ndarray]], tuple[jax.ShapeDtypeStruct, ...]]
   no_weight: str = r"(?!)"
+  older: Sequence[tuple[str, str]] = ()
 
   def find(self, path: str) -> tuple[str, Layout]:
     """The source's name and layout for our `path`; `UserError` where it has none."""
@@ -58,16 +60,24 @@ class Table:
         return match.expand(name), layout
     raise errors.UserError(f"the source has no counterpart of {path}; the weights are of another model")
 
+  def rename(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors under the names of the source's newest version."""
+    renamed = {}
+    for name, tensor in tensors.items():
+      matches = ((re.fullmatch(pattern, name), new) for pattern, new in self.older)
+      renamed[next((match.expand(new) for match, new in matches if match), name)] = tensor
+    return renamed
+
   def holds_no_weight(self, name: str) -> bool:
     """Whether the source's tensor `name` may be left over."""
     return re.fullmatch(self.no_weight, name) is not None
 
 
 def batch_norm(path: str, name: str) -> list[tuple[str, str, Layout]]:
-  """The four rules of a BatchNorm at our `path` (a pattern) and the source's `name`."""
+  """The four rules of a BatchNorm at our `path` (a pattern) and the source's `name`; frozen, it is all statistics."""
   return [
-      (f"params/{path}/scale", f"{name}.weight", SAME),
-      (f"params/{path}/bias", f"{name}.bias", SAME),
+      (f"(?:params|batch_stats)/{path}/scale", f"{name}.weight", SAME),
+      (f"(?:params|batch_stats)/{path}/bias", f"{name}.bias", SAME),
       (f"batch_stats/{path}/mean", f"{name}.running_mean", SAME),
       (f"batch_stats/{path}/var", f"{name}.running_var", SAME),
   ]

@@ -2,18 +2,20 @@
 
 Each layer is an attribute with the name that it has in our model, a `torch.nn.Linear` or a `torch.nn.Conv2d`:
 `hidden1`, `hidden2`, ..., `head` for the MLP, `c1`, `c3`, `c5`, `f6`, `head` for LeNet-5, whose `c5` is a
-`Linear(400, 120)` over `torch.flatten(x, 1)`. The MLP's first layer takes the image flattened as it is stored
+`Linear(400, 120)` over `torch.flatten(x, 1)`; for U-Net `down1.conv1`, `down1.norm1`, ..., `bottom`, `upconv4` (a
+`torch.nn.ConvTranspose2d`), `up4`, ..., `head`. The MLP's first layer takes the image flattened as it is stored
 with us, in the order height, width, channel; with one channel that is PyTorch's order too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
-from dljax.interop.table import CONV, LINEAR, SAME, Table, flattened, image
-from dljax.models import lenet, mlp
+from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image
+from dljax.models import lenet, mlp, unet
 
 
 def _features(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -40,4 +42,23 @@ LENET = Table(
     inputs=image(32, "c1.weight"),
 )
 
-TABLES: Mapping[type[nn.Module], Table] = {mlp.MLP: MLP, lenet.LeNet5: LENET}
+UPCONV = Layout(lambda x: x.transpose(2, 3, 0, 1), lambda x: x.transpose(2, 3, 0, 1))  # IOHW <-> HWIO
+
+
+def _unet(model: unet.UNet) -> Table:
+  return Table(
+      rules=[
+          (r"params/(upconv\d)/kernel", r"\1.weight", UPCONV),
+          (r"params/(upconv\d|head)/bias", r"\1.bias", SAME),
+          ("params/head/kernel", "head.weight", CONV),
+          (r"params/(\w+)/(conv\d)/kernel", r"\1.\2.weight", CONV),
+          (r"params/(\w+)/(conv\d)/bias", r"\1.\2.bias", SAME),
+          *batch_norm(r"(\w+)/(norm\d)", r"\1.\2"),
+      ],
+      inputs=image(model.smallest, "down1.conv1.weight"),
+      no_weight=r".*\.num_batches_tracked",
+  )
+
+
+TABLES: Mapping[type[nn.Module], Table | Callable[[Any], Table]] = {
+    mlp.MLP: MLP, lenet.LeNet5: LENET, unet.UNet: _unet}

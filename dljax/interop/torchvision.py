@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from dljax.errors import UserError
 from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image, patches
-from dljax.models import alexnet, efficientnet, resnet, vgg, vit
+from dljax.models import alexnet, efficientnet, resnet, retinanet, vgg, vit
 
 # torchvision/models/resnet.py; of ours, the ImageNet forms. Blocks count from 0 in both.
 RESNET = Table(
@@ -109,6 +109,30 @@ def _vit(model: vit.ViT) -> Table:
   return Table(rules, inputs=patches(model.patch_size, "conv_proj.weight", "encoder.pos_embedding"))
 
 
+def _retinanet(model: retinanet.RetinaNet) -> Table:
+  """torchvision/models/detection/retinanet.py, and its parts in backbone_utils.py and ops/feature_pyramid_network.py.
+
+  A norm has the same four tensors there, be it frozen or not. Earlier versions numbered some layers otherwise.
+  """
+  rules = [
+      (pattern.replace("/", "/backbone/", 1), f"backbone.body.{name}", layout)
+      for pattern, name, layout in RESNET.rules]
+  rules += _layer(r"fpn/lateral(\d)", r"backbone.fpn.inner_blocks.\1.0", CONV)
+  rules += _layer(r"fpn/output(\d)", r"backbone.fpn.layer_blocks.\1.0", CONV)
+  for i in range(model.extra_levels):
+    rules += _layer(f"fpn/extra{i}", f"backbone.fpn.extra_blocks.p{6 + i}", CONV)
+  older = [(r"backbone\.fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)", r"backbone.fpn.\1_blocks.\2.0.\3")]
+  for ours, head, output in ("class", "classification", "cls_logits"), ("box", "regression", "bbox_reg"):
+    rules += _layer(rf"{ours}_head/conv(\d)", rf"head.{head}_head.conv.\1.0", CONV)
+    rules += _layer(f"{ours}_head/output", f"head.{head}_head.{output}", CONV)
+    for i in range(model.head_depth):
+      norm = f"head.{head}_head.conv.{i}.1"
+      rules += [(f"params/{ours}_head/norm{i}/scale", f"{norm}.weight", SAME),
+                (f"params/{ours}_head/norm{i}/bias", f"{norm}.bias", SAME)]
+      older.append((rf"head\.{head}_head\.conv\.{2 * i}\.(weight|bias)", rf"head.{head}_head.conv.{i}.0.\1"))
+  return Table(rules, image(64, "backbone.body.conv1.weight"), no_weight=RESNET.no_weight, older=older)
+
+
 TABLES: Mapping[type[nn.Module], Table | Callable[[Any], Table]] = {
-    resnet.ResNet: RESNET, alexnet.AlexNet: _alexnet, vgg.VGG: _vgg,
-    efficientnet.EfficientNet: _efficientnet, vit.ViT: _vit}
+    resnet.ResNet: RESNET, alexnet.AlexNet: _alexnet, vgg.VGG: _vgg, efficientnet.EfficientNet: _efficientnet,
+    vit.ViT: _vit, retinanet.RetinaNet: _retinanet}

@@ -93,7 +93,7 @@ class ResNet(nn.Module):
   """A stem, stages of residual blocks, global average pooling and a linear head.
 
   Attributes:
-    num_classes: number of logits.
+    num_classes: number of logits; None for a backbone, which ends with the stages and gives what each computes.
     block: `BasicBlock` or `Bottleneck`.
     stage_sizes: number of blocks of each stage. Stages but the first halve the image and double the channels.
     width: channels of the stem, and the width of the first stage's blocks.
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
     remat: recompute each block in the backward pass instead of storing its inside.
   """
 
-  num_classes: int
+  num_classes: int | None
   block: type[BasicBlock]
   stage_sizes: Sequence[int]
   width: int = 64
@@ -119,7 +119,9 @@ class ResNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
+  def __call__(
+      self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False,
+  ) -> jax.Array | tuple[jax.Array, ...]:
     """Classifies.
 
     Args:
@@ -128,7 +130,7 @@ class ResNet(nn.Module):
       train: whether to normalise by the batch's statistics.
 
     Returns:
-      Logits [B, num_classes] of `dtype`.
+      Logits [B, num_classes] of `dtype`; of a backbone, the output [B, h, w, c] of each stage.
     """
     kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, backward case
     conv = functools.partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
@@ -144,12 +146,16 @@ class ResNet(nn.Module):
     if not self.small_stem:
       x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
+    stages = []
     for i, size in enumerate(self.stage_sizes):
       for j in range(size):
         x = block(
             width=self.width * 2**i, stride=2 if i > 0 and j == 0 else 1, conv=conv, norm=norm,
             last_scale_init=last_scale_init, pad_shortcut=self.pad_shortcut, name=f"stage{i + 1}_block{j}",
         )(x, mask, train)
+      stages.append(x)
+    if self.num_classes is None:
+      return tuple(stages)
     x = jnp.mean(x, axis=(1, 2))  # [B, C]
     return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 

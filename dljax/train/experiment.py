@@ -30,6 +30,8 @@ class Experiment:
     encode: (paths given by the user, assets) -> (one Batch for prediction with leading axis rows,
       names of the rows, one line for each input that was skipped).
     decode: (predictions, assets) -> one flat, JSON-able dict per row, to print and to write.
+    pictures: (batch of `encode`, predictions, assets) -> one picture (PIL) per row, to write into a folder; None
+      where predictions are none.
     assets: called once after the data was opened: what was fitted to it (class names, a
       tokenizer), JSON-able, by file stem; saved in `workdir/data/`.
     corruptions: what `config.eval.corruptions` asks for: name -> strength, from 1 -> one pass over the split
@@ -44,5 +46,6 @@ class Experiment:
   monitor: str | None
   encode: Callable[[Sequence[str], Mapping[str, Any]], tuple[Mapping[str, Any], list[str], list[str]]]
   decode: Callable[[Any, Mapping[str, Any]], Iterable[Mapping[str, Any]]]
+  pictures: Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Iterable[Any]] | None = None
   assets: Callable[[], Mapping[str, Any]] = _no_assets
   corruptions: Mapping[str, Mapping[int, Pipeline]] = dataclasses.field(default_factory=dict)

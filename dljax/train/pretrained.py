@@ -4,6 +4,9 @@ What the source holds under the names of this model is taken. The head, that is 
 the number of classes, starts afresh where the source is for another number of classes or has none, or where
 `--config.init.new_head` says so; anything else that is missing, left over or of another shape is an error that
 names it.
+
+A model with an attribute `backbone`, a module whose variables lie under "backbone/" in its own, can start from the
+weights of that alone: all else then starts afresh, and of the source its head is left out.
 """
 
 import dataclasses
@@ -23,6 +26,9 @@ from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
 from dljax.train.state import TrainState
 from dljax.train.workdir import Workdir
+
+
+BACKBONE = "backbone/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,7 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   """
   init, task = experiment.config.init, experiment.task
   specs = traverse_util.flatten_dict({"params": abstract_state.params, **abstract_state.model_state}, sep="/")
-  model = getattr(task, "model", None)
+  model, prefix = getattr(task, "model", None), ""
   head = {}
   if hasattr(model, "num_classes"):
     batch = {key: jnp.zeros(spec.shape, spec.dtype) for key, spec in experiment.batch_spec.items()}
@@ -72,18 +78,50 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
     tensors, source, place = _read(init.source)
     if init.format:
       source = choose("--config.init.format", init.format, {name: name for name in (interop.OURS, *interop.SOURCES)})
-    source = source or interop.recognise(model, tensors, specs)
-    variables = interop.load(model, tensors, source, specs=specs, head=head)
+    backbone = getattr(model, "backbone", None)
+    if backbone is not None and not _is_of(model, tensors, specs):
+      prefix, part = BACKBONE, {path.replace(BACKBONE, "", 1): spec for path, spec in specs.items() if BACKBONE in path}
+      source = source or interop.recognise(backbone, tensors, part)
+      variables = interop.load(backbone, _headless(backbone, tensors, source, part), source, specs=part)
+    else:
+      source = source or interop.recognise(model, tensors, specs)
+      variables = interop.load(model, tensors, source, specs=specs, head=head)
   except UserError as error:
     raise UserError(str(error) if str(error).startswith("--") else f"{where}: {error}") from error
-  arrays = traverse_util.flatten_dict(variables, sep="/")
+  arrays = {path.replace("/", f"/{prefix}", 1): array
+            for path, array in traverse_util.flatten_dict(variables, sep="/").items()}
   if init.new_head:
     arrays = {path: array for path, array in arrays.items() if path not in head}
   fresh = sorted(path.removeprefix("params/") for path in specs.keys() - arrays.keys())
   summary = f"starting from {place}: {len(arrays)} of {len(specs)} arrays"
-  if fresh:
+  if prefix:
+    summary += ", the backbone; the rest starts afresh"
+  elif fresh:
     summary += f"; {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} afresh for {model.num_classes} classes"
   return Weights(arrays, summary)
+
+
+def _is_of(model: Any, tensors: interop.Tensors, specs: interop.Specs) -> bool:
+  """Whether any of the tensors has a name of this model, in whatever source."""
+  try:
+    return interop.recognise(model, tensors, specs) != interop.OURS or bool(specs.keys() & tensors.keys())
+  except UserError:
+    return False
+
+
+def _headless(backbone: Any, tensors: interop.Tensors, source: str, specs: interop.Specs) -> dict[str, np.ndarray]:
+  """The tensors without the backbone's head; of ours the norms' under the names of frozen ones where `specs` has them."""
+  table = interop.find_table(backbone, source)
+  image = np.zeros((1, 64, 64, 3), np.float32)
+  head = variants.head(lambda n: backbone.clone(num_classes=n).init(jax.random.key(0), image))
+  names = {table.find(path)[0] for path in head}
+  kept = {name: tensor for name, tensor in tensors.items() if name not in names}
+  if source == interop.OURS:
+    for path in specs.keys() - kept.keys():
+      trained = path.replace("batch_stats/", "params/", 1)
+      if trained in kept:
+        kept[path] = kept.pop(trained)
+  return kept
 
 
 def _read(source: str) -> tuple[Mapping[str, np.ndarray], str, str]:

@@ -43,6 +43,9 @@ CASES: Mapping[str, Case] = {
         "experiments.vgg", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=vgg11",
                             "--config.model.dropout=0"),
         peer="torch", bound=1.0),
+    "unet": Case(
+        "experiments.unet", ("--preset=digit_scenes", "--config.batch_size=16", "--config.model.dice_weight=0"),
+        peer="torch", bound=1.0),
     "resnet18": Case(
         "experiments.resnet", ("--preset=cifar10", "--config.batch_size=64", "--config.model.variant=resnet18"),
         peer="torchvision", bound=1.0),
@@ -51,6 +54,8 @@ CASES: Mapping[str, Case] = {
         ("--preset=imagenet2012", "--config.batch_size=32", "--config.data.image_shape=64,64,3",
          "--config.data.num_classes=10", "--config.model.zero_init_residual=false"),
         peer="torchvision", bound=1.0),
+    "retinanet": Case(
+        "experiments.retinanet", ("--preset=digit_scenes", "--config.batch_size=16"), peer="torchvision", bound=1.0),
     "efficientnet_b0": Case(
         "experiments.efficientnet",
         ("--preset=imagenet2012", "--config.batch_size=16", "--config.data.image_shape=128,128,3",

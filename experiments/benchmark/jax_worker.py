@@ -44,11 +44,19 @@ def build_experiment(case: Case) -> Experiment:
 
 
 def random_batch(experiment: Experiment) -> HostBatch:
-  """Noise with labels that it has nothing to do with."""
+  """Noise with labels, of images, pixels or boxes, that it has nothing to do with; boxes of 0.1 to 0.4 of its sides."""
   draw = np.random.default_rng(0)
   batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
-  batch["label"] = draw.integers(0, experiment.config.data.num_classes, batch["label"].shape, batch["label"].dtype)
-  return {**batch, "mask": np.ones_like(batch["mask"])}
+  for name, x in batch.items():
+    if np.issubdtype(x.dtype, np.integer):
+      batch[name] = draw.integers(0, experiment.task.num_classes, x.shape, x.dtype)
+    elif name in ("mask", "box_mask"):
+      batch[name] = np.ones_like(x)
+    elif name == "boxes":
+      side = np.array(batch["image"].shape[2:0:-1], np.float32)
+      corner, size = (side * draw.uniform(*range_, (*x.shape[:-1], 2)) for range_ in ((0, 0.6), (0.1, 0.4)))
+      batch[name] = np.concatenate([corner, corner + size], axis=-1).astype(x.dtype)
+  return batch
 
 
 def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run]]:
@@ -69,8 +77,8 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
         "compile_seconds": bare.compile_seconds,
         "parameters": sum(x.size for x in jax.tree.leaves(bare.state.params)),
         "train_flops": bare.program.train_step_flops(),
-        "batch": {k: bare.batch[k].shape for k in ("image", "label")},
-        "classes": experiment.config.data.num_classes,
+        "batch": {k: x.shape for k, x in bare.batch.items() if k not in ("mask", "box_mask")},
+        "classes": experiment.task.num_classes,
     }
 
   model, dot = experiment.task.model, jax.jit(jnp.dot)
@@ -87,12 +95,12 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
   return describe, {"train": train, "inference": inference, "product": product}
 
 
-def _time_each(f: Callable[[], jax.Array], steps: int) -> float:
+def _time_each(f: Callable[[], Any], steps: int) -> float:
   """Seconds for each call, whose result is waited for."""
-  f().block_until_ready()  # what it reads is there, and it is compiled
+  jax.block_until_ready(f())  # what it reads is there, and it is compiled
   start = time.perf_counter()
   for _ in range(steps):
-    f().block_until_ready()
+    jax.block_until_ready(f())
   return (time.perf_counter() - start) / steps
 
 

@@ -3,8 +3,9 @@
 Each side of a case is a process of its own (`jax_worker.py`, `torch_worker.py`), and only one of them works at a
 time: they take turns, so that what else the machine does falls on all. What is told of each side:
 
-- train, inference: seconds per step, the median of the turns. Training is the whole step: forward, cross-entropy,
-  backward, SGD with momentum. Inference waits for each batch.
+- train, inference: seconds per step, the median of the turns. Training is the whole step: forward, cross-entropy
+  (of a detector its own loss), backward, SGD with momentum. Inference waits for each batch; a detector's ends with what
+  its heads give.
 - compile: seconds to trace, lower and compile the train step; an eager peer has nothing to compile.
 - first step: seconds from the start of building the network, with all imported, to the end of the first train step.
 - peak memory: the most that the process held beyond what it held with all imported, until it had compiled, trained

@@ -107,6 +107,40 @@ def _vgg11(classes):
       nn.Linear(512, classes))
 
 
+def _unet(classes, width=16, pools=3):
+  """With padding and batch normalisation, for images of one channel."""
+  import torch
+  from torch import nn
+
+  def block(channels, width):
+    layers = []
+    for channels in (channels, width):
+      layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+  class UNet(nn.Module):
+
+    def __init__(self):
+      super().__init__()
+      widths = [width * 2**i for i in range(pools + 1)]
+      self.down = nn.ModuleList(map(block, [1, *widths], widths))
+      self.up_convs = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
+      self.up = nn.ModuleList(block(2 * w, w) for w in widths[:-1])
+      self.pool, self.head = nn.MaxPool2d(2), nn.Conv2d(width, classes, 1)
+
+    def forward(self, x):
+      skips = []
+      for down in self.down[:-1]:
+        skips.append(down(x))
+        x = self.pool(skips[-1])
+      x = self.down[-1](x)
+      for skip, up_conv, up in reversed(list(zip(skips, self.up_convs, self.up))):
+        x = up(torch.cat([skip, up_conv(x)], dim=1))
+      return self.head(x)
+
+  return UNet()
+
+
 def _resnet18(classes):
   """With the stem for small images."""
   from torch import nn
@@ -127,17 +161,90 @@ def _vit_ti16(classes):
   return import_package("timm").create_model("vit_tiny_patch16_224", pretrained=False, num_classes=classes)
 
 
+def _retinanet(classes):
+  """torchvision's RetinaNet on a small ResNet of its blocks, with a pyramid and heads of its own."""
+  torchvision = import_torchvision()
+  from torch import nn
+  from torchvision.models.detection import retinanet
+  from torchvision.models.detection.anchor_utils import AnchorGenerator
+  from torchvision.models.detection.image_list import ImageList
+  from torchvision.models.resnet import BasicBlock
+
+  def stage(inside, outside, stride):
+    if stride == 1:
+      return BasicBlock(inside, outside)
+    shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+    return BasicBlock(inside, outside, stride, shortcut)
+
+  class Backbone(nn.Module):
+    out_channels = 64
+
+    def __init__(self):
+      super().__init__()
+      self.stem = nn.Sequential(
+          nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), stage(16, 16, 1),
+          stage(16, 32, 2))
+      self.stages = nn.ModuleList([stage(32, 64, 2), stage(64, 128, 2), stage(128, 256, 2)])
+      self.pyramid = torchvision.ops.FeaturePyramidNetwork([64, 128, 256], self.out_channels)
+
+    def forward(self, image):
+      levels, x = {}, self.stem(image)
+      for i, layer in enumerate(self.stages):
+        levels[str(i)] = x = layer(x)
+      return self.pyramid(levels)
+
+  class Detector(nn.Module):
+
+    def __init__(self):
+      super().__init__()
+      sizes = tuple((s, int(s * 2**(1 / 3)), int(s * 2**(2 / 3))) for s in (8, 16, 32))
+      anchors = AnchorGenerator(sizes, ((1.25, 2.0),) * 3)
+      self.net = retinanet.RetinaNet(Backbone(), classes, anchor_generator=anchors)
+      for head in (self.net.head.classification_head, self.net.head.regression_head):
+        head.conv = head.conv[:2]
+
+    def forward(self, image):
+      return self.net.head(list(self.net.backbone(image).values()))
+
+    def loss(self, batch):
+      image = batch["image"]
+      levels = list(self.net.backbone(image).values())
+      anchors = self.net.anchor_generator(ImageList(image, [image.shape[-2:]] * len(image)), levels)
+      targets = [{"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["box_label"])]
+      return sum(self.net.compute_loss(targets, self.net.head(levels), anchors).values())
+
+  return Detector()
+
+
 NETWORKS = {  # by the case's name: number of classes -> module
     "mlp": _mlp,
     "lenet": _lenet,
     "lenet_max": _lenet_max,
     "alexnet": _alexnet,
     "vgg11": _vgg11,
+    "unet": _unet,
     "resnet18": _resnet18,
     "resnet50": _resnet50,
+    "retinanet": _retinanet,
     "vit_ti16": _vit_ti16,
     "efficientnet_b0": _efficientnet_b0,
 }
+
+
+def _random_batch(shapes, classes):
+  """As our side's `random_batch`, with the images' channels first."""
+  import torch
+
+  size, height, width, channels = shapes["image"]
+  batch = {"image": torch.randn(size, channels, height, width)}
+  for name in ("label", "segmentation", "box_label"):
+    if name in shapes:
+      batch[name] = torch.randint(classes, shapes[name])
+  if "boxes" in shapes:
+    corner, size = (torch.tensor([width, height]) * (least + extent * torch.rand(*shapes["boxes"][:-1], 2))
+                    for least, extent in ((0, 0.6), (0.1, 0.3)))
+    batch["boxes"] = torch.cat([corner, corner + size], -1)
+  return batch
 
 
 def _build(spec):
@@ -154,9 +261,9 @@ def _build(spec):
 
   layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[spec["layout"]]
   model = NETWORKS[spec["case"]](spec["classes"]).to(device, memory_format=layout)
-  size, height, width, channels = spec["batch"]["image"]
-  image = torch.randn(size, channels, height, width).to(device, memory_format=layout)
-  label = torch.randint(spec["classes"], spec["batch"]["label"]).to(device)
+  batch = {name: x.to(device) for name, x in _random_batch(spec["batch"], spec["classes"]).items()}
+  image = batch["image"] = batch["image"].to(memory_format=layout)
+  label = batch.get("segmentation", batch.get("label"))
   optimizer = torch.optim.SGD(model.parameters(), lr=serve.LEARNING_RATE, momentum=serve.MOMENTUM)
 
   loss = None
@@ -164,7 +271,7 @@ def _build(spec):
   def train_step():
     nonlocal loss
     optimizer.zero_grad()
-    loss = torch.nn.functional.cross_entropy(model(image), label)
+    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(model(image), label)
     loss.backward()
     optimizer.step()
 

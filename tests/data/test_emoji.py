@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dljax.data import image, prepare, sources
-from dljax.data.datasets import emoji
+from dljax.data.datasets import emoji, emoji_scenes
 from dljax.errors import UserError
 
 NAMES = """\
@@ -225,6 +225,37 @@ def test_prepared_from_packages_at_hand(packages, tmp_path, monkeypatch):
     assert batch.shape == (2, 32, 34, 3)
     np.testing.assert_allclose(batch[:, :, :10], 1)  # white shows through on the left
     assert (batch[:, :, -5:] < 1).any(axis=(1, 2, 3)).all()
+
+
+def test_scenes_prepared_from_the_same_packages(packages, tmp_path, monkeypatch):
+  monkeypatch.setattr(emoji_scenes, "SCENES", {"train": 12, "validation": 3, "test": 4})
+  path = prepare.prepare("emoji_scenes", tmp_path / "tfds", packages)
+  assert path == tmp_path / "tfds" / "emoji_scenes" / "1.0.0"
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  dataset = sources.open_dataset("emoji_scenes")
+  found = emoji.parse_names(NAMES)
+  parts = emoji.split(found, [picture(one.name) for one in found])
+  group = {emoji.spell(one.codepoints): emoji.GROUPS.index(one.group) for one in found}
+  for split, indices in parts.items():
+    records = dataset.records(split)
+    assert len(records) == emoji_scenes.SCENES[split]
+    allowed = {emoji.spell(found[i].codepoints) for i in indices}
+    for record in records[range(len(records))]:
+      pixels, classes = (image.decode_image(record[name][0], channels) for name, channels in
+                         (("image", 3), ("segmentation", 1)))
+      assert pixels.shape == (96, 96, 3) and classes.shape == (96, 96, 1)
+      codes = [codes.decode() for codes in record["objects/codepoints"]]
+      assert 2 <= len(codes) <= 6 and set(codes) <= allowed
+      assert [group[code] for code in codes] == list(record["objects/label"])
+      assert set(np.unique(classes)) == {0, *(label + 1 for label in record["objects/label"])}
+      boxes = np.round(96 * np.reshape(record["objects/bbox"], (-1, 4))).astype(int)  # y0, x0, y1, x1
+      assert set(boxes[:, 2] - boxes[:, 0]) <= set(range(16, 45))
+      inside = np.zeros((96, 96), bool)
+      for (y0, x0, y1, x1), label in zip(boxes, record["objects/label"]):
+        inside[y0:y1, x0:x1] = True
+        own = classes[y0:y1, x0:x1, 0] == label + 1  # of pictures that fill a rectangle
+        assert own[0].any() and own[-1].any() and own[:, 0].any() and own[:, -1].any()
+      assert not classes[~inside].any()
 
 
 def test_missing_packages_give_the_line_to_run(packages, tmp_path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dljax import interop, optim
-from dljax.tasks.base import ALL
+from dljax.tasks.base import ALL, Task
 from dljax.tasks.classification import Classification
 from dljax.train.state import NOT_FAILED, TrainState
 from dljax.train.step import make_train_step
@@ -18,6 +18,7 @@ from tests.fixtures import formula
 
 def assert_parity(
     build: Callable[..., nn.Module], source: str, stem: str, tolerance: float = 1e-4,
+    read: Callable[[Any], jax.Array] = lambda logits: logits,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Asserts equal outputs in evaluation mode, and weights that come back bit for bit.
 
@@ -28,6 +29,7 @@ def assert_parity(
     source: whose names the fixture has.
     stem: name of the fixture.
     tolerance: in float32, as a part of the difference between two inputs' logits.
+    read: the model's outputs -> what the fixture has as logits.
 
   Returns:
     The fixture and the loaded variables.
@@ -37,9 +39,10 @@ def assert_parity(
   image = formula.image(tuple(fixture["image_shape"]))
   model = build(dtype=jnp.float32)
   variables = interop.load(model, tensors, source)
-  assert_equals_peer(jax.jit(model.apply)(variables, image), fixture["logits"], tolerance)
+  run = lambda model: jax.jit(lambda *args: read(model.apply(*args)))
+  assert_equals_peer(run(model)(variables, image), fixture["logits"], tolerance)
   with jax.enable_x64(True):
-    logits = jax.jit(build(dtype=jnp.float64).apply)(*jax.tree.map(np.float64, (variables, image)))
+    logits = run(build(dtype=jnp.float64))(*jax.tree.map(np.float64, (variables, image)))
     assert_equals_peer(logits, fixture["logits"], 1e-9)
 
   back = interop.dump(model, variables, source)
@@ -50,24 +53,32 @@ def assert_parity(
   return fixture, variables
 
 
-def assert_sgd_step(build: Callable[..., nn.Module], source: str, stem: str) -> None:
+def _classify(model: nn.Module, image: np.ndarray, fixture: dict[str, Any]) -> tuple[Task, dict[str, np.ndarray]]:
+  task = Classification(model, num_classes=fixture["logits"].shape[-1])
+  return task, {"image": image, "label": np.array(formula.LABELS, np.int32), "mask": np.ones(len(image))}
+
+
+def assert_sgd_step(
+    build: Callable[..., nn.Module], source: str, stem: str,
+    make_task: Callable[..., tuple[Task, dict[str, np.ndarray]]] = _classify,
+) -> None:
   """Asserts that one step of SGD in training mode changes every tensor as it does in the fixture, in float64.
 
   Args:
     build: makes the model, without dropout, given a dtype.
     source: whose names the fixture has.
     stem: name of the fixture.
+    make_task: (model, image, fixture) -> the task and the batch; by default, to classify.
   """
   fixture = formula.load(stem)
   image = formula.image(tuple(fixture["image_shape"])).astype(np.float64)
   with jax.enable_x64(True):
     model = build(dtype=jnp.float64)
     variables = jax.tree.map(np.float64, interop.load(model, formula.tensors(fixture), source))
-    task = Classification(model, num_classes=fixture["logits"].shape[-1])
+    task, batch = make_task(model, image, fixture)
     config = optim.default_config("sgd")
     config.update({"learning_rate": formula.LEARNING_RATE, "schedule": "constant", "warmup_fraction": 0.0})
     tx, schedule = optim.make_optimizer(config, total_steps=1)
-    batch = {"image": image, "label": np.array(formula.LABELS, np.int32), "mask": np.ones(len(image))}
     params, model_state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
     state = TrainState(
         step=np.int32(0), params=params, model_state=model_state, opt_state={ALL: tx.init(params)},

@@ -1,14 +1,17 @@
 """Parity with torchvision."""
 
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dljax import interop
 from dljax.errors import UserError
-from dljax.models import alexnet, efficientnet, resnet, vgg, vit
+from dljax.models import alexnet, efficientnet, resnet, retinanet, vgg, vit
+from dljax.tasks import boxes, detection
 from tests.fixtures import formula
 from tests.interop.parity import assert_equals_peer, assert_parity, assert_sgd_step
 
@@ -65,6 +68,54 @@ def test_vgg_gives_torchvisions_logits(name):
 def test_a_step_of_sgd_gives_torchvisions_parameters(name, variants):
   off = {field: 0.0 for field in ("dropout", "stochastic_depth") if hasattr(variants[name](num_classes=1), field)}
   assert_sgd_step(functools.partial(variants[name], num_classes=1000, **off), "torchvision", name)
+
+
+def _raw_outputs(outputs):
+  outputs = jnp.concatenate([outputs["logits"], outputs["boxes"]], axis=-1)
+  return outputs[:, formula.some_anchors(outputs.shape[1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"])
+def test_retinanets_heads_give_torchvisions_raw_outputs(name):
+  build = functools.partial(retinanet.VARIANTS[name], num_classes=91)
+  fixture, _ = assert_parity(build, "torchvision", name, read=_raw_outputs)
+  if name.endswith("_fpn"):  # torchvision itself freezes the norms where the backbone was trained before
+    frozen = build(frozen_norm=True)
+    variables = interop.load(frozen, formula.tensors(fixture), "torchvision")
+    outputs = jax.jit(lambda *args: _raw_outputs(frozen.apply(*args)))(
+        variables, formula.image(tuple(fixture["image_shape"])))
+    assert_equals_peer(outputs, fixture["logits"], 1e-4)
+
+
+@pytest.mark.slow
+def test_a_step_of_sgd_by_torchvisions_own_loss_gives_its_retinanets_parameters():
+  """The whole of it: anchors, matching, focal loss, box loss. For one image, as they divide by each image's objects."""
+  def detect(model, image, fixture):
+    anchors = boxes.Anchors.octaves([4 * stride for stride in model.strides])
+    return detection.Detection(model, model.num_classes, anchors), {
+        "image": image[:1], "mask": np.ones(1), "boxes": np.array([formula.BOXES]),
+        "box_label": np.array([formula.LABELS], np.int32), "box_mask": np.ones((1, len(formula.BOXES)))}
+
+  name = "retinanet_resnet50_fpn"
+  assert_sgd_step(functools.partial(retinanet.VARIANTS[name], num_classes=91), "torchvision", name, detect)
+
+
+def test_retinanets_older_names_are_understood():
+  """Those of torchvision's version 1 of the heads and the pyramid."""
+  model = retinanet.VARIANTS["retinanet_small"](num_classes=3, width=8, backbone_width=4, frozen_norm=True)
+  variables = jax.tree.map(
+      lambda s: np.random.default_rng(0).normal(size=s.shape).astype(s.dtype),
+      jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 64, 64, 1), np.float32)))
+  tensors = interop.dump(model, variables, "torchvision")
+  assert "backbone.body.layer1.0.bn1.running_var" in tensors and "head.regression_head.conv.1.0.bias" in tensors
+  older = {}
+  for name, tensor in tensors.items():
+    name = re.sub(r"(_blocks\.\d)\.0\.", r"\1.", name)
+    older[re.sub(r"conv\.(\d)\.0\.", lambda match: f"conv.{2 * int(match[1])}.", name)] = tensor
+  assert {"backbone.fpn.inner_blocks.2.weight", "head.classification_head.conv.2.bias"} <= set(older)
+  back = interop.load(model, older, "torchvision")
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
 @pytest.mark.parametrize("build, size", [

@@ -152,3 +152,15 @@ def test_computes_in_dtype_with_float32_parameters_and_statistics(dtype):
   logits, state = jax.eval_shape(lambda v: model.apply(v, x, train=True, mutable=["batch_stats"]), variables)
   assert logits.dtype == dtype
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((variables, state)))
+
+
+def test_without_classes_it_is_a_backbone_that_gives_every_stage():
+  model, x = _tiny().clone(num_classes=None), _images(8)
+  variables = random_variables(model, x)
+  assert "head" not in variables["params"]
+  first, second = model.apply(variables, x)
+  assert first.shape == (2, 8, 8, 4) and second.shape == (2, 4, 4, 8)
+  whole = random_variables(_tiny(), x)
+  logits = _tiny().apply({**whole, **{k: {**whole[k], **v} for k, v in variables.items()}}, x)
+  head = whole["params"]["head"]
+  np.testing.assert_allclose(second.mean(axis=(1, 2)) @ head["kernel"] + head["bias"], logits, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """Transfer learning: --config.init.source, what it takes, what it starts afresh and what it refuses."""
 
+import functools
 import json
 import shutil
 
@@ -14,13 +15,16 @@ from dljax import interop
 from dljax.data import sources
 from dljax.errors import UserError
 from dljax.interop import __main__ as convert
+from dljax.models import resnet as resnet_model
+from dljax.models import retinanet as retinanet_model
 from dljax.train import pretrained
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
-from experiments import lenet, mlp, resnet
+from experiments import lenet, mlp, resnet, retinanet
 from tests.command import refuse, run
 
 pytestmark = pytest.mark.usefixtures("_digits")
+STAGES = {"block": resnet_model.BasicBlock, "stage_sizes": (1, 1)}
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}
 ONE = RunOptions(mesh=MESH, progress=False)
 SHORT = ("--config.model.widths=16", "--config.total_steps=6", "--config.eval_every=3", "--config.checkpoint_every=3",
@@ -209,3 +213,39 @@ def test_runs_from_before_these_fields_go_on(run_dir, tmp_path):
   line = refuse(mlp, *flags, "--config.init.source=x")
   assert "init.source is '' there and 'x' here" in line
   assert run(mlp, *flags, "--config.total_steps=9").status == 0
+
+
+def _backbone_source(num_classes=5):
+  """A classifier with the stages of the RetinaNet below, and its variables."""
+  model = resnet_model.ResNet(num_classes=num_classes, **STAGES, width=4, small_stem=True)
+  return model, jax.tree.map(
+      lambda spec: np.random.default_rng(0).random(spec.shape, np.float32),
+      jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("source", ["torchvision", "ours"])
+def test_a_detector_starts_from_a_classifiers_stages(tmp_path, monkeypatch, source, frozen):
+  form = functools.partial(
+      retinanet_model.RetinaNet, **STAGES, backbone_width=4, small_stem=True, first_stage=1, extra_levels=1, width=8,
+      head_depth=1)
+  monkeypatch.setattr(retinanet_model, "VARIANTS", {"retinanet_small": form})
+  classifier, variables = _backbone_source()
+  flat = traverse_util.flatten_dict(variables, sep="/")
+  tensors = flat if source == "ours" else interop.dump(classifier, variables, "torchvision")
+  safetensors.numpy.save_file(tensors, tmp_path / "net.safetensors")
+  _, started, fresh, summary = _start(_experiment(
+      retinanet, f"--config.init.source={tmp_path / 'net.safetensors'}", f"--config.model.frozen_norm={frozen}",
+      "--config.data.image_shape=16,16,1", "--config.batch_size=2", preset="digit_scenes"))
+  stages = {path.replace("/backbone/", "/", 1): array for path, array in started.items() if "/backbone/" in path}
+  moved = lambda path: path.replace("params/", "batch_stats/") if frozen and "norm" in path else path
+  _same(stages, {moved(path): array for path, array in flat.items() if "head" not in path})
+  _same(*({path: array for path, array in arrays.items() if "/backbone/" not in path} for arrays in (started, fresh)))
+  assert summary.endswith(f"{len(stages)} of {len(started)} arrays, the backbone; the rest starts afresh")
+
+
+def test_a_backbone_of_another_size_is_refused(tmp_path):
+  _, variables = _backbone_source()
+  safetensors.numpy.save_file(traverse_util.flatten_dict(variables, sep="/"), tmp_path / "net.safetensors")
+  with pytest.raises(UserError, match="ResNet: .* missing"):
+    _start(_experiment(retinanet, f"--config.init.source={tmp_path / 'net.safetensors'}", preset="digit_scenes"))

@@ -62,6 +62,11 @@ class Emoji:
   subgroup: str
 
 
+def spell(codepoints: Iterable[int]) -> str:
+  """As "1F44B 1F3FB"."""
+  return " ".join(f"{code:04X}" for code in codepoints)
+
+
 def parse_names(text: str) -> list[Emoji]:
   """The fully-qualified emoji of an emoji-test.txt (Unicode Technical Standard 51)."""
   found, group, subgroup = [], "", ""
@@ -233,14 +238,17 @@ with tfds.core.registered.skip_registration():
       font = Font(self._read(FONT))
       emoji = parse_names(self._read(NAMES).decode())
       pictures = [font.bitmap(one.codepoints) for one in emoji]
-      return {name: self._generate_examples([(emoji[i], pictures[i]) for i in part])
+      return {name: self._generate_examples(name, [(emoji[i], pictures[i]) for i in part])
               for name, part in split(emoji, pictures).items()}
 
-    def _generate_examples(self, examples: Iterable[tuple[Emoji, bytes]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def _generate_examples(
+        self, split: str, examples: Sequence[tuple[Emoji, bytes]],
+    ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
       from PIL import Image
 
+      del split
       for emoji, picture in examples:
-        codepoints = " ".join(f"{code:04X}" for code in emoji.codepoints)
+        codepoints = spell(emoji.codepoints)
         yield codepoints, {
             "image": Image.open(io.BytesIO(picture)).convert("RGBA"), "label": emoji.group, "name": emoji.name,
             "subgroup": emoji.subgroup, "codepoints": codepoints}

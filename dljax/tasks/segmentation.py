@@ -1,0 +1,218 @@
+"""Segmentation: a class for each pixel.
+
+The loss is a weighted sum of the cross-entropy of every pixel (Long et al. 2015, "Fully Convolutional Networks for
+Semantic Segmentation") and one less the Dice coefficient of every image and class (Milletari et al. 2016, "V-Net"). The
+score is the intersection over union of each class over the pixels of the whole set, and its mean over classes
+(Everingham et al. 2015, "The Pascal Visual Object Classes Challenge: A Retrospective", section 2.2).
+
+Dimensions: B batch, H height, W width of the image, h, w of the logits, K classes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dljax import report
+from dljax.errors import UserError
+from dljax.models.unet import crop
+from dljax.tasks import scores
+from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.classification import class_names
+
+MAX_CLASSES = 255  # a class is a byte, and one is left for none
+MAX_CONFUSION_CLASSES = 50
+MAX_PICTURED = 6
+SMOOTHING = 1.0  # pixels: the Dice coefficient of a class that is nowhere, and was found nowhere, is 1
+GROUND = 0  # the class of what belongs to nothing
+LEAST_SHARE = 0.001  # of an image, from which on a class is listed
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+  """Gives each pixel one of `num_classes` labels.
+
+  Batches have image [B, H, W, C], segmentation i32[B, H, W], negative where a pixel has no class, and mask f32[B].
+  Pixels without a class, and those at the border that the network has no logits of, do not count.
+
+  Attributes:
+    model: called as `model(image, mask, train=...)`, gives logits [B, H - margin, W - margin, K] of the middle of the
+      image; `model.margin` says how many pixels that leaves out.
+    num_classes: K.
+    cross_entropy_weight, dice_weight: of the two parts of the loss.
+    ground: whether the first class, the ground, counts in the mean IoU and in Dice.
+    players: one, all parameters.
+
+  Raises:
+    UserError: values out of range.
+  """
+
+  model: nn.Module
+  num_classes: int
+  cross_entropy_weight: float = 1.0
+  dice_weight: float = 0.0
+  ground: bool = True
+  players: tuple[str, ...] = (ALL,)
+
+  def __post_init__(self):
+    weights = {name: getattr(self, name) for name in ("cross_entropy_weight", "dice_weight")}
+    for name, weight in weights.items():
+      if not 0 <= weight < math.inf:
+        raise UserError(f"--config.model.{name}={weight}: give 0 or more")
+    if not any(weights.values()):
+      raise UserError("--config.model.cross_entropy_weight and --config.model.dice_weight are both 0; give one of them")
+    if not 2 <= self.num_classes <= MAX_CLASSES:
+      raise UserError(f"{self.num_classes} classes of pixels: give 2 to {MAX_CLASSES}")
+
+  def init(self, rng: Array, batch: Batch) -> Variables:
+    """See `Task.init`."""
+    return self.model.init({"params": rng}, batch["image"], train=False)
+
+  def weights(self, batch: Batch) -> Mapping[str, Array]:
+    """The number of pixels that count, and of examples that are no padding."""
+    return {"pixels": jnp.sum(self._target(batch) >= 0, dtype=jnp.float32), "examples": jnp.sum(batch["mask"])}
+
+  def loss(
+      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
+      weights: Mapping[str, Array], train: bool, player: str = ALL,
+  ) -> LossOutput:
+    """See `Task.loss`. Metrics: cross_entropy_loss, dice_loss (those that count), pixel_accuracy, iou, confusion_matrix.
+
+    iou [K] is, of each class, the intersection and the union of where it is and where it was found. The confusion
+    matrix [K, K] (row: truth, column: guess) is there in evaluation up to `MAX_CONFUSION_CLASSES`; its count is that
+    of each row. All these are whole numbers, so that their sums are exact.
+    """
+    del player  # one player: all parameters
+    variables = {"params": params, **model_state}
+    if train:
+      logits, model_state = self.model.apply(
+          variables, batch["image"], batch["mask"], train=True, rngs={"dropout": rng}, mutable=list(model_state))
+    else:
+      logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    target = self._target(batch)  # [B, h, w]
+    known = target >= 0
+    classes = jnp.arange(self.num_classes)
+    truth = target[..., None] == classes  # [B, h, w, K]; nothing where there is no class
+
+    metrics, loss = {}, 0.0
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    if self.cross_entropy_weight:
+      total = -jnp.sum(jnp.where(truth, log_p, 0))
+      metrics["cross_entropy_loss"] = total, jnp.sum(known, dtype=logits.dtype)
+      loss += self.cross_entropy_weight * total / jnp.maximum(weights["pixels"], 1)
+    if self.dice_weight:
+      mask = batch["mask"].astype(logits.dtype)
+      total = jnp.sum(mask * self._dice_loss(jnp.where(known[..., None], jnp.exp(log_p), 0), truth))
+      metrics["dice_loss"] = total, jnp.sum(mask)
+      loss += self.dice_weight * total / jnp.maximum(weights["examples"], 1)
+
+    guess = jnp.argmax(logits, axis=-1)
+    found = (guess[..., None] == classes) & known[..., None]
+    count = lambda which, axes=None: jnp.sum(which, axes, dtype=jnp.int32)
+    metrics["pixel_accuracy"] = count(guess == target), count(known)
+    metrics["iou"] = count(truth & found, (0, 1, 2)), count(truth | found, (0, 1, 2))
+    if not train and self.num_classes <= MAX_CONFUSION_CLASSES:
+      # An image has fewer than 2^24 pixels, up to which float32 counts.
+      matrix = jnp.einsum("bhwi,bhwj->bij", truth.astype(jnp.float32), found.astype(jnp.float32))
+      matrix = count(matrix.astype(jnp.int32), 0)
+      metrics["confusion_matrix"] = matrix, jnp.broadcast_to(matrix.sum(axis=1, keepdims=True), matrix.shape)
+    return LossOutput(loss=loss, metrics=metrics, model_state=model_state)
+
+  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+    """{"classes": u8[B, h, w]}, the most probable class of each pixel."""
+    del rng  # nothing is sampled
+    logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
+    return {"classes": jnp.argmax(logits, axis=-1).astype(jnp.uint8)}
+
+  def summarize(self, sums: Sums) -> Mapping[str, float]:
+    """The loss and its parts, where there are two; pixel_accuracy; mean_iou. NaN where nothing was counted.
+
+    mean_iou is the mean over the classes that are, or were found, anywhere.
+    """
+    mean = lambda name: float(sums[name][0]) / float(sums[name][1]) if sums[name][1] else math.nan
+    weights = {"cross_entropy_loss": self.cross_entropy_weight, "dice_loss": self.dice_weight}
+    parts = {name: mean(name) for name, weight in weights.items() if weight}
+    loss = sum(weights[name] * value for name, value in parts.items())
+    intersection, union = (np.asarray(x, np.float64)[self._first:] for x in sums["iou"])
+    there = union > 0
+    mean_iou = float(np.mean(intersection[there] / union[there])) if there.any() else math.nan
+    return {"loss": loss, **(parts if len(parts) > 1 else {}), "pixel_accuracy": mean("pixel_accuracy"),
+            "mean_iou": mean_iou}
+
+  def evaluate(
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+  ) -> Findings:
+    """The table classes (iou, precision, recall and f1 of each class, support in pixels), and pictures.
+
+    F1 of pixels is the Dice coefficient. Figures: confusion_matrix, and segmentations, of up to `MAX_PICTURED` images,
+    those with the most wrong pixels first.
+    """
+    names = class_names(assets, self.num_classes)
+    worst = []  # (wrong pixels, order, image, truth, found)
+    for predictions, batch in rows:  # first: `sums` may be filled by the passing of the rows
+      found = np.asarray(predictions["classes"])
+      truth = np.asarray(crop(batch["segmentation"], found.shape[1:3]))
+      images = np.asarray(crop(batch["image"], found.shape[1:3]))
+      for i, wrong in enumerate(np.sum((truth != found) & (truth >= 0), axis=(1, 2))):
+        worst.append((int(wrong), -len(worst), images[i].copy(), truth[i].copy(), found[i].copy()))
+      worst = sorted(worst, key=lambda row: row[:2], reverse=True)[:MAX_PICTURED]
+    intersection, union = (np.asarray(x, np.float64) for x in sums["iou"])
+    figures, table = {}, [{"class": name, "iou": i / u if u else 0.0}
+                          for name, i, u in zip(names, intersection.tolist(), union.tolist())]
+    if "confusion_matrix" in sums:
+      matrix = np.asarray(sums["confusion_matrix"][0])
+      by_class = scores.by_class(matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0))
+      for i, row in enumerate(table):
+        row |= {"precision": float(by_class.precision[i]), "recall": float(by_class.recall[i]),
+                "f1": float(by_class.f1[i]), "support": int(by_class.support[i])}
+      figures["confusion_matrix"] = report.confusion_matrix(matrix, names, per_cent=True)
+    if worst:
+      _, _, images, truths, found = zip(*worst)
+      figures["segmentations"] = report.segmentations(
+          images, {"truth": truths, "found": found}, names, caption="Images with the most wrong pixels")
+    return Findings({}, figures, {"classes": table})
+
+  @property
+  def _first(self) -> int:
+    """The first class that counts in the mean IoU and in Dice."""
+    return GROUND if self.ground else GROUND + 1
+
+  def _target(self, batch: Batch) -> Array:
+    """i32[B, h, w]: the class of each pixel that there are logits of, negative where it does not count."""
+    target = batch["segmentation"]
+    target = crop(target, tuple(side - self.model.margin for side in target.shape[1:3]))
+    return jnp.where(batch["mask"][:, None, None] > 0, target, -1)
+
+  def _dice_loss(self, p: Array, truth: Array) -> Array:
+    """[B], one less the mean over the classes of 2 |p truth| / (|p| + |truth|), for both [B, h, w, K]."""
+    p, truth = p[..., self._first:], truth[..., self._first:].astype(p.dtype)
+    total = lambda x: jnp.sum(x, axis=(1, 2))
+    return 1 - jnp.mean((2 * total(p * truth) + SMOOTHING) / (total(p) + total(truth) + SMOOTHING), axis=-1)
+
+
+def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+  """One row for each image, to print and to write.
+
+  Args:
+    predictions: what `Segmentation.predict` gave.
+    assets: the run's assets; "classes" are the class names.
+
+  Yields:
+    {"found": "7 (12.1%), 3 (4.0%)", "shares": {"ground": 0.839, "7": 0.121, ...}}: the shares of the classes in the
+    picture, but for those below `LEAST_SHARE`, the largest first; without the ground what was found.
+  """
+  classes = np.asarray(predictions["classes"])
+  names = class_names(assets, int(classes.max(initial=0)) + 1)
+  for image in classes:
+    shares = np.bincount(image.ravel(), minlength=len(names)) / image.size
+    order = [i for i in np.argsort(-shares, kind="stable") if shares[i] >= LEAST_SHARE]
+    yield {
+        "found": ", ".join(f"{names[i]} ({shares[i]:.1%})" for i in order if i != GROUND) or "none",
+        "shares": {names[i]: float(shares[i]) for i in order},
+    }

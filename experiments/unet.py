@@ -1,0 +1,58 @@
+"""U-Net: a class for each pixel.
+
+  python -m experiments.unet
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, launch, semantic_segmentation
+from dljax.errors import UserError
+from dljax.models import unet
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "digit_scenes": "A light U-Net on scenes of the digits that ship inside scikit-learn; offline, minutes.",
+    "oxford_iiit_pet": "U-Net with padding and batch normalisation on cats and dogs, their ground and their border.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  small = preset == "digit_scenes"
+  config = semantic_segmentation.config(
+      "unet", preset, data=preset, variant="unet_small" if small else "unet_padded", optimizer="adamw")
+  config.model.update({"width": 16 if small else 64, "num_pools": 3 if small else 4, "dropout": 0.0})
+  config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 1e-2, "warmup_fraction": 0.05, "clip_norm": 1.0})
+  if small:
+    config.model.update({"dice_weight": 1.0, "ground": False})
+    config.update({"total_steps": 1500, "batch_size": 16, "eval_batch_size": 50, "log_every": 20, "eval_every": 150,
+                   "checkpoint_every": 150})
+  else:
+    config.data.flip = True
+    config.optimizer.learning_rate = 1e-3
+    config.update({"total_steps": 10_000, "batch_size": 32, "eval_batch_size": 32, "log_every": 50, "eval_every": 500,
+                   "checkpoint_every": 500})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  variant = errors.choose("--config.model.variant", config.model.variant, unet.VARIANTS)
+  for field, least in (("width", 1), ("num_pools", 0)):
+    if config.model[field] < least:
+      raise UserError(f"--config.model.{field}={config.model[field]}: must be at least {least}")
+  if not 0 <= config.model.dropout < 1:
+    raise UserError(f"--config.model.dropout={config.model.dropout}: must be at least 0 and below 1")
+  model = variant(
+      num_classes=config.data.mask_classes, width=config.model.width, num_pools=config.model.num_pools,
+      dropout=config.model.dropout, dtype=image_classification.dtype(config), remat=config.model.remat)
+  shape = tuple(config.data.image_shape)
+  if not all(map(model.fits, shape[:2])):
+    raise UserError(f"--config.data.image_shape={','.join(map(str, shape))}: {model.misfit(shape)}")
+  return semantic_segmentation.build(config, model)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)

@@ -1,0 +1,174 @@
+"""From a config to a detector's experiment: what reaches the task, odd scenes, and boxes for the user's own images."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dljax.data import sources
+from dljax.errors import UserError
+from dljax.models import resnet
+from dljax.models import retinanet as models
+from dljax.tasks import detection
+from dljax.train.state import parameter_count
+from experiments import retinanet
+from tests.command import run
+
+TINY = ["--config.data.image_shape=32,32,1", "--config.total_steps=2", "--config.batch_size=2",
+        "--config.eval_batch_size=3", "--config.log_every=1", "--config.eval_every=2", "--mesh=data:1"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+  """In place of the small form one that is compiled in seconds."""
+  form = functools.partial(
+      models.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1), backbone_width=4, small_stem=True, first_stage=1,
+      extra_levels=1, width=8, head_depth=1)
+  monkeypatch.setattr(models, "VARIANTS", {**models.VARIANTS, "retinanet_small": form})
+
+
+class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A white square on black in each image, none in every third; `box` in place of the last one's own."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  name = "squares"
+  box = None
+
+  def _info(self):
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+        "image": tfds.features.Image(shape=(32, 32, 1)),
+        "objects": tfds.features.Sequence({
+            "bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(num_classes=10)})}))
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(6) for split in ("train", "validation", "test")}
+
+  def _generate_examples(self, count):
+    for i in range(count):
+      image, objects = np.zeros((32, 32), np.uint8), []
+      if i % 3:
+        image[i:i + 12, 8:20] = 255
+        corners = [i / 32, 8 / 32, (i + 12) / 32, 20 / 32]
+        objects = [{"bbox": tfds.features.BBox(*(self.box if self.box and i == count - 1 else corners)), "label": 7}]
+      yield i, {"image": Image.fromarray(image), "objects": objects}
+
+
+@pytest.fixture
+def squares(tmp_path, monkeypatch):
+  """A function that prepares `Squares`, with an odd box or without."""
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+
+  def prepare(box=None):
+    monkeypatch.setattr(Squares, "box", box)
+    if box:  # TFDS itself refuses them, but sets made by others need not have been
+      monkeypatch.setattr(tfds.features.BBoxFeature, "encode_example", lambda self, box: np.array(box, np.float32))
+    sources.build(Squares, tmp_path / "tfds")
+
+  return prepare
+
+
+def train(tmp_path, *arguments):
+  return run(retinanet, f"--workdir={tmp_path / 'run'}", "--config.data.name=squares", *TINY, *arguments)
+
+
+def test_the_config_reaches_the_task_and_the_anchors():
+  config = retinanet.get_config("digit_scenes")
+  config.model.update({"alpha": 0.5, "gamma": 1.0, "smooth_l1_beta": 0.3, "score_threshold": 0.2, "nms_threshold": 0.4,
+                       "max_detections": 17, "anchor_scale": 3, "anchor_ratios": (1.0, 2.0)})
+  task = retinanet.build(config).task
+  assert (task.alpha, task.gamma, task.smooth_l1_beta, task.score_threshold, task.nms_threshold,
+          task.max_detections) == (0.5, 1.0, 0.3, 0.2, 0.4, 17)
+  assert task.anchors.ratios == (1.0, 2.0)
+  assert [sizes[0] for sizes in task.anchors.sizes] == [3 * stride for stride in task.model.strides]
+  assert task.model.num_anchors == task.anchors.per_cell == 6
+
+
+def test_cocos_anchors_network_and_schedule_are_the_papers():
+  config = retinanet.get_config("coco")
+  experiment = retinanet.build(config)
+  assert [sizes[0] for sizes in experiment.task.anchors.sizes] == [32, 64, 128, 256, 512]
+  assert experiment.task.anchors.per_cell == 9 and experiment.task.num_classes == 80
+  variables = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.batch_spec)
+  assert parameter_count(variables["params"]) == 34_068_119 - 9 * 11 * (9 * 256 + 1)  # 80 classes, not 91
+  optimizer = config.optimizer
+  assert (optimizer.name, optimizer.learning_rate, optimizer.momentum, optimizer.l2) == ("momentum", 0.01, 0.9, 1e-4)
+  assert [round(share * config.total_steps) for share in optimizer.decay_boundaries] == [60_000, 80_000]
+  assert config.batch_size == 16
+
+
+def test_images_without_objects_are_trained_on_and_evaluated(tmp_path, squares):
+  squares()
+  outcome = train(tmp_path)
+  assert outcome.status == 0, outcome
+  metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["test"]
+  assert {"loss", "ap", "ap50", "ap75"} <= set(metrics)
+  assert (tmp_path / "run" / "figures" / "detections.png").exists()
+
+
+@pytest.mark.parametrize("box, message", [
+    ((0.5, 0.2, 0.5, 0.4), "box 0 has no area"), ((0.5, 0.2, 0.7, 1.2), "box 0 lies outside of the image")])
+def test_odd_boxes_are_refused_before_anything_is_written_or_left_out(tmp_path, squares, box, message):
+  squares(box)
+  outcome = train(tmp_path)
+  assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome
+  assert message in outcome.err and "of squares" in outcome.err and "bad_boxes=drop" in outcome.err
+  assert not (tmp_path / "run").exists()
+  assert train(tmp_path, "--config.data.bad_boxes=drop").status == 0
+
+
+def test_the_users_boxes_are_in_the_pixels_of_their_own_images(tmp_path, squares, monkeypatch):
+  squares()
+  assert train(tmp_path).status == 0
+  folder, draw = tmp_path / "pictures", np.random.default_rng(0)
+  folder.mkdir()
+  for name, shape in ("a", (32, 32)), ("b", (40, 80)), ("c", (16, 10)):
+    Image.fromarray(draw.integers(0, 256, shape, np.uint8)).save(folder / f"{name}.png")
+  (folder / "broken.png").write_bytes(b"\x89PNG and no more")
+  config = retinanet.get_config("digit_scenes")
+  config.data.image_shape = (32, 32, 1)
+  batch, _, skipped = retinanet.build(config).encode([str(folder)], {})
+  np.testing.assert_array_equal(batch["place"], [[0, 0, 32, 32], [0, 8, 32, 24], [11, 8, 21, 24]])
+  np.testing.assert_array_equal(batch["size"], [[32, 32], [80, 40], [10, 16]])
+  assert batch["image"].shape == (3, 32, 32, 1) and len(skipped) == 1
+
+  monkeypatch.setattr(detection, "SHOWN_SCORE", 0)
+  outcome = run(retinanet, f"--workdir={tmp_path / 'run'}", "--mode=predict", "--mesh=data:1", f"--input={folder}",
+                f"--output={tmp_path / 'out.jsonl'}", "--config.model.score_threshold=0")
+  assert outcome.status == 1 and outcome.err.startswith("skipped") and "broken.png" in outcome.err, outcome
+  rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert [Path(row["input"]).name for row in rows] == ["a.png", "b.png", "c.png"]
+  for row, (width, height) in zip(rows, batch["size"]):
+    boxes = np.array([found["box"] for found in row["detections"].values()])
+    assert len(boxes) == 100 and boxes.min() >= 0
+    np.testing.assert_allclose(boxes.max(axis=0)[2:], [width, height], rtol=0.1)  # they are everywhere
+
+
+def test_a_place_carries_every_box_back():
+  config = retinanet.get_config("digit_scenes")
+  experiment = retinanet.build(config)
+  task = experiment.task
+  draw = np.random.default_rng(0)
+  batch = {"image": draw.normal(size=(1, 96, 96, 1)).astype(np.float32), "mask": np.ones(1, np.float32)}
+  variables = jax.jit(task.init)(jax.random.key(0), batch)
+  found = jax.device_get(jax.jit(task.predict)(variables, batch, None))
+  wide = {"place": np.array([[0., 24, 96, 72]]), "size": np.array([[192., 96]])}
+  own = jax.jit(task.predict)(variables, {**batch, **wide}, None)
+  np.testing.assert_array_equal(own["scores"], found["scores"])
+  expected = np.clip((found["boxes"] - [0, 24, 0, 24]) * 2, 0, [192, 96, 192, 96])
+  np.testing.assert_allclose(own["boxes"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("alpha", 2.0, "from 0 to 1"), ("anchor_scale", 0, "positive"), ("anchor_ratios", (), "height / width"),
+    ("anchor_ratios", (1.0, -2.0), "height / width"), ("variant", "retinanet_smal", "did you mean retinanet_small")])
+def test_bad_fields_are_named(field, value, message):
+  config = retinanet.get_config("digit_scenes")
+  config.model[field] = value
+  with pytest.raises(UserError, match=message) as error:
+    retinanet.build(config)
+  assert f"--config.model.{field}" in str(error.value)
