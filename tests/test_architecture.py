@@ -38,6 +38,8 @@ ALLOWED = {
     "dljax.train": TRAIN,
     "dljax.image_classification": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim",
                                    "dljax.config", "dljax.errors"],
+    "dljax.semantic_segmentation": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.report",
+                                    "dljax.config", "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],
