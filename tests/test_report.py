@@ -195,7 +195,7 @@ def test_a_confusion_matrix_in_per_cent():
   matrix = np.array([[990, 10], [0, 500]])
   texts = lambda **how: [text.get_text() for text in report.confusion_matrix(matrix, ["a", "b"], **how).axes[0].texts]
   assert texts() == ["990", "10", "500"]
-  assert texts(per_cent=True) == ["99", "1", "100"]
+  assert texts(per_cent=True) == ["99.0", "1.0", "100.0"]
 
 
 def test_classes_of_pixels_are_laid_over_the_image():
