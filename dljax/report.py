@@ -102,7 +102,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], *, per_cent
   if count <= MAX_CELL_TEXTS:
     for i, j in np.ndindex(count, count):
       if matrix[i, j]:
-        text = f"{100 * shares[i, j]:.2g}" if per_cent else f"{matrix[i, j]:.0f}"
+        text = f"{100 * shares[i, j]:.1f}" if per_cent else f"{matrix[i, j]:.0f}"
         axes.text(j, i, text, ha="center", va="center", fontsize=9,
                   color="white" if shares[i, j] > 0.3 else INK)
   if count <= MAX_CLASS_TICKS:

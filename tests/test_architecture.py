@@ -40,6 +40,8 @@ ALLOWED = {
                                    "dljax.config", "dljax.errors"],
     "dljax.object_detection": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
                                "dljax.errors"],
+    "dljax.semantic_segmentation": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.report",
+                                    "dljax.config", "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],

@@ -56,7 +56,7 @@ def default_config() -> ml_collections.ConfigDict:
       "bad_boxes": "refuse",  # what to do with one that has no area or lies outside; or "drop"
       "mask_feature": "segmentation",  # which image of the set holds the classes of pixels
       "mask_classes": 11,  # of pixels; the first is the ground
-      "mask_values": (),  # what stands for each of them in the set; by default 0, 1, ...
+      "mask_values": tuple(range(11)),  # what stands for each of them in the set
       "mask_names": (),  # by default "ground" and the names of the objects
       # Training sees a random window of the size of the image: magnified, moved, mirrored.
       "scale": (1.0, 1.0),  # range of the magnification, drawn evenly in its logarithm
@@ -76,8 +76,8 @@ def validate(config: Any) -> None:
   image.validate(_image_config(config))
   need("max_boxes", config.max_boxes > 0, "give a positive number")
   need("mask_classes", 0 < config.mask_classes < _VOID_BYTE, f"give a number from 1 to {_VOID_BYTE - 1}")
-  for field in ("mask_values", "mask_names"):
-    need(field, len(config[field]) in (0, config.mask_classes), f"give one for each of {config.mask_classes} classes")
+  for field, lengths in ("mask_values", [config.mask_classes]), ("mask_names", [0, config.mask_classes]):
+    need(field, len(config[field]) in lengths, f"give one for each of {config.mask_classes} classes")
   need("mask_values", all(0 <= value <= 255 for value in config.mask_values), "give values from 0 to 255")
   need("scale", len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] < math.inf,
        "give the least and the greatest, such as 0.8,1.25")
@@ -192,7 +192,7 @@ class _SceneSet:
     self.boxes, self.segmentation = (target in targets for target in TARGETS)
     self._fit = image._ImageSet(_image_config(config)).fit
     self._classes = np.full(256, _VOID_BYTE, np.uint8)  # value in the file -> class
-    self._classes[list(config.mask_values or range(config.mask_classes))] = np.arange(config.mask_classes)
+    self._classes[list(config.mask_values)] = np.arange(config.mask_classes)
     self._dataset: sources.Dataset | None = None
     self._lock = threading.Lock()
 
