@@ -24,11 +24,12 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   config = semantic_segmentation.config(
       "unet", preset, data=preset, variant="unet_small" if small else "unet_padded", optimizer="adamw")
   config.model.update({"width": 16 if small else 64, "num_pools": 3 if small else 4, "dropout": 0.0})
-  config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 1e-2, "warmup_fraction": 0.05, "clip_norm": 1.0})
+  config.optimizer.update({"learning_rate": 3e-3, "weight_decay": 1e-2, "warmup_fraction": 0.05, "clip_norm": 1.0})
   if small:
     config.model.update({"dice_weight": 1.0, "ground": False})
-    config.update({"total_steps": 1500, "batch_size": 16, "eval_batch_size": 50, "log_every": 20, "eval_every": 150,
-                   "checkpoint_every": 150})
+    config.data.update({"scale": (0.8, 1.25), "shift": 12})
+    config.update({"total_steps": 6000, "batch_size": 8, "eval_batch_size": 50, "log_every": 20, "eval_every": 500,
+                   "checkpoint_every": 500})
   else:
     config.data.flip = True
     config.optimizer.learning_rate = 1e-3
