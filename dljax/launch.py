@@ -338,19 +338,25 @@ def _write_folder(folder: Path, rows: Sequence[Mapping[str, Any]], pictures: Ite
 
 
 _ROWS = "predictions.jsonl"
+_MAX_METRIC_COLUMNS = 7  # of a table that has to fit 120 characters
 _WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
-  """One row for each split, one column for each metric."""
+  """One row for each split, one column for each metric; with many metrics the other way round."""
   from rich.table import Table  # pylint: disable=g-import-not-at-top
 
   names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-  table = Table("split")
-  for name in names:
-    table.add_column(name, justify="right")
-  for split, values in metrics.items():
-    table.add_row(split, *(f"{values[name]:.4f}" if name in values else "" for name in names))
+  show = lambda split, name: f"{metrics[split][name]:.4f}" if name in metrics[split] else ""
+  if len(names) <= _MAX_METRIC_COLUMNS:
+    head, columns, rows = "split", names, [[split, *(show(split, name) for name in names)] for split in metrics]
+  else:
+    head, columns, rows = "metric", metrics, [[name, *(show(split, name) for split in metrics)] for name in names]
+  table = Table(head)
+  for column in columns:
+    table.add_column(column, justify="right")
+  for row in rows:
+    table.add_row(*row)
   return table
 
 

@@ -28,7 +28,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   if small:
     config.model.update({"dice_weight": 1.0, "ground": False})
     config.data.update({"scale": (0.8, 1.25), "shift": 12})
-    config.update({"total_steps": 6000, "batch_size": 8, "eval_batch_size": 50, "log_every": 20, "eval_every": 500,
+    config.update({"total_steps": 6000, "batch_size": 8, "eval_batch_size": 48, "log_every": 20, "eval_every": 500,
                    "checkpoint_every": 500})
   else:
     config.data.flip = True
