@@ -28,6 +28,7 @@ from dljax.train.signals import Preempted
 from dljax.train.workdir import Workdir, write_csv, write_json
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
+MOST_COLUMNS = 8  # of a table of metrics
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
 Build = Callable[[ml_collections.ConfigDict], Experiment]
@@ -342,15 +343,19 @@ _WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> Any:
-  """One row for each split, one column for each metric."""
+  """One row for each split and one column for each metric, or where they are many the other way round."""
   from rich.table import Table  # pylint: disable=g-import-not-at-top
 
   names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-  table = Table("split")
-  for name in names:
-    table.add_column(name, justify="right")
-  for split, values in metrics.items():
-    table.add_row(split, *(f"{values[name]:.4f}" if name in values else "" for name in names))
+  cell = lambda split, name: f"{metrics[split][name]:.4f}" if name in metrics[split] else ""
+  rows, columns, corner = metrics, names, "split"
+  if tall := len(names) > MOST_COLUMNS:
+    rows, columns, corner = names, metrics, "metric"
+  table = Table(corner)
+  for column in columns:
+    table.add_column(column, justify="right")
+  for row in rows:
+    table.add_row(row, *(cell(column, row) if tall else cell(row, column) for column in columns))
   return table
 
 
