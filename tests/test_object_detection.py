@@ -107,6 +107,7 @@ def test_images_without_objects_are_trained_on_and_evaluated(tmp_path, squares):
   assert outcome.status == 0, outcome
   metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["test"]
   assert {"loss", "ap", "ap50", "ap75"} <= set(metrics)
+  assert all(word in outcome.out for word in ("validation", "test", *metrics)), "the table is cut off"
   assert (tmp_path / "run" / "figures" / "detections.png").exists()
 
 
