@@ -40,7 +40,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
     config.model.update({"anchor_scale": 2, "anchor_ratios": (1.25, 2.0)})  # digits are higher than wide
     config.data.update({"scale": (0.8, 1.25), "shift": 8})
     config.optimizer.update({"learning_rate": 0.003, "clip_norm": 1.0})
-    config.update({"total_steps": 2000, "batch_size": 16, "eval_batch_size": 48, "log_every": 20, "eval_every": 250,
+    config.update({"total_steps": 2000, "batch_size": 16, "eval_batch_size": 40, "log_every": 20, "eval_every": 250,
                    "checkpoint_every": 250})
   else:
     config.model.smooth_l1_beta = 1 / 9  # of the authors' code
