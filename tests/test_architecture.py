@@ -106,7 +106,7 @@ def test_models_know_only_jax_flax_and_numpy(path):
     ("orbax", ["dljax.train.checkpoint"]),
     ("tensorflow", []),
     ("torch", ["experiments.benchmark.torch_worker"]),  # another interpreter runs it
-    ("torchvision", []),
+    ("torchvision", ["experiments.benchmark.torch_worker"]),
     ("pickle", []),
     ("clu", []),
     ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.downloads", "experiments.benchmark.tables",
