@@ -19,6 +19,7 @@ from dljax.train.experiment import Experiment
 # Field values of `config.data` for the sets that presets use.
 DATA = {
     "digit_scenes": {"name": "digit_scenes"},
+    "emoji_scenes": scenes.EMOJI_SCENES,
     # No image of COCO has a longer side than 640 pixels: all are seen as they are, on black. Mean and std are those of
     # ImageNet, from which the backbone comes. A few boxes of the set have no area.
     "coco": {"name": "coco/2017", "image_shape": (640, 640, 3), "num_classes": 80, "mean": (0.485, 0.456, 0.406),

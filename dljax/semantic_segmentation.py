@@ -17,9 +17,7 @@ from dljax.train.experiment import Experiment
 # Field values of `config.data` for the sets that presets use.
 DATA = {
     "digit_scenes": {"name": "digit_scenes"},
-    "emoji_scenes": {"name": "emoji_scenes", "image_shape": (96, 96, 3), "num_classes": 9, "mask_classes": 10,
-                     "mask_values": tuple(range(10)), "mean": (0.5476, 0.5132, 0.4896),
-                     "std": (0.2388, 0.2113, 0.2254)},
+    "emoji_scenes": scenes.EMOJI_SCENES,
     # The set's own values: 1 the animal, 2 the ground, 3 its border, which is hard to tell. Mean and std are ImageNet's.
     "oxford_iiit_pet": {"name": "oxford_iiit_pet", "image_shape": (128, 128, 3), "mean": (0.485, 0.456, 0.406),
                         "std": (0.229, 0.224, 0.225), "train": "train[:90%]", "validation": "train[90%:]",

@@ -52,10 +52,10 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
     config.model.update({"stem_stride": 2, "strides": (1, 2, 2, 2, 1, 2, 1), "stochastic_depth": 0.2,
                          "label_smoothing": 0.1})
     config.optimizer.update({
-        "name": "rmsprop", "learning_rate": 0.256, "momentum": 0.9, "b2": 0.9, "eps": 1e-3, "schedule": "exponential",
+        "name": "rmsprop", "learning_rate": 0.128, "momentum": 0.9, "b2": 0.9, "eps": 1e-3, "schedule": "exponential",
         "end_factor": 0.97 ** (350 / 2.4), "weight_decay": 0.0, "l2": 1e-5, "warmup_fraction": 5 / 350})
-    config.update({"total_steps": 108_500, "batch_size": 4096, "eval_batch_size": 256, "log_every": 100,
-                   "eval_every": 3100, "checkpoint_every": 3100})
+    config.update({"total_steps": 217_000, "batch_size": 2048, "eval_batch_size": 256, "log_every": 100,
+                   "eval_every": 6200, "checkpoint_every": 6200})
   return config
 
 

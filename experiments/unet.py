@@ -35,8 +35,8 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   else:
     config.model.ground = False
     config.data.update({"scale": (0.8, 1.25), "shift": 12, "flip": preset == "emoji_scenes"})
-    config.update({"total_steps": 4000, "batch_size": 8, "eval_batch_size": 40, "log_every": 20, "eval_every": 400,
-                   "checkpoint_every": 400})
+    config.update({"total_steps": 1600, "batch_size": 16, "eval_batch_size": 48, "log_every": 20, "eval_every": 200,
+                   "checkpoint_every": 200})
   return config
 
 

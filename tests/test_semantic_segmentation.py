@@ -103,7 +103,7 @@ def test_the_set_reaches_the_batch_and_what_lies_around_the_picture_has_no_class
   config.data.update({"name": "squares", "mask_feature": "kinds", "mask_classes": 3, "mask_values": VALUES,
                       "image_shape": (32, 32, 1), "mean": (0.0,), "std": (1.0,)})
   experiment = unet.build(config)
-  assert experiment.batch_spec["segmentation"].shape == (8, 32, 32)
+  assert experiment.batch_spec["segmentation"].shape == (config.batch_size, 32, 32)
   validation = experiment.evals["validation"]
   validation.open()
   batch = validation.batch(0)

@@ -37,6 +37,11 @@ SLACK = 1e-3  # pixels that rounding may put a box outside of its image
 DECODE_AT_ONCE = 256  # images, before they are made smaller
 _VOID_BYTE = 255  # `VOID` while it is stored
 
+# Field values of `config.data` for the set `emoji_scenes`; what `default_config` has is `digit_scenes`.
+EMOJI_SCENES = {
+    "name": "emoji_scenes", "image_shape": (96, 96, 3), "num_classes": 9, "mask_classes": 10,
+    "mask_values": tuple(range(10)), "mean": (0.5476, 0.5132, 0.4896), "std": (0.2388, 0.2113, 0.2254)}
+
 
 def default_config() -> ml_collections.ConfigDict:
   """The fields of `config.data`."""

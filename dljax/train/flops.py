@@ -90,6 +90,8 @@ def layers(fn: Callable[..., Any], params: Any, *args: Any) -> list[Layer]:
   shapes: dict[str, tuple[int, ...] | None] = {}
 
   def watch(method, method_args, kwargs, context):
+    if context.module.scope is None:  # asked for something outside `apply`, such as a size: no layer runs
+      return method(*method_args, **kwargs)
     path = "/".join(context.module.path)
     if path not in seen:
       seen[path] = len(kinds)
