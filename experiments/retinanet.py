@@ -9,9 +9,9 @@ AVX-512, 22 minutes beside other work. The other presets:
   coco          not run here; published: AP 32.5 with the short side at 500 pixels, about that of COCO's own images, and
                 35.7 at 800 (Lin et al. 2017, table 1e)
 
-That of COCO has the paper's recipe (section 4.1, "Optimization"), but for the size: every image lies as it is on 640x640 pixels,
-where the paper magnifies it to a short side of 800. The paper begins with a backbone that was trained on ImageNet, and
-leaves its norms as they are. Prepare the set with TFDS, then
+That of COCO has the paper's recipe (section 4.1, "Optimization"), but for the size: every image lies as it is on
+640x640 pixels, where the paper magnifies it to a short side of 800. The paper begins with a backbone that was trained
+on ImageNet, and leaves its norms as they are. Prepare the set with TFDS, then
   python -m experiments.retinanet --preset=coco --data_dir=DIR \
       --config.init.source=resnet50.safetensors --config.model.frozen_norm=true
 with torchvision's weights of resnet50, or the workdir of a run of experiments.resnet. Without these two flags it starts
