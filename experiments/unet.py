@@ -1,6 +1,12 @@
 """U-Net: a class for each pixel.
 
   python -m experiments.unet
+
+The default reaches a mean IoU of 91.4 % over the ten digits on its 400 test scenes, one seed, two shared CPU cores with
+AVX-512, 15 minutes beside light work. The other presets:
+
+  emoji_scenes     not run here; `python -m dljax.data.prepare emoji_scenes` makes the set
+  oxford_iiit_pet  not run here; prepare the set with TFDS and say where it is by --data_dir
 """
 
 from collections.abc import Mapping
@@ -13,7 +19,7 @@ from dljax.models import unet
 from dljax.train.experiment import Experiment
 
 PRESETS: Mapping[str, str] = {
-    "digit_scenes": "A light U-Net on scenes of the digits that ship inside scikit-learn; offline, ten minutes.",
+    "digit_scenes": "A light U-Net on scenes of the digits that ship inside scikit-learn; offline, 15 minutes.",
     "emoji_scenes": "The same on scenes of the pictures of a colour font, by their group.",
     "oxford_iiit_pet": "U-Net with padding and batch normalisation on cats and dogs, their ground and their border.",
 }
