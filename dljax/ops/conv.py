@@ -2,8 +2,8 @@
 
 `conv_general_dilated` has the signature of `jax.lax.conv_general_dilated` and goes into a Flax layer as
 `nn.Conv(..., conv_general_dilated=conv_general_dilated)`. On GPU and TPU it is the native convolution and its
-native gradients. On a CPU, XLA's own are slow for many shapes, most of all for the gradient of the kernel and for
-depthwise kernels. There, static shapes choose among
+native gradients. On a CPU, XLA's own are slow for many shapes, most of all for depthwise kernels, strides and small
+images. There, static shapes choose among
 
 - `_matmul_*`: a 1x1 kernel is a matrix product.
 - `_depthwise_*`: one channel per group is a sum of shifted products.
@@ -11,8 +11,7 @@ depthwise kernels. There, static shapes choose among
   Convolutional Neural Networks", 2015, https://arxiv.org/abs/1509.09308, section 4.1: 16 products where the
   definition has 36. The kernel's gradient is F(3x3, 2x2), with the same transforms.
 - `_band_*`: with few channels, parts of rows of the image times a banded matrix that holds the kernel.
-- `_patches_*`: products with what each position of the result sees of the images; for any other kernel's
-  gradient, and for strides and small images.
+- `_patches_*`: products with what each position of the result sees of the images, for strides and small images.
 - `_native_*`: whatever is left.
 
 The work goes through a few images at a time where that keeps the intermediate arrays in the cache (`_chunk`).
@@ -42,11 +41,10 @@ from jax import lax
 Array = jax.Array
 Pair = tuple[int, int]
 
-_WINOGRAD_CHANNELS = 32  # with fewer the transforms cost more than the products save
+_WINOGRAD_CHANNELS = 64  # with fewer the transforms cost more than the products save
 _WINOGRAD_FLOATS = 2**18  # tiles times channels at once: 16 transforms of so many floats fill 16 MB
 _PATCH_FLOATS = 2**20  # of patches at once
-_PATCH_CHANNELS = 128  # with fewer, native strided convolutions are as fast
-_FEW_CHANNELS = 4  # up to these, rows of the image are copied faster than patches
+_FEW_CHANNELS = 4  # with more, the native gradient of the kernel is faster than bands
 _BAND_FLOATS = 2**17  # largest banded matrix of a whole row: beyond it other forms are faster
 _BAND_COLUMNS = 80  # of the banded matrix; fewer make a product slower than the zeros that they save
 
@@ -223,15 +221,15 @@ def _forms(conv: _Conv) -> tuple[Callable[..., Array], Callable[..., Array], Cal
   if conv.is_winograd:
     return _winograd_forward, _winograd_input_gradient, _winograd_kernel_gradient
   if conv.is_band:
-    return _band_forward, _band_input_gradient, _band_kernel_gradient
+    few = conv.features[0] <= _FEW_CHANNELS
+    return _band_forward, _band_input_gradient, _band_kernel_gradient if few else _native_kernel_gradient
   if not conv.plain:
     return _native_forward, _native_input_gradient, _native_kernel_gradient
   # XLA exchanges the roles of images and kernel where the kernel is larger, and then finds only its slowest form.
-  strided, area = conv.strides != (1, 1), math.prod(conv.kernel)
-  forward = strided and conv.features[0] >= _PATCH_CHANNELS or area > math.prod(conv.image)
-  input_gradient = strided or area > math.prod(conv.out)
-  return (_patches_forward if forward else _native_forward,
-          _patches_input_gradient if input_gradient else _native_input_gradient, _patches_kernel_gradient)
+  area = math.prod(conv.kernel)
+  input_gradient = conv.strides != (1, 1) or area > math.prod(conv.out)
+  return (_patches_forward if area > math.prod(conv.image) else _native_forward,
+          _patches_input_gradient if input_gradient else _native_input_gradient, _native_kernel_gradient)
 
 
 # Native.
@@ -333,20 +331,16 @@ def _shifted(conv: _Conv, x: Array, tap: Pair) -> Array:
   return x[:, i:i + s * (h - 1) + 1:s, j:j + t * (w - 1) + 1:t]
 
 
-def _shifts(x: Array, rows: np.ndarray, columns: np.ndarray, out: Pair, strides: Pair, *, first: int, axis: int,
-            ) -> Array:
+def _shifts(x: Array, rows: np.ndarray, columns: np.ndarray, out: Pair, strides: Pair, axis: int) -> Array:
   """Views of padded images that begin at `rows` and `columns`, of size `out` with `strides`, stacked on `axis`.
 
-  The images' rows are dimension `first`. One loop gathers all views; slices would be compiled one by one.
+  One loop gathers all views; slices would be compiled one by one.
   """
-  size = list(x.shape)
-  size[first:first + 2] = [s * (n - 1) + 1 for s, n in zip(strides, out)]
-  every = (slice(None),) * first + tuple(slice(None, None, s) for s in strides)
-  start = [0] * x.ndim
+  size = [s * (n - 1) + 1 for s, n in zip(strides, out)]
 
   def shift(row, column):
-    start[first:first + 2] = row, column
-    return lax.dynamic_slice(x, start, size)[every]
+    view = lax.dynamic_slice(x, (0, row, column, 0), (x.shape[0], *size, x.shape[3]))
+    return view[:, ::strides[0], ::strides[1]]
 
   return jax.vmap(shift, out_axes=axis)(rows, columns)
 
@@ -470,7 +464,7 @@ def _transform_images(x: Array, tiles: Pair) -> Array:
   """
   first, second, sign = np.array([0, 1, 2, 1]), np.array([2, 2, 1, 3]), np.array([-1, 1, -1, -1])
   i, j = np.divmod(np.arange(16), 4)
-  view = lambda rows, columns: _shifts(x, rows, columns, tiles, (2, 2), first=1, axis=0)
+  view = lambda rows, columns: _shifts(x, rows, columns, tiles, (2, 2), axis=0)
   signed = lambda signs, view: jnp.asarray(signs, x.dtype)[:, None, None, None, None] * view
   return (view(first[i], first[j]) + signed(sign[j], view(first[i], second[j]))
           + signed(sign[i], view(second[i], first[j])) + signed(sign[i] * sign[j], view(second[i], second[j])))
@@ -576,26 +570,9 @@ def _patches_input_gradient(conv: _Conv, dy: Array, w: Array) -> Array:
   return _map_chunks(images, _patches_chunk(conv, dy), dy)
 
 
-def _patches_kernel_gradient(conv: _Conv, x: Array, dy: Array) -> Array:
-  x = jnp.pad(x, ((0, 0), *conv.padding, (0, 0)))
-
-  def images(x, dy):
-    dy = dy.reshape(-1, dy.shape[-1])
-    return dy.T @ _patches(conv, x).reshape(dy.shape[0], -1)  # faster than its transpose
-
-  def few_channels(x, dy):  # too few to be copied patch by patch: rows of the image are copied instead
-    x = lax.optimization_barrier(x.transpose(3, 0, 1, 2))
-    patches = _shifts(x, *_offsets(conv), conv.out, conv.strides, first=2, axis=0)  # [taps, C, b, *out]
-    return dy.reshape(-1, dy.shape[-1]).T @ patches.reshape(-1, math.prod(dy.shape[:3])).T
-
-  few = conv.features[0] <= _FEW_CHANNELS
-  kernel = _sum_chunks(few_channels if few else images, _patches_chunk(conv, x), x, dy)
-  return kernel.T.reshape(*conv.kernel, *conv.features)
-
-
 def _patches(conv: _Conv, x: Array) -> Array:
   """[b, H, W, C], padded -> [b, *out, taps, C]."""
-  return _shifts(x, *_offsets(conv), conv.out, conv.strides, first=1, axis=3)
+  return _shifts(x, *_offsets(conv), conv.out, conv.strides, axis=3)
 
 
 def _offsets(conv: _Conv) -> np.ndarray:
