@@ -37,6 +37,7 @@ import numpy as np
 from jax import lax
 
 from dljax import errors
+from dljax.ops.dense import dense
 
 Array = jax.Array
 State = tuple[Array, ...]  # h [B, H], and of an LSTM c [B, H]
@@ -95,13 +96,14 @@ def recurrence(
     carry = initial_carry(cell, x.shape[1], weights.recurrent.shape[0], width)
   if valid is not None:
     x = jnp.where(valid[..., None], x, 0)  # what stands in padding may be no number, and 0 times that is none
-  u = _product(x, weights.input.astype(dtype))
+  product = _product if forward_mode else dense
+  u = product(x, weights.input.astype(dtype)).astype(dtype)
   if weights.input_scale is not None:
-    u = normalise(u.astype(width))[0] * weights.input_scale
-  u = (u + weights.input_bias).astype(dtype)
+    u = (normalise(u.astype(width))[0] * weights.input_scale).astype(dtype)
   run = _plain if forward_mode else _recur
-  states, final = run(form, reverse, u, weights.recurrent.astype(dtype), weights.recurrent_scale,
-                      weights.recurrent_bias.astype(width), tuple(c.astype(width) for c in carry), valid)
+  biases = weights.input_bias.astype(width), weights.recurrent_bias.astype(width)
+  states, final = run(form, reverse, u, weights.recurrent.astype(dtype), weights.recurrent_scale, biases,
+                      tuple(c.astype(width) for c in carry), valid)
   return states if valid is None else jnp.where(valid[..., None], states, 0), final
 
 
@@ -168,9 +170,10 @@ def _lstm(u: Array, p: Array, state: State) -> tuple[State, tuple[Array]]:
 def _lstm_back(saved: tuple[Array], old: State, new: State, grad: State) -> tuple[Array, Array, State]:
   (gates,), (_, c), (_, new_c), (dh, dc) = saved, old, new, grad
   i, f, g, o = jnp.split(gates, 4, -1)
-  t = jnp.tanh(new_c)
-  dc = dc + dh * o * (1 - t * t)
-  da = jnp.concatenate([dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o)], -1)
+  t = lax.optimization_barrier(jnp.tanh(new_c))
+  dc = lax.optimization_barrier(dc + dh * o * (1 - t * t))
+  parts = (dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o))
+  da = jnp.concatenate(lax.optimization_barrier(parts), -1)
   return da, da, (jnp.zeros_like(dh), dc * f)
 
 
@@ -207,20 +210,23 @@ CELLS: Mapping[str, Cell] = {
 }
 
 
-def _loop(cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, bias: Array, carry: State,
-          valid: Array | None) -> tuple[State, State, tuple[Array, ...], tuple[Array, ...]]:
+def _loop(
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
+    valid: Array | None,
+) -> tuple[State, State, tuple[Array, ...], tuple[Array, ...]]:
   """The states of all steps, the last, and what the gradient needs of each step: the cell's part and layer norm's.
 
-  Kept arrays are of u's dtype, but for the states after h.
+  The biases (b, a) are added here, where that costs nothing. Kept arrays are of u's dtype, but for the states after h.
   """
+  b, a = biases
 
   def step(state: State, inputs: tuple[Array, Array | None]) -> tuple[State, Any]:
     u, valid = inputs
-    p, normal = _product(state[0].astype(v.dtype), v).astype(bias.dtype), ()
+    p, normal = _product(state[0].astype(v.dtype), v), ()
     if scale is not None:
       normal = normalise(p)
       p = normal[0] * scale
-    new, saved = cell.forward(u.astype(bias.dtype), p + bias, state)
+    new, saved = cell.forward(u + b, p + a, state)
     if valid is not None:
       new = _select(valid, new, state)
     return new, ((new[0].astype(u.dtype), *new[1:]), *jax.tree.map(lambda x: x.astype(u.dtype), (saved, normal)))
@@ -235,21 +241,25 @@ def _plain(cell: Cell, reverse: bool, *args: Any) -> tuple[Array, State]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recur(cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, bias: Array, carry: State,
-           valid: Array | None) -> tuple[Array, State]:
-  """The outputs [L, B, H] and the last state, of u [L, B, G H] and the parameters of the recurrent product."""
-  return _plain(cell, reverse, u, v, scale, bias, carry, valid)
+def _recur(
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
+    valid: Array | None,
+) -> tuple[Array, State]:
+  """The outputs [L, B, H] and the last state, of x W [L, B, G H] and the other parameters."""
+  return _plain(cell, reverse, u, v, scale, biases, carry, valid)
 
 
-def _recur_forward(cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, bias: Array, carry: State,
-                   valid: Array | None) -> tuple[tuple[Array, State], Any]:
-  states, final, saved, normal = _loop(cell, reverse, u, v, scale, bias, carry, valid)
-  return (states[0], final), (v, scale, bias, carry, valid, states, saved, normal)
+def _recur_forward(
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
+    valid: Array | None,
+) -> tuple[tuple[Array, State], Any]:
+  states, final, saved, normal = _loop(cell, reverse, u, v, scale, biases, carry, valid)
+  return (states[0], final), (v, scale, carry, valid, states, saved, normal)
 
 
 def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Array, State]) -> tuple[Any, ...]:
-  v, scale, bias, carry, valid, states, saved, normal = residuals
-  dtype, width = v.dtype, bias.dtype
+  v, scale, carry, valid, states, saved, normal = residuals
+  dtype, width = v.dtype, carry[0].dtype
   back = v.T  # laid out anew once: in every step the product is faster so
   before = jax.tree.map(lambda first, rest: _shift(first.astype(rest.dtype), rest, reverse), carry, states)
 
@@ -278,7 +288,8 @@ def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Arra
   # One product over steps and rows, which needs no sum over devices before its end.
   dv = lax.dot_general(before[0], dq, (((0, 1), (0, 1)), ((), ())), preferred_element_type=width).astype(dtype)
   dscale = None if scale is None else jnp.sum(dp.astype(width) * normal[0], (0, 1)).astype(scale.dtype)
-  return du, dv, dscale, jnp.sum(dp, (0, 1), dtype=width), dcarry, None
+  dbiases = tuple(jnp.sum(d, (0, 1), dtype=width) for d in (du, dp))
+  return du, dv, dscale, dbiases, dcarry, None
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
