@@ -31,7 +31,8 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = language_modeling.config("rnn", preset, data=preset, optimizer="adamw")
   config.model.update({"cell": "lstm", "embed_dim": 64, "hidden_size": 256, "num_layers": 2, "dropout": 0.1,
-                       "weight_dropout": 0.0, "tied": False, "layer_norm": False})
+                       "embed_dropout": 0.0, "weight_dropout": 0.0, "variational": False, "tied": False,
+                       "layer_norm": False})
   config.optimizer.update({"learning_rate": 3e-3, "clip_norm": 1.0, "weight_decay": 0.01, "warmup_fraction": 0.05})
   if preset == "pydoc":
     config.update({"total_steps": 1000, "batch_size": 32, "eval_batch_size": 8, "log_every": 20, "eval_every": 200,
@@ -39,7 +40,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   elif preset == "tiny_shakespeare":
     config.model.update({"hidden_size": 512, "dropout": 0.4})
     config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.05})
-    config.update({"total_steps": 5000, "batch_size": 64, "eval_batch_size": 8, "log_every": 25, "eval_every": 250,
+    config.update({"total_steps": 4000, "batch_size": 64, "eval_batch_size": 8, "log_every": 25, "eval_every": 250,
                    "checkpoint_every": 250})
   else:
     config.model.update({"embed_dim": 512, "hidden_size": 2048})
@@ -57,13 +58,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   for field in ("embed_dim", "hidden_size", "num_layers"):
     if model[field] < 1:
       raise UserError(f"--config.model.{field}={model[field]}: must be at least 1")
-  for field in ("dropout", "weight_dropout"):
+  for field in ("dropout", "embed_dropout", "weight_dropout"):
     if not 0 <= model[field] < 1:
       raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
   network = rnn.LanguageModel(
       vocab_size=config.data.vocab_size, embed_dim=model.embed_dim, cell=model.cell, hidden_size=model.hidden_size,
-      num_layers=model.num_layers, dropout=model.dropout, weight_dropout=model.weight_dropout, tied=model.tied,
-      layer_norm=model.layer_norm, dtype=image_classification.dtype(config), remat=model.remat)
+      num_layers=model.num_layers, dropout=model.dropout, embed_dropout=model.embed_dropout,
+      weight_dropout=model.weight_dropout, variational=model.variational, tied=model.tied, layer_norm=model.layer_norm,
+      dtype=image_classification.dtype(config), remat=model.remat)
   return language_modeling.build(config, network, stateful=True)
 
 

@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dljax.data import ragged, sources, tokenize
+from dljax.data import image, ragged, sources, tokenize
 from dljax.data.pipeline import PADDING, HostBatch, Pipeline, rng
 from dljax.errors import UserError, unknown
 
@@ -218,7 +218,7 @@ class _Texts:
         raise UserError(f"--config.data.name: {config.name} has no text, but {', '.join(dataset.features)}; choose "
                         "another set")
       raise unknown("--config.data.field", config.field, features)
-    dataset.ranges(config[split], split)  # which says what is wrong with a split expression
+    image.check_splits(dataset, config)
     records = dataset.records(config[split])
     return [record[config.field][0].decode() for record in records[range(len(records))]]
 

@@ -211,7 +211,8 @@ class _Run:
     self.folder.write_findings(dataclasses.replace(findings, figures=figures))
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     write_json(self.folder.result_file, {
-        "family": self.config.family, "preset": self.config.preset, "data": self.config.data.get("name"),
+        "family": self.config.family, "preset": self.config.preset,
+        "data": self.config.data.get("file") or self.config.data.get("name"),
         "steps": steps,
         "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,
         "params": parameter_count(state.params), "seconds": self._seconds(),
