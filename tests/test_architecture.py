@@ -42,6 +42,8 @@ ALLOWED = {
                                "dljax.errors"],
     "dljax.semantic_segmentation": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.report",
                                     "dljax.config", "dljax.errors"],
+    "dljax.language_modeling": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
+                                "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],

@@ -42,6 +42,9 @@ SHORT = {
     "resnet": ["--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3",
                "--config.batch_size=32", "--mesh=data:1"],
 }
+SHORT["rnn"] = [
+    "--config.total_steps=20", "--config.log_every=2", "--config.eval_every=10", "--config.model.hidden_size=32",
+    "--config.data.length=16", "--config.eval_batch_size=64", "--mesh=data:1"]
 SHORT["vgg"] = SHORT["efficientnet"] = SHORT["resnet"]
 SHORT["retinanet"] = SHORT["unet"] = [
     "--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3", "--config.batch_size=4",
@@ -243,9 +246,10 @@ def _events(path: Path) -> Iterator:
 def test_result_json_is_complete_and_true(trained):
   result, experiment = trained.result(), trained.experiment
   assert set(result) == {
-      "family", "preset", "steps", "total_steps", "metrics", "checkpoint", "params", "seconds",
+      "family", "preset", "data", "steps", "total_steps", "metrics", "checkpoint", "params", "seconds",
       "examples_per_second", "seed", "devices", "state_sha256"}
   assert (result["family"], result["preset"], result["seed"]) == (trained.family, trained.preset, 0)
+  assert result["data"] == experiment.config.data.name
   assert result["steps"] == result["total_steps"] == experiment.config.total_steps
   assert result["params"] == PARAMETERS.get(trained.family, result["params"]) > 0
   assert 0 < result["examples_per_second"] and 0 < result["seconds"]

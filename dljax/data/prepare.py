@@ -3,7 +3,7 @@
     python -m dljax.data.prepare mnist
     python -m dljax.data.prepare cifar10 --data_dir=/data/tfds --manual_dir=~/Downloads
 
-mnist, fashion_mnist, cifar10 and cifar100 need nothing else: an interrupted download goes on where it
+mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare need nothing else: an interrupted download goes on where it
 stopped, and files are held against TFDS's checksums. So do emoji and emoji_scenes, sets of ours, of a font and its
 names that Debian 12 has, installed or downloaded. Other sets are prepared by TFDS itself, which for most
 of them needs TensorFlow (`pip install 'dljax[tf]'`).
@@ -22,7 +22,7 @@ from dljax import downloads
 from dljax.data import sources
 from dljax.errors import UserError, unknown
 
-STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_shakespeare")
 EMOJI = ("emoji", "emoji_scenes")
 EMOJI_PACKAGES = "fonts-noto-color-emoji unicode-data"  # of Debian
 

@@ -29,8 +29,15 @@ def _digit_scenes() -> type:
   return DigitScenes
 
 
-# Sets that ship with a dependency and prepare themselves: name -> its builder, which imports TFDS.
-EMBEDDED: Mapping[str, Callable[[], type]] = {"digits": _digits, "digit_scenes": _digit_scenes}
+def _pydoc() -> type:
+  from dljax.data.datasets.pydoc import Pydoc
+
+  return Pydoc
+
+
+# Sets that ship with Python or a dependency and prepare themselves: name -> its builder, which imports TFDS.
+EMBEDDED: Mapping[str, Callable[[], type]] = {
+    "digits": _digits, "digit_scenes": _digit_scenes, "pydoc": _pydoc}
 
 
 def data_dir() -> Path:

@@ -1,0 +1,73 @@
+"""Recurrent networks: language models.
+
+  python -m experiments.rnn
+  python -m experiments.rnn --mode=predict --prompt="The with statement"
+
+The other presets need their sets (`python -m dljax.data.prepare tiny_shakespeare`), then
+  python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR
+  python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR --config.model.cell=gru   (or tanh)
+
+lm1b (Chelba et al. 2013, "One Billion Word Benchmark") takes its 30 million sentences one by one, in batches of like
+length, and holds them in memory as tokens, about 4 GB.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from dljax import errors, image_classification, language_modeling, launch
+from dljax.errors import UserError
+from dljax.models import rnn
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "pydoc": "An LSTM on the bytes of Python's own documentation, which ships inside Python; offline, minutes.",
+    "tiny_shakespeare": "An LSTM on the characters of 40,000 lines of Shakespeare; an hour on two cores.",
+    "lm1b": "An LSTM on the One Billion Word Benchmark, in sub-words.",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  config = language_modeling.config("rnn", preset, data=preset, optimizer="adamw")
+  config.model.update({"cell": "lstm", "embed_dim": 64, "hidden_size": 256, "num_layers": 2, "dropout": 0.1,
+                       "embed_dropout": 0.0, "weight_dropout": 0.0, "variational": False, "tied": False,
+                       "layer_norm": False})
+  config.optimizer.update({"learning_rate": 3e-3, "clip_norm": 1.0, "weight_decay": 0.01, "warmup_fraction": 0.05})
+  if preset == "pydoc":
+    config.update({"total_steps": 1000, "batch_size": 32, "eval_batch_size": 8, "log_every": 20, "eval_every": 200,
+                   "checkpoint_every": 200})
+  elif preset == "tiny_shakespeare":
+    config.model.update({"hidden_size": 512, "dropout": 0.4})
+    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.05})
+    config.update({"total_steps": 4000, "batch_size": 64, "eval_batch_size": 8, "log_every": 25, "eval_every": 250,
+                   "checkpoint_every": 250})
+  else:
+    config.model.update({"embed_dim": 512, "hidden_size": 2048})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_fraction": 0.01})
+    config.update({"total_steps": 500_000, "batch_size": 512, "eval_batch_size": 512, "log_every": 100,
+                   "eval_every": 10_000, "checkpoint_every": 10_000})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  model = config.model
+  if model.cell not in rnn.CELLS:
+    raise errors.unknown("--config.model.cell", model.cell, rnn.CELLS)
+  for field in ("embed_dim", "hidden_size", "num_layers"):
+    if model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 1")
+  for field in ("dropout", "embed_dropout", "weight_dropout"):
+    if not 0 <= model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  network = rnn.LanguageModel(
+      vocab_size=config.data.vocab_size, embed_dim=model.embed_dim, cell=model.cell, hidden_size=model.hidden_size,
+      num_layers=model.num_layers, dropout=model.dropout, embed_dropout=model.embed_dropout,
+      weight_dropout=model.weight_dropout, variational=model.variational, tied=model.tied, layer_norm=model.layer_norm,
+      dtype=image_classification.dtype(config), remat=model.remat)
+  return language_modeling.build(config, network, stateful=True)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)
