@@ -42,6 +42,8 @@ ALLOWED = {
                                "dljax.errors"],
     "dljax.semantic_segmentation": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.report",
                                     "dljax.config", "dljax.errors"],
+    "dljax.forecasting": ["dljax.data", "dljax.tasks", "dljax.models.baselines", "dljax.train.experiment", "dljax.optim",
+                          "dljax.config", "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],
@@ -142,7 +144,7 @@ def test_the_loop_can_be_read_in_one_sitting():
 
 def test_there_are_families():
   assert {"mlp", "lenet", "resnet"} <= set(FAMILIES)
-  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers"}
+  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers", "baselines"}
   assert models == set(FAMILIES)
 
 

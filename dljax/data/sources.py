@@ -29,8 +29,15 @@ def _digit_scenes() -> type:
   return DigitScenes
 
 
+def _temperatures() -> type:
+  from dljax.data.datasets.series import Temperatures
+
+  return Temperatures
+
+
 # Sets that ship with a dependency and prepare themselves: name -> its builder, which imports TFDS.
-EMBEDDED: Mapping[str, Callable[[], type]] = {"digits": _digits, "digit_scenes": _digit_scenes}
+EMBEDDED: Mapping[str, Callable[[], type]] = {
+    "digits": _digits, "digit_scenes": _digit_scenes, "temperatures": _temperatures}
 
 
 def data_dir() -> Path:
