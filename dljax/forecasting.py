@@ -1,7 +1,9 @@
 """The experiment that every family of forecasters shares: from a config and a model; and the baselines beside them.
 
-Published for the preset etth1 (horizon 96, all 7 channels, normalised values): DLinear mse 0.375, mae 0.399 (Zeng et al.
-2023, table 2; its authors' code leaves out the last windows of the test that fill no batch).
+Published for the preset etth1 (horizon 96, all 7 channels, normalised values): DLinear mse 0.375, mae 0.399 (Zeng et
+al. 2023, table 2; its authors' code leaves out the last windows of the test that fill no batch). Here all windows count:
+DLinear after 2560 steps of Adam at 5e-4, 32 windows each, mse 0.370, mae 0.392, in half a minute on two CPU cores; the
+same linear map by least squares, solved exactly, 0.370 and 0.392; seasonal-naive 0.512 and 0.433.
 """
 
 import functools
@@ -88,11 +90,20 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
       task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
       monitor=config.monitor or None, encode=functools.partial(_encode, config.data), decode=forecasting.decode,
       pictures=functools.partial(forecasting.pictures, band=task.band),
-      assets=lambda: {"normaliser": data.normaliser().asset()})
+      assets=lambda: {_NORMALISER: data.normaliser().asset()}, restore=lambda assets: data.use(_normaliser(assets)))
+
+
+_NORMALISER = "normaliser"
+
+
+def _normaliser(assets: Mapping[str, Any]) -> series.Normaliser:
+  if _NORMALISER not in assets:
+    raise UserError(f"--workdir: data/{_NORMALISER}.json is missing there; restore it from a copy, or train again")
+  return series.Normaliser.from_asset(assets[_NORMALISER])
 
 
 def _encode(
     data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
   """See `series.encode`."""
-  return series.encode(paths, data_config, series.Normaliser.from_asset(assets["normaliser"]))
+  return series.encode(paths, data_config, _normaliser(assets))

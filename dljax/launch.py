@@ -237,7 +237,9 @@ def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tu
 def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
   program, step, state = _restore(experiment, folder, options)
   evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
-  found, findings = evaluate(experiment, evaluator, state.variables, state.rng, folder.read_assets())
+  assets = folder.read_assets()
+  experiment.restore(assets)
+  found, findings = evaluate(experiment, evaluator, state.variables, state.rng, assets)
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))

@@ -73,8 +73,8 @@ def validate(config: Any) -> None:
   for field in ("window", "horizon"):
     need(field, config[field] > 0, "give a positive number of rows")
   need("window", config.window + config.horizon <= config.train,
-       f"with the horizon of {config.horizon} it is longer than the {config.train} rows of --config.data.train; make it "
-       "smaller")
+       f"with the horizon of {config.horizon} it is longer than the {config.train} rows of --config.data.train; "
+       "make it smaller")
   for field in ("validation", "test"):
     need(field, config[field] >= config.horizon, f"give {config.horizon} rows or more, a horizon")
   if not _is_csv(config.name):
@@ -243,14 +243,23 @@ class Normaliser:
   def fit(cls, series: Series) -> "Normaliser":
     """Of all values that there are; raises `UserError` for a channel without any."""
     for c in np.flatnonzero(np.isnan(series.values).all(axis=0))[:1]:
-      raise UserError(f"{series.name}: {series.channels[c]} has no value in the {len(series.times)} training rows; drop "
-                      "it from --config.data.channels")
+      raise UserError(f"{series.name}: {series.channels[c]} has no value in the {len(series.times)} training rows; "
+                      "drop it from --config.data.channels")
     std = np.nanstd(series.values, axis=0)
     return cls(series.channels, np.nanmean(series.values, axis=0), np.where(std > 0, std, 1.0), series.step)
 
   def __call__(self, values: np.ndarray) -> np.ndarray:
     """f[..., C] in the data's units -> f32[..., C] of mean 0 and standard deviation 1."""
     return ((values - self.mean) / self.std).astype(np.float32)
+
+  def check(self, series: Series) -> None:
+    """Raises `UserError` for a series of other channels or another step."""
+    if self.channels != series.channels:
+      raise UserError(f"{series.name}: has the channels {', '.join(series.channels)}, but the model was trained on "
+                      f"{', '.join(self.channels)}; name these by --config.data.channels")
+    if self.step != series.step:
+      raise UserError(f"{series.name}: has steps of {duration(series.step)}, but the model was trained on steps of "
+                      f"{duration(self.step)}; resample it")
 
   def asset(self) -> dict[str, Any]:
     """As it is saved in `workdir/data/`."""
@@ -273,7 +282,7 @@ def fill_forward(values: np.ndarray) -> np.ndarray:
 def _of_year(times: np.ndarray) -> np.ndarray:
   """f64[T], the share of its year that has passed."""
   year = times.astype("datetime64[s]").astype("datetime64[Y]")
-  begin, end = (y.astype("datetime64[s]").astype(np.int64) for y in (year, year + 1))
+  begin, end = (y.astype("datetime64[s]").astype(np.int64) for y in (year, year + np.timedelta64(1, "Y")))
   return (times - begin) / (end - begin)
 
 
@@ -310,6 +319,10 @@ class SeriesData:
   def normaliser(self) -> Normaliser:
     """What the batches are normalised by; opens the series if need be."""
     return self._series.opened[0]
+
+  def use(self, normaliser: Normaliser) -> None:
+    """Takes what an earlier run was fitted to in place of fitting anew; to be called before the series is opened."""
+    self._series.saved = normaliser
 
 
 def pipelines(
@@ -354,6 +367,7 @@ class _SeriesSet:
 
   def __init__(self, config: Any):
     self.config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
+    self.saved: Normaliser | None = None  # takes the place of one fitted here
     self._lock = threading.Lock()
     self._opened: tuple[Normaliser, np.ndarray, np.ndarray] | None = None
 
@@ -372,8 +386,9 @@ class _SeriesSet:
         if rows > len(series.times):
           raise UserError(f"--config.data.test={config.test}: with train and validation these are {rows:,} rows, but "
                           f"{config.name} has {len(series.times):,}; take fewer")
-        normaliser = Normaliser.fit(dataclasses.replace(
+        normaliser = self.saved or Normaliser.fit(dataclasses.replace(
             series, times=series.times[:config.train], values=series.values[:config.train]))
+        normaliser.check(series)
         self._opened = normaliser, series.times, normaliser(series.values)
       return self._opened
 
@@ -442,9 +457,7 @@ def encode(paths: Sequence[str], config: Any, normaliser: Normaliser) -> tuple[H
   for path in _files(paths):
     try:
       series = read_csv(path, config.time, config.channels).checked(config.missing)
-      if series.step != normaliser.step:
-        raise UserError(f"{path}: has steps of {duration(series.step)}, but the model was trained on steps of "
-                        f"{duration(normaliser.step)}; resample it")
+      normaliser.check(series)
       if len(series.times) < config.window:
         raise UserError(f"{path}: has {len(series.times)} rows, but the model needs a window of {config.window}; give "
                         "a longer series")

@@ -1,7 +1,8 @@
 """Forecasting: the values of a time series that come next.
 
 The loss is the mean squared error, or for quantiles the pinball loss (Koenker and Bassett 1978, "Regression
-Quantiles"), of normalised values; that is how the literature states its errors too (Zhou et al. 2021, arXiv:2012.07436).
+Quantiles"), of normalised values; that is how the literature states its errors too (Zhou et al. 2021,
+arXiv:2012.07436).
 
 Dimensions: B batch, W window, H horizon, C channels, K covariates, Q quantiles.
 """

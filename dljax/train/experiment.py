@@ -15,6 +15,10 @@ def _no_assets() -> Mapping[str, Any]:
   return {}
 
 
+def _keep(assets: Mapping[str, Any]) -> None:
+  del assets
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """What `experiments/x.py` builds from a config. Building one opens no data.
@@ -34,6 +38,8 @@ class Experiment:
       where predictions are none.
     assets: called once after the data was opened: what was fitted to it (class names, a
       tokenizer), JSON-able, by file stem; saved in `workdir/data/`.
+    restore: called with the assets of a run before its checkpoints are evaluated: the data is then read with what was
+      fitted in training, not fitted anew.
     corruptions: what `config.eval.corruptions` asks for: name -> strength, from 1 -> one pass over the split
       "test", so disturbed. A final evaluation measures each and gives the table and figure "corruptions".
   """
@@ -48,4 +54,5 @@ class Experiment:
   decode: Callable[[Any, Mapping[str, Any]], Iterable[Mapping[str, Any]]]
   pictures: Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Iterable[Any]] | None = None
   assets: Callable[[], Mapping[str, Any]] = _no_assets
+  restore: Callable[[Mapping[str, Any]], None] = _keep
   corruptions: Mapping[str, Mapping[int, Pipeline]] = dataclasses.field(default_factory=dict)
