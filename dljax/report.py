@@ -367,6 +367,62 @@ def class_map(classes: np.ndarray) -> Any:
   return picture
 
 
+def forecasts(
+    rows: Mapping[str, Mapping[str, np.ndarray]], channels: Sequence[str], *, band: str = "", caption: str = "",
+) -> Any:
+  """Forecasts of time series, each after the window that it was made from.
+
+  Args:
+    rows: title -> "window" [W, C], "forecast" [H, C], and where they are known "truth" [H, C] and the limits "low"
+      and "high" [H, C] of a band. What is NaN is left out.
+    channels: C names.
+    band: what the band is, for the legend.
+    caption: stands above all.
+
+  Returns:
+    The figure: a row of panels for each title, a column for each channel. No more than twice the horizon is shown
+    of the window.
+  """
+  figure, panels = _panels(len(channels), len(rows), max(2.6, 7.0 / len(channels)), 1.9)
+  handles = {}
+  for r, (title, fields) in enumerate(rows.items()):
+    horizon = len(fields["forecast"])
+    shown = min(len(fields["window"]), 2 * horizon)
+    before, after = np.arange(1 - shown, 1), np.arange(1, 1 + horizon)
+    for c, name in enumerate(channels):
+      axes = panels[r * len(channels) + c]
+      past = np.asarray(fields["window"])[-shown:, c]
+      handles["window"], = axes.plot(before, past, color=COLORS["train"], linewidth=1.2, label="window")
+      if "low" in fields:
+        handles["band"] = axes.fill_between(after, fields["low"][:, c], fields["high"][:, c], color=COLORS["test"],
+                                            alpha=0.25, linewidth=0, label=band)
+      if "truth" in fields:
+        handles["truth"], = axes.plot(after, fields["truth"][:, c], color=INK, linewidth=1.2, label="truth")
+      handles["forecast"], = axes.plot(after, fields["forecast"][:, c], color=COLORS["validation"], linewidth=1.5,
+                                       label="forecast")
+      axes.axvline(0.5, color=INK, linewidth=0.6, linestyle=":")
+      axes.set_title(f"{_shorten(str(name), 24)}\n{title}" if len(channels) > 1 else title, fontsize=9, color=INK)
+      axes.tick_params(labelsize=8, colors=INK)
+      axes.grid(alpha=0.25, linewidth=0.6)
+      axes.spines[["top", "right"]].set_visible(False)
+      if r == len(rows) - 1:
+        axes.set_xlabel("steps ahead", fontsize=9)
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  figure.legend(handles=[handles[name] for name in ("window", "truth", "forecast", "band") if name in handles],
+                loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+  return figure
+
+
+def picture(figure: Any) -> Any:
+  """A figure as a `PIL.Image.Image`, of `DPI`."""
+  from PIL import Image
+
+  figure.set_dpi(DPI)
+  figure.canvas.draw()
+  return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
 def relative_bars(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], label: str) -> Any:
   """Horizontal bars from 1 on a logarithmic scale, in groups: what is less lies left, what is more right.
 

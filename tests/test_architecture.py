@@ -44,6 +44,8 @@ ALLOWED = {
                                     "dljax.config", "dljax.errors"],
     "dljax.language_modeling": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
                                 "dljax.errors"],
+    "dljax.forecasting": ["dljax.data", "dljax.tasks", "dljax.models.baselines", "dljax.train.experiment",
+                          "dljax.optim", "dljax.config", "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],
@@ -144,7 +146,7 @@ def test_the_loop_can_be_read_in_one_sitting():
 
 def test_there_are_families():
   assert {"mlp", "lenet", "resnet"} <= set(FAMILIES)
-  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers"}
+  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers", "baselines"}
   assert models == set(FAMILIES)
 
 

@@ -225,3 +225,26 @@ def test_a_map_of_classes_holds_them_as_values_and_shows_their_colours(tmp_path)
   np.testing.assert_array_equal(shown[:255], report.class_colors(255))
   assert (shown[255] == 255).all() and (shown[0] == 0).all()
   assert len(np.unique(shown[:51], axis=0)) == 51, "classes of one colour"
+
+
+def test_forecasts_stand_after_their_window_and_beside_the_truth():
+  draw = np.random.default_rng(0)
+  fields = {"window": draw.normal(size=(9, 2)), "forecast": draw.normal(size=(3, 2)), "truth": draw.normal(size=(3, 2)),
+            "low": np.full((3, 2), -2.0), "high": np.full((3, 2), 2.0)}
+  fields["truth"][1, 1] = np.nan
+  figure = report.forecasts({"best": fields, "worst": fields}, ["load", "price"], band="0.1 to 0.9 quantile")
+  assert [axes.get_title() for axes in figure.axes] == ["load\nbest", "price\nbest", "load\nworst", "price\nworst"]
+  for i, axes in enumerate(figure.axes):
+    window, truth, forecast = axes.lines[:3]
+    np.testing.assert_array_equal(window.get_xdata(), np.arange(-5, 1))  # twice the horizon
+    np.testing.assert_array_equal(window.get_ydata(), fields["window"][-6:, i % 2])
+    for line, name in (truth, "truth"), (forecast, "forecast"):
+      np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+      np.testing.assert_array_equal(line.get_ydata(), fields[name][:, i % 2])
+    band = axes.collections[0].get_paths()[0].get_extents()
+    np.testing.assert_allclose(band.get_points(), [[1, -2], [3, 2]])
+  assert [text.get_text() for text in figure.legends[0].texts] == ["window", "truth", "forecast", "0.1 to 0.9 quantile"]
+  plain = report.forecasts({"from now": {name: fields[name] for name in ("window", "forecast")}}, ["load", "price"])
+  assert [text.get_text() for text in plain.legends[0].texts] == ["window", "forecast"]
+  picture = report.picture(plain)
+  assert picture.mode == "RGB" and min(picture.size) > 200 and len(np.unique(picture)) > 3

@@ -5,8 +5,8 @@
 
 mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare need nothing else: an interrupted download goes on where it
 stopped, and files are held against TFDS's checksums. So do emoji and emoji_scenes, sets of ours, of a font and its
-names that Debian 12 has, installed or downloaded. Other sets are prepared by TFDS itself, which for most
-of them needs TensorFlow (`pip install 'dljax[tf]'`).
+names that Debian 12 has, installed or downloaded, and etth1, a time series. Other sets are prepared by TFDS itself,
+which for most of them needs TensorFlow (`pip install 'dljax[tf]'`).
 """
 
 import argparse
@@ -24,6 +24,7 @@ from dljax.errors import UserError, unknown
 
 STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_shakespeare")
 EMOJI = ("emoji", "emoji_scenes")
+SERIES = ("etth1",)
 EMOJI_PACKAGES = "fonts-noto-color-emoji unicode-data"  # of Debian
 
 
@@ -53,10 +54,11 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
     raise UserError(f"--data_dir: cannot write to {data_dir}; choose another directory")
   if base in sources.EMBEDDED:
     return sources.prepare_embedded(name, data_dir)
-  if base in (*STOCK, *EMOJI):
-    from dljax.data.datasets import emoji, emoji_scenes, stock
+  if base in (*STOCK, *EMOJI, *SERIES):
+    from dljax.data.datasets import emoji, emoji_scenes, series, stock
 
-    builder = {"emoji": emoji.Emojis, "emoji_scenes": emoji_scenes.EmojiScenes, **stock.BUILDERS}[base]
+    builder = {"emoji": emoji.Emojis, "emoji_scenes": emoji_scenes.EmojiScenes, "etth1": series.Etth1,
+               **stock.BUILDERS}[base]
     if config or version not in ("", str(builder.VERSION)):
       raise UserError(f"{name}: {base} has no configs, and its version is {builder.VERSION}")
     folder = manual_dir or data_dir / "downloads" / (EMOJI[0] if base in EMOJI else base)
@@ -109,7 +111,8 @@ fetch = functools.partial(downloads.fetch, mend="put the file in a folder and na
 def _unknown(name: str) -> UserError:
   import tensorflow_datasets as tfds
 
-  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *sources.EMBEDDED, *EMOJI])
+  ours = *sources.EMBEDDED, *EMOJI, *SERIES
+  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *ours])
 
 
 def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None:

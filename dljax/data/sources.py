@@ -35,9 +35,15 @@ def _pydoc() -> type:
   return Pydoc
 
 
+def _temperatures() -> type:
+  from dljax.data.datasets.series import Temperatures
+
+  return Temperatures
+
+
 # Sets that ship with Python or a dependency and prepare themselves: name -> its builder, which imports TFDS.
 EMBEDDED: Mapping[str, Callable[[], type]] = {
-    "digits": _digits, "digit_scenes": _digit_scenes, "pydoc": _pydoc}
+    "digits": _digits, "digit_scenes": _digit_scenes, "pydoc": _pydoc, "temperatures": _temperatures}
 
 
 def data_dir() -> Path:

@@ -3,8 +3,9 @@
 Each layer is an attribute with the name that it has in our model, a `torch.nn.Linear` or a `torch.nn.Conv2d`:
 `hidden1`, `hidden2`, ..., `head` for the MLP, `c1`, `c3`, `c5`, `f6`, `head` for LeNet-5, whose `c5` is a
 `Linear(400, 120)` over `torch.flatten(x, 1)`; for U-Net `down1.conv1`, `down1.norm1`, ..., `bottom`, `upconv4` (a
-`torch.nn.ConvTranspose2d`), `up4`, ..., `head`. The MLP's first layer takes the image flattened as it is stored
-with us, in the order height, width, channel; with one channel that is PyTorch's order too.
+`torch.nn.ConvTranspose2d`), `up4`, ..., `head`; for DLinear those of its authors' code, `Linear_Seasonal` and
+`Linear_Trend`, whose third, `Linear_Decoder`, is not used there. The MLP's first layer takes the image flattened as it is
+stored with us, in the order height, width, channel; with one channel that is PyTorch's order too.
 
 `rnn.Stack` is a `torch.nn.RNN`, `LSTM` or `GRU`: `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`,
 `weight_ih_l0_reverse`, ... The language model is an `Embedding` `embed`, such a network `rnn` and a `Linear` `head`,
@@ -19,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image
-from dljax.models import lenet, mlp, rnn, unet
+from dljax.models import baselines, lenet, mlp, rnn, unet
 
 
 def _features(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -62,8 +63,6 @@ def _unet(model: unet.UNet) -> Table:
       inputs=image(model.smallest, "down1.conv1.weight"),
       no_weight=r".*\.num_batches_tracked",
   )
-
-
 
 
 def _cells(path: str, name: str) -> list[tuple[str, str, Layout]]:
@@ -119,6 +118,21 @@ def _forecaster(model: rnn.Forecaster) -> Table:
   )
 
 
+def _window(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """DLinear's input [1, W, 1], with W read off a map; any number of channels is as good."""
+  shape = np.shape(tensors.get("Linear_Seasonal.weight"))
+  return (jax.ShapeDtypeStruct((1, shape[1] if len(shape) == 2 else 1, 1), np.float32),)
+
+
+DLINEAR = Table(
+    rules=[(rf"params/{ours}/{kind}", f"{theirs}.{name}", layout)
+           for ours, theirs in (("seasonal", "Linear_Seasonal"), ("trend", "Linear_Trend"))
+           for kind, name, layout in (("kernel", "weight", LINEAR), ("bias", "bias", SAME))],
+    inputs=_window,
+    no_weight=r"Linear_Decoder\..*",
+)
+
+
 TABLES: Mapping[type[nn.Module], Table | Callable[[Any], Table]] = {
     mlp.MLP: MLP, lenet.LeNet5: LENET, unet.UNet: _unet, rnn.Stack: STACK, rnn.LanguageModel: _language_model,
-    rnn.Forecaster: _forecaster}
+    rnn.Forecaster: _forecaster, baselines.DLinear: DLINEAR}

@@ -9,7 +9,7 @@ import pytest
 
 from dljax import interop
 from dljax.errors import UserError
-from dljax.models import lenet, mlp, rnn, unet
+from dljax.models import baselines, lenet, mlp, rnn, unet
 from dljax.models.layers import BatchNorm
 from dljax.tasks.segmentation import Segmentation
 from tests.fixtures import formula
@@ -36,6 +36,11 @@ def test_unet_gives_torchs_logits(name):
 @pytest.mark.slow
 def test_the_unet_of_2015_gives_torchs_logits():
   assert_parity(functools.partial(unet.VARIANTS["unet_2015"], num_classes=2), "torch", "unet_2015")
+
+
+def test_dlinear_gives_its_authors_forecasts():
+  assert_parity(functools.partial(baselines.VARIANTS["dlinear"], horizon=12), "torch", "dlinear",
+                read=lambda out: out["logits"])
 
 
 def _segment(model, image, fixture):
