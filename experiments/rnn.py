@@ -32,7 +32,7 @@ PRESETS: Mapping[str, str] = {
     "pydoc": "An LSTM on the bytes of Python's own documentation, which ships inside Python; offline, minutes.",
     "tiny_shakespeare": "An LSTM on the characters of 40,000 lines of Shakespeare; an hour on two cores.",
     "lm1b": "An LSTM on the One Billion Word Benchmark, in sub-words.",
-    "temperatures": "An LSTM that forecasts a day of hourly temperatures of two cities, which vega_datasets has; offline.",
+    "temperatures": "An LSTM that forecasts a day of hourly temperatures in two cities; offline, minutes.",
     "etth1": "An LSTM that forecasts four days of a transformer's loads and oil temperature (ETTh1).",
 }
 
