@@ -4,6 +4,7 @@ Every function gives a `matplotlib.figure.Figure` and never touches pyplot, whos
 two threads can share. A notebook shows them after `%matplotlib inline`.
 """
 
+import itertools
 import json
 import math
 import os
@@ -339,6 +340,49 @@ def segmentations(
   if handles:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * len(images)), frameon=False,
                   fontsize=9, columnspacing=1, handlelength=1)
+  return figure
+
+
+def alignments(
+    features: Sequence[np.ndarray], probabilities: Sequence[np.ndarray], symbols: Sequence[str], titles: Sequence[str],
+) -> Any:
+  """What a network heard when: the features of recordings, and below the probability of each symbol over time.
+
+  Args:
+    features: each [t, F], drawn with the lowest band below.
+    probabilities: each [T, V]. Symbol 0, the blank, is a thin line; of the others those are drawn and named that are
+      anywhere the most probable.
+    symbols: V.
+    titles: one for each recording.
+
+  Returns:
+    The figure: a pair of panels for each recording.
+  """
+  figure = _figure(9, 2.6 * len(features) + 0.4)
+  panels = figure.subplots(2 * len(features), 1, squeeze=False, height_ratios=[3, 2] * len(features))[:, 0]
+  colors = [COLORS["test"], COLORS["validation"], *MORE_COLORS]
+  for upper, lower, bands, shares, title in zip(panels[::2], panels[1::2], features, probabilities, titles):
+    upper.imshow(np.asarray(bands).T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+    upper.set(xticks=[], yticks=[])
+    upper.set_title("\n".join(_shorten(line, 110) for line in title.split("\n")), fontsize=8, color=INK, loc="left",
+                    family="monospace")
+    times = np.arange(len(shares))
+    guess = np.argmax(shares, axis=1)
+    lower.plot(times, shares[:, 0], color=COLORS["train"], linewidth=0.7, linestyle=":")
+    for i, symbol in enumerate(sorted(set(guess.tolist()) - {0})):
+      lower.plot(times, shares[:, symbol], color=colors[i % len(colors)], linewidth=1.2)
+    start = 0
+    for symbol, run in itertools.groupby(guess.tolist()):
+      end = start + len(list(run))
+      if symbol:
+        at = start + int(np.argmax(shares[start:end, symbol]))
+        lower.text(at, 1.04, symbols[symbol].replace(" ", "␣"), ha="center", fontsize=8, color=INK)
+      start = end
+    lower.set_xlim(-0.5, max(len(shares), 1) - 0.5)
+    lower.set_ylim(0, 1.25)
+    lower.set(xticks=[], yticks=[0, 1])
+    lower.tick_params(labelsize=8, colors=INK)
+    lower.spines[["top", "right"]].set_visible(False)
   return figure
 
 

@@ -29,6 +29,7 @@ ALLOWED = {
     "dljax.optim": ["dljax.errors"],
     "dljax.ops": ["dljax.ops", "dljax.errors"],
     "dljax.models.retinanet": ["dljax.models.layers", "dljax.models.resnet"],  # whose stages carry its pyramid
+    "dljax.models.deepspeech": ["dljax.models.layers", "dljax.models.rnn"],  # whose stack hears its convolutions
     "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
@@ -46,6 +47,8 @@ ALLOWED = {
                                 "dljax.errors"],
     "dljax.forecasting": ["dljax.data", "dljax.tasks", "dljax.models.baselines", "dljax.train.experiment",
                           "dljax.optim", "dljax.config", "dljax.errors"],
+    "dljax.speech": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
+                     "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],

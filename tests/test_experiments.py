@@ -49,11 +49,16 @@ SHORT["vgg"] = SHORT["efficientnet"] = SHORT["resnet"]
 SHORT["retinanet"] = SHORT["unet"] = [
     "--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3", "--config.batch_size=4",
     "--config.data.validation=validation[:20]", "--config.data.test=test[:20]", "--mesh=data:1"]
+SHORT["deepspeech"] = [
+    "--config.total_steps=6", "--config.log_every=1", "--config.eval_every=3", "--config.batch_size=4",
+    "--config.data.train=train[:64]", "--config.data.validation=validation[:20]", "--config.data.test=test_10db[:20]",
+    "--config.data.buckets=1", "--config.model.beam=2", "--mesh=data:1"]
 # To what share the loss falls meanwhile; see `_falls_to`. A few steps of deep ones tell only that numbers are finite.
 FALLS_TO = {"mlp": 0.3, "resnet": math.inf, "vgg": math.inf, "efficientnet": math.inf, "retinanet": math.inf,
-            "unet": math.inf}
+            "unet": math.inf, "deepspeech": math.inf}
 PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594,
-              "efficientnet": 178_962, "vit": 675_562, "retinanet": 1_562_116, "unet": 482_619}
+              "efficientnet": 178_962, "vit": 675_562, "retinanet": 1_562_116, "unet": 482_619,
+              "deepspeech": 469_493}
 SMALL = ("mlp", "lenet", "resnet")  # the smoke runs of the others are slow
 
 

@@ -12,6 +12,7 @@ stored with us, in the order height, width, channel; with one channel that is Py
 whose weight is left out where it is the embedding; the forecaster is two networks, `encoder` and `decoder`, and `head`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from dljax.interop.table import CONV, LINEAR, SAME, Layout, Table, batch_norm, flattened, image
-from dljax.models import baselines, lenet, mlp, rnn, unet
+from dljax.models import baselines, deepspeech, lenet, mlp, rnn, unet
 
 
 def _features(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -133,6 +134,27 @@ DLINEAR = Table(
 )
 
 
+def _deepspeech(model: deepspeech.DeepSpeech) -> Table:
+  channels, step = model.channels, math.prod(stride for _, stride in model.strides)
+  # What the GRU reads of a frame: channels by bands in the source, bands by channels with us.
+  first = Layout(
+      lambda x: x.reshape(len(x), channels, -1).transpose(2, 1, 0).reshape(-1, len(x)),
+      lambda x: x.reshape(-1, channels, x.shape[1]).transpose(2, 1, 0).reshape(x.shape[1], -1))
+  return Table(
+      rules=[
+          (r"params/gru/l0((?:_reverse)?)/weight_ih", r"gru.weight_ih_l0\1", first),
+          *_cells("gru/", "gru."),
+          (r"params/(conv\d)/conv/kernel", r"\1.conv.weight", CONV),
+          *batch_norm(r"(conv\d)/norm", r"\1.norm"),
+          ("params/head/kernel", "head.weight", LINEAR),
+          ("params/head/bias", "head.bias", SAME),
+      ],
+      inputs=lambda tensors: (jax.ShapeDtypeStruct(
+          (1, 1, step * max(1, _width(tensors, "gru.weight_ih_l0") // channels)), np.float32),),
+      no_weight=r".*\.num_batches_tracked",
+  )
+
+
 TABLES: Mapping[type[nn.Module], Table | Callable[[Any], Table]] = {
     mlp.MLP: MLP, lenet.LeNet5: LENET, unet.UNet: _unet, rnn.Stack: STACK, rnn.LanguageModel: _language_model,
-    rnn.Forecaster: _forecaster, baselines.DLinear: DLINEAR}
+    rnn.Forecaster: _forecaster, baselines.DLinear: DLINEAR, deepspeech.DeepSpeech: _deepspeech}

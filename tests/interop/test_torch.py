@@ -9,8 +9,9 @@ import pytest
 
 from dljax import interop
 from dljax.errors import UserError
-from dljax.models import baselines, lenet, mlp, rnn, unet
+from dljax.models import baselines, deepspeech, lenet, mlp, rnn, unet
 from dljax.models.layers import BatchNorm
+from dljax.tasks.ctc import Transcription
 from dljax.tasks.segmentation import Segmentation
 from tests.fixtures import formula
 from tests.interop.parity import assert_parity, assert_sgd_step
@@ -116,3 +117,26 @@ def test_layer_norm_has_no_counterpart_in_torch():
   stack = rnn.Stack("lstm", 4, layer_norm=True)
   with pytest.raises(UserError, match="no counterpart of params/l0/scale_"):
     interop.dump(stack, random_variables(stack, np.zeros((1, 2, 3))), "torch")
+
+
+DEEPSPEECH = functools.partial(
+    deepspeech.DeepSpeech, vocab_size=5, channels=3, kernels=((5, 3), (3, 5)), hidden_size=6, num_layers=2)
+
+
+def test_deepspeech_gives_torchs_logits():
+  assert_parity(DEEPSPEECH, "torch", "deepspeech", read=lambda out: out["logits"])
+
+
+def _transcribe(model, features, fixture):
+  """Two recordings and what is said in them."""
+  del fixture
+  tokens = np.zeros((2, 6), np.int32)
+  for row, text in zip(tokens, formula.TEXTS):
+    row[:len(text)] = text
+  return Transcription(model, "abcd"), {
+      "features": features, "length": np.full(2, features.shape[1], np.int32), "tokens": tokens,
+      "token_length": np.array([len(text) for text in formula.TEXTS], np.int32), "mask": np.ones(2)}
+
+
+def test_a_step_of_sgd_on_ctc_gives_torchs_parameters():
+  assert_sgd_step(DEEPSPEECH, "torch", "deepspeech", _transcribe)
