@@ -251,3 +251,60 @@ def test_clipping_saves_the_exploding_case():
   assert gradient(ends[1.0])[0] < 0.9  # of what is always zero: 1
   loss, grads = gradient(ends[0.0])
   assert not loss < 1 and not 0 < _norm(grads) < np.inf  # no number, or every unit is dead
+
+
+STEPS = 200  # of the problems below
+
+
+def _adding(key):
+  """Numbers, two of them marked, one in each half; their sum is wanted. To say 1 always costs 1/6 on average."""
+  numbers, *places = jax.random.split(key, 3)
+  values = jax.random.uniform(numbers, (32, STEPS))
+  marks = sum(jax.nn.one_hot(jax.random.randint(k, (32,), i * STEPS // 2, (i + 1) * STEPS // 2), STEPS)
+              for i, k in enumerate(places))
+  return jnp.stack([values, marks], -1), jnp.sum(values * marks, 1)
+
+
+def _copying(key):
+  """One of four symbols, blanks, and then a sign to tell it again; to guess costs log 4."""
+  symbol = jax.random.randint(key, (32,), 0, 4)
+  blanks = jnp.full((32, STEPS - 1), 4)
+  return jax.nn.one_hot(jnp.concatenate([symbol[:, None], blanks, jnp.full((32, 1), 5)], 1), 6), symbol
+
+
+def _learn(cell, problem, steps):
+  """The mean loss of the last 100 of `steps` steps of a cell of width 32."""
+  stack = rnn.Stack(cell, 32)
+  outputs = 1 if problem is _adding else 4
+  layer = jax.jit(stack.init)(jax.random.key(0), problem(jax.random.key(0))[0])["params"]["l0"]
+  if cell == "lstm":  # gates that let little in and forget little: Tallec and Ollivier 2018, arxiv.org/abs/1804.11188
+    layer["bias_ih"] += np.repeat([-4, 3, 0, 0], 32)
+  params = {"l0": layer, "head": 0.1 * jax.random.normal(jax.random.key(1), (32, outputs)), "bias": jnp.zeros(outputs)}
+
+  def loss(params, key):
+    x, wanted = problem(key)
+    y = stack.apply({"params": {"l0": params["l0"]}}, x)[0][:, -1] @ params["head"] + params["bias"]
+    if problem is _adding:
+      return jnp.mean((y[:, 0] - wanted)**2)
+    return optax.softmax_cross_entropy_with_integer_labels(y, wanted).mean()
+
+  config = optim.default_config("adam")
+  config.update({"learning_rate": 0.01, "schedule": "constant", "warmup_fraction": 0.0, "clip_norm": 1.0})
+  tx, _ = optim.make_optimizer(config, steps)
+
+  def step(state, key):
+    params, opt_state = state
+    value, grads = jax.value_and_grad(loss)(params, key)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), value
+
+  run = jax.jit(lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(2), steps))[1])
+  return float(jnp.mean(run((params, tx.init(params)))[-100:]))
+
+
+@pytest.mark.slow
+def test_an_lstm_adds_and_remembers_over_200_steps_and_an_elman_network_does_not():
+  assert _learn("lstm", _adding, 800) < 0.5 / 6  # half of what to say 1 costs
+  assert _learn("lstm", _copying, 300) < 0.1
+  assert _learn("tanh", _adding, 300) > 0.9 / 6
+  assert _learn("tanh", _copying, 300) > 0.9 * np.log(4)
