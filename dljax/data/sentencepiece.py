@@ -6,6 +6,7 @@ tokens is read here. Unigram and BPE models give the tokens that SentencePiece i
 """
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -85,21 +86,25 @@ def byte_piece(byte: int) -> str:
 
 
 def finished_unigram(tokenizer: Any, keep: Sequence[str], byte_fallback: bool) -> Any:
-  """A Unigram tokenizer as it was trained, but no text spells its special tokens, as it does with scores of 0.
+  """A Unigram tokenizer as it was trained, but no text can spell its special tokens.
 
   Args:
     tokenizer: with the special tokens that it was trained with.
     keep: those that stay special.
     byte_fallback: whether the others are the pieces of the 256 bytes, to write with what is unknown.
   """
-  from tokenizers import Tokenizer
+  from tokenizers import Regex, Tokenizer, pre_tokenizers
 
   content = json.loads(tokenizer.to_str())
-  special = {token["content"] for token in content["added_tokens"]}
-  content["model"]["vocab"] = [[text, _NEVER if text in special else score] for text, score in content["model"]["vocab"]]
+  spelled = [token["content"] for token in content["added_tokens"]]
   content["model"]["byte_fallback"] = byte_fallback
   content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in keep]
-  return Tokenizer.from_str(json.dumps(content))
+  finished = Tokenizer.from_str(json.dumps(content))
+  # Cut behind the first character, as they have a better score than any word.
+  begins = Regex("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in spelled))
+  finished.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(begins, "isolated"), finished.pre_tokenizer])
+  return finished
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
