@@ -124,8 +124,8 @@ def _zero_beyond(x: jax.Array, length: jax.Array) -> jax.Array:
 
 
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
-    # Parameters with 29 labels and 80 bands; of the small form with 37 and 16.
+    # Parameters with 29 labels and 80 bands; of the small form with 38 and 16.
     "deepspeech2": functools.partial(DeepSpeech),  # 53,337,533
-    "deepspeech_small": functools.partial(  # 469,493
+    "deepspeech_small": functools.partial(  # 469,750
         DeepSpeech, channels=16, kernels=((11, 11), (7, 7)), strides=((2, 2), (2, 2)), hidden_size=128, num_layers=2),
 }

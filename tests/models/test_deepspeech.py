@@ -15,8 +15,8 @@ GRU = lambda inputs, hidden: 2 * 3 * (inputs * hidden + hidden * hidden + 2 * hi
 COUNTS = {
     "deepspeech2": ((29, 80), 11 * 41 * 32 + 11 * 21 * 32 * 32 + 2 * 2 * 32
                     + GRU(20 * 32, 800) + 4 * GRU(1600, 800) + 1600 * 29 + 29),
-    "deepspeech_small": ((37, 16), 11 * 11 * 16 + 7 * 7 * 16 * 16 + 2 * 2 * 16
-                         + GRU(4 * 16, 128) + GRU(256, 128) + 256 * 37 + 37),
+    "deepspeech_small": ((38, 16), 11 * 11 * 16 + 7 * 7 * 16 * 16 + 2 * 2 * 16
+                         + GRU(4 * 16, 128) + GRU(256, 128) + 256 * 38 + 38),
 }
 
 
