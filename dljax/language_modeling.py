@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
 
   def encode(paths: Sequence[str], assets: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], list[str], list[str]]:
     del assets  # the experiment has restored them
-    texts, names, skipped = _read(paths)
+    texts, names, skipped = _read(paths, lambda content, name: data.tokenizer().encode(content, name))
     return prompt(texts, names), names, skipped
 
   def decode(predictions: Mapping[str, Any], assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -79,8 +79,16 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
       prompt=prompt)
 
 
-def _read(paths: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-  """(the texts, their names, one line for each file that cannot be used) of files, and of the .txt files in folders."""
+def _read(paths: Sequence[str], check: Callable[[str, str], Any]) -> tuple[list[str], list[str], list[str]]:
+  """Reads files, and the .txt files in folders.
+
+  Args:
+    paths: of both.
+    check: (text, name) -> nothing; raises `UserError` where the text cannot be used.
+
+  Returns:
+    The texts, their names, and one line for each file that cannot be used.
+  """
   files = []
   for path in map(Path, paths):
     if not path.exists():
@@ -89,7 +97,9 @@ def _read(paths: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
   texts, names, skipped = [], [], []
   for path in files:
     try:
-      texts.append(text.read_file(path, "--input"))
+      content = text.read_file(path, "--input")
+      check(content, os.fspath(path))
+      texts.append(content)
       names.append(os.fspath(path))
     except UserError as error:
       skipped.append(str(error).removeprefix("--input="))

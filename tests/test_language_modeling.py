@@ -48,7 +48,7 @@ def _result(workdir):
 def test_the_loss_falls_and_every_unit_is_told(trained):
   rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
   losses = [row["loss"] for row in rows if row["split"] == "train"]
-  assert losses[-1] < 0.8 * losses[0]
+  assert max(losses) < 0.85 * math.log(60)  # which a guess without knowledge costs, and the first step did
   for split in ("validation", "test"):
     found = _result(trained)["metrics"][split]
     assert set(found) == {"loss", "perplexity", "accuracy", "bits_per_character", "bits_per_byte"}
@@ -89,12 +89,14 @@ def test_a_prompt_is_written_on_as_it_comes(trained, tmp_path):
 
 
 def test_a_file_is_written_on_as_a_prompt_is(trained, tmp_path):
-  (tmp_path / "in.txt").write_text("Speak the")
-  (tmp_path / "empty.txt").write_text("")
-  output = tmp_path / "out.json"
-  outcome = run(rnn, f"--workdir={trained}", "--mode=predict", f"--input={tmp_path}", f"--output={output}",
+  texts, output = tmp_path / "texts", tmp_path / "out.json"
+  texts.mkdir()
+  for name, content in (("in", "Speak the"), ("empty", ""), ("foreign", "ça")):
+    (texts / f"{name}.txt").write_text(content)
+  outcome = run(rnn, f"--workdir={trained}", "--mode=predict", f"--input={texts}", f"--output={output}",
                 "--mesh=data:1")
-  assert outcome.status == 1 and f"skipped {tmp_path / 'empty.txt'} is empty" in outcome.err
+  assert outcome.status == 1 and f"skipped {texts / 'empty.txt'} is empty" in outcome.err
+  assert f"skipped {texts / 'foreign.txt'}: the character 'ç' (U+00E7) at position 0" in outcome.err
   row, = json.loads(output.read_text())
   assert _write(trained, "--prompt=Speak the") == f"Speak the{row['text']}\n"
 
@@ -109,7 +111,8 @@ def test_sampling_is_chosen_by_the_command_line(trained):
 def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
   play = trained.parent / "play.txt"
   play.write_text(PLAY)
-  arguments = [*SMALL, f"--config.data.file={play}", "--config.optimizer.schedule=constant"]
+  arguments = [*SMALL, f"--config.data.file={play}", "--config.optimizer.schedule=constant",
+               "--config.optimizer.warmup_fraction=0"]
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   assert run(rnn, f"--workdir={whole}", *arguments).status == 0
   assert run(rnn, f"--workdir={parts}", *arguments, "--config.total_steps=15").status == 0
