@@ -2,8 +2,8 @@
 
   python -m experiments.deepspeech
 
-Of the characters of Morse's 300 test recordings at 10 dB none is wrong, of those at 0 dB 2.15 % (one run of 2500 steps,
-28 minutes on two CPU cores that did other work too). For the second, once it has run:
+Of the characters of Morse's 300 test recordings at 10 dB none is wrong, of those at 0 dB 2.15 % (one run of 2500
+steps, 28 minutes on two CPU cores that did other work too). For the second, once it has run:
   python -m experiments.deepspeech --mode=eval --workdir=runs/deepspeech-morse --config.data.test=test_0db
 
 The other presets have not been run yet. The prompts are Debian's, the hundred hours of LibriSpeech TFDS' (which prepares them with TensorFlow):
