@@ -6,7 +6,8 @@ Of the characters of Morse's 300 test recordings at 10 dB none is wrong, of thos
 steps, 28 minutes on two CPU cores that did other work too). For the second, once it has run:
   python -m experiments.deepspeech --mode=eval --workdir=runs/deepspeech-morse --config.data.test=test_0db
 
-The other presets have not been run yet. The prompts are Debian's, the hundred hours of LibriSpeech TFDS' (which prepares them with TensorFlow):
+The other presets have not been run yet. The prompts are Debian's, the hundred hours of LibriSpeech TFDS' (which
+prepares them with TensorFlow):
   python -m dljax.data.prepare telephone_prompts
   python -m dljax.data.prepare librispeech
 """
