@@ -163,17 +163,17 @@ def _lstm(u: Array, p: Array, state: State) -> tuple[State, tuple[Array]]:
   _, c = state
   gates = _squash(u + p, "ssts")
   i, f, g, o = jnp.split(gates, 4, -1)
-  c = lax.optimization_barrier(f * c + i * g)
+  c = _once(f * c + i * g)
   return (o * jnp.tanh(c), c), (gates,)
 
 
 def _lstm_back(saved: tuple[Array], old: State, new: State, grad: State) -> tuple[Array, Array, State]:
   (gates,), (_, c), (_, new_c), (dh, dc) = saved, old, new, grad
   i, f, g, o = jnp.split(gates, 4, -1)
-  t = lax.optimization_barrier(jnp.tanh(new_c))
-  dc = lax.optimization_barrier(dc + dh * o * (1 - t * t))
+  t = _once(jnp.tanh(new_c))
+  dc = _once(dc + dh * o * (1 - t * t))
   parts = (dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o))
-  da = jnp.concatenate(lax.optimization_barrier(parts), -1)
+  da = jnp.concatenate(_once(parts), -1)
   return da, da, (jnp.zeros_like(dh), dc * f)
 
 
@@ -198,8 +198,12 @@ def _gru_back(saved: tuple[Array, Array, Array], old: State, _: State, grad: Sta
 def _squash(a: Array, kinds: str) -> Array:
   """The blocks of [B, G H] through a sigmoid ("s") or a tanh ("t"), by one tanh of them all."""
   scale = np.repeat([0.5 if kind == "s" else 1.0 for kind in kinds], a.shape[-1] // len(kinds)).astype(a.dtype)
-  # Found once, and not again in each place that needs a gate.
-  return lax.optimization_barrier(jnp.tanh(a * scale) * scale + (1 - scale))
+  return _once(jnp.tanh(a * scale) * scale + (1 - scale))
+
+
+def _once(x: Any) -> Any:
+  """The same, but a CPU's compiler does not find it anew in each place that needs it, inside of slower loops."""
+  return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 CELLS: Mapping[str, Cell] = {

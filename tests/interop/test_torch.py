@@ -77,7 +77,7 @@ def test_a_recurrent_network_gives_torchs_outputs_states_and_gradients(cell, for
 
   def loss(variables, x, carry):
     y, end = stack.apply(variables, x, None if length is None else jnp.array(length), carry)
-    return sum(jnp.sum(jnp.sin(3 * a) / 3) for a in jax.tree.leaves((y, end))), (y, end)
+    return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves((y, end))), (y, end)
 
   def assert_close(inputs, tolerance):
     (d, dx, dcarry), (y, end) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
@@ -86,7 +86,8 @@ def test_a_recurrent_network_gives_torchs_outputs_states_and_gradients(cell, for
              (np.stack(list(zip(*dcarry)), 0), fixture["dcarry"]),
              (formula.sample(gradients[name] for name in fixture["shapes"]), fixture["gradients"])]
     for ours, theirs in pairs:
-      np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=tolerance, atol=tolerance)
+      scale = max(1, np.abs(theirs).max())  # what a ReLU hands on has no bound
+      np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=tolerance, atol=tolerance * scale)
 
   assert_close(inputs, 1e-5)
   with jax.enable_x64(True):
