@@ -252,9 +252,11 @@ def test_forecasts_stand_after_their_window_and_beside_the_truth():
 
 def test_alignments_name_each_run_of_a_symbol_at_its_peak():
   shares = np.full((8, 3), 0.1)
-  for frame, (symbol, share) in enumerate([(0, 0.9), (1, 0.5), (1, 0.8), (0, 0.9), (1, 0.9), (2, 0.6), (2, 0.5), (0, 0.9)]):
+  path = [(0, 0.9), (1, 0.5), (1, 0.8), (0, 0.9), (1, 0.9), (2, 0.6), (2, 0.5), (0, 0.9)]
+  for frame, (symbol, share) in enumerate(path):
     shares[frame, symbol] = share
-  figure = report.alignments([np.eye(16, 4)] * 2, [shares, shares[:0]], ["", "a", " "], ["said: aa \nread: aa ", "nothing"])
+  figure = report.alignments(
+      [np.eye(16, 4)] * 2, [shares, shares[:0]], ["", "a", " "], ["said: aa \nread: aa ", "nothing"])
   upper, lower = figure.axes[:2]
   assert upper.images[0].get_array().shape == (4, 16)
   assert [(text.get_position()[0], text.get_text()) for text in lower.texts] == [(2, "a"), (4, "a"), (5, "␣")]

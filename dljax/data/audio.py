@@ -6,11 +6,11 @@ is padding) and "host/id" i64[b] (the example's position in its split, -1 for pa
 `data/ragged.py`.
 
 Features are computed on the host, once where a split fits into memory: the logarithm of the power in `num_mels` bands
-of equal width on the mel scale, as librosa has it (Slaney's scale and norm, frames centred on multiples of the hop, zeros
-beyond the ends), then less the recording's mean in each band, over the recording's standard deviation.
+of equal width on the mel scale, as librosa has it (Slaney's scale and norm, frames centred on multiples of the hop,
+zeros beyond the ends), then less the recording's mean in each band, over the recording's standard deviation.
 
-SpecAugment: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition", its masks
-of time and of frequency (section 2; without time warping, which the authors found to matter least).
+SpecAugment: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition", its
+masks of time and of frequency (section 2; without time warping, which the authors found to matter least).
 
 Dimensions: b the host's rows, N samples, T frames, F bands, U characters.
 """

@@ -10,6 +10,9 @@ stored with us, in the order height, width, channel; with one channel that is Py
 `rnn.Stack` is a `torch.nn.RNN`, `LSTM` or `GRU`: `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`,
 `weight_ih_l0_reverse`, ... The language model is an `Embedding` `embed`, such a network `rnn` and a `Linear` `head`,
 whose weight is left out where it is the embedding; the forecaster is two networks, `encoder` and `decoder`, and `head`.
+
+Deep Speech is `conv1` and `conv2`, each of a `Conv2d` `conv` without bias over (time, bands) and a `BatchNorm2d`
+`norm`, a `GRU` `gru` over channels by bands, and a `Linear` `head`.
 """
 
 import math

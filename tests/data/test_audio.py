@@ -126,7 +126,8 @@ def test_tokens_fold_case_and_spaces():
 @pytest.mark.parametrize("field, value, words", [
     ("alphabet", "aa", "each character once"), ("highest", 5000.0, "at most 4000 Hz"), ("num_mels", 200, "fewer bands"),
     ("hop", 0.0, "at least one sample"), ("window", float("nan"), "at least one sample"), ("train", "", "train on"),
-    ("lowest", 4000.0, "less than the highest"), ("frequency_mask", 9, "at most 8"), ("time_mask_share", 2.0, "0 to 1")])
+    ("lowest", 4000.0, "less than the highest"), ("frequency_mask", 9, "at most 8"),
+    ("time_mask_share", 2.0, "0 to 1")])
 def test_values_out_of_range_are_refused(field, value, words):
   with pytest.raises(UserError, match=words) as error:
     audio.validate(config(**{field: value}))
@@ -275,7 +276,8 @@ def test_samples_of_another_rate_are_read_without_tensorflow_and_resampled(prepa
     ((wav(np.zeros(800, np.int16)), "axe"), {}, ["'x'", "--config.data.alphabet"]),
     ((wav(np.zeros(800, np.int16)), "abcabcabc"), {}, ["--config.data.max_text=8", "example 1", "9 characters"]),
     ((wav(np.zeros(8000, np.int16)), "a"), {}, ["--config.data.max_frames=64", "example 1", "101"]),
-    ((wav(np.zeros(800, np.int16)), "a"), {"text_feature": "words"}, ["--config.data.text_feature=words", "no such feature, but"]),
+    ((wav(np.zeros(800, np.int16)), "a"), {"text_feature": "words"},
+     ["--config.data.text_feature=words", "no such feature, but"]),
 ])
 def test_bad_examples_are_named(prepared, example, fields, words):
   prepared({"train": [recordings(1, 0)[0], example]})

@@ -44,7 +44,8 @@ vm-Urgent: urgent
 
 @pytest.mark.parametrize("name, said", [
     ("vm-login", ["comedian mail", "mailbox"]), ("digits/a-m", ["a m"]), ("digits/oclock", ["o'clock"]),
-    ("spy-h323", ["h three two three"]), ("letters/at", ["at"]), ("spy-iax2", ["iax"]), ("de-activated", ["de activated"]),
+    ("spy-h323", ["h three two three"]), ("letters/at", ["at"]), ("spy-iax2", ["iax"]),
+    ("de-activated", ["de activated"]),
     ("dictate/both_help", ["press star to toggle pause press pound to enter a new dictation filename"]),
     ("demo-moreinfo", ["visit w w w dot asterisk dot org"]), ("confbridge-leave-in", ["to leave the conference"])])
 def test_transcripts_are_what_is_said(name, said):
@@ -102,7 +103,8 @@ def packages(tmp_path, monkeypatch):
   for url, files in zip(telephone_prompts.PACKAGES, contents):
     data = package(files)
     (folder / url.rpartition("/")[2]).write_bytes(data)
-    infos[url] = type(infos[url])(size=len(data), checksum=hashlib.sha256(data).hexdigest(), filename=infos[url].filename)
+    infos[url] = type(infos[url])(
+        size=len(data), checksum=hashlib.sha256(data).hexdigest(), filename=infos[url].filename)
   monkeypatch.setattr(telephone_prompts.TelephonePrompts, "url_infos", infos)
   monkeypatch.setattr(telephone_prompts, "installed", lambda: False)
   monkeypatch.setattr(telephone_prompts, "SHARES", {"test": 0.3, "validation": 0.3})

@@ -1,9 +1,9 @@
 """Text as Morse audio under noise, as a TFDS set that needs no download.
 
-A text is one or two groups: words of the Zen of Python (Tim Peters, PEP 20), which ships as the module `this`, or
-3 to 5 letters and digits at random. No text is in two splits. It is keyed at 24 to 45 words a minute (a dot of 50 to
-27 ms; dash, gaps between letters and between words of 3, 3 and 7 dots: ITU-R M.1677-1), at a pitch of 400 to 900 Hz,
-with edges of 4 ms, a fading of up to 9 dB that comes and goes in 1 to 10 seconds, and up to half a second of noise before
+A text is one or two groups: words of the Zen of Python (Tim Peters, PEP 20), which ships as the module `this`, or 3 to
+5 letters and digits at random. No text is in two splits. It is keyed at 24 to 45 words a minute (a dot of 50 to 27 ms;
+dash, gaps between letters and between words of 3, 3 and 7 dots: ITU-R M.1677-1), at a pitch of 400 to 900 Hz, with
+edges of 4 ms, a fading of up to 9 dB that comes and goes in 1 to 10 seconds, and up to half a second of noise before
 and after.
 
 The noise is white and fills the band of 0 to 4 kHz. The signal-to-noise ratio is the mean power of the tone while the

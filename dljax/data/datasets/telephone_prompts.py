@@ -1,14 +1,14 @@
 """The announcements of a telephone exchange in English, by one speaker, with what is said: a TFDS set.
 
 The recordings are those of the Asterisk telephone exchange, 8000 samples a second and 16 bits, spoken by Allison Smith
-(Creative Commons BY-SA 3.0). They come from Debian 12: asterisk-core-sounds-en-wav 1.6.1, 568 WAV files, 25 minutes, and
-asterisk-core-sounds-en, whose core-sounds-en.txt says what is said. What is installed is taken if it is the same text,
-else the packages.
+(Creative Commons BY-SA 3.0). They come from Debian 12: asterisk-core-sounds-en-wav 1.6.1, 568 WAV files, 25 minutes,
+and asterisk-core-sounds-en, whose core-sounds-en.txt says what is said. What is installed is taken if it is the same
+text, else the packages.
 
-Of the 568 recordings 550 are kept, 23.0 minutes: those that are speech, all of whose text is known how to read. Tones and
-silence go, and a tour of a minute that is full of numbers. The transcripts are as published, errors of spelling included
-("exclaimation"), in small letters, with digits, * and # as they are read (7, star, pound), hyphens as spaces, and without
-punctuation but the apostrophe.
+Of the 568 recordings 550 are kept, 23.0 minutes: those that are speech, all of whose text is known how to read. Tones
+and silence go, and a tour of a minute that is full of numbers. The transcripts are as published, errors of spelling
+included ("exclaimation"), in small letters, with digits, * and # as they are read (7, star, pound), hyphens as spaces,
+and without punctuation but the apostrophe.
 
 Splits. Recordings that share a sentence are in one split ("Login incorrect." is said alone, and before "Mailbox?"), so
 that no text, and no sentence of one, is in two. Such families, in an order drawn by a hash, go to the test until it has
