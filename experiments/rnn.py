@@ -3,6 +3,9 @@
   python -m experiments.rnn
   python -m experiments.rnn --mode=predict --prompt="The with statement"
 
+In 2.5 minutes on two cores the first gives 2.61 bits per byte on the validation topics and 2.85 on the test's (Python
+3.13.0, whose documentation is another than that of other versions).
+
 The other presets need their sets (`python -m dljax.data.prepare tiny_shakespeare`), then
   python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR
   python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR --config.model.cell=gru   (or tanh)
