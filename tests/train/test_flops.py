@@ -172,6 +172,25 @@ def test_layers_of_a_gradient_too():
   assert rows["shared/dense"].flops == around(2 * 3)
 
 
+class _Sized(nn.Module):
+  width: int
+
+  def doubled(self):
+    return 2 * self.width
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.width, name="dense")(x)
+
+
+def test_a_module_may_be_asked_for_a_size_outside_of_apply():
+  model = _Sized(4)
+  params = jax.eval_shape(lambda key: model.init(key, jnp.zeros((2, 8))), jax.random.key(0))["params"]
+  rows = flops.layers(lambda p, x: model.apply({"params": p}, x).sum() / model.doubled(), params, _f32(2, 8))
+  dense, = (row for row in rows if row.parameters)
+  assert (dense.path, dense.parameters, dense.flops) == ("dense", 36, 2 * 2 * 8 * 4 + 8)
+
+
 def _task_and_spec(variant="resnet20", rows=32):
   task = Classification(resnet.VARIANTS[variant](num_classes=10), 10)
   ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
