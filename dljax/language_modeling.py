@@ -12,7 +12,7 @@ import numpy as np
 
 from dljax import optim
 from dljax.config import base_config
-from dljax.data import text
+from dljax.data import text, tokenize
 from dljax.errors import UserError
 from dljax.tasks import language_modeling
 from dljax.train.experiment import Experiment
@@ -56,7 +56,8 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
       config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = language_modeling.LanguageModeling(
       model=model, stateful=stateful and not config.data.documents,
-      sampling=language_modeling.Sampling(**config.sampling.to_dict()))
+      sampling=language_modeling.Sampling(**config.sampling.to_dict()),
+      spell=lambda tokens: tokenize.pieces(data.tokenizer(), tokens))
 
   def prompt(texts: Sequence[str], names: Sequence[str]) -> Mapping[str, np.ndarray]:
     return text.encode_prompts(texts, names, data.tokenizer())

@@ -386,6 +386,49 @@ def alignments(
   return figure
 
 
+def surprise(pieces: Sequence[str], bits: Sequence[float], *, columns: int = 92, lines: int = 26) -> Any:
+  """A text as its reader took it: the less a token was expected, the darker the ground that it stands on.
+
+  Args:
+    pieces: the text of each token; the end of a line is drawn as an arrow.
+    bits: -log2 of the probability that each token had.
+    columns, lines: how many characters are drawn at most; a longer line goes on in the next.
+
+  Returns:
+    The figure.
+  """
+  ground, texts, line, column = np.full((lines, columns), np.nan), [], 0, 0
+  for character, value in ((c, b) for piece, b in zip(pieces, bits) for c in piece):
+    if column == columns:
+      line, column = line + 1, 0
+    if line == lines:
+      break
+    ground[line, column] = value
+    if character == "\n":
+      texts.append((column, line, "↵"))
+      line, column = line + 1, 0
+    else:
+      if character.isprintable() and character != " ":
+        texts.append((column, line, character))
+      column += 1
+  ground = ground[:max(line + (column > 0), 1)]
+  figure = _figure(10.5, 0.2 * len(ground) + 0.9)
+  axes = figure.add_subplot()
+  image = axes.imshow(ground, cmap="OrRd", vmin=0, vmax=8, aspect="auto", interpolation="nearest")
+  for x, y, character in texts:
+    color = "white" if ground[y, x] > 5 else INK
+    # Whatever a text holds is no formula.
+    axes.text(x, y, character, ha="center", va="center_baseline", fontsize=8, family="monospace", color=color,
+              parse_math=False)
+  axes.set(xticks=[], yticks=[])
+  axes.spines[:].set_visible(False)
+  bar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.4, aspect=40, pad=0.02, extend="max")
+  bar.set_label("bits of a token", fontsize=9)
+  bar.ax.tick_params(labelsize=8)
+  bar.outline.set_visible(False)
+  return figure
+
+
 def class_colors(count: int) -> np.ndarray:
   """u8[count, 3]: a colour for each class of pixels; the first, the ground, is black."""
   import matplotlib

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dljax.data import text
 from experiments import rnn
@@ -67,6 +68,11 @@ def test_evaluation_reads_by_the_tokenizer_of_the_run(trained):
   found = json.loads((trained / "evaluation.json").read_text())["metrics"]
   assert found == {split: pytest.approx(values, rel=1e-6) for split, values in _result(trained)["metrics"].items()}
   assert config["config"]["data"]["tokenizer"] == "character"
+
+
+def test_the_end_of_a_run_shows_what_each_character_took(trained):
+  with Image.open(trained / "figures" / "surprise.png") as picture:
+    assert min(picture.size) > 150
 
 
 @pytest.mark.parametrize("parallelism", ["jit", "pmap"])

@@ -263,3 +263,15 @@ def test_alignments_name_each_run_of_a_symbol_at_its_peak():
   assert len(lower.lines) == 3 and not figure.axes[3].texts
   assert upper.get_title(loc="left") == "said: aa \nread: aa "
   figure.draw_without_rendering()
+
+
+def test_a_text_stands_on_the_bits_that_it_took():
+  figure = report.surprise(["ab", "c d", "\n", "$x$"], [1.0, 2.0, 3.0, 9.0], columns=4, lines=3)
+  axes = figure.axes[0]
+  np.testing.assert_array_equal(axes.images[0].get_array().filled(-1), [[1, 1, 2, 2], [2, 3, -1, -1], [9, 9, 9, -1]])
+  assert [text.get_text() for text in axes.texts] == ["a", "b", "c", "d", "↵", "$", "x", "$"]
+  assert axes.texts[-1].get_color() == "white" and axes.texts[0].get_color() != "white"
+  figure.draw_without_rendering()
+  longer = report.surprise(["abcdefgh\n"] * 5, [1.0] * 5, columns=4, lines=3)
+  assert longer.axes[0].images[0].get_array().shape == (3, 4)
+  assert report.surprise([], []).axes[0].images[0].get_array().shape == (1, 92)

@@ -155,6 +155,23 @@ class Subwords:
     return {"kind": "subword", "end": self.end, "tokenizer": self._tokenizer.to_str()}
 
 
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+  """The text that each token adds to those before it; "¶" and a new line for `end`.
+
+  Where a character has several tokens, these are U+FFFD or empty.
+  """
+  texts, begin, before = [], 0, ""
+  for i, token in enumerate(tokens):
+    if token == tokenizer.end:
+      texts.append("¶\n")
+      begin, before = i + 1, ""
+    else:  # what a token adds may depend on all before it: half a character, or a space that the first word lacks
+      text = tokenizer.decode(tokens[begin:i + 1])
+      texts.append(text[len(before):])
+      before = text
+  return texts
+
+
 def from_json(value: Mapping[str, Any]) -> Tokenizer:
   """The tokenizer whose `to_json` gave `value`."""
   if value["kind"] == "byte":

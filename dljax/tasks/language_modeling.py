@@ -12,7 +12,7 @@ Dimensions: B batch, L tokens to be predicted, P tokens of the longest prompt, V
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dljax import report
 from dljax.errors import UserError
 from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
 
 CARRY = "carry"
+MAX_PICTURED = 2000  # tokens, of which as many are drawn as there is room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +101,14 @@ class LanguageModeling:
       what it has to know of these tokens to read on, a tree of [B, ...]; None stands for zeros.
     stateful: whether a batch goes on where the one before ended, as long as its rows are not reset.
     sampling: how `predict` continues a prompt.
+    spell: the text of each of some tokens i32[n], for the picture of an evaluation; None draws none.
     players: one, all parameters.
   """
 
   model: nn.Module
   stateful: bool = False
   sampling: Sampling = Sampling()
+  spell: Callable[[np.ndarray], Sequence[str]] | None = None
   players: tuple[str, ...] = (ALL,)
 
   def init(self, rng: Array, batch: Batch) -> Variables:
@@ -142,8 +146,7 @@ class LanguageModeling:
 
     logits = out["logits"].astype(jnp.promote_types(out["logits"].dtype, jnp.float32))
     predicted = _predicted(batch).astype(logits.dtype)
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    total = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own) * predicted)
+    total = jnp.sum(_nats(logits, targets) * predicted)
     count = jnp.sum(predicted)
     right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * predicted)
     metrics = {"loss": (total, count), "accuracy": (right, count)}
@@ -157,11 +160,16 @@ class LanguageModeling:
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
     """Continues prompts: prompt i32[B, P], length i32[B] and id i32[B] give {"tokens": i32[B, N]}.
 
-    Each row depends on the prompt, `rng` and id alone. Of the batches of an evaluation, which have no prompt, nothing
-    is predicted: {}.
+    Each row depends on the prompt, `rng` and id alone. The batches of an evaluation, which have no prompt, give the
+    cross-entropy of each token, {"nats": f32[B, L]}, or without `spell` nothing.
     """
     if "prompt" not in batch:
-      return {}
+      if self.spell is None:
+        return {}
+      rest = {k: v for k, v in variables.items() if k != CARRY}
+      out = self.model.apply(
+          rest, batch["tokens"][:, :-1], carry=variables.get(CARRY), length=batch.get("length"), train=False)
+      return {"nats": _nats(out["logits"].astype(jnp.float32), batch["tokens"][:, 1:])}
     tokens, _ = self.proceed(variables, self.begin(variables, batch), rng, self.sampling.max_new_tokens)
     return {"tokens": tokens}
 
@@ -195,9 +203,28 @@ class LanguageModeling:
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
   ) -> Findings:
-    """Nothing beyond the sums."""
-    del rows, sums, assets
-    return Findings()
+    """The figure surprise: the beginning of the text, and how many bits each token of it took."""
+    del sums, assets
+    if self.spell is None:
+      return Findings()
+    parts = []
+    for predicted, batch in rows:
+      for tokens, nats, begin, length in zip(
+          batch["tokens"], predicted["nats"], batch["host/position"], batch["length"]):
+        if begin < MAX_PICTURED:
+          parts.append((begin, tokens[1:length + 1], nats[:length]))
+    parts.sort(key=lambda part: part[0])  # in reading order, whatever stream or bucket they were in
+    if not parts:
+      return Findings()
+    _, tokens, nats = zip(*parts)
+    return Findings(figures={
+        "surprise": report.surprise(self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))})
+
+
+def _nats(logits: Array, targets: Array) -> Array:
+  """-log p [...] of the targets i32[...] under the logits [..., V]."""
+  own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits, axis=-1) - own
 
 
 def _predicted(batch: Batch) -> Array:

@@ -51,6 +51,16 @@ def test_every_character_and_byte_is_some_tokens(tokenizer, text):
     assert tokenizer.decode(encoded.tokens) == text
 
 
+@pytest.mark.parametrize("text", [*TRAINING[:3], "  two  spaces ", ODD])
+def test_the_pieces_of_a_text_are_the_text(tokenizer, text):
+  _, tokenizer = tokenizer
+  tokens = tokenizer.encode(text, "here").tokens
+  pieces = tokenize.pieces(tokenizer, [*tokens, tokenizer.end, *tokens])
+  assert len(pieces) == 2 * len(tokens) + 1 and pieces[len(tokens)] == "¶\n"
+  ascii_of = lambda text: "".join(c for c in text if c.isascii())  # another character's tokens may be marks
+  assert ascii_of("".join(pieces[:len(tokens)])) == ascii_of(tokenizer.decode(tokens))
+
+
 def test_no_text_is_no_tokens(tokenizer):
   _, tokenizer = tokenizer
   assert [len(part) for part in tokenizer.encode("", "here")] == [0, 0, 0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dljax import report
 from dljax.data import ragged, text, tokenize
 from dljax.errors import UserError
 from dljax.tasks.language_modeling import LanguageModeling, Sampling
@@ -219,6 +220,27 @@ def test_one_stream_is_exact_over_the_whole_text_whatever_the_window(play, lengt
   assert found["perplexity"] == pytest.approx(math.exp(nats / len(split.encode())), rel=1e-4)
   assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(split.encode()), rel=1e-5)
   assert found["bits_per_character"] == pytest.approx(nats / math.log(2) / len(split), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(report, "surprise", lambda pieces, bits: drawn.append((pieces, bits)))
+  pipeline = _pipelines(play, length=7)(rows).evals["validation"]
+  task = LanguageModeling(Tiny(tokenize.Bytes.size), stateful=True, spell=list)
+  evaluator = Evaluator(task, "jit", parallel.make_mesh(toys.MESHES["data:1"], "jit"))
+  variables = {"params": _params(tokenize.Bytes.size), "carry": jnp.zeros((16, WIDTH))}
+  pipeline.open()
+  evaluator.full(variables, jax.random.key_data(jax.random.key(0)), pipeline, "validation", {})
+  (tokens, bits), = drawn
+  text_bytes = text.split_text(play.read_text())["validation"].encode()
+  first = -(-len(text_bytes) // rows)  # the stream that begins the text, whose state nothing comes before
+  assert bytes(tokens[:first]) == text_bytes[:first] and len(tokens) <= len(text_bytes)
+  inputs = np.array([[tokenize.Bytes.end, *text_bytes[:first]]])
+  out = Tiny(tokenize.Bytes.size).apply({"params": _params(tokenize.Bytes.size)}, inputs[:, :-1])
+  log_p = np.asarray(jax.nn.log_softmax(out["logits"], axis=-1))
+  expected = -np.take_along_axis(log_p, inputs[:, 1:, None], axis=-1)[0, :, 0] / math.log(2)
+  np.testing.assert_allclose(bits[:first], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode, mesh", MODES[1:])
