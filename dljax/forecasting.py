@@ -52,7 +52,7 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
           "variant": variant, "dtype": "float32", "remat": False,
           "loss": "mse",  # or "pinball", to forecast
           "quantiles": (0.1, 0.5, 0.9),
-          "season": 24,  # rows, of seasonal_naive
+          "season": 24,  # rows, of seasonal_naive, and of a network that tells differences from it
           "kernel_size": 25,  # rows, of dlinear's moving average
       }))
 

@@ -44,7 +44,8 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   if preset in forecasting.DATA:
     config = forecasting.config("rnn", preset, data=preset, variant="rnn_forecaster", optimizer="adamw")
-    config.model.update({"cell": "lstm", "hidden_size": 64, "num_layers": 1, "dropout": 0.0, "relative": True})
+    config.model.update({"cell": "lstm", "hidden_size": 64, "num_layers": 1, "dropout": 0.0,
+                         "relative": "season" if preset == "temperatures" else "last"})
     config.optimizer.update({"learning_rate": 2e-3, "clip_norm": 1.0, "warmup_fraction": 0.05})
     steps = 600 if preset == "temperatures" else 2000
     config.update({"total_steps": steps, "batch_size": 32, "eval_batch_size": 64, "log_every": 20,
@@ -97,11 +98,14 @@ def _forecaster(config: ml_collections.ConfigDict) -> nn.Module:
   model, dtype = config.model, image_classification.dtype(config)
   if model.variant in baselines.VARIANTS:
     return forecasting.baseline(config, dtype)
+  errors.choose("--config.model.relative", model.relative, rnn.RELATIVE)
+  if model.relative == "season" and not 1 <= model.season <= config.data.window:
+    raise UserError(f"--config.model.season={model.season}: must be from 1 to the window's {config.data.window} rows")
   choices = {"rnn_forecaster": rnn.VARIANTS["rnn_forecaster"], **baselines.VARIANTS}
   return errors.choose("--config.model.variant", model.variant, choices)(
       horizon=config.data.horizon, cell=model.cell, hidden_size=model.hidden_size, num_layers=model.num_layers,
       dropout=model.dropout, num_quantiles=len(forecasting.quantiles(config)) or None, relative=model.relative,
-      dtype=dtype, remat=model.remat)
+      season=model.season, dtype=dtype, remat=model.remat)
 
 
 if __name__ == "__main__":

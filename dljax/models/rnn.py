@@ -196,8 +196,10 @@ class Forecaster(nn.Module):
     horizon: T, how many steps to tell.
     cell, hidden_size, num_layers, dropout, dtype, remat: of the encoder and the decoder; see `Stack`.
     num_quantiles: Q, how many values to tell of each step; None for one.
-    relative: whether all values are read and told as differences from the window's last, so that a series that has
-      moved to another level looks the same (NLinear; Zeng et al. 2023, https://arxiv.org/abs/2205.13504).
+    relative: a key of `RELATIVE`: "last" reads and tells all values as differences from the window's last, so that a
+      series that has moved to another level looks the same (NLinear; Zeng et al. 2023,
+      https://arxiv.org/abs/2205.13504). "season" reads them so, and tells differences from the window's last season.
+    season: in steps, for that.
   """
 
   horizon: int
@@ -206,7 +208,8 @@ class Forecaster(nn.Module):
   num_layers: int = 1
   dropout: float = 0.0
   num_quantiles: int | None = None
-  relative: bool = True
+  relative: str = "last"
+  season: int = 24
   dtype: Any = jnp.float32
   remat: bool = False
 
@@ -218,16 +221,24 @@ class Forecaster(nn.Module):
     (rows, steps, channels), last = window.shape, window[:, -1:]
     if covariates is None:
       covariates = jnp.zeros((rows, steps + self.horizon, 0), window.dtype)
-    inputs = jnp.concatenate([window - last if self.relative else window, covariates[:, :steps]], -1)
+    inputs = jnp.concatenate([window - last if self.relative != "no" else window, covariates[:, :steps]], -1)
     outputs, carry = stack(name="encoder")(inputs, train=train)
     summary = jnp.broadcast_to(outputs[:, -1:], (rows, self.horizon, self.hidden_size))
     inputs = jnp.concatenate([summary, covariates[:, steps:]], -1)
     outputs, _ = stack(name="decoder")(inputs, carry=carry, train=train)
-    y = nn.Dense(channels * (self.num_quantiles or 1), dtype=self.dtype, name="head")(outputs)
+    # It begins by telling what it takes differences from.
+    init = nn.initializers.lecun_normal() if self.relative == "no" else nn.initializers.zeros
+    y = nn.Dense(channels * (self.num_quantiles or 1), kernel_init=init, dtype=self.dtype, name="head")(outputs)
     y = y.reshape(rows, self.horizon, channels, -1).astype(window.dtype)
-    y = y + last[..., None] if self.relative else y
+    if self.relative != "no":
+      season = 1 if self.relative == "last" else self.season
+      y = y + window[:, steps - season + np.arange(self.horizon) % season][..., None]
     return {"logits": y if self.num_quantiles else y[..., 0]}
 
+
+RELATIVE: Mapping[str, str] = {
+    "no": "the values themselves", "last": "differences from the last value",
+    "season": "differences from the last season"}
 
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
     # Parameters with a vocabulary of 1000.

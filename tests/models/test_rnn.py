@@ -13,6 +13,7 @@ from dljax.errors import UserError
 from dljax.models import rnn
 from dljax.ops.recurrence import CELLS
 from dljax.train.state import parameter_count
+from experiments import rnn as experiment
 from tests.models.variables import random_variables
 
 # The first three by hand: V E, two layers of G H (D + H + 2), and V (H + 1).
@@ -186,10 +187,30 @@ def test_forecasts_follow_the_level_and_the_covariates():
   covariates[:, 8] += 1
   change = np.abs(apply(variables, window, covariates)["logits"] - y).max((0, 2, 3))
   assert not np.any(change[:2]) and np.all(change[2:] > 1e-4)
-  plain = rnn.Forecaster(4, "gru", 8, relative=False)
+  plain = rnn.Forecaster(4, "gru", 8, relative="no")
   variables = random_variables(plain, window)
   y = plain.apply(variables, window)["logits"]
   assert y.shape == (2, 4, 2) and np.abs(plain.apply(variables, window + 5)["logits"] - y - 5).max() > 1
+
+
+def test_a_forecaster_begins_by_repeating_the_last_season():
+  model, window = rnn.Forecaster(5, hidden_size=8, relative="season", season=3), _x(2, 6, 2)
+  y, variables = model.init_with_output(jax.random.key(0), window)
+  np.testing.assert_array_equal(y["logits"], window[:, [3, 4, 5, 3, 4]])
+  trained = jax.tree.map(lambda x: x + 0.1, variables)
+  y = model.apply(trained, window)["logits"]
+  np.testing.assert_allclose(model.apply(trained, window + 5)["logits"], y + 5, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"relative": "seasons"}, "--config.model.relative: there is no 'seasons'; did you mean season"),
+    ({"relative": "season", "season": 500}, "--config.model.season=500: must be from 1 to the window's 168 rows"),
+])
+def test_a_forecaster_of_unknown_differences_is_refused(change, message):
+  config = experiment.get_config("temperatures")
+  config.model.update(change)
+  with pytest.raises(UserError, match=message):
+    experiment.build(config)
 
 
 # Gradients over long sequences.
