@@ -4,6 +4,7 @@
 
 Test accuracy of the other presets:
 
+  fashion_mnist  92.66 %, one seed, two shared CPU cores with AVX-512, 49 minutes beside other work
   cifar10        not run here
   imagenet2012   not run here; published: 56.52 % with one crop (torchvision's weights), 59.3 % with five crops and
                  reflections (Krizhevsky et al. 2012, table 2, "1 CNN")
@@ -43,7 +44,7 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
     config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.update({"total_steps": 15_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+    config.update({"total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
     config.model.update({"width_factor": 1.0, "pooled_size": 3})
