@@ -4,6 +4,7 @@ Most of a test's time is compilation. XLA at its lowest effort halves it, and th
 they have compiled.
 """
 
+import collections
 import os
 import shutil
 import tempfile
@@ -24,3 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The files with the most slow tests come first: at the end one worker would be left alone with them."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])
