@@ -4,6 +4,7 @@
 
 Test accuracy of the other presets:
 
+  fashion_mnist  91.14 %, one seed, two shared CPU cores with AVX-512, 49 minutes beside other work
   cifar10        not run here
   imagenet2012   not run here; published: 76.5 % (ViT-S/16, 90 epochs, Beyer et al. 2022)
 
@@ -42,8 +43,10 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
     config.update({"total_steps": 600, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
   elif preset == "fashion_mnist":
     config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.model.stochastic_depth = 0.1
-    config.update({"total_steps": 6000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+    # Small batches: in so short a training the number of steps counts.
+    config.model.update({"pool": "mean", "positions": "sincos"})
+    config.update({"total_steps": 15_000, "batch_size": 64, "log_every": 100, "eval_every": 1000,
+                   "checkpoint_every": 1000})
   elif preset == "cifar10":
     config.data.update({"pad_crop": 4, "flip": True})
     config.model.stochastic_depth = 0.1
