@@ -49,17 +49,14 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, carry: State, valid: jax.Array | None, train: bool) -> tuple[jax.Array, State]:
     """[L, B, D], a state and bool[L, B] -> [L, B, H] and the state at each row's end."""
-    features = CELLS[self.cell].gates * self.hidden_size
-    bound = self.hidden_size**-0.5
-    init = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    forget = np.repeat([0.0, 1.0, 0.0, 0.0], self.hidden_size) if self.cell == "lstm" else 0.0  # of gates i, f, g, o
-    input_weight = self.param("weight_ih", init, (x.shape[-1], features))
-    recurrent_weight = self.param("weight_hh", init, (self.hidden_size, features))
-    input_bias = self.param("bias_ih", lambda *args: init(*args) + forget, (features,))
-    recurrent_bias = self.param("bias_hh", init, (features,))
-    scale = lambda name: self.param(name, nn.initializers.ones, (features,)) if self.layer_norm else None
-    recurrent_weight = nn.Dropout(self.weight_dropout, deterministic=not train)(recurrent_weight)  # for all steps
-    weights = Weights(input_weight, recurrent_weight, input_bias, recurrent_bias, scale("scale_ih"), scale("scale_hh"))
+    size, gates = self.hidden_size, (CELLS[self.cell].gates * self.hidden_size,)
+    init = lambda key, shape, mean=0.0: mean + jax.random.uniform(key, shape, jnp.float32, -(size**-0.5), size**-0.5)
+    forget = np.repeat([0.0, 1.0, 0.0, 0.0], size) if self.cell == "lstm" else 0.0  # of gates i, f, g, o
+    scale = lambda part: self.param(f"scale_{part}", nn.initializers.ones, gates) if self.layer_norm else None
+    drop = nn.Dropout(self.weight_dropout, deterministic=not train)  # the same weights in all steps
+    weights = Weights(
+        self.param("weight_ih", init, (x.shape[-1], *gates)), drop(self.param("weight_hh", init, (size, *gates))),
+        self.param("bias_ih", init, gates, forget), self.param("bias_hh", init, gates), scale("ih"), scale("hh"))
     return recurrence(self.cell, x.astype(self.dtype or x.dtype), weights, carry, valid, reverse=self.reverse)
 
 
@@ -182,8 +179,8 @@ class LanguageModel(nn.Module):
     x, carry = self.stack(name="rnn")(drop(x), length, carry, train)
     x = drop(x)
     if self.tied:
-      bias = self.param("head_bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)
-      logits = dense(x, embed.embedding.T.astype(x.dtype)) + bias
+      logits = dense(x, embed.embedding.T.astype(x.dtype))
+      logits = logits + self.param("head_bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)
     else:
       logits = nn.Dense(self.vocab_size, kernel_init=init, dtype=self.dtype, dot_general=dot_general, name="head")(x)
     return {"logits": logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), "carry": carry}
@@ -196,10 +193,9 @@ class Forecaster(nn.Module):
     horizon: T, how many steps to tell.
     cell, hidden_size, num_layers, dropout, dtype, remat: of the encoder and the decoder; see `Stack`.
     num_quantiles: Q, how many values to tell of each step; None for one.
-    relative: a key of `RELATIVE`: "last" reads and tells all values as differences from the window's last, so that a
-      series that has moved to another level looks the same (NLinear; Zeng et al. 2023,
-      https://arxiv.org/abs/2205.13504). "season" reads them so, and tells differences from the window's last season.
-    season: in steps, for that.
+    relative: a key of `RELATIVE`; with differences a series that has moved to another level looks the same (NLinear;
+      Zeng et al. 2023, https://arxiv.org/abs/2205.13504).
+    season: of the series, in steps.
   """
 
   horizon: int
@@ -218,14 +214,13 @@ class Forecaster(nn.Module):
     """[B, W, C] and what is known beforehand [B, W + T, K] -> "logits" [B, T, C], or with quantiles [B, T, C, Q]."""
     stack = functools.partial(Stack, self.cell, self.hidden_size, self.num_layers, dropout=self.dropout,
                               dtype=self.dtype, remat=self.remat)
-    (rows, steps, channels), last = window.shape, window[:, -1:]
+    rows, steps, channels = window.shape
     if covariates is None:
       covariates = jnp.zeros((rows, steps + self.horizon, 0), window.dtype)
-    inputs = jnp.concatenate([window - last if self.relative != "no" else window, covariates[:, :steps]], -1)
-    outputs, carry = stack(name="encoder")(inputs, train=train)
+    read = window if self.relative == "no" else window - window[:, -1:]
+    outputs, carry = stack(name="encoder")(jnp.concatenate([read, covariates[:, :steps]], -1), train=train)
     summary = jnp.broadcast_to(outputs[:, -1:], (rows, self.horizon, self.hidden_size))
-    inputs = jnp.concatenate([summary, covariates[:, steps:]], -1)
-    outputs, _ = stack(name="decoder")(inputs, carry=carry, train=train)
+    outputs, _ = stack(name="decoder")(jnp.concatenate([summary, covariates[:, steps:]], -1), carry=carry, train=train)
     # It begins by telling what it takes differences from.
     init = nn.initializers.lecun_normal() if self.relative == "no" else nn.initializers.zeros
     y = nn.Dense(channels * (self.num_quantiles or 1), kernel_init=init, dtype=self.dtype, name="head")(outputs)
@@ -236,9 +231,8 @@ class Forecaster(nn.Module):
     return {"logits": y if self.num_quantiles else y[..., 0]}
 
 
-RELATIVE: Mapping[str, str] = {
-    "no": "the values themselves", "last": "differences from the last value",
-    "season": "differences from the last season"}
+RELATIVE: Mapping[str, str] = {  # what it reads and tells
+    "no": "values", "last": "differences from the window's last", "season": "tells those from the last season"}
 
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
     # Parameters with a vocabulary of 1000.
