@@ -177,7 +177,7 @@ def test_a_sequence_in_two_parts_is_the_sequence():
                  recurrence(cell, x, weights, initial_carry(cell, B, H)))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [pytest.param(c, marks=[] if c == "lstm" else pytest.mark.slow) for c in CELLS])
 def test_second_derivatives_and_forward_mode(cell):
   with jax.enable_x64(True):
     inputs, length = _inputs(cell, steps=4, norm=True, dtype=np.float64), np.array([4, 2, 3])
