@@ -36,12 +36,12 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   config.optimizer.update({"learning_rate": 3e-3, "warmup_fraction": 0.1, "clip_norm": 1.0})
   if preset == "morse":
     config.model.dropout = 0.0
-    config.update({"total_steps": 2500, "batch_size": 16, "eval_batch_size": 50, "log_every": 20, "eval_every": 500,
+    config.update({"total_steps": 2500, "batch_size": 16, "eval_batch_size": 64, "log_every": 20, "eval_every": 500,
                    "checkpoint_every": 500})
   elif preset == "telephone_prompts":
     config.model.dropout = 0.2
     config.data.update({"time_masks": 2, "frequency_masks": 2})
-    config.update({"total_steps": 4000, "batch_size": 8, "eval_batch_size": 28, "log_every": 20, "eval_every": 500,
+    config.update({"total_steps": 2500, "batch_size": 16, "eval_batch_size": 32, "log_every": 20, "eval_every": 500,
                    "checkpoint_every": 500})
   else:
     config.model.dropout = 0.1

@@ -57,12 +57,12 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
                        "layer_norm": False})
   config.optimizer.update({"learning_rate": 3e-3, "clip_norm": 1.0, "weight_decay": 0.01, "warmup_fraction": 0.05})
   if preset == "pydoc":
-    config.update({"total_steps": 1000, "batch_size": 32, "eval_batch_size": 8, "log_every": 20, "eval_every": 200,
+    config.update({"total_steps": 1000, "batch_size": 32, "eval_batch_size": 16, "log_every": 20, "eval_every": 200,
                    "checkpoint_every": 200})
   elif preset == "tiny_shakespeare":
     config.model.update({"hidden_size": 512, "dropout": 0.4})
     config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.05})
-    config.update({"total_steps": 4000, "batch_size": 64, "eval_batch_size": 8, "log_every": 25, "eval_every": 250,
+    config.update({"total_steps": 4000, "batch_size": 64, "eval_batch_size": 16, "log_every": 25, "eval_every": 250,
                    "checkpoint_every": 250})
   else:
     config.model.update({"embed_dim": 512, "hidden_size": 2048})

@@ -399,6 +399,12 @@ def _stand_in(name: str, root: Path) -> None:
   sources.build(StandIn, root)
 
 
+@pytest.mark.parametrize("family, preset", PRESETS)
+def test_the_batches_of_every_preset_divide_over_16_devices(family, preset):
+  config = EXPERIMENTS[family].get_config(preset)
+  assert config.batch_size % 16 == config.eval_batch_size % 16 == 0
+
+
 @pytest.mark.parametrize("family, preset", [
     pytest.param(family, preset, marks=[] if (family, preset) in QUICK else [pytest.mark.slow])
     for family, preset in PRESETS if preset in SETS])
