@@ -80,7 +80,9 @@ def identity(config: ml_collections.ConfigDict) -> str:
   """A text that two configs share if they train alike; of the later fields only what is not as it was before them."""
   rest = config.copy_and_resolve_references()
   rest.unlock()
-  del rest["eval"]
+  for group in ("eval", "sampling"):
+    if group in rest:
+      del rest[group]
   fields = flatten(rest)
   for name, value in LATER_FIELDS.items():
     if fields.get(name) == value:

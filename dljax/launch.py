@@ -1,5 +1,6 @@
 """The command line of every experiment: flags -> experiment -> fit, evaluate, predict or dry run."""
 
+import functools
 import hashlib
 import json
 import logging as python_logging
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags, logging
 
 from dljax import config as config_lib
@@ -20,7 +22,7 @@ from dljax import errors
 from dljax.errors import RunError, UserError
 from dljax.train import parallel
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import Evaluator, evaluate, predict
+from dljax.train.evaluate import Evaluator, evaluate, predict, write_on
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
@@ -52,6 +54,8 @@ _MODE = _enum("mode", "train", ["train", "eval", "predict"], "What to do with th
 _STEP = _string("step", "best", "Which checkpoint to evaluate or to predict with: best, latest or a number.")
 _INPUT = flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
                            flag_values=_FLAGS)
+_PROMPT = _string("prompt", None,
+                  "A text to write on, which may be empty, for families that write text; shown as it comes.")
 _OUTPUT = _path("output", "Where to write predictions: a .jsonl, .json or .csv file, or a new folder for those that are "
                 "pictures; by default only shown.")
 _PARALLELISM = _enum("parallelism", "jit", ["jit", "pmap"], "How to compile for several devices.")
@@ -149,6 +153,7 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
       (_SEED, "--mode=train", train or not _WORKDIR.value),
       (_STEP, "--mode=eval or --mode=predict", not train),
       (_INPUT, "--mode=predict", predicts),
+      (_PROMPT, "--mode=predict", predicts),
       (_OUTPUT, "--mode=predict", predicts)):
     if flag.present and not there:
       raise UserError(f"--{flag.name} goes with {with_what}; add it, or drop --{flag.name}")
@@ -237,7 +242,9 @@ def _restore(experiment: Experiment, folder: Workdir, options: RunOptions) -> tu
 def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
   program, step, state = _restore(experiment, folder, options)
   evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
-  found, findings = evaluate(experiment, evaluator, state.variables, state.rng, folder.read_assets())
+  if assets := folder.read_assets():
+    experiment.restore(assets)
+  found, findings = evaluate(experiment, evaluator, state.variables, state.rng, assets)
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))
@@ -255,12 +262,20 @@ def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> i
 
 
 def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
-  if not _INPUT.value:
-    raise UserError("--mode=predict needs --input=FILE_OR_FOLDER")
+  if _PROMPT.present and experiment.prompt is None:
+    raise UserError(f"--prompt: {experiment.config.family} writes no text; use --input=FILE_OR_FOLDER")
+  if _PROMPT.present and _INPUT.value:
+    raise UserError("--prompt and --input do not go together; drop one of them")
+  if not _INPUT.value and not _PROMPT.present:
+    raise UserError("--mode=predict needs --input=FILE_OR_FOLDER" + " or --prompt=TEXT" * bool(experiment.prompt))
   output = Path(_OUTPUT.value) if _OUTPUT.value else None
   if output:
     _check_output(output, experiment.pictures is not None)
   assets = folder.read_assets()
+  if assets:
+    experiment.restore(assets)
+  if _PROMPT.present:
+    return _write_on(experiment, folder, options, assets, output)
   batch, names, skipped = experiment.encode([os.path.expanduser(path) for path in _INPUT.value], assets)
   if not names:
     rest = [f"and {len(skipped) - 3} more"] if len(skipped) > 3 else []
@@ -281,6 +296,30 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
           _write_folder(output, rows, experiment.pictures(batch, predictions, assets))
       print(f"{len(rows)} predictions written to {output}")
   return FAILED if skipped else DONE
+
+
+def _write_on(
+    experiment: Experiment, folder: Workdir, options: RunOptions, assets: Mapping[str, Any], output: Path | None,
+) -> int:
+  """Shows --prompt and what the model writes on, as it comes."""
+  batch = experiment.prompt([_PROMPT.value], ["--prompt"])
+  program, _, state = _restore(experiment, folder, options)
+  show = functools.partial(print, end="", flush=True) if jax.process_index() == 0 else lambda text: None
+  show(_PROMPT.value)
+  parts, text, shown = [], "", 0
+  for tokens in write_on(experiment, program, options.parallelism, state, batch):
+    parts.append(tokens)
+    row, = experiment.decode({"tokens": np.concatenate(parts, axis=1)}, assets)
+    text = row["text"]
+    whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # the rest may be half of a character that is yet to come
+    show(text[shown:whole])
+    shown = max(shown, whole)
+  show(text[shown:] + "\n")
+  if output and jax.process_index() == 0:
+    with errors.writing(output):
+      _WRITERS[output.suffix](output, [{"input": _PROMPT.value, "text": text}])
+    print(f"1 prediction written to {output}")
+  return DONE
 
 
 def _check_output(output: Path, pictures: bool) -> None:

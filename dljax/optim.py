@@ -230,10 +230,10 @@ def check_patterns(config: ml_collections.ConfigDict, *params: PyTree) -> None:
   patterns = [("freeze", p) for p in config.freeze] + [("learning_rates", p) for p, _ in _factors(config)]
   for field, pattern in patterns:
     if not any(_matches(name, [pattern]) for name in names):
-      near = difflib.get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)[0]
-      raise UserError(
-          f"--config.optimizer.{field}: {pattern!r} matches no parameter; the nearest is {near!r}")
-  if all(_matches(name, config.freeze) for name in names):
+      near = difflib.get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
+      mend = f"the nearest is {near[0]!r}" if near else "the model has none; drop it"
+      raise UserError(f"--config.optimizer.{field}: {pattern!r} matches no parameter; {mend}")
+  if config.freeze and all(_matches(name, config.freeze) for name in names):
     raise UserError(f"--config.optimizer.freeze={tuple(config.freeze)}: leaves nothing to train")
 
 

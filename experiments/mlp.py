@@ -39,8 +39,8 @@ def get_config(preset: str) -> ml_collections.ConfigDict:
   model = {"activation": "relu", "widths": (512, 512), "dropout": 0.0, "criterion": "softmax"}
   if preset == "xor":
     config = base_config(
-        "mlp", preset, total_steps=400, batch_size=32, eval_batch_size=100, eval_every=100, monitor="validation/accuracy",
-        optimizer=optim.default_config("adam"),
+        "mlp", preset, total_steps=400, batch_size=32, eval_batch_size=112, eval_every=100,
+        monitor="validation/accuracy", optimizer=optim.default_config("adam"),
         model=ml_collections.ConfigDict({"variant": "mlp", "dtype": "float32", "remat": False, "label_smoothing": 0.0,
                                          **model, "widths": (8,)}),
         data=xor.default_config())

@@ -29,6 +29,7 @@ ALLOWED = {
     "dljax.optim": ["dljax.errors"],
     "dljax.ops": ["dljax.ops", "dljax.errors"],
     "dljax.models.retinanet": ["dljax.models.layers", "dljax.models.resnet"],  # whose stages carry its pyramid
+    "dljax.models.deepspeech": ["dljax.models.layers", "dljax.models.rnn"],  # whose stack hears its convolutions
     "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
@@ -42,6 +43,12 @@ ALLOWED = {
                                "dljax.errors"],
     "dljax.semantic_segmentation": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.report",
                                     "dljax.config", "dljax.errors"],
+    "dljax.language_modeling": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
+                                "dljax.errors"],
+    "dljax.forecasting": ["dljax.data", "dljax.tasks", "dljax.models.baselines", "dljax.train.experiment",
+                          "dljax.optim", "dljax.config", "dljax.errors"],
+    "dljax.speech": ["dljax.data", "dljax.tasks", "dljax.train.experiment", "dljax.optim", "dljax.config",
+                     "dljax.errors"],
     "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],
@@ -142,7 +149,7 @@ def test_the_loop_can_be_read_in_one_sitting():
 
 def test_there_are_families():
   assert {"mlp", "lenet", "resnet"} <= set(FAMILIES)
-  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers"}
+  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers", "baselines"}
   assert models == set(FAMILIES)
 
 

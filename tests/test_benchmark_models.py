@@ -307,16 +307,17 @@ def test_every_family_has_a_case_and_every_case_a_network_of_the_peer():
 BATCHES = {"mlp": (128, 28, 28, 1), "lenet": (128, 28, 28, 1), "lenet_max": (128, 28, 28, 1),
            "unet": (16, 96, 96, 1), "alexnet": (64, 32, 32, 3), "vgg11": (64, 32, 32, 3), "resnet18": (64, 32, 32, 3),
            "resnet50": (32, 64, 64, 3), "retinanet": (16, 96, 96, 1), "efficientnet_b0": (16, 128, 128, 3),
-           "vit_ti16": (16, 224, 224, 3)}
+           "vit_ti16": (16, 224, 224, 3), "lstm": (32, 65), "gru": (32, 65), "deepspeech": (16, 880, 16)}
 PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "unet": 482_619, "alexnet": 5_871_434,
               "vgg11": 9_750_922, "resnet18": 11_173_962, "resnet50": 23_528_522, "retinanet": 1_562_116,
-              "efficientnet_b0": 4_020_358, "vit_ti16": 5_526_346}  # of the peers
+              "efficientnet_b0": 4_020_358, "vit_ti16": 5_526_346, "lstm": 1_565_672, "gru": 1_302_504,
+              "deepspeech": 469_750}  # of the peers
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_is_the_peers_network_trained_by_plain_momentum(name):
   experiment = jax_worker.build_experiment(CASES[name])
-  assert experiment.batch_spec["image"].shape == BATCHES[name]
+  assert experiment.batch_spec[serve.input_field(experiment.batch_spec)].shape == BATCHES[name]
   optimizer = experiment.config.optimizer
   assert (optimizer.name, optimizer.momentum, optimizer.weight_decay, optimizer.l2) == ("momentum", 0.9, 0, 0)
   assert (optimizer.schedule, optimizer.warmup_fraction) == ("constant", 0)
@@ -324,8 +325,12 @@ def test_a_case_is_the_peers_network_trained_by_plain_momentum(name):
   assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
       k: (s.shape, s.dtype) for k, s in experiment.batch_spec.items()}
   assert batch["mask"].min() == 1
+  for field, inputs in (("length", "features"), ("token_length", "tokens")):
+    if field in batch:
+      assert (batch.pop(field) == batch[inputs].shape[1]).all()
   labels, = (x for x in batch.values() if np.issubdtype(x.dtype, np.integer))
-  assert 0 <= labels.min() < labels.max() < experiment.task.num_classes
+  assert 0 <= labels.min() < labels.max() < jax_worker.num_classes(experiment)
+  assert not batch.get("reset", np.zeros(1)).any(), "the state goes on"
   if "boxes" in batch:
     low, high = batch["boxes"][..., :2], batch["boxes"][..., 2:]
     assert low.min() >= 0 and (high - low).min() > 9 and high.max() <= 96 and batch["box_mask"].min() == 1
@@ -357,7 +362,38 @@ def test_plain_flax_has_native_operators_and_ours_has_our_own(flax):
 
 def test_every_operator_is_switched_off():
   """A new file in `dljax/ops` belongs into `use_native_operators` too."""
-  assert {path.stem for path in (ROOT / "dljax" / "ops").glob("*.py")} == {"__init__", "collectives", "conv", "pool"}
+  assert {path.stem for path in (ROOT / "dljax" / "ops").glob("*.py")} == {
+      "__init__", "collectives", "conv", "ctc", "dense", "pool", "recurrence"}
+
+
+NATIVE = """
+import jax, numpy as np
+from experiments.benchmark import jax_worker
+from experiments.benchmark.cases import CASES
+if {flax}:
+  jax_worker.use_native_operators()
+losses = []
+for name in "lstm", "gru", "deepspeech":
+  experiment = jax_worker.build_experiment(CASES[name])
+  task, batch = experiment.task, jax.tree.map(lambda x: x[:2], jax_worker.random_batch(experiment))
+  variables = task.init(jax.random.key(0), batch)
+  state = {{k: v for k, v in variables.items() if k != "params"}}
+  def loss(params):
+    return task.loss(params, state, batch, jax.random.key(1), weights=task.weights(batch), train=True).loss
+  value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
+  losses += [value, *(np.linalg.norm(x) for x in jax.tree.leaves(grads))]
+print(*map(float, losses))
+"""
+
+
+@pytest.mark.slow
+def test_what_replaces_our_sequence_operators_computes_the_same():
+  sides = [subprocess.run([sys.executable, "-c", NATIVE.format(flax=flax)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True).stdout.split()
+           for flax in (False, True)]
+  ours, native = np.array(sides, float)
+  np.testing.assert_allclose(ours, native, rtol=1e-3, atol=1e-6)
+  assert (ours != native).any(), "neither was replaced"
 
 
 def test_no_model_is_imported_before_operators_are_switched_off():

@@ -107,7 +107,7 @@ def pictures(tmp_path) -> Path:
 def test_help_names_every_flag_preset_and_config_field(experiment):
   outcome = run(experiment, "--help")
   assert (outcome.status, outcome.err) == (0, "")
-  for flag in ("preset", "workdir", "mode", "step", "input", "output", "parallelism", "mesh", "resume",
+  for flag in ("preset", "workdir", "mode", "step", "input", "prompt", "output", "parallelism", "mesh", "resume",
                "seed", "data_dir", "wandb", "dry_run", "topology", "list_presets", "help"):
     assert f"\n  --{flag}" in outcome.out
   for name, text in experiment.PRESETS.items():
@@ -493,6 +493,7 @@ def test_where_no_input_is_usable_one_line_says_why(trained, tmp_path, count, sa
 @pytest.mark.parametrize("arguments, words", [
     ([], ["--mode=predict needs --input"]),
     (["--input=/no/such.png"], ["--input", "/no/such.png"]),
+    (["--prompt=Once"], ["--prompt: mlp writes no text; use --input=FILE_OR_FOLDER"]),
     (["--input={pictures}", "--output={tmp}/out.txt"], ["--output={tmp}/out.txt", ".jsonl, .json, .csv"]),
     (["--input={pictures}", "--output={tmp}/no/out.csv"],
      ["--output={tmp}/no/out.csv", "no folder", "{tmp}/no"]),
@@ -575,6 +576,7 @@ def test_prediction_refuses(trained, pictures, tmp_path, arguments, words):
     (["--step=latest"], ["--step goes with --mode=eval or --mode=predict"]),
     (["--input=x.png"], ["--input goes with --mode=predict"]),
     (["--output=x.csv"], ["--output goes with --mode=predict"]),
+    (["--prompt=Once"], ["--prompt goes with --mode=predict"]),
     # What is known only with the model, or the data.
     (["--config.monitor=validation/acuracy"], ["--config.monitor", "did you mean validation/accuracy"]),
     (["--config.monitor=accuracy"], ["--config.monitor", "validation/accuracy"]),

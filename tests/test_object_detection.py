@@ -101,6 +101,7 @@ def test_cocos_anchors_network_and_schedule_are_the_papers():
   assert config.batch_size == 16
 
 
+@pytest.mark.slow
 def test_images_without_objects_are_trained_on_and_evaluated(tmp_path, squares):
   squares()
   outcome = train(tmp_path)

@@ -382,6 +382,9 @@ def test_check_patterns():
     optim.check_patterns(_config("sgd", learning_rates=("norm/scales=2",)), params)
   with pytest.raises(UserError, match=r"freeze=\('\*',\): leaves nothing to train"):
     optim.check_patterns(_config("sgd", freeze=("*",)), params)
+  optim.check_patterns(_config("sgd"), {})  # a model without parameters
+  with pytest.raises(UserError, match="freeze: 'head' matches no parameter; the model has none; drop it"):
+    optim.check_patterns(_config("sgd", freeze=("head",)), {})
   # Several players: a pattern must match in one of them; shapes are enough.
   shapes = jax.eval_shape(lambda: params)
   optim.check_patterns(_config("sgd", freeze=("dense/*",)), {"dense": {"kernel": jnp.ones(2)}}, shapes)

@@ -120,7 +120,7 @@ def test_the_set_reaches_the_batch_and_what_lies_around_the_picture_has_no_class
   assert (batch["segmentation"][6:] == VOID).all() and not batch["mask"][6:].any()
 
 
-@pytest.mark.parametrize("variant", ["unet_padded", "unet_2015"])
+@pytest.mark.parametrize("variant", [pytest.param("unet_padded", marks=pytest.mark.slow), "unet_2015"])
 def test_trains_evaluates_and_predicts(prepare, tmp_path, variant):
   """Without padding, too, where the border has no logits: the picture alone lies within them."""
   prepare()

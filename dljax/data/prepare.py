@@ -3,10 +3,11 @@
     python -m dljax.data.prepare mnist
     python -m dljax.data.prepare cifar10 --data_dir=/data/tfds --manual_dir=~/Downloads
 
-mnist, fashion_mnist, cifar10 and cifar100 need nothing else: an interrupted download goes on where it
-stopped, and files are held against TFDS's checksums. So do emoji and emoji_scenes, sets of ours, of a font and its
-names that Debian 12 has, installed or downloaded. Other sets are prepared by TFDS itself, which for most
-of them needs TensorFlow (`pip install 'dljax[tf]'`).
+mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare need nothing else: an interrupted download goes on where it
+stopped, and files are held against TFDS's checksums. So do etth1, a time series, and sets of ours whose files Debian 12
+has, installed or downloaded: emoji and emoji_scenes, of a font and its names, and telephone_prompts, of announcements
+and their text. Other sets are prepared by TFDS itself, which for most of them needs TensorFlow
+(`pip install 'dljax[tf]'`).
 """
 
 import argparse
@@ -22,9 +23,14 @@ from dljax import downloads
 from dljax.data import sources
 from dljax.errors import UserError, unknown
 
-STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100")
-EMOJI = ("emoji", "emoji_scenes")
-EMOJI_PACKAGES = "fonts-noto-color-emoji unicode-data"  # of Debian
+STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_shakespeare")
+SERIES = ("etth1",)
+# Sets of ours: their packages in Debian.
+DEBIAN = {
+    "emoji": "fonts-noto-color-emoji unicode-data",
+    "emoji_scenes": "fonts-noto-color-emoji unicode-data",
+    "telephone_prompts": "asterisk-core-sounds-en-wav asterisk-core-sounds-en",
+}
 
 
 def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
@@ -53,22 +59,24 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
     raise UserError(f"--data_dir: cannot write to {data_dir}; choose another directory")
   if base in sources.EMBEDDED:
     return sources.prepare_embedded(name, data_dir)
-  if base in (*STOCK, *EMOJI):
-    from dljax.data.datasets import emoji, emoji_scenes, stock
+  if base in (*STOCK, *SERIES, *DEBIAN):
+    from dljax.data.datasets import emoji, emoji_scenes, series, stock, telephone_prompts
 
-    builder = {"emoji": emoji.Emojis, "emoji_scenes": emoji_scenes.EmojiScenes, **stock.BUILDERS}[base]
+    builder = {"emoji": emoji.Emojis, "emoji_scenes": emoji_scenes.EmojiScenes, "etth1": series.Etth1,
+               "telephone_prompts": telephone_prompts.TelephonePrompts, **stock.BUILDERS}[base]
     if config or version not in ("", str(builder.VERSION)):
       raise UserError(f"{name}: {base} has no configs, and its version is {builder.VERSION}")
-    folder = manual_dir or data_dir / "downloads" / (EMOJI[0] if base in EMOJI else base)
-    if base in EMOJI and manual_dir is None and emoji.installed():
+    of_debian = {"emoji": emoji, "emoji_scenes": emoji, "telephone_prompts": telephone_prompts}.get(base)
+    folder = manual_dir or data_dir / "downloads" / base.removesuffix("_scenes")  # of the same files
+    if of_debian and manual_dir is None and of_debian.installed():
       folder = None
     else:
       try:
         collect(builder.url_infos, folder, download=manual_dir is None)
       except UserError as e:
-        if base not in EMOJI:
+        if not of_debian:
           raise
-        raise UserError(f"{e}; on Debian 12 `apt-get install {EMOJI_PACKAGES}` will do, too") from e
+        raise UserError(f"{e}; on Debian 12 `apt-get install {DEBIAN[base]}` will do, too") from e
     sources.build(functools.partial(builder, folder=folder), data_dir)
   else:
     _prepare_by_tfds(name, data_dir, manual_dir)
@@ -109,7 +117,8 @@ fetch = functools.partial(downloads.fetch, mend="put the file in a folder and na
 def _unknown(name: str) -> UserError:
   import tensorflow_datasets as tfds
 
-  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *sources.EMBEDDED, *EMOJI])
+  ours = *sources.EMBEDDED, *SERIES, *DEBIAN
+  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *ours])
 
 
 def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None:

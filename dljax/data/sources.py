@@ -7,9 +7,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -29,8 +30,27 @@ def _digit_scenes() -> type:
   return DigitScenes
 
 
-# Sets that ship with a dependency and prepare themselves: name -> its builder, which imports TFDS.
-EMBEDDED: Mapping[str, Callable[[], type]] = {"digits": _digits, "digit_scenes": _digit_scenes}
+def _pydoc() -> type:
+  from dljax.data.datasets.pydoc import Pydoc
+
+  return Pydoc
+
+
+def _temperatures() -> type:
+  from dljax.data.datasets.series import Temperatures
+
+  return Temperatures
+
+
+def _morse() -> type:
+  from dljax.data.datasets.morse import Morse
+
+  return Morse
+
+
+# Sets that ship with Python or a dependency and prepare themselves: name -> its builder, which imports TFDS.
+EMBEDDED: Mapping[str, Callable[[], type]] = {
+    "digits": _digits, "digit_scenes": _digit_scenes, "pydoc": _pydoc, "temperatures": _temperatures, "morse": _morse}
 
 
 def data_dir() -> Path:
@@ -195,11 +215,21 @@ def open_dataset(name: str) -> Dataset:
   import tensorflow_datasets as tfds
 
   try:
-    return Dataset(name, tfds.builder_from_directory(path))
+    with _audio_undecoded():
+      return Dataset(name, tfds.builder_from_directory(path))
   except Exception as e:  # protobuf, JSON, TFDS and the file system each raise their own
     reason = " ".join(str(e).split())[:100]
     raise UserError(f"{path}: not a readable TFDS directory ({reason}); remove it and run "
                     f"`{_command(name)}`") from e
+
+
+@contextlib.contextmanager
+def _audio_undecoded() -> Iterator[None]:
+  """Lets TFDS open sets with sound: only what decodes it needs TensorFlow, and records are not decoded here."""
+  from tensorflow_datasets.core.features import audio_feature
+
+  with mock.patch.object(audio_feature._AudioDecoder, "__init__", lambda self, **_: None):
+    yield
 
 
 def _command(name: str) -> str:

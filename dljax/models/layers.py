@@ -10,6 +10,7 @@ Dimensions: `B` batch, `C` channels.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -54,8 +55,8 @@ class BatchNorm(nn.Module):
 
     Args:
       x: [B, ..., C].
-      mask: f32[B], 0 where a row is padding. Padding rows are normalised, but do not count. Without a single
-        real row on any device the running statistics stay as they are.
+      mask: f32[B], 0 where a row is padding, or [B, L], 0 where a step is. Padding is normalised, but does not
+        count. Where there is nothing else on any device, the running statistics stay as they are.
       train: whether to use the batch's statistics and, where the collection "batch_stats" is mutable, to
         update the running ones.
 
@@ -84,14 +85,13 @@ class BatchNorm(nn.Module):
 
 
 def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Mean [C], biased variance [C] and number of values per channel [] of the rows of `x` that count."""
+  """Mean [C], biased variance [C] and number of values per channel [] of what counts in `x`."""
   axes = tuple(range(x.ndim - 1))
   if mask is None:
-    where, rows = None, jnp.asarray(x.shape[0], x.dtype)
+    where, count = None, jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
   else:
-    where = (mask > 0).reshape((-1,) + (1,) * (x.ndim - 1))
-    rows = jnp.sum(where, dtype=x.dtype)
-  count = rows * (x[0, ..., 0].size)
+    where = (mask > 0).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+    count = jnp.sum(where, dtype=x.dtype) * math.prod(x.shape[mask.ndim:-1])
   total, count = collectives.psum((jnp.sum(x, axes, where=where), count))
   mean = total / jnp.maximum(count, 1)
   var = collectives.psum(jnp.sum(jnp.square(x - mean), axes, where=where)) / jnp.maximum(count, 1)

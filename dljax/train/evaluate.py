@@ -16,7 +16,9 @@ from dljax.tasks.base import Batch, Findings, Task
 from dljax.train import metrics, parallel, step
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program
-from dljax.train.state import TrainState
+from dljax.train.state import CARRY, TrainState, join_carry, split_carry
+
+CHUNK = 8  # tokens that `write_on` writes at once
 
 
 class Evaluator:
@@ -29,7 +31,7 @@ class Evaluator:
     self._steps = {
         predictions: parallel.compile_step(
             step.make_eval_step(task, predictions=predictions), mode, mesh,
-            inputs=("state", "shared", "batch"), outputs=("shared", "batch"))
+            inputs=("state", "shared", "batch"), outputs=("shared", "batch", "state"))
         for predictions in (False, True)
     }
 
@@ -44,7 +46,8 @@ class Evaluator:
   def metric_names(self, variables: Mapping[str, Any], rng: Any, pipeline: Pipeline) -> list[str]:
     """What `sums` would give, found by tracing alone."""
     batch = {k: v for k, v in pipeline.batch(0).items() if not k.startswith(parallel.HOST)}
-    sums, _ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng, batch)
+    variables = join_carry(variables, self._carry(variables, batch))
+    sums, *_ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng, batch)
     return list(self._task.summarize(jax.tree.map(lambda x: np.zeros(x.shape), sums)))
 
   def full(
@@ -61,11 +64,17 @@ class Evaluator:
   def _batches(
       self, variables, rng, pipeline: Pipeline, name: str, sums: dict[str, Any], *, predictions: bool,
   ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Runs the split; adds to `sums`, in float64; yields (predictions, host batch) without padding."""
+    """Runs the split; adds to `sums`, in float64; yields (predictions, host batch) without padding.
+
+    A recurrent carry begins as zeros, whatever training has left in it, and goes from batch to batch.
+    """
+    carry = None
     load = lambda i: (batch := pipeline.batch(i), parallel.put_batch(batch, self._mode, self._mesh))
     with contextlib.closing(prefetch(load, range(pipeline.num_batches))) as batches:
       for batch, on_device in metrics.progress(batches, f"evaluate {name}", pipeline.num_batches):
-        new, predicted = self._steps[predictions](variables, rng, on_device)
+        if carry is None:
+          carry = parallel.zero_rows(self._carry(variables, batch, jax.process_count()), self._mesh)
+        new, predicted, carry = self._steps[predictions](join_carry(variables, carry), rng, on_device)
         new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
         for key, pair in new.items():
           sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
@@ -73,6 +82,14 @@ class Evaluator:
           rows, host = parallel.rows_to_host(predicted, self._mode), parallel.gather_hosts(batch)
           real = np.asarray(host["mask"]) > 0
           yield jax.tree.map(lambda x: x[real], (rows, host))
+
+  def _carry(self, variables, batch: Mapping[str, Any], hosts: int = 1) -> dict[str, Any]:
+    """The specification of the carry for a batch with `hosts` times the rows of `batch`: {"carry": ...}, or {}."""
+    if CARRY not in variables:
+      return {}
+    spec = {k: jax.ShapeDtypeStruct((hosts * len(v), *v.shape[1:]), v.dtype) for k, v in batch.items()
+            if not k.startswith(parallel.HOST)}
+    return split_carry(dict(jax.eval_shape(self._task.init, jax.random.key(0), spec)))[1]
 
 
 def evaluate(
@@ -116,17 +133,48 @@ def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state
   run = parallel.compile_step(
       step.make_predict_step(experiment.task), mode, program.mesh,
       inputs=("state", "shared", "batch"), outputs=("batch",))
+  variables, _ = split_carry(state.variables)  # what training has left in the carry is no prediction's past
   fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
   count = len(next(iter(fields.values())))
-  hosts, host = jax.process_count(), jax.process_index()
   parts = []
   for start in metrics.progress(range(0, count, size), "predict"):
     rows = {k: v[start:start + size] for k, v in fields.items()}
-    padded = {k: np.concatenate([v, np.zeros((size - len(v), *v.shape[1:]), v.dtype)]) for k, v in rows.items()}
-    mine = {k: np.split(v, hosts)[host] for k, v in padded.items()}
-    out, = run(state.variables, state.rng, parallel.put_batch(mine, mode, program.mesh))
+    out, = run(variables, state.rng, _put_padded(rows, size, mode, program.mesh))
     parts.append(jax.tree.map(lambda x: x[:min(size, count - start)], parallel.rows_to_host(out, mode)))
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _put_padded(rows: Batch, size: int, mode: parallel.Mode, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """Puts rows that every host has, and rows of zeros up to `size`, on the devices."""
+  hosts, host = jax.process_count(), jax.process_index()
+  padded = {k: np.concatenate([v, np.zeros((size - len(v), *v.shape[1:]), v.dtype)]) for k, v in rows.items()}
+  return parallel.put_batch({k: np.split(v, hosts)[host] for k, v in padded.items()}, mode, mesh)
+
+
+def write_on(
+    experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch,
+) -> Iterator[np.ndarray]:
+  """Continues prompts as `predict` does, and yields the tokens as they come, i32[rows, n].
+
+  Args:
+    experiment: whose task has `begin` and `proceed`, and `sampling.max_new_tokens`.
+    program: gives the devices.
+    mode: "jit" or "pmap".
+    state: gives the variables.
+    batch: what `Experiment.prompt` gives, no more rows than `config.eval_batch_size`.
+  """
+  begin, proceed = step.make_continue_steps(experiment.task, CHUNK)
+  begin = parallel.compile_step(begin, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",))
+  proceed = parallel.compile_step(
+      proceed, mode, program.mesh, inputs=("state", "shared", "batch"), outputs=("batch", "batch"))
+  variables, _ = split_carry(state.variables)
+  fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
+  count, total = len(fields["mask"]), experiment.task.sampling.max_new_tokens
+  shards = int(np.prod([program.mesh.shape[axis] for axis in parallel.BATCH_AXES]))
+  text, = begin(variables, _put_padded(fields, -(-count // shards) * shards, mode, program.mesh))
+  for written in range(0, total, CHUNK):
+    tokens, text = proceed(variables, state.rng, text)
+    yield parallel.rows_to_host(tokens, mode)[:count, :total - written]
 
 
 def prefetch(load: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:

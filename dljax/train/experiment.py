@@ -15,6 +15,10 @@ def _no_assets() -> Mapping[str, Any]:
   return {}
 
 
+def _nothing_to_restore(assets: Mapping[str, Any]) -> None:
+  del assets
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
   """What `experiments/x.py` builds from a config. Building one opens no data.
@@ -34,6 +38,9 @@ class Experiment:
       where predictions are none.
     assets: called once after the data was opened: what was fitted to it (class names, a
       tokenizer), JSON-able, by file stem; saved in `workdir/data/`.
+    restore: takes what a run has saved so, before the data is opened to go on with that run.
+    prompt: (texts, names for messages) -> a Batch whose predictions continue them, by a task with `begin` and
+      `proceed`; None where predictions are no such texts.
     corruptions: what `config.eval.corruptions` asks for: name -> strength, from 1 -> one pass over the split
       "test", so disturbed. A final evaluation measures each and gives the table and figure "corruptions".
   """
@@ -48,4 +55,6 @@ class Experiment:
   decode: Callable[[Any, Mapping[str, Any]], Iterable[Mapping[str, Any]]]
   pictures: Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Iterable[Any]] | None = None
   assets: Callable[[], Mapping[str, Any]] = _no_assets
+  restore: Callable[[Mapping[str, Any]], None] = _nothing_to_restore
+  prompt: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]] | None = None
   corruptions: Mapping[str, Mapping[int, Pipeline]] = dataclasses.field(default_factory=dict)

@@ -49,6 +49,8 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   weights = functools.cache(lambda: pretrained.load(experiment, program.abstract_state))
   if config.init.source and not Checkpointer(folder.checkpoints, read_only=True).steps():
     weights()  # which may be bad input, to be told before anything is written
+  if assets := folder.read_assets():
+    experiment.restore(assets)
   with opened(experiment.train, *experiment.evals.values()):
     evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
     if experiment.monitor:
@@ -209,7 +211,9 @@ class _Run:
     self.folder.write_findings(dataclasses.replace(findings, figures=figures))
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     write_json(self.folder.result_file, {
-        "family": self.config.family, "preset": self.config.preset, "steps": steps,
+        "family": self.config.family, "preset": self.config.preset,
+        "data": self.config.data.get("file") or self.config.data.get("name"),
+        "steps": steps,
         "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,
         "params": parameter_count(state.params), "seconds": self._seconds(),
         "examples_per_second": statistics.median(rates) if rates else None, "seed": self.config.seed,

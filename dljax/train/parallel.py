@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
 from dljax.ops import collectives
-from dljax.train.state import TrainState
+from dljax.train.state import CARRY, TrainState, join_carry, split_carry
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that split a batch
@@ -114,19 +115,20 @@ def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int =
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-  """The sharding of each array of a TrainState (or of a part of one), from its shape.
+  """The sharding of each array of a TrainState (or of variables by collection), from its shape.
 
   `tensor` splits the last dimension of matrices and kernels, and `fsdp` the largest dimension that
-  is left and that it divides. The model state, counters and keys are the same everywhere.
+  is left and that it divides. A recurrent carry lies as the batch does. The rest of the model state, counters and
+  keys are the same everywhere.
   """
   replicated = NamedSharding(mesh, P())
   if isinstance(state, TrainState):
     shard = lambda tree: jax.tree.map(lambda x: NamedSharding(mesh, _spec(x.shape, mesh)), tree)
-    fixed = lambda tree: jax.tree.map(lambda _: replicated, tree)
     return state.replace(
-        step=replicated, rng=replicated, failed_step=replicated, model_state=fixed(state.model_state),
+        step=replicated, rng=replicated, failed_step=replicated, model_state=state_shardings(state.model_state, mesh),
         params=shard(state.params), opt_state=shard(state.opt_state), ema=shard(state.ema))
-  return jax.tree.map(lambda _: replicated, state)
+  of = lambda name: batch_sharding(mesh) if name == CARRY else replicated
+  return {name: jax.tree.map(lambda _: of(name), part) for name, part in state.items()}
 
 
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -178,14 +180,7 @@ def compile_step(
     The compiled function. It has `.lower(*arguments)` too, for abstract arguments.
   """
   if mode == "pmap":
-    def mapped(*args):
-      with collectives.axis_context(_PMAP_AXIS):
-        return step(*args)
-
-    axes = {"batch": 0, "state": None, "shared": None}
-    return jax.pmap(
-        mapped, axis_name=_PMAP_AXIS, in_axes=tuple(axes[r] for r in inputs),
-        out_axes=tuple(axes[r] for r in outputs), devices=list(mesh.devices.flat), donate_argnums=tuple(donate))
+    return _Mapped(step, mesh, inputs, outputs, donate)
 
   shardings = {"batch": batch_sharding(mesh), "shared": NamedSharding(mesh, P()), "state": None}
 
@@ -200,13 +195,79 @@ def compile_step(
       out_shardings=tuple(shardings[r] for r in outputs), donate_argnums=tuple(donate))
 
 
+class _Mapped:
+  """A step compiled by pmap. A carry within a state has no axis of devices outside of it, as nothing of a state has."""
+
+  def __init__(self, step, mesh: Mesh, inputs: Sequence[Role], outputs: Sequence[Role], donate: Sequence[int]):
+    def mapped(*args):
+      *args, carries = args
+      with collectives.axis_context(_PMAP_AXIS):
+        carries, results = _split_carries(step(*_join_carries(args, carries)), outputs)
+      return *results, carries
+
+    axes = {"batch": 0, "state": None, "shared": None}
+    self._mesh, self._inputs = mesh, inputs
+    self._step = jax.pmap(
+        mapped, axis_name=_PMAP_AXIS, in_axes=(*(axes[r] for r in inputs), 0),
+        out_axes=(*(axes[r] for r in outputs), 0), devices=list(mesh.devices.flat), donate_argnums=tuple(donate))
+
+  def __call__(self, *args):
+    *results, carries = self._step(*self._arguments(args))
+    return _join_carries(results, jax.tree.map(lambda x: _join_devices(x, self._mesh), carries))
+
+  def lower(self, *args) -> jax.stages.Lowered:
+    return self._step.lower(*self._arguments(args))
+
+  def _arguments(self, args):
+    carries, args = _split_carries(args, self._inputs)
+    return *args, jax.tree.map(lambda x: _split_devices(x, self._mesh), carries)
+
+
+def _split_carries(args: Sequence[Any], roles: Sequence[Role]) -> tuple[list[Any], list[Any]]:
+  """(the carry of each, {} where there is none; the rest of each)."""
+  parts = [split_carry(x) if role == "state" else (x, {}) for x, role in zip(args, roles, strict=True)]
+  return [carry for _, carry in parts], [rest for rest, _ in parts]
+
+
+def _join_carries(args: Sequence[Any], carries: Sequence[Any]) -> tuple[Any, ...]:
+  return tuple(join_carry(x, carry) if carry else x for x, carry in zip(args, carries, strict=True))
+
+
+def _split_devices(x: Any, mesh: Mesh) -> Any:
+  """Rows [B, ...] -> [devices, B / devices, ...] as pmap takes them: an array, its specification, or one traced."""
+  count = mesh.devices.size
+  shape = (count, x.shape[0] // count, *x.shape[1:])
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh))
+  if isinstance(x, jax.core.Tracer):
+    return x.reshape(shape)
+  return jax.make_array_from_single_device_arrays(
+      shape, batch_sharding(mesh), [shard.data[None] for shard in x.addressable_shards])
+
+
+def _join_devices(x: Any, mesh: Mesh) -> Any:
+  """Rows as pmap returns them, [devices, B / devices, ...] -> [B, ...]."""
+  shape = (mesh.devices.size * x.shape[1], *x.shape[2:])
+  if isinstance(x, jax.core.Tracer):
+    return x.reshape(shape)
+  return jax.make_array_from_single_device_arrays(
+      shape, batch_sharding(mesh), [shard.data[0] for shard in x.addressable_shards])
+
+
+def zero_rows(tree: Any, mesh: Mesh) -> Any:
+  """Zeros of the shapes and dtypes in `tree`, [B, ...], split as a batch is."""
+  if not tree:
+    return tree
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+  return jax.jit(zeros, out_shardings=batch_sharding(mesh))()
+
+
 def step_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
   """A state of `mesh` as the steps return it, so that they are compiled once; copies nothing.
 
   The results of pmap are arrays of a mesh of its own, of this host's devices.
   """
-  own = Mesh(np.array(mesh.local_devices), (_PMAP_AXIS,))
-  return _on_every_device(state, own) if mode == "pmap" else state
+  return _on_every_device(state, Mesh(np.array(mesh.local_devices), (_PMAP_AXIS,))) if mode == "pmap" else state
 
 
 def global_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
@@ -214,15 +275,20 @@ def global_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
   return _on_every_device(state, mesh) if mode == "pmap" else state
 
 
-def _on_every_device(tree: Any, mesh: Mesh) -> Any:
-  """Arrays that are the same on every device, as arrays of another mesh."""
-  return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
-      x.shape, NamedSharding(mesh, P()), [shard.data for shard in x.addressable_shards]), tree)
+def _on_every_device(state: TrainState, mesh: Mesh) -> TrainState:
+  """A state whose arrays, but the carry's, are the same on every device, with these as arrays of another mesh."""
+  rest, carry = split_carry(state)
+  return join_carry(jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
+      x.shape, NamedSharding(mesh, P()), [shard.data for shard in x.addressable_shards]), rest), carry)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """How a batch lies on the mesh: split over its leading axis."""
-  return NamedSharding(mesh, P(BATCH_AXES))
+  """How a batch, and a carry, lies on the mesh: split over its leading axis.
+
+  Without axes of one device, as a compiled step names the sharding of what it returns.
+  """
+  axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+  return NamedSharding(mesh, P(axes if len(axes) > 1 else axes[0]) if axes else P())
 
 
 def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mode: Mode, mesh: Mesh) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dljax.errors import UserError, choose
 from dljax.interop import folder, hub, variants
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
-from dljax.train.state import TrainState
+from dljax.train.state import CARRY, TrainState, split_carry
 from dljax.train.workdir import Workdir
 
 
@@ -64,7 +64,8 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
     UserError: the source is not there, is none, or does not fit the model.
   """
   init, task = experiment.config.init, experiment.task
-  specs = traverse_util.flatten_dict({"params": abstract_state.params, **abstract_state.model_state}, sep="/")
+  state, _ = split_carry(abstract_state)  # which belongs to the text, and starts afresh
+  specs = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
   model, prefix = getattr(task, "model", None), ""
   head = {}
   if hasattr(model, "num_classes"):
@@ -165,4 +166,5 @@ def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
 def _of_evaluation(names: Iterable[str]) -> list[str]:
   names = list(names)
   params = "ema/" if any(name.startswith("ema/") for name in names) else "params/"
-  return [name for name in names if name.startswith((params, "model_state/"))]
+  return [name for name in names
+          if name.startswith((params, "model_state/")) and not name.startswith(f"model_state/{CARRY}/")]

@@ -13,6 +13,7 @@ import optax
 from dljax.tasks.base import ALL, Batch, Task
 
 NOT_FAILED = -1
+CARRY = "carry"  # the collection of a recurrent state: leaves [B, ...], split over the devices as the batch is
 
 
 @flax.struct.dataclass
@@ -22,7 +23,8 @@ class TrainState:
   Attributes:
     step: i32[], completed steps.
     params: the parameters, float32 whatever the compute dtype.
-    model_state: the model's other collections, e.g. {"batch_stats": ...}.
+    model_state: the model's other collections, e.g. {"batch_stats": ...}; "carry" is what a recurrent model hands on
+      from batch to batch, one row for each row of the batch.
     opt_state: player -> optimizer state.
     rng: u32[2], key data of the run's seed; constant. Every draw folds in the step and a name.
     ema: exponential moving average of the parameters, or {} where it is off.
@@ -39,7 +41,7 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What evaluation and prediction use: the EMA parameters wherever EMA is on."""
+    """What evaluation and prediction use: the EMA parameters wherever EMA is on; of a carry only that there is one."""
     return {"params": self.ema or self.params, **self.model_state}
 
 
@@ -51,6 +53,21 @@ def player_params(params: Any, player: str) -> Any:
 def replace_player_params(params: Any, player: str, new: Any) -> Any:
   """`params` with the part of `player` replaced."""
   return new if player == ALL else {**params, player: new}
+
+
+def split_carry(tree: Any) -> tuple[Any, dict[str, Any]]:
+  """A state, or variables by collection, without the recurrent carry; and {"carry": ...}, or {} where there is none."""
+  if isinstance(tree, TrainState):
+    model_state, carry = split_carry(tree.model_state)
+    return tree.replace(model_state=model_state), carry
+  return {k: v for k, v in tree.items() if k != CARRY}, {k: v for k, v in tree.items() if k == CARRY}
+
+
+def join_carry(tree: Any, carry: Mapping[str, Any]) -> Any:
+  """The reverse of `split_carry`."""
+  if isinstance(tree, TrainState):
+    return tree.replace(model_state={**tree.model_state, **carry})
+  return {**tree, **carry}
 
 
 def create_state(

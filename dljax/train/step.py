@@ -14,11 +14,11 @@ import optax
 
 from dljax.ops import collectives
 from dljax.tasks.base import Batch, LossOutput, Sums, Task
-from dljax.train.state import NOT_FAILED, TrainState, player_params, replace_player_params
+from dljax.train.state import (NOT_FAILED, TrainState, join_carry, player_params, replace_player_params, split_carry)
 
 Metrics = Mapping[str, Any]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Mapping[str, Any], jax.Array, Batch], tuple[Sums, Any]]
+EvalStep = Callable[[Mapping[str, Any], jax.Array, Batch], tuple[Sums, Any, Mapping[str, Any]]]
 
 
 def make_train_step(
@@ -29,6 +29,9 @@ def make_train_step(
 
   A step whose loss or gradient norm is not finite keeps the old state, by selection inside the
   program, and sets the sticky `failed_step`, after which every step does nothing.
+
+  A recurrent carry (`model_state["carry"]`) is set to zero in the rows where `batch["reset"]` says so, before the
+  batch is read. Every player's turn reads the batch from the same carry; what the last leaves is the next batch's.
 
   Args:
     task: gives the loss.
@@ -46,12 +49,14 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch, lr_scale: jax.Array):
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     weights = collectives.psum(task.weights(batch))
-    params, model_state, opt_state = state.params, state.model_state, dict(state.opt_state)
+    params, opt_state = state.params, dict(state.opt_state)
+    model_state, carry = split_carry(reset_carry(state.model_state, batch))
     squared_norm, sums = 0.0, {}
     for turn, player in enumerate(task.players):
       key = jax.random.fold_in(step_key, turn)
-      grads, out = _gradient(task, params, model_state, batch, key, weights, player, accumulation)
-      model_state = out.model_state
+      grads, out = _gradient(
+          task, params, join_carry(model_state, carry), batch, key, weights, player, accumulation)
+      model_state, new_carry = split_carry(out.model_state)
       sums |= out.metrics
       own = player_params(params, player)
       updates, opt_state[player] = tx[player].update(grads, opt_state[player], own)
@@ -66,7 +71,8 @@ def make_train_step(
 
     good = finite & jnp.isfinite(gradient_norm) & (state.failed_step == NOT_FAILED)
     new = state.replace(
-        step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
+        step=state.step + 1, params=params, model_state=join_carry(model_state, new_carry), opt_state=opt_state,
+        ema=ema)
     new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
     failed_now = (state.failed_step == NOT_FAILED) & ~good
     new = new.replace(failed_step=jnp.where(failed_now, state.step + 1, state.failed_step))
@@ -103,18 +109,23 @@ def _gradient(
 
   def micro_step(total, xs):
     grads, loss, metrics, model_state = total
-    index, micro_batch = xs
-    new_grads, out = grad_fn(own, model_state, micro_batch, jax.random.fold_in(key, index))
+    index, micro_batch, carry = xs
+    new_grads, out = grad_fn(own, join_carry(model_state, carry), micro_batch, jax.random.fold_in(key, index))
     sums = jax.tree.map(jnp.add, (grads, loss, metrics), (new_grads, out.loss, out.metrics))
-    return (*sums, out.model_state), None
+    model_state, carry = split_carry(out.model_state)
+    return (*sums, model_state), carry
 
-  micro_batches = jax.tree.map(lambda x: split_micro(x, accumulation), dict(batch))
+  model_state, carry = split_carry(model_state)
+  micro_batches, carries = jax.tree.map(lambda x: split_micro(x, accumulation), (dict(batch), carry))
+  first = lambda tree: jax.tree.map(lambda x: x[0], tree)
   grads, out = jax.eval_shape(
-      lambda batches: grad_fn(own, model_state, jax.tree.map(lambda x: x[0], batches), key), micro_batches)
+      lambda batches, carries: grad_fn(own, join_carry(model_state, first(carries)), first(batches), key),
+      micro_batches, carries)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, out.loss, out.metrics))
-  (grads, loss, metrics, model_state), _ = jax.lax.scan(
-      micro_step, (*zeros, model_state), (jnp.arange(accumulation), micro_batches))
-  out = LossOutput(loss=loss, metrics=metrics, model_state=model_state)
+  (grads, loss, metrics, model_state), carries = jax.lax.scan(
+      micro_step, (*zeros, model_state), (jnp.arange(accumulation), micro_batches, carries))
+  carry = jax.tree.map(join_micro, carries)
+  out = LossOutput(loss=loss, metrics=metrics, model_state=join_carry(model_state, carry))
   return collectives.psum(grads), _sum_over_devices(out)
 
 
@@ -130,8 +141,22 @@ def split_micro(x: jax.Array, k: int) -> jax.Array:
   return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
 
 
+def join_micro(x: jax.Array) -> jax.Array:
+  """[k, B / k, ...] -> [B, ...], the reverse of `split_micro`."""
+  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def reset_carry(variables: Mapping[str, Any], batch: Batch) -> Mapping[str, Any]:
+  """`variables` (or a model state) with zeros in those rows of its carry where `batch["reset"]` is 1."""
+  rest, carry = split_carry(variables)
+  keep = lambda x: jnp.reshape(batch["reset"] == 0, (-1,) + (1,) * (x.ndim - 1))
+  return join_carry(rest, jax.tree.map(lambda x: jnp.where(keep(x), x, 0), carry))
+
+
 def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
-  """Builds the pure function (variables, rng, batch) -> (sums, predictions); rng is u32[2] key data.
+  """Builds the pure function (variables, rng, batch) -> (sums, predictions, carry); rng is u32[2] key data.
+
+  The carry is {"carry": ...}, to be put among the variables for the next batch, or {} where there is none.
 
   Args:
     task: gives the loss and the predictions.
@@ -139,6 +164,7 @@ def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
   """
 
   def eval_step(variables, rng, batch):
+    variables = reset_carry(variables, batch)
     params = variables["params"]
     model_state = {k: v for k, v in variables.items() if k != "params"}
     key = jax.random.wrap_key_data(rng)
@@ -147,9 +173,24 @@ def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
     for player in dict.fromkeys(task.players):
       out = task.loss(params, model_state, batch, key, weights=weights, train=False, player=player)
       sums |= out.metrics
-    return collectives.psum(sums), task.predict(variables, batch, key) if predictions else {}
+    predicted = task.predict(variables, batch, key) if predictions else {}
+    return collectives.psum(sums), predicted, split_carry(out.model_state)[1]
 
   return eval_step
+
+
+def make_continue_steps(task: Any, count: int) -> tuple[Callable[..., tuple[Any]], Callable[..., tuple[Any, Any]]]:
+  """Builds what writes a text on, `count` tokens at a time.
+
+  Args:
+    task: with `begin` and `proceed`, as `tasks.language_modeling`.
+    count: tokens.
+
+  Returns:
+    The pure functions (variables, batch) -> (text,) and (variables, rng, text) -> (tokens [B, count], text).
+  """
+  return (lambda variables, batch: (task.begin(variables, batch),),
+          lambda variables, rng, text: task.proceed(variables, text, jax.random.wrap_key_data(rng), count))
 
 
 def make_predict_step(task: Task) -> Callable[[Mapping[str, Any], jax.Array, Batch], tuple[Any]]:

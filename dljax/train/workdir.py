@@ -20,7 +20,8 @@ from dljax.errors import UserError, writing
 from dljax.tasks.base import Findings
 
 # A run may continue with other values of these; of nothing else.
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "eval.corruptions")
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "eval.corruptions",
+               *(f"sampling.{field}" for field in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")))
 _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 

@@ -27,6 +27,11 @@ class Case:
   layouts: tuple[str, ...] = ("contiguous", "channels_last")
 
 
+_LANGUAGE_MODEL = (
+    "--preset=tiny_shakespeare", "--config.batch_size=32", "--config.data.length=64", "--config.data.tokenizer=bpe",
+    "--config.data.vocab_size=1000", "--config.model.embed_dim=256", "--config.model.hidden_size=256",
+    "--config.model.dropout=0")
+
 CASES: Mapping[str, Case] = {
     "mlp": Case(
         "experiments.mlp", ("--preset=mnist", "--config.batch_size=128", "--config.model.dropout=0"),
@@ -68,4 +73,9 @@ CASES: Mapping[str, Case] = {
          "--config.data.mixup=0",
          "--config.model.variant=vit_ti16", "--config.model.pool=token", "--config.model.positions=learned"),
         peer="timm", bound=1.0),
+    "lstm": Case("experiments.rnn", _LANGUAGE_MODEL, peer="torch", bound=1.2, layouts=("contiguous",)),
+    "gru": Case(
+        "experiments.rnn", (*_LANGUAGE_MODEL, "--config.model.cell=gru"), peer="torch", bound=1.2,
+        layouts=("contiguous",)),
+    "deepspeech": Case("experiments.deepspeech", ("--preset=morse",), peer="torch", bound=1.2),
 }

@@ -13,22 +13,55 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from dljax import optim
 from dljax.config import apply_overrides
 from dljax.data.pipeline import HostBatch
-from dljax.ops import conv, pool
+from dljax.ops import conv, ctc, dense, pool, recurrence
 from dljax.train.experiment import Experiment
 from experiments.benchmark import serve
 from experiments.benchmark.bare_step import BareStep
 from experiments.benchmark.cases import CASES, Case
+
+NO_INPUTS = ("mask", "box_mask", "reset")  # fields of a batch of which the peer has none
 
 
 def use_native_operators() -> None:
   """Makes Flax and JAX do what `dljax.ops` does otherwise; call it before any model is imported."""
   conv.conv_general_dilated = jax.lax.conv_general_dilated
   pool.max_pool = nn.max_pool
+  dense.dense, dense.dot_general = jnp.dot, jax.lax.dot_general
+  recurrence.recurrence = _native_recurrence
+  ctc.ctc_loss = _native_ctc_loss
+
+
+def _native_recurrence(
+    cell: str, x: jax.Array, weights: recurrence.Weights, carry: recurrence.State, valid: jax.Array | None = None, *,
+    reverse: bool = False,
+) -> tuple[jax.Array, recurrence.State]:
+  """The cell's formula in a loop, as `nn.RNN` has it; without layer norm."""
+  form = recurrence.CELLS[cell]
+
+  def step(state: recurrence.State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[recurrence.State, jax.Array]:
+    x, valid = inputs
+    u, p = x @ weights.input + weights.input_bias, state[0] @ weights.recurrent + weights.recurrent_bias
+    new, _ = form.forward(u, p, state)
+    if valid is None:
+      return new, new[0]
+    new = jax.tree.map(lambda a, b: jnp.where(valid[:, None], a, b), new, state)
+    return new, jnp.where(valid[:, None], new[0], 0)
+
+  carry, outputs = jax.lax.scan(step, carry, (x, valid), reverse=reverse)
+  return outputs, carry
+
+
+def _native_ctc_loss(
+    logits: jax.Array, length: jax.Array, labels: jax.Array, label_length: jax.Array, *, blank: int = 0,
+) -> jax.Array:
+  beyond = lambda x, length: (jnp.arange(x.shape[1]) >= length[:, None]).astype(jnp.float32)
+  return optax.ctc_loss(logits, beyond(logits, length), labels, beyond(labels, label_length), blank_id=blank)
 
 
 def build_experiment(case: Case) -> Experiment:
@@ -44,19 +77,30 @@ def build_experiment(case: Case) -> Experiment:
 
 
 def random_batch(experiment: Experiment) -> HostBatch:
-  """Noise with labels, of images, pixels or boxes, that it has nothing to do with; boxes of 0.1 to 0.4 of its sides."""
-  draw = np.random.default_rng(0)
+  """Noise with labels, of images, pixels or boxes, or with texts, that it has nothing to do with.
+
+  Boxes are of 0.1 to 0.4 of the image's sides. Sound and texts are as long as they can be, and nothing is padding.
+  """
+  draw, classes = np.random.default_rng(0), num_classes(experiment)
   batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
   for name, x in batch.items():
-    if np.issubdtype(x.dtype, np.integer):
-      batch[name] = draw.integers(0, experiment.task.num_classes, x.shape, x.dtype)
-    elif name in ("mask", "box_mask"):
-      batch[name] = np.ones_like(x)
+    if name in ("length", "token_length"):
+      batch[name] = np.full_like(x, batch["features" if name == "length" else "tokens"].shape[1])
+    elif np.issubdtype(x.dtype, np.integer):
+      batch[name] = draw.integers(name == "tokens", classes, x.shape, x.dtype)  # token 0 is the blank of speech
+    elif name in NO_INPUTS:
+      batch[name] = np.full_like(x, name != "reset")
     elif name == "boxes":
       side = np.array(batch["image"].shape[2:0:-1], np.float32)
       corner, size = (side * draw.uniform(*range_, (*x.shape[:-1], 2)) for range_ in ((0, 0.6), (0.1, 0.4)))
       batch[name] = np.concatenate([corner, corner + size], axis=-1).astype(x.dtype)
   return batch
+
+
+def num_classes(experiment: Experiment) -> int:
+  """How many labels or tokens there are."""
+  task = experiment.task
+  return task.num_classes if hasattr(task, "num_classes") else task.model.vocab_size
 
 
 def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run]]:
@@ -77,16 +121,18 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
         "compile_seconds": bare.compile_seconds,
         "parameters": sum(x.size for x in jax.tree.leaves(bare.state.params)),
         "train_flops": bare.program.train_step_flops(),
-        "batch": {k: x.shape for k, x in bare.batch.items() if k not in ("mask", "box_mask")},
-        "classes": experiment.task.num_classes,
+        "batch": {k: x.shape for k, x in bare.batch.items() if k not in NO_INPUTS},
+        "classes": num_classes(experiment),
     }
 
   model, dot = experiment.task.model, jax.jit(jnp.dot)
-  apply = jax.jit(lambda variables, image: model.apply(variables, image, train=False))
+  apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+  field = serve.input_field(bare.batch)
+  x = bare.batch[field][:, :-1] if field == "tokens" else bare.batch[field]  # the last token is only predicted
 
   def inference(steps: int) -> float:
     variables = {"params": bare.state.params, **bare.state.model_state}
-    return _time_each(lambda: apply(variables, bare.batch["image"]), steps)
+    return _time_each(lambda: apply(variables, x), steps)
 
   def product(steps: int) -> float:
     x = jnp.ones((serve.PRODUCT, serve.PRODUCT), jnp.float32)

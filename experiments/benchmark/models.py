@@ -4,8 +4,8 @@ Each side of a case is a process of its own (`jax_worker.py`, `torch_worker.py`)
 time: they take turns, so that what else the machine does falls on all. What is told of each side:
 
 - train, inference: seconds per step, the median of the turns. Training is the whole step: forward, cross-entropy
-  (of a detector its own loss), backward, SGD with momentum. Inference waits for each batch; a detector's ends with what
-  its heads give.
+  (of a detector its own loss, of speech CTC), backward, SGD with momentum; a language model's begins with the state
+  that the step before ended with. Inference waits for each batch; a detector's ends with what its heads give.
 - compile: seconds to trace, lower and compile the train step; an eager peer has nothing to compile.
 - first step: seconds from the start of building the network, with all imported, to the end of the first train step.
 - peak memory: the most that the process held beyond what it held with all imported, until it had compiled, trained
@@ -279,7 +279,7 @@ def compare(name: str, result: Mapping[str, Any]) -> list[Measurement]:
   for quantity, other, bound in pairs:
     if other in sides:
       ours, others = ({f"{side} seconds".replace(" ", "_"): sides[side]["seconds"][quantity]} for side in (OURS, other))
-      on = f"{name}, {'x'.join(map(str, result['batch']['image']))}"
+      on = f"{name}, {'x'.join(map(str, result['batch'][serve.input_field(result['batch'])]))}"
       found.append(ratio(on, f"{LABELS[quantity]}: {OURS} / {other}", ours, others, bound))
   return found
 

@@ -24,6 +24,12 @@ Describe = Callable[[], Mapping[str, Any]]
 # none of them denormal, which would be slow on some sides.
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 PRODUCT = 2048  # rows and columns of the matrices whose product gives the machine's peak
+INPUTS = ("image", "features", "tokens")  # the first of these that a batch has is what the network reads
+
+
+def input_field(batch: Mapping[str, Any]) -> str:
+  """The field of a batch that the network reads."""
+  return next(name for name in INPUTS if name in batch)
 
 
 def serve(build: Callable[[Mapping[str, Any]], tuple[Describe, Mapping[str, Run]]],

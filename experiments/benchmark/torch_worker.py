@@ -216,6 +216,69 @@ def _retinanet(classes):
   return Detector()
 
 
+def _language_model(classes, cell, width=256):
+  """Two layers, time first, which torch prefers; the state goes on from step to step."""
+  from torch import nn
+
+  class LanguageModel(nn.Module):
+
+    def __init__(self):
+      super().__init__()
+      self.embed = nn.Embedding(classes, width)
+      self.rnn = getattr(nn, cell)(width, width, num_layers=2)
+      self.head = nn.Linear(width, classes)
+      self.carry = None
+
+    def forward(self, tokens):
+      return self.head(self.rnn(self.embed(tokens[:, :-1].T))[0])
+
+    def loss(self, batch):
+      tokens = batch["tokens"].T
+      x, carry = self.rnn(self.embed(tokens[:-1]), self.carry)
+      self.carry = carry.detach() if cell == "GRU" else tuple(state.detach() for state in carry)
+      return nn.functional.cross_entropy(self.head(x).flatten(0, 1), tokens[1:].flatten())
+
+  return LanguageModel()
+
+
+def _lstm(classes):
+  return _language_model(classes, "LSTM")
+
+
+def _gru(classes):
+  return _language_model(classes, "GRU")
+
+
+def _deepspeech(classes, channels=16, bands=16, width=128):
+  """The small form: two convolutions, two bidirectional GRUs, CTC."""
+  import torch
+  from torch import nn
+
+  class DeepSpeech(nn.Module):
+
+    def __init__(self):
+      super().__init__()
+      layers = []
+      for inside, kernel in ((1, 11), (channels, 7)):
+        layers += [nn.Conv2d(inside, channels, kernel, stride=2, padding=kernel // 2, bias=False),
+                   nn.BatchNorm2d(channels), nn.Hardtanh(0, 20, inplace=True)]
+      self.convs = nn.Sequential(*layers)
+      self.rnn = nn.GRU(channels * bands // 4, width, num_layers=2, bidirectional=True)
+      self.head = nn.Linear(2 * width, classes)
+
+    def forward(self, features):
+      x = self.convs(features[:, None])  # [B, C, T, F]
+      return self.head(self.rnn(x.permute(2, 0, 3, 1).flatten(2))[0])
+
+    def loss(self, batch):
+      log_probs = self(batch["features"]).log_softmax(-1)
+      frames = torch.full(batch["length"].shape, len(log_probs))
+      return nn.functional.ctc_loss(
+          log_probs, batch["tokens"], frames, batch["token_length"], reduction="sum") / len(frames)
+
+  return DeepSpeech()
+
+
 NETWORKS = {  # by the case's name: number of classes -> module
     "mlp": _mlp,
     "lenet": _lenet,
@@ -228,6 +291,9 @@ NETWORKS = {  # by the case's name: number of classes -> module
     "retinanet": _retinanet,
     "vit_ti16": _vit_ti16,
     "efficientnet_b0": _efficientnet_b0,
+    "lstm": _lstm,
+    "gru": _gru,
+    "deepspeech": _deepspeech,
 }
 
 
@@ -235,6 +301,13 @@ def _random_batch(shapes, classes):
   """As our side's `random_batch`, with the images' channels first."""
   import torch
 
+  if "image" not in shapes:
+    batch = {"tokens": torch.randint(1, classes, shapes["tokens"])}
+    if "features" in shapes:
+      batch["features"] = torch.randn(shapes["features"])
+      for name, field in (("length", "features"), ("token_length", "tokens")):
+        batch[name] = torch.full(shapes[name], shapes[field][1])
+    return batch
   size, height, width, channels = shapes["image"]
   batch = {"image": torch.randn(size, channels, height, width)}
   for name in ("label", "segmentation", "box_label"):
@@ -262,8 +335,9 @@ def _build(spec):
   layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[spec["layout"]]
   model = NETWORKS[spec["case"]](spec["classes"]).to(device, memory_format=layout)
   batch = {name: x.to(device) for name, x in _random_batch(spec["batch"], spec["classes"]).items()}
-  image = batch["image"] = batch["image"].to(memory_format=layout)
-  label = batch.get("segmentation", batch.get("label"))
+  if "image" in batch:
+    batch["image"] = batch["image"].to(memory_format=layout)
+  x, label = batch[serve.input_field(batch)], batch.get("segmentation", batch.get("label"))
   optimizer = torch.optim.SGD(model.parameters(), lr=serve.LEARNING_RATE, momentum=serve.MOMENTUM)
 
   loss = None
@@ -271,7 +345,7 @@ def _build(spec):
   def train_step():
     nonlocal loss
     optimizer.zero_grad()
-    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(model(image), label)
+    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(model(x), label)
     loss.backward()
     optimizer.step()
 
@@ -299,7 +373,7 @@ def _build(spec):
 
   def inference(steps):
     model.eval()
-    return time_each(lambda: model(image), steps)
+    return time_each(lambda: model(x), steps)
 
   def product(steps):
     x = torch.ones(serve.PRODUCT, serve.PRODUCT, device=device)

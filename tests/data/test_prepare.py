@@ -124,12 +124,13 @@ def test_cifar_from_files_at_hand(name, tmp_path, monkeypatch):
 
 
 def test_stock_builders_keep_names_versions_features_and_checksums():
+  from tensorflow_datasets.datasets.tiny_shakespeare import tiny_shakespeare_dataset_builder as tiny_shakespeare
   from tensorflow_datasets.image_classification import cifar, mnist
 
   from dljax.data.datasets import stock
 
   originals = {"mnist": mnist.MNIST, "fashion_mnist": mnist.FashionMNIST, "cifar10": cifar.Cifar10,
-               "cifar100": cifar.Cifar100}
+               "cifar100": cifar.Cifar100, "tiny_shakespeare": tiny_shakespeare.Builder}
   assert set(originals) == set(stock.BUILDERS) == set(prepare.STOCK)
   for name, original in originals.items():
     ours = stock.BUILDERS[name]

@@ -16,7 +16,7 @@ from tests.fixtures import formula
 from tests.interop.parity import assert_equals_peer, assert_parity, assert_sgd_step
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_resnet_gives_torchvisions_logits(name):
   assert_parity(functools.partial(resnet.VARIANTS[name], num_classes=1000), "torchvision", name)
 
@@ -54,8 +54,8 @@ def test_torchvision_has_no_alexnet_of_2012():
     interop.load(alexnet.VARIANTS["alexnet_2012"](num_classes=1000), {}, "torchvision")
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name == "vgg11_bn" else pytest.mark.slow) for name in vgg.VARIANTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vgg.VARIANTS)
 def test_vgg_gives_torchvisions_logits(name):
   assert_parity(functools.partial(vgg.VARIANTS[name], num_classes=1000), "torchvision", name)
 
@@ -140,8 +140,8 @@ def test_small_forms_have_torchvisions_names_and_come_back(build, size):
     np.testing.assert_array_equal(tensors[name][:, (c * side + i) * side + j], kernel[(i * side + j) * channels + c])
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name == "efficientnet_b0" else pytest.mark.slow) for name in efficientnet.SCALING])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", efficientnet.SCALING)
 def test_efficientnet_gives_torchvisions_logits(name):
   assert_parity(functools.partial(efficientnet.VARIANTS[name], num_classes=1000), "torchvision", name)
 

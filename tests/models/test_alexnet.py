@@ -139,7 +139,8 @@ def test_images_that_are_too_small_are_refused_with_the_smallest_size(stem, smal
       run(*size)
 
 
-@pytest.mark.parametrize("name", alexnet.VARIANTS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name == "alexnet" else []) for name in alexnet.VARIANTS])
 def test_remat_changes_no_gradient(name):
   with jax.enable_x64(True):
     x, grads = _images(28, dtype=np.float64), []

@@ -73,6 +73,7 @@ def test_blocks_and_units_are_dropped_in_training_only():
   np.testing.assert_array_equal(still(jax.random.key(0)), still(jax.random.key(1)))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   with jax.enable_x64(True):
     x, results = _images(8, dtype=np.float64), []

@@ -167,6 +167,7 @@ def test_padding_rows_do_not_reach_the_others():
   assert np.abs(padded - run(x, np.ones(4, np.float32))[mask > 0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   with jax.enable_x64(True):
     x, results = _images(8, 8, dtype=np.float64), []

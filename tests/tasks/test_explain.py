@@ -103,7 +103,7 @@ def test_grad_cam_of_pooled_features_is_the_class_activation_map():
     explain.grad_cam(task, variables, batch, "feature")
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_grad_cam_of_a_resnet(remat):
   model = resnet.ResNet(num_classes=10, block=resnet.BasicBlock, stage_sizes=(1, 1), width=4, small_stem=True,
                         remat=remat)

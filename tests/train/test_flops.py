@@ -119,7 +119,8 @@ def test_lenet_by_hand():
 
 
 @pytest.mark.parametrize("variant, expected, multiply_adds", [
-    ("resnet18", 11689512, 1.814e9), ("resnet50", 25557032, 4.089e9), ("resnet152", 60192808, 11.514e9)])
+    ("resnet18", 11689512, 1.814e9), ("resnet50", 25557032, 4.089e9),
+    pytest.param("resnet152", 60192808, 11.514e9, marks=pytest.mark.slow)])
 def test_resnet_matches_published_counts(variant, expected, multiply_adds):
   """torchvision's table of weights gives 1.81, 4.09 and 11.51 billion multiply-adds of products alone."""
   model = resnet.VARIANTS[variant](num_classes=1000)

@@ -44,6 +44,7 @@ def float64_differences():
   return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "comparison",
     [float64.name(one, other) for one, others in float64.COMPARISONS.items() for other in others])

@@ -67,6 +67,7 @@ def plain(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(plain, tmp_path):
   draw = random.Random(7)
   moments = sorted(draw.sample(range(10, STEPS - 10), 4))

@@ -16,12 +16,13 @@ import dataclasses
 import hashlib
 import io
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+
+from dljax.data.datasets.debian import read_package
 
 GROUPS = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
           "Objects", "Symbols", "Flags")
@@ -173,26 +174,6 @@ def split(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> dict[str, list[i
         left[part] -= len(family)
       parts[part] += family
   return {name: sorted(part) for name, part in parts.items()}
-
-
-def read_package(path: Path, member: str) -> bytes:
-  """One file of a Debian package: an `ar` archive that holds a tar archive data.tar.* (deb(5)).
-
-  Raises:
-    ValueError: it is no such package, or the file is not in it.
-  """
-  data = path.read_bytes()
-  position = 8
-  while data[:8] == b"!<arch>\n" and position + 60 <= len(data):
-    name, size = data[position:position + 16].decode().strip(" /"), int(data[position + 48:position + 58])
-    position += 60
-    if name.startswith("data.tar"):
-      with tarfile.open(fileobj=io.BytesIO(data[position:position + size])) as archive:
-        for entry in archive:
-          if entry.isfile() and entry.name.removeprefix("./") == member:
-            return archive.extractfile(entry).read()
-    position += size + size % 2
-  raise ValueError(f"{path} is no Debian package that holds {member}")
 
 
 def installed(root: Path = Path("/")) -> bool:

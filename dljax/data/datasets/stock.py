@@ -1,4 +1,4 @@
-"""TFDS's own mnist, fashion_mnist, cifar10 and cifar100, read without TensorFlow.
+"""TFDS's own mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare, read without TensorFlow.
 
 Each is a subclass of the stock builder that keeps its name, version, features, splits and checksums; only the
 reading of files is replaced. Where TFDS would download, these take files that `dljax.data.prepare` has
@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.datasets.tiny_shakespeare import tiny_shakespeare_dataset_builder as tiny_shakespeare
 from tensorflow_datasets.image_classification import cifar, mnist
+
+from dljax.data.text import split_text
 
 
 class _LocalFiles:
@@ -103,5 +106,13 @@ with tfds.core.registered.skip_registration():
     name = "cifar100"
     url_infos = cifar.Cifar100.url_infos
 
+  class TinyShakespeare(_FromFiles, tiny_shakespeare.Builder):
+    name = "tiny_shakespeare"
+    url_infos = tiny_shakespeare.Builder.url_infos
 
-BUILDERS = {builder.name: builder for builder in (Mnist, FashionMnist, Cifar10, Cifar100)}
+    def _split_generators(self, dl_manager):  # the stock one reads the file by TensorFlow
+      parts = split_text((self._folder / "input.txt").read_text("utf-8"))
+      return {split: self._generate_examples(split, part) for split, part in parts.items()}
+
+
+BUILDERS = {builder.name: builder for builder in (Mnist, FashionMnist, Cifar10, Cifar100, TinyShakespeare)}

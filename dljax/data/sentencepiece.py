@@ -1,0 +1,157 @@
+"""SentencePiece models (Kudo and Richardson 2018) as tokenizers of Hugging Face's `tokenizers`.
+
+The file is a protocol buffer, `ModelProto` of
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto, of which only what decides the
+tokens is read here. Unigram and BPE models give the tokens that SentencePiece itself gives.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+SPACE = "\u2581"  # what a space is among the pieces
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of pieces
+_UNIGRAM, _BPE = 1, 2  # types of models
+_NEVER = -1e5  # the score of what a text may spell and never means
+
+
+class Piece(NamedTuple):
+  """An entry of the vocabulary; its score is a log probability or, in BPE, the merge's rank."""
+
+  text: str
+  score: float
+  kind: int
+
+
+def read(data: bytes) -> Any:
+  """The `tokenizers.Tokenizer` of a SentencePiece model's bytes.
+
+  Raises:
+    ValueError: these are no such bytes, or a model of words or characters.
+  """
+  import tokenizers
+
+  model = _fields(data)
+  pieces = [_piece(piece) for piece in model.get(1, [])]
+  if not pieces or not any(piece.kind == _UNKNOWN for piece in pieces):
+    raise ValueError("there is no vocabulary in it")
+  trainer = _fields(model.get(2, [b""])[0])
+  normalizer = _fields(model.get(3, [b""])[0])
+  flag = lambda fields, number, default: bool(fields.get(number, [default])[0])
+  dummy_prefix = flag(normalizer, 3, True)
+
+  kind = trainer.get(3, [_UNIGRAM])[0]
+  unknown = next(i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN)
+  byte_fallback = flag(trainer, 35, False)
+  if kind == _UNIGRAM:
+    scores = [(piece.text, _NEVER if piece.kind in (_CONTROL, _BYTE) else piece.score) for piece in pieces]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unknown, byte_fallback))
+  elif kind == _BPE:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {piece.text: i for i, piece in enumerate(pieces)}, _merges(pieces), unk_token=pieces[unknown].text,
+        fuse_unk=True, byte_fallback=byte_fallback))
+  else:
+    raise ValueError("it is neither Unigram nor BPE")
+  special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)]
+  tokenizer.add_special_tokens(special)
+  if user := [piece.text for piece in pieces if piece.kind == _USER_DEFINED]:
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in user])
+
+  steps = []
+  if charsmap := normalizer.get(2, [b""])[0]:
+    steps.append(tokenizers.normalizers.Precompiled(charsmap))
+  if flag(normalizer, 4, True):  # extra white space goes
+    steps += [tokenizers.normalizers.Strip(), tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+  if steps:
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+      prepend_scheme="always" if dummy_prefix else "never", split=False)
+  tokenizer.decoder = decoder(dummy_prefix)
+  return tokenizer
+
+
+def decoder(dummy_prefix: bool) -> Any:
+  """From pieces to text: bytes, spaces, and away with the space before the first word where one was put there."""
+  from tokenizers import decoders
+
+  parts = [decoders.ByteFallback(), decoders.Replace(SPACE, " "), decoders.Fuse()]
+  return decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * dummy_prefix)
+
+
+def byte_piece(byte: int) -> str:
+  """How a byte is written as a piece."""
+  return f"<0x{byte:02X}>"
+
+
+def finished_unigram(tokenizer: Any, keep: Sequence[str], byte_fallback: bool) -> Any:
+  """A Unigram tokenizer as it was trained, but no text can spell its special tokens.
+
+  Args:
+    tokenizer: with the special tokens that it was trained with.
+    keep: those that stay special.
+    byte_fallback: whether the others are the pieces of the 256 bytes, to write with what is unknown.
+  """
+  from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+  content = json.loads(tokenizer.to_str())
+  spelled = [token["content"] for token in content["added_tokens"]]
+  content["model"]["byte_fallback"] = byte_fallback
+  content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in keep]
+  finished = Tokenizer.from_str(json.dumps(content))
+  # Cut behind the first character, as they have a better score than any word.
+  begins = Regex("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in spelled))
+  finished.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(begins, "isolated"), finished.pre_tokenizer])
+  return finished
+
+
+def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+  """Every way in which two pieces make a third, in the order of the third's score."""
+  known = {piece.text for piece in pieces}
+  ranked = sorted((p for p in pieces if p.kind == _NORMAL and len(p.text) > 1), key=lambda p: -p.score)
+  return [(text[:i], text[i:]) for text, *_ in ranked for i in range(1, len(text))
+          if text[:i] in known and text[i:] in known]
+
+
+def _piece(data: bytes) -> Piece:
+  fields = _fields(data)
+  score = struct.unpack("<f", fields[2][0])[0] if 2 in fields else 0.0
+  return Piece(fields.get(1, [b""])[0].decode(), score, fields.get(3, [_NORMAL])[0])
+
+
+def _fields(data: bytes) -> dict[int, list[Any]]:
+  """Field number -> its values in a protocol buffer: whole numbers, or bytes; `ValueError` where this is none."""
+  fields: dict[int, list[Any]] = {}
+  for number, value in _wire(data):
+    fields.setdefault(number, []).append(value)
+  return fields
+
+
+def _wire(data: bytes) -> Iterator[tuple[int, Any]]:
+  position = 0
+
+  def varint() -> int:
+    nonlocal position
+    value = shift = 0
+    while True:
+      if position >= len(data) or shift > 63:
+        raise ValueError("it ends too early")
+      byte = data[position]
+      value, position, shift = value | (byte & 0x7F) << shift, position + 1, shift + 7
+      if byte < 0x80:
+        return value
+
+  while position < len(data):
+    number, wire_type = divmod(varint(), 8)
+    if wire_type == 0:
+      yield number, varint()
+      continue
+    size = {1: 8, 5: 4}.get(wire_type)
+    if wire_type == 2:
+      size = varint()
+    if size is None or number == 0 or position + size > len(data):
+      raise ValueError("it is no protocol buffer")
+    yield number, data[position:position + size]
+    position += size

@@ -1,0 +1,315 @@
+"""Recurrences over time: Elman's network, the LSTM and the GRU, with all work outside the loop that can be there.
+
+Jeffrey Elman. "Finding Structure in Time", 1990. https://doi.org/10.1207/s15516709cog1402_1
+Sepp Hochreiter, Jürgen Schmidhuber. "Long Short-Term Memory", 1997. https://doi.org/10.1162/neco.1997.9.8.1735, with
+the forget gate of Felix Gers et al., 2000.
+Kyunghyun Cho et al. "Learning Phrase Representations using RNN Encoder-Decoder", 2014.
+https://arxiv.org/abs/1406.1078
+Layer norm. Jimmy Lei Ba, Jamie Kiros, Geoffrey Hinton, 2016. https://arxiv.org/abs/1607.06450
+
+The formulas, the order of the gates and the two biases of a cell are those of `torch.nn.RNN`, `LSTM` and `GRU`. With
+u = x W + b of the inputs and p = h V + a of the state before:
+
+  tanh, relu   h' = f(u + p)
+  lstm         i, f, o = sigmoid(u + p), g = tanh(u + p);  c' = f c + i g,  h' = o tanh(c')
+  gru          r, z = sigmoid(u + p), n = tanh(u + r p);  h' = (1 - z) n + z h
+
+What differs from differentiating that loop:
+- u is one product for all steps.
+- The gradient keeps the gates and states of the forward pass. Its own loop finds but the gradients of u and p and hands
+  them back through V; those of V and a are one product and one sum over all steps after it, where the derivative of a
+  loop would add to an array of V's size in every step.
+- The sigmoids and the tanh of a step are one tanh over all gates, sigmoid(x) = (1 + tanh(x / 2)) / 2.
+
+Padding holds the state, whatever stands in it. So both directions work without moving a row: reversed, the loop comes
+through the padding first and leaves it with the state that it began with.
+
+Dimensions: `L` length, `B` batch, `D` width of the inputs, `H` of the state, `G` gates of a cell (1, 4 or 3).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dljax import errors
+from dljax.ops.dense import dense
+
+Array = jax.Array
+State = tuple[Array, ...]  # h [B, H], and of an LSTM c [B, H]
+
+_EPSILON = 1e-5  # of layer norm, as in PyTorch
+
+
+class Weights(NamedTuple):
+  """One cell's parameters.
+
+  Attributes:
+    input: W [D, G H]; `torch`'s weight_ih, transposed.
+    recurrent: V [H, G H]; weight_hh, transposed.
+    input_bias: b [G H].
+    recurrent_bias: a [G H].
+    input_scale: [G H]; with it the rows of x W are brought to mean 0 and variance 1, and scaled, before b is added
+      (layer norm; Ba et al., equation 20, without the normalisation of c). None to leave them.
+    recurrent_scale: the same of h V.
+  """
+
+  input: Array
+  recurrent: Array
+  input_bias: Array
+  recurrent_bias: Array
+  input_scale: Array | None = None
+  recurrent_scale: Array | None = None
+
+
+def recurrence(
+    cell: str, x: Array, weights: Weights, carry: State | None = None, valid: Array | None = None, *,
+    reverse: bool = False, forward_mode: bool = False,
+) -> tuple[Array, State]:
+  """Runs a cell over time.
+
+  Args:
+    cell: a key of `CELLS`.
+    x: [L, B, D], time first. The products are of its dtype, and add up in float32 or better, as all else does.
+    weights: of the cell; brought to x's dtype.
+    carry: the state to begin with; zeros by default. See `initial_carry`.
+    valid: bool[L, B], False at padding, which may be anywhere; see `valid_steps`. None where there is none.
+    reverse: whether to begin at each row's last step.
+    forward_mode: differentiates the plain loop, which forward mode (`jax.jvp`, `jax.hessian`) needs, and which adds
+      the gradient of V up step by step. Reverse mode of any order works without.
+
+  Returns:
+    The outputs h' [L, B, H] of x's dtype, zero at padding, and the state after the last step of each row, of float32
+    or better.
+
+  Raises:
+    UserError: an unknown cell.
+  """
+  form = errors.choose("cell", cell, CELLS)
+  dtype = x.dtype
+  width = jnp.promote_types(dtype, jnp.float32)
+  if carry is None:
+    carry = initial_carry(cell, x.shape[1], weights.recurrent.shape[0], width)
+  if valid is not None:
+    x = jnp.where(valid[..., None], x, 0)  # what stands in padding may be no number, and 0 times that is none
+  product = _product if forward_mode else dense
+  u = product(x, weights.input.astype(dtype)).astype(dtype)
+  if weights.input_scale is not None:
+    u = (normalise(u.astype(width))[0] * weights.input_scale).astype(dtype)
+  run = _plain if forward_mode else _recur
+  biases = weights.input_bias.astype(width), weights.recurrent_bias.astype(width)
+  states, final = run(form, reverse, u, weights.recurrent.astype(dtype), weights.recurrent_scale, biases,
+                      tuple(c.astype(width) for c in carry), valid)
+  return states if valid is None else jnp.where(valid[..., None], states, 0), final
+
+
+def initial_carry(cell: str, batch: int, hidden_size: int, dtype: Any = jnp.float32) -> State:
+  """Zeros: (h,), or (h, c) of an LSTM, each [B, H]."""
+  return (jnp.zeros((batch, hidden_size), dtype),) * errors.choose("cell", cell, CELLS).states
+
+
+def valid_steps(length: Array, steps: int) -> Array:
+  """bool[L, B]: which of `steps` steps are before the end of rows of `length` i32[B]."""
+  return jnp.arange(steps)[:, None] < length
+
+
+def normalise(x: Array) -> tuple[Array, Array]:
+  """The rows [..., N] brought to mean 0 and variance 1, and by what they were multiplied [..., 1]."""
+  x = x - jnp.mean(x, -1, keepdims=True)
+  factor = lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + _EPSILON)
+  return x * factor, factor
+
+
+class Cell(NamedTuple):
+  """The elementwise part of a cell.
+
+  Attributes:
+    gates: G.
+    states: how many arrays a state has.
+    forward: (u, p, state) -> (new state, what `backward` needs besides the states).
+    backward: (what `forward` kept, state, new state, gradient of the new state) -> gradients of u, of p and of the
+      state, but for what it gets through p.
+  """
+
+  gates: int
+  states: int
+  forward: Callable[[Array, Array, State], tuple[State, tuple[Array, ...]]]
+  backward: Callable[[tuple[Array, ...], State, State, State], tuple[Array, Array, State]]
+
+
+def _tanh(u: Array, p: Array, _: State) -> tuple[State, tuple[()]]:
+  return (jnp.tanh(u + p),), ()
+
+
+def _tanh_back(_: tuple[()], __: State, new: State, grad: State) -> tuple[Array, Array, State]:
+  da = grad[0] * (1 - new[0] * new[0])
+  return da, da, (jnp.zeros_like(da),)
+
+
+def _relu(u: Array, p: Array, _: State) -> tuple[State, tuple[()]]:
+  return (jax.nn.relu(u + p),), ()
+
+
+def _relu_back(_: tuple[()], __: State, new: State, grad: State) -> tuple[Array, Array, State]:
+  da = jnp.where(new[0] > 0, grad[0], 0)
+  return da, da, (jnp.zeros_like(da),)
+
+
+def _lstm(u: Array, p: Array, state: State) -> tuple[State, tuple[Array]]:
+  _, c = state
+  gates = _squash(u + p, "ssts")
+  i, f, g, o = jnp.split(gates, 4, -1)
+  c = _once(f * c + i * g)
+  return (o * jnp.tanh(c), c), (gates,)
+
+
+def _lstm_back(saved: tuple[Array], old: State, new: State, grad: State) -> tuple[Array, Array, State]:
+  (gates,), (_, c), (_, new_c), (dh, dc) = saved, old, new, grad
+  i, f, g, o = jnp.split(gates, 4, -1)
+  t = _once(jnp.tanh(new_c))
+  dc = _once(dc + dh * o * (1 - t * t))
+  parts = (dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o))
+  da = jnp.concatenate(_once(parts), -1)
+  return da, da, (jnp.zeros_like(dh), dc * f)
+
+
+def _gru(u: Array, p: Array, state: State) -> tuple[State, tuple[Array, Array, Array]]:
+  (h,) = state
+  width = h.shape[-1]
+  rz = _squash(u[..., :2 * width] + p[..., :2 * width], "ss")
+  r, z = jnp.split(rz, 2, -1)
+  pn = p[..., 2 * width:]
+  n = jnp.tanh(u[..., 2 * width:] + r * pn)
+  return (n + z * (h - n),), (rz, n, pn)
+
+
+def _gru_back(saved: tuple[Array, Array, Array], old: State, _: State, grad: State) -> tuple[Array, Array, State]:
+  (rz, n, pn), (h,), (dh,) = saved, old, grad
+  r, z = jnp.split(rz, 2, -1)
+  dn = dh * (1 - z) * (1 - n * n)
+  dr, dz = dn * pn * r * (1 - r), dh * (h - n) * z * (1 - z)
+  return jnp.concatenate([dr, dz, dn], -1), jnp.concatenate([dr, dz, dn * r], -1), (dh * z,)
+
+
+def _squash(a: Array, kinds: str) -> Array:
+  """The blocks of [B, G H] through a sigmoid ("s") or a tanh ("t"), by one tanh of them all."""
+  scale = np.repeat([0.5 if kind == "s" else 1.0 for kind in kinds], a.shape[-1] // len(kinds)).astype(a.dtype)
+  return _once(jnp.tanh(a * scale) * scale + (1 - scale))
+
+
+def _once(x: Any) -> Any:
+  """The same, but a CPU's compiler does not find it anew in each place that needs it, inside of slower loops."""
+  return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+CELLS: Mapping[str, Cell] = {
+    "tanh": Cell(1, 1, _tanh, _tanh_back),
+    "relu": Cell(1, 1, _relu, _relu_back),
+    "lstm": Cell(4, 2, _lstm, _lstm_back),
+    "gru": Cell(3, 1, _gru, _gru_back),
+}
+
+
+def _loop(
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
+    valid: Array | None,
+) -> tuple[State, State, tuple[Array, ...], tuple[Array, ...]]:
+  """The states of all steps, the last, and what the gradient needs of each step: the cell's part and layer norm's.
+
+  The biases (b, a) are added here, where that costs nothing. Kept arrays are of u's dtype, but for the states after h.
+  """
+  b, a = biases
+
+  def step(state: State, inputs: tuple[Array, Array | None]) -> tuple[State, Any]:
+    u, valid = inputs
+    p, normal = _product(state[0].astype(v.dtype), v), ()
+    if scale is not None:
+      normal = normalise(p)
+      p = normal[0] * scale
+    new, saved = cell.forward(u + b, p + a, state)
+    if valid is not None:
+      new = _select(valid, new, state)
+    return new, ((new[0].astype(u.dtype), *new[1:]), *jax.tree.map(lambda x: x.astype(u.dtype), (saved, normal)))
+
+  final, (states, saved, normal) = lax.scan(step, carry, (u, valid), reverse=reverse)
+  return states, final, saved, normal
+
+
+def _plain(cell: Cell, reverse: bool, *args: Any) -> tuple[Array, State]:
+  states, final, _, _ = _loop(cell, reverse, *args)
+  return states[0], final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recur(
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
+    valid: Array | None,
+) -> tuple[Array, State]:
+  """The outputs [L, B, H] and the last state, of x W [L, B, G H] and the other parameters."""
+  return _plain(cell, reverse, u, v, scale, biases, carry, valid)
+
+
+def _recur_forward(
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
+    valid: Array | None,
+) -> tuple[tuple[Array, State], Any]:
+  states, final, saved, normal = _loop(cell, reverse, u, v, scale, biases, carry, valid)
+  return (states[0], final), (v, scale, carry, valid, states, saved, normal)
+
+
+def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Array, State]) -> tuple[Any, ...]:
+  v, scale, carry, valid, states, saved, normal = residuals
+  dtype, width = v.dtype, carry[0].dtype
+  back = v.T  # laid out anew once: in every step the product is faster so
+  before = jax.tree.map(lambda first, rest: _shift(first.astype(rest.dtype), rest, reverse), carry, states)
+
+  def step(grad: State, inputs: Any) -> tuple[State, tuple[Array, ...]]:
+    dy, old, new, saved, normal, valid = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(width), inputs)
+    dnew = (grad[0] + dy, *grad[1:])
+    if valid is not None:
+      dnew, held = _select(valid, dnew, jax.tree.map(jnp.zeros_like, grad)), grad
+    du, dp, dold = cell.backward(saved, old, new, dnew)
+    if scale is not None:
+      z, factor = normal
+      dz = dp * scale
+      dq = factor * (dz - jnp.mean(dz, -1, keepdims=True) - z * jnp.mean(dz * z, -1, keepdims=True))
+    found = (du,) if dp is du else (du, dp)
+    if scale is not None:
+      found += (dq,)
+    found = tuple(x.astype(dtype) for x in found)
+    dold = (dold[0] + _product(found[-1], back).astype(width), *dold[1:])
+    if valid is not None:
+      dold = _select(valid, dold, held)
+    return dold, found
+
+  inputs = (grads[0], before, states, saved, normal, valid)
+  dcarry, found = lax.scan(step, grads[1], inputs, reverse=not reverse)
+  du, dp, dq = found[0], found[-1 if scale is None else -2], found[-1]
+  # One product over steps and rows, which needs no sum over devices before its end.
+  dv = lax.dot_general(before[0], dq, (((0, 1), (0, 1)), ((), ())), preferred_element_type=width).astype(dtype)
+  dscale = None if scale is None else jnp.sum(dp.astype(width) * normal[0], (0, 1)).astype(scale.dtype)
+  dbiases = tuple(jnp.sum(d, (0, 1), dtype=width) for d in (du, dp))
+  return du, dv, dscale, dbiases, dcarry, None
+
+
+_recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _product(x: Array, w: Array) -> Array:
+  """[..., K] times [K, N], added up in float32 or better."""
+  width = jnp.promote_types(x.dtype, jnp.float32)
+  return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=width)
+
+
+def _select(valid: Array, x: State, y: State) -> State:
+  return jax.tree.map(lambda a, b: jnp.where(valid[:, None], a, b), x, y)
+
+
+def _shift(first: Array, rest: Array, reverse: bool) -> Array:
+  """The states before each step, from that before the first and those after each."""
+  parts = (rest[1:], first[None]) if reverse else (first[None], rest[:-1])
+  return jnp.concatenate(parts, 0)

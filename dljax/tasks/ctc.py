@@ -1,0 +1,211 @@
+"""Transcription: the text of a recording, by connectionist temporal classification (see `ops/ctc.py`).
+
+The network gives each frame a distribution over the characters and the blank. What is special here:
+- A text that needs more frames than its recording leaves has no alignment: it is left out of the loss and its gradient,
+  and counted in the metric `too_short`.
+- Greedy decoding reads the most probable label of each frame; prefix beam search (Hannun et al. 2014, "First-Pass Large
+  Vocabulary Continuous Speech Recognition using Bi-Directional Recurrent DNNs", algorithm 1, without a language model)
+  adds up the alignments of each text, and with a beam wide enough finds the most probable one.
+- Error rates are jiwer's: edits by what there was to say, over the whole set; of characters spaces count too.
+
+Dimensions: `B` batch, `T` frames of the network's output, `U` characters, `V` vocabulary with the blank, `W` beam.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dljax import report
+from dljax.errors import UserError
+from dljax.ops import ctc
+from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+
+BLANK = 0
+MAX_PICTURED = 4
+MAX_LISTED = 20
+MAX_BEAM = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcription:
+  """Gives each recording a text.
+
+  Batches have features f32[B, t, F], length i32[B], tokens i32[B, U], token_length i32[B] and mask f32[B]; see
+  `data/audio.py`.
+
+  Attributes:
+    model: called as `model(features, length, train=...)`, gives {"logits": [B, T, V], "length": i32[B]};
+      `model.output_length` says what of a recording's frames is left.
+    alphabet: V - 1 characters; label 0 is the blank.
+    beam: W, of texts; 1 decodes greedily.
+    players: one, all parameters.
+
+  Raises:
+    UserError: a beam out of range.
+  """
+
+  model: nn.Module
+  alphabet: str
+  beam: int = 1
+  players: tuple[str, ...] = (ALL,)
+
+  def __post_init__(self):
+    check_beam(self.beam)
+
+  def init(self, rng: Array, batch: Batch) -> Variables:
+    """See `Task.init`."""
+    return self.model.init({"params": rng}, batch["features"], batch["length"], train=False)
+
+  def weights(self, batch: Batch) -> Mapping[str, Array]:
+    """The number of recordings that are no padding and whose text fits."""
+    return {"utterances": jnp.sum(self._fits(batch), dtype=jnp.float32)}
+
+  def loss(
+      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
+      weights: Mapping[str, Array], train: bool, player: str = ALL,
+  ) -> LossOutput:
+    """See `Task.loss`. Metrics: loss, -log p of a text in nats; too_short, the share of recordings left out."""
+    del player  # one player: all parameters
+    variables = {"params": params, **model_state}
+    if train:
+      out, model_state = self.model.apply(
+          variables, batch["features"], batch["length"], train=True, rngs={"dropout": rng}, mutable=list(model_state))
+    else:
+      out = self.model.apply(variables, batch["features"], batch["length"], train=False)
+    losses = ctc.ctc_loss(out["logits"], out["length"], batch["tokens"], batch["token_length"], blank=BLANK)
+    fits = self._fits(batch)
+    total, count = jnp.sum(jnp.where(fits, losses, 0)), jnp.sum(fits, dtype=losses.dtype)
+    there = jnp.sum(batch["mask"].astype(losses.dtype))
+    return LossOutput(
+        loss=total / jnp.maximum(weights["utterances"], 1), model_state=model_state,
+        metrics={"loss": (total, count), "too_short": (there - count, there)})
+
+  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+    """{"log_probs": f32[B, T, V], "length": i32[B]}; texts are read from them on the host."""
+    del rng  # nothing is sampled
+    out = self.model.apply(variables, batch["features"], batch["length"], train=False)
+    logits = out["logits"]
+    return {"log_probs": jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))),
+            "length": out["length"]}
+
+  def summarize(self, sums: Sums) -> Mapping[str, float]:
+    """The mean loss, and too_short. NaN where nothing was counted."""
+    return {name: float(total) / float(count) if count else math.nan for name, (total, count) in sums.items()}
+
+  def evaluate(
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+  ) -> Findings:
+    """word_error_rate and character_error_rate; the table transcripts, and the figure alignments, worst first."""
+    import jiwer
+
+    del sums, assets
+    truths, found, worst = [], [], []  # worst: (share of wrong characters, order, what to draw)
+    for predictions, batch in rows:
+      for i, text in enumerate(transcribe(predictions, self.alphabet, self.beam)):
+        truth = spell(batch["tokens"][i][:batch["token_length"][i]], self.alphabet)
+        wrong = jiwer.process_characters(truth, text)
+        edits = wrong.substitutions + wrong.deletions + wrong.insertions
+        entry = (edits / max(len(truth), 1), -len(truths), (
+            np.asarray(batch["features"][i][:batch["length"][i]]),
+            np.asarray(predictions["log_probs"][i][:predictions["length"][i]]), truth, text))
+        (heapq.heappush if len(worst) < MAX_PICTURED else heapq.heappushpop)(worst, entry)
+        truths.append(truth)
+        found.append(text)
+    if not truths:
+      return Findings({"word_error_rate": math.nan, "character_error_rate": math.nan})
+    rates = {"word_error_rate": jiwer.wer(truths, found), "character_error_rate": jiwer.cer(truths, found)}
+    table = [{"truth": truth, "found": text, "character_error_rate": jiwer.cer(truth, text)}
+             for truth, text in zip(truths, found)]
+    table.sort(key=lambda row: -row["character_error_rate"])
+    features, log_probs, of_truth, of_found = zip(*(entry[2] for entry in sorted(worst, reverse=True)))
+    figure = report.alignments(
+        features, [np.exp(x) for x in log_probs], ["", *self.alphabet],
+        [f"said: {truth}\nread: {text}" for truth, text in zip(of_truth, of_found)])
+    return Findings(rates, {"alignments": figure}, {"transcripts": table[:MAX_LISTED]})
+
+  def _fits(self, batch: Batch) -> Array:
+    """bool[B]: recordings that are no padding and that leave frames enough for their text."""
+    length = self.model.output_length(batch["length"])
+    return (batch["mask"] > 0) & ctc.fits(length, batch["tokens"], batch["token_length"])
+
+
+def check_beam(beam: int) -> None:
+  """Raises `UserError` where a beam is out of range."""
+  if not 1 <= beam <= MAX_BEAM:
+    raise UserError(f"--config.model.beam={beam}: must be from 1, greedy decoding, to {MAX_BEAM}")
+
+
+def spell(labels: Iterable[int], alphabet: str) -> str:
+  """Labels -> text."""
+  return "".join(alphabet[label - 1] for label in labels)
+
+
+def greedy(log_probs: np.ndarray) -> list[int]:
+  """The labels that the most probable label of each frame spells, of log probabilities f[T, V]."""
+  return [int(label) for label, _ in itertools.groupby(np.argmax(log_probs, axis=-1)) if label != BLANK]
+
+
+def prefix_beam_search(log_probs: np.ndarray, beam: int) -> list[tuple[tuple[int, ...], float]]:
+  """The most probable texts.
+
+  After each frame the `beam` prefixes with the most probability are kept, that of all their alignments together: those
+  that end in the blank and those that end in the prefix's last label apart, for only after a blank can the same label
+  come again.
+
+  Args:
+    log_probs: f[T, V].
+    beam: W.
+
+  Returns:
+    Up to W (labels, log probability), the most probable first. The probability is that of all alignments where no
+    prefix of the text ever fell out of the beam, else less.
+  """
+  log_probs = np.asarray(log_probs, np.float64)
+  prefixes: list[tuple[int, ...]] = [()]
+  of_blank, of_label = np.zeros(1), np.full(1, -np.inf)  # log probability of those that end in either
+  with np.errstate(invalid="ignore"):
+    for frame in log_probs:
+      total = np.logaddexp(of_blank, of_label)
+      last = np.array([prefix[-1] if prefix else BLANK for prefix in prefixes])
+      stay_blank = total + frame[BLANK]
+      stay_label = of_label + frame[last]  # of the empty prefix -inf
+      grow = total[:, None] + frame  # [W, V]
+      repeats = np.flatnonzero(last != BLANK)
+      grow[repeats, last[repeats]] = of_blank[repeats] + frame[last[repeats]]
+      grow[:, BLANK] = -np.inf
+      place = {prefix: w for w, prefix in enumerate(prefixes)}
+      for w, prefix in enumerate(prefixes):  # what grows into a prefix that is there already
+        if prefix and (shorter := place.get(prefix[:-1])) is not None:
+          stay_label[w] = np.logaddexp(stay_label[w], grow[shorter, prefix[-1]])
+          grow[shorter, prefix[-1]] = -np.inf
+      scores = np.concatenate([np.logaddexp(stay_blank, stay_label), grow.ravel()])
+      best = np.argsort(-scores, kind="stable")[:beam]
+      best = best[scores[best] > -np.inf]
+      stays, grown = best[best < len(prefixes)], best[best >= len(prefixes)] - len(prefixes)
+      parents, labels = np.divmod(grown, log_probs.shape[1])
+      prefixes = [prefixes[w] for w in stays] + [(*prefixes[w], int(label)) for w, label in zip(parents, labels)]
+      of_blank = np.concatenate([stay_blank[stays], np.full(len(grown), -np.inf)])
+      of_label = np.concatenate([stay_label[stays], grow[parents, labels]])
+  total = np.logaddexp(of_blank, of_label)
+  return [(prefixes[w], float(total[w])) for w in np.argsort(-total, kind="stable")]
+
+
+def transcribe(predictions: PyTree, alphabet: str, beam: int) -> Iterator[str]:
+  """The text of each row of what `Transcription.predict` gave."""
+  for log_probs, length in zip(predictions["log_probs"], predictions["length"]):
+    log_probs = np.asarray(log_probs[:int(length)])
+    labels = greedy(log_probs) if beam == 1 else prefix_beam_search(log_probs, beam)[0][0]
+    yield spell(labels, alphabet)
+
+
+def decode(predictions: PyTree, assets: Mapping[str, Any], beam: int) -> Iterator[Mapping[str, Any]]:
+  """{"text": ...} of each recording, to print and to write; `assets["alphabet"]` are the characters."""
+  yield from ({"text": text} for text in transcribe(predictions, "".join(assets["alphabet"]), beam))

@@ -1,0 +1,112 @@
+"""Recurrent networks: language models, and forecasters of time series.
+
+  python -m experiments.rnn
+  python -m experiments.rnn --mode=predict --prompt="The with statement"
+
+In 2.5 minutes on two cores the first gives 2.61 bits per byte on the validation topics and 2.85 on the test's (Python
+3.13.0, whose documentation is another than that of other versions).
+
+The other presets need their sets (`python -m dljax.data.prepare tiny_shakespeare`), then
+  python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR
+  python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR --config.model.cell=gru   (or tanh)
+
+  python -m experiments.rnn --preset=temperatures                                (offline)
+  python -m experiments.rnn --preset=temperatures --config.model.variant=dlinear (or seasonal_naive, the baselines)
+  python -m experiments.rnn --preset=etth1 --data_dir=DIR
+
+lm1b (Chelba et al. 2013, "One Billion Word Benchmark") takes its 30 million sentences one by one, in batches of like
+length, and holds them in memory as tokens, about 4 GB.
+
+etth1 (Zhou et al. 2021) counts errors as the literature does; published for DLinear at this horizon of 96 hours: mse
+0.375, mae 0.399 (Zeng et al. 2023, table 2).
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import ml_collections
+
+from dljax import errors, forecasting, image_classification, language_modeling, launch
+from dljax.errors import UserError
+from dljax.models import baselines, rnn
+from dljax.train.experiment import Experiment
+
+PRESETS: Mapping[str, str] = {
+    "pydoc": "An LSTM on the bytes of Python's own documentation, which ships inside Python; offline, minutes.",
+    "tiny_shakespeare": "An LSTM on the characters of 40,000 lines of Shakespeare; an hour on two cores.",
+    "lm1b": "An LSTM on the One Billion Word Benchmark, in sub-words.",
+    "temperatures": "An LSTM that forecasts a day of hourly temperatures in two cities; offline, minutes.",
+    "etth1": "An LSTM that forecasts four days of a transformer's loads and oil temperature (ETTh1).",
+}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  if preset in forecasting.DATA:
+    config = forecasting.config("rnn", preset, data=preset, variant="rnn_forecaster", optimizer="adamw")
+    config.model.update({"cell": "lstm", "hidden_size": 64, "num_layers": 1, "dropout": 0.0,
+                         "relative": "season" if preset == "temperatures" else "last"})
+    config.optimizer.update({"learning_rate": 2e-3, "clip_norm": 1.0, "warmup_fraction": 0.05})
+    steps = 600 if preset == "temperatures" else 2000
+    config.update({"total_steps": steps, "batch_size": 32, "eval_batch_size": 64, "log_every": 20,
+                   "eval_every": steps // 10, "checkpoint_every": steps // 10})
+    return config
+  config = language_modeling.config("rnn", preset, data=preset, optimizer="adamw")
+  config.model.update({"cell": "lstm", "embed_dim": 64, "hidden_size": 256, "num_layers": 2, "dropout": 0.1,
+                       "embed_dropout": 0.0, "weight_dropout": 0.0, "variational": False, "tied": False,
+                       "layer_norm": False})
+  config.optimizer.update({"learning_rate": 3e-3, "clip_norm": 1.0, "weight_decay": 0.01, "warmup_fraction": 0.05})
+  if preset == "pydoc":
+    config.update({"total_steps": 1000, "batch_size": 32, "eval_batch_size": 16, "log_every": 20, "eval_every": 200,
+                   "checkpoint_every": 200})
+  elif preset == "tiny_shakespeare":
+    config.model.update({"hidden_size": 512, "dropout": 0.4})
+    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.05})
+    config.update({"total_steps": 4000, "batch_size": 64, "eval_batch_size": 16, "log_every": 25, "eval_every": 250,
+                   "checkpoint_every": 250})
+  else:
+    config.model.update({"embed_dim": 512, "hidden_size": 2048})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_fraction": 0.01})
+    config.update({"total_steps": 500_000, "batch_size": 512, "eval_batch_size": 512, "log_every": 100,
+                   "eval_every": 10_000, "checkpoint_every": 10_000})
+  return config
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """The experiment that `config` describes."""
+  model = config.model
+  if model.cell not in rnn.CELLS:
+    raise errors.unknown("--config.model.cell", model.cell, rnn.CELLS)
+  for field in ("embed_dim", "hidden_size", "num_layers"):
+    if field in model and model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 1")
+  for field in ("dropout", "embed_dropout", "weight_dropout"):
+    if field in model and not 0 <= model[field] < 1:
+      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  if "variant" in model:
+    return forecasting.build(config, _forecaster(config))
+  network = rnn.LanguageModel(
+      vocab_size=config.data.vocab_size, embed_dim=model.embed_dim, cell=model.cell, hidden_size=model.hidden_size,
+      num_layers=model.num_layers, dropout=model.dropout, embed_dropout=model.embed_dropout,
+      weight_dropout=model.weight_dropout, variational=model.variational, tied=model.tied, layer_norm=model.layer_norm,
+      dtype=image_classification.dtype(config), remat=model.remat)
+  return language_modeling.build(config, network, stateful=True)
+
+
+def _forecaster(config: ml_collections.ConfigDict) -> nn.Module:
+  """The network, or the baseline, that `config.model.variant` names."""
+  model, dtype = config.model, image_classification.dtype(config)
+  if model.variant in baselines.VARIANTS:
+    return forecasting.baseline(config, dtype)
+  errors.choose("--config.model.relative", model.relative, rnn.RELATIVE)
+  if model.relative == "season" and not 1 <= model.season <= config.data.window:
+    raise UserError(f"--config.model.season={model.season}: must be from 1 to the window's {config.data.window} rows")
+  choices = {"rnn_forecaster": rnn.VARIANTS["rnn_forecaster"], **baselines.VARIANTS}
+  return errors.choose("--config.model.variant", model.variant, choices)(
+      horizon=config.data.horizon, cell=model.cell, hidden_size=model.hidden_size, num_layers=model.num_layers,
+      dropout=model.dropout, num_quantiles=len(forecasting.quantiles(config)) or None, relative=model.relative,
+      season=model.season, dtype=dtype, remat=model.remat)
+
+
+if __name__ == "__main__":
+  launch.main(get_config, build, PRESETS)
