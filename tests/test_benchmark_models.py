@@ -396,6 +396,12 @@ def test_what_replaces_our_sequence_operators_computes_the_same():
   assert (ours != native).any(), "neither was replaced"
 
 
+@pytest.mark.slow
+def test_a_model_that_carries_a_state_is_measured_in_both_modes():
+  _, runs = jax_worker._build({"case": "lstm", "side": "dljax", "turn_seconds": 0.1})
+  assert all(runs[quantity](1) > 0 for quantity in ("train", "inference"))
+
+
 def test_no_model_is_imported_before_operators_are_switched_off():
   code = "import sys, experiments.benchmark.jax_worker; print(*[m for m in sys.modules if 'dljax.models' in m])"
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
