@@ -6,13 +6,22 @@
 In 2.5 minutes on two cores the first gives 2.61 bits per byte on the validation topics and 2.85 on the test's (Python
 3.13.0, whose documentation is another than that of other versions).
 
-The other presets need their sets (`python -m dljax.data.prepare tiny_shakespeare`), then
-  python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR
-  python -m experiments.rnn --preset=tiny_shakespeare --data_dir=DIR --config.model.cell=gru   (or tanh)
+Shakespeare needs preparing:
+  python -m dljax.data.prepare tiny_shakespeare
+  python -m experiments.rnn --preset=tiny_shakespeare
+  python -m experiments.rnn --preset=tiny_shakespeare --config.model.cell=gru   (or tanh)
+In 33, 46 and 10 minutes on two cores that did other work too, the LSTM, the GRU and Elman's network have validation
+losses of 1.360, 1.404 and 1.646 nats per character.
 
+Forecasters, and the baselines beside them, in at most 3.5 minutes:
   python -m experiments.rnn --preset=temperatures                                (offline)
-  python -m experiments.rnn --preset=temperatures --config.model.variant=dlinear (or seasonal_naive, the baselines)
-  python -m experiments.rnn --preset=etth1 --data_dir=DIR
+  python -m experiments.rnn --preset=temperatures --config.model.variant=seasonal_naive
+  python -m experiments.rnn --preset=temperatures --config.model.variant=dlinear --config.optimizer.learning_rate=2e-2
+  python -m dljax.data.prepare etth1
+  python -m experiments.rnn --preset=etth1
+  python -m experiments.rnn --preset=etth1 --config.model.variant=dlinear --config.optimizer.learning_rate=5e-4
+Test mse and mae of the LSTM, the GRU, seasonal-naive and DLinear: of the temperatures 0.0008 and 0.023, 0.0008 and
+0.023, 0.0007 and 0.021, 0.0007 and 0.020; of etth1 0.466 and 0.484, 0.469 and 0.493, 0.512 and 0.433, 0.370 and 0.392.
 
 lm1b (Chelba et al. 2013, "One Billion Word Benchmark") takes its 30 million sentences one by one, in batches of like
 length, and holds them in memory as tokens, about 4 GB.
@@ -33,7 +42,7 @@ from dljax.train.experiment import Experiment
 
 PRESETS: Mapping[str, str] = {
     "pydoc": "An LSTM on the bytes of Python's own documentation, which ships inside Python; offline, minutes.",
-    "tiny_shakespeare": "An LSTM on the characters of 40,000 lines of Shakespeare; an hour on two cores.",
+    "tiny_shakespeare": "An LSTM on the characters of 40,000 lines of Shakespeare; half an hour on two cores.",
     "lm1b": "An LSTM on the One Billion Word Benchmark, in sub-words.",
     "temperatures": "An LSTM that forecasts a day of hourly temperatures in two cities; offline, minutes.",
     "etth1": "An LSTM that forecasts four days of a transformer's loads and oil temperature (ETTh1).",
