@@ -20,6 +20,7 @@ What differs from differentiating that loop:
   them back through V; those of V and a are one product and one sum over all steps after it, where the derivative of a
   loop would add to an array of V's size in every step.
 - The sigmoids and the tanh of a step are one tanh over all gates, sigmoid(x) = (1 + tanh(x / 2)) / 2.
+- A round of a long loop is four steps, which saves a CPU an eighth of the time.
 
 Padding holds the state, whatever stands in it. So both directions work without moving a row: reversed, the loop comes
 through the padding first and leaves it with the state that it began with.
@@ -43,6 +44,7 @@ Array = jax.Array
 State = tuple[Array, ...]  # h [B, H], and of an LSTM c [B, H]
 
 _EPSILON = 1e-5  # of layer norm, as in PyTorch
+_LONG = 32  # steps; shorter loops are compiled in half the time without unrolling
 
 
 class Weights(NamedTuple):
@@ -235,7 +237,7 @@ def _loop(
       new = _select(valid, new, state)
     return new, ((new[0].astype(u.dtype), *new[1:]), *jax.tree.map(lambda x: x.astype(u.dtype), (saved, normal)))
 
-  final, (states, saved, normal) = lax.scan(step, carry, (u, valid), reverse=reverse)
+  final, (states, saved, normal) = _scan(step, carry, (u, valid), reverse)
   return states, final, saved, normal
 
 
@@ -287,7 +289,7 @@ def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Arra
     return dold, found
 
   inputs = (grads[0], before, states, saved, normal, valid)
-  dcarry, found = lax.scan(step, grads[1], inputs, reverse=not reverse)
+  dcarry, found = _scan(step, grads[1], inputs, not reverse)
   du, dp, dq = found[0], found[-1 if scale is None else -2], found[-1]
   # One product over steps and rows, which needs no sum over devices before its end.
   dv = lax.dot_general(before[0], dq, (((0, 1), (0, 1)), ((), ())), preferred_element_type=width).astype(dtype)
@@ -297,6 +299,15 @@ def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Arra
 
 
 _recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _scan(
+    step: Callable[[State, Any], tuple[State, Any]], carry: State, inputs: Any, reverse: bool,
+) -> tuple[State, Any]:
+  """`lax.scan`, by rounds of as many steps as pay; what divides the length needs no slices of it."""
+  length = len(jax.tree.leaves(inputs)[0])
+  unroll = next(n for n in (4, 2, 1) if length % n == 0) if length >= _LONG else 1
+  return lax.scan(step, carry, inputs, reverse=reverse, unroll=unroll)
 
 
 def _product(x: Array, w: Array) -> Array:

@@ -178,6 +178,25 @@ def test_a_sequence_in_two_parts_is_the_sequence():
                  recurrence(cell, x, weights, initial_carry(cell, B, H)))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [35, 36, 38])
+def test_rounds_of_several_steps_are_those_steps(steps, reverse):
+  """Of long sequences, whatever divides their length; their parts are short."""
+  x, weights, carry = _inputs("gru", steps=steps, norm=True)
+  length = np.array([steps, 20, 3])
+
+  def in_parts(x, weights, carry):
+    cut, valid = 18, valid_steps(jnp.asarray(length), steps)
+    parts = [slice(0, cut), slice(cut, steps)]
+    outputs = {}
+    for part in parts[::-1] if reverse else parts:
+      outputs[part.start], carry = recurrence("gru", x[part], weights, carry, valid[part], reverse=reverse)
+    return jnp.concatenate([outputs[0], outputs[cut]]), carry
+
+  _assert_close(jax.jit(functools.partial(_with_gradients, in_parts))(x, weights, carry),
+                _compiled("gru", reverse=reverse)(x, weights, carry, length=length), 1e-5)
+
+
 @pytest.mark.parametrize("cell", [pytest.param(c, marks=[] if c == "lstm" else pytest.mark.slow) for c in CELLS])
 def test_second_derivatives_and_forward_mode(cell):
   with jax.enable_x64(True):
@@ -280,14 +299,14 @@ n = CELLS[cell].gates * width
 weights = Weights(spec(P(), 96, n), spec(P(), width, n), spec(P(), n), spec(P(), n))
 loss = lambda w, x: jnp.sum(recurrence(cell, x, w)[0] ** 2)
 step = jax.jit(jax.value_and_grad(loss))
-print(topology.compile_lowered(step.lower(weights, spec(P(None, "data"), 24, 32, 96)), machine).as_text())
+print(topology.compile_lowered(step.lower(weights, spec(P(None, "data"), 40, 32, 96)), machine).as_text())
 """
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "tanh"])
 def test_the_weight_gradient_is_one_product_after_the_loop(cell):
   width = 32
-  x, weights, _ = _inputs(cell, steps=24, batch=8, dims=48, width=width)
+  x, weights, _ = _inputs(cell, steps=40, batch=6, dims=48, width=width)  # long enough for rounds of several steps
   loss = lambda w, x, **o: jnp.sum(recurrence(cell, x, w, **o)[0]**2)
   compile_ = lambda **o: jax.jit(jax.value_and_grad(functools.partial(loss, **o))).lower(weights, x).compile().as_text()
   _assert_no_weight_gradient_in_loops(compile_(), width, CELLS[cell].gates)
