@@ -2,13 +2,17 @@
 
   python -m experiments.deepspeech
 
-Of the characters of Morse's 300 test recordings at 10 dB none is wrong, of those at 0 dB 2.15 % (one run of 2500
-steps, 28 minutes on two CPU cores that did other work too). For the second, once it has run:
+In 2 minutes on two CPU cores none of the characters of Morse's 300 test recordings at 10 dB is wrong, and of those at
+0 dB 1.93 %. For the second, once it has run:
   python -m experiments.deepspeech --mode=eval --workdir=runs/deepspeech-morse --config.data.test=test_0db
 
-The other presets have not been run yet. The prompts are Debian's, the hundred hours of LibriSpeech TFDS' (which
-prepares them with TensorFlow):
+The prompts are Debian's, 17 minutes of speech to learn from:
   python -m dljax.data.prepare telephone_prompts
+  python -m experiments.deepspeech --preset=telephone_prompts
+In 4.5 minutes 20.0 % of the test's characters are wrong, and 57.8 % of its words; no sentence of the test was heard in
+training, and there is no dictionary.
+
+The hundred hours of LibriSpeech are TFDS' (which prepares them with TensorFlow); that preset has not been run here:
   python -m dljax.data.prepare librispeech
 """
 
