@@ -328,8 +328,8 @@ def _learn(cell, problem, steps, gate=0.0):
 
 
 @pytest.mark.slow
-def test_an_lstm_adds_and_remembers_over_200_steps_and_an_elman_network_does_not():
+def test_an_lstm_adds_and_remembers_over_200_steps_and_an_elman_network_does_not_add():
+  """One symbol an Elman network may come to keep, by its start: its losses were 0.34 to 1.39 from four."""
   assert _learn("lstm", _adding, 900, gate=3.0) < 0.1 / 6
   assert _learn("lstm", _copying, 300, gate=5.0) < 0.1
   assert _learn("tanh", _adding, 300) > 0.9 / 6
-  assert _learn("tanh", _copying, 300) > 0.9 * np.log(4)
