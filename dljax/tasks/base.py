@@ -18,6 +18,7 @@ Variables = Mapping[str, PyTree]
 Sums = Mapping[str, tuple[Array, Array]]
 
 ALL = "all"  # the only player of a task whose parameters are all updated together
+CARRY = "carry"  # the collection of a recurrent state: leaves [B, ...], split over the devices as the batch is
 
 
 @flax.struct.dataclass

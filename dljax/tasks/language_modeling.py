@@ -22,9 +22,8 @@ import numpy as np
 
 from dljax import report
 from dljax.errors import UserError
-from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import ALL, CARRY, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
 
-CARRY = "carry"
 MAX_PICTURED = 2000  # tokens, of which as many are drawn as there is room for
 
 

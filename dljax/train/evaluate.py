@@ -12,11 +12,11 @@ import numpy as np
 
 from dljax import report
 from dljax.data.pipeline import Pipeline, opened
-from dljax.tasks.base import Batch, Findings, Task
+from dljax.tasks.base import CARRY, Batch, Findings, Task
 from dljax.train import metrics, parallel, step
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program
-from dljax.train.state import CARRY, TrainState, join_carry, split_carry
+from dljax.train.state import TrainState, join_carry, split_carry
 
 CHUNK = 8  # tokens that `write_on` writes at once
 

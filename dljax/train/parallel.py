@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
 from dljax.ops import collectives
-from dljax.train.state import CARRY, TrainState, join_carry, split_carry
+from dljax.tasks.base import CARRY
+from dljax.train.state import TrainState, join_carry, split_carry
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that split a batch

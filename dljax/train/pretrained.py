@@ -22,9 +22,10 @@ from flax import traverse_util
 from dljax import interop
 from dljax.errors import UserError, choose
 from dljax.interop import folder, hub, variants
+from dljax.tasks.base import CARRY
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
-from dljax.train.state import CARRY, TrainState, split_carry
+from dljax.train.state import TrainState, split_carry
 from dljax.train.workdir import Workdir
 
 

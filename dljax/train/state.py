@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dljax.tasks.base import ALL, Batch, Task
+from dljax.tasks.base import ALL, CARRY, Batch, Task
 
 NOT_FAILED = -1
-CARRY = "carry"  # the collection of a recurrent state: leaves [B, ...], split over the devices as the batch is
 
 
 @flax.struct.dataclass

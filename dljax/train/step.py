@@ -14,7 +14,8 @@ import optax
 
 from dljax.ops import collectives
 from dljax.tasks.base import Batch, LossOutput, Sums, Task
-from dljax.train.state import (NOT_FAILED, TrainState, join_carry, player_params, replace_player_params, split_carry)
+from dljax.train.state import (
+    NOT_FAILED, TrainState, join_carry, player_params, replace_player_params, split_carry)
 
 Metrics = Mapping[str, Any]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]

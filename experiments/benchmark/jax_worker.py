@@ -20,8 +20,8 @@ from dljax import optim
 from dljax.config import apply_overrides
 from dljax.data.pipeline import HostBatch
 from dljax.ops import conv, ctc, dense, pool, recurrence
-from dljax.tasks.language_modeling import CARRY
 from dljax.train.experiment import Experiment
+from dljax.train.state import split_carry
 from experiments.benchmark import serve
 from experiments.benchmark.bare_step import BareStep
 from experiments.benchmark.cases import CASES, Case
@@ -132,8 +132,7 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
   x = bare.batch[field][:, :-1] if field == "tokens" else bare.batch[field]  # the last token is only predicted
 
   def inference(steps: int) -> float:
-    rest = {k: v for k, v in bare.state.model_state.items() if k != CARRY}
-    variables = {"params": bare.state.params, **rest}
+    variables, _ = split_carry(bare.state.variables)
     return _time_each(lambda: apply(variables, x), steps)
 
   def product(steps: int) -> float:
