@@ -19,7 +19,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch
+from dljax import errors, launch
+from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import alexnet
 from dljax.train.experiment import Experiment
@@ -62,13 +63,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, alexnet.VARIANTS)
   model = config.model
-  image_classification.check_model(model)
+  common.check_model(model)
   if len(model.stem) != 3 or min(model.stem[:2]) < 1 or not 0 <= model.stem[2] < model.stem[0]:
     raise UserError(f"--config.model.stem={model.stem}: give kernel, stride and a padding below the kernel, as 5,1,2")
   network = variant(
       num_classes=config.data.num_classes, stem=model.stem, width_factor=model.width_factor,
       pooled_size=model.pooled_size, hidden_width=model.hidden_width, dropout=model.dropout,
-      dtype=image_classification.dtype(config), remat=model.remat)
+      dtype=common.dtype(config), remat=model.remat)
   return image_classification.build(config, network)
 
 

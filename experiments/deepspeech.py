@@ -20,7 +20,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch, speech
+from dljax import errors, launch
+from dljax.recipes import common, speech
 from dljax.errors import UserError
 from dljax.models import deepspeech
 from dljax.train.experiment import Experiment
@@ -62,7 +63,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     raise UserError(f"--config.model.dropout={config.model.dropout}: must be at least 0 and below 1")
   model = variant(
       vocab_size=1 + len(config.data.alphabet), dropout=config.model.dropout,
-      dtype=image_classification.dtype(config), remat=config.model.remat)
+      dtype=common.dtype(config), remat=config.model.remat)
   return speech.build(config, model)
 
 

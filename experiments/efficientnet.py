@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch
+from dljax import errors, launch
+from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import efficientnet
 from dljax.train.experiment import Experiment
@@ -63,13 +64,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, efficientnet.VARIANTS)
   model = config.model
-  image_classification.check_model(model)
+  common.check_model(model)
   for field, strides in (("stem_stride", (model.stem_stride,)), ("strides", model.strides)):
     if any(stride not in (1, 2) for stride in strides):
       raise UserError(f"--config.model.{field}={model[field]}: a stride must be 1 or 2")
   network = variant(
       num_classes=config.data.num_classes, stem_stride=model.stem_stride, strides=tuple(model.strides),
-      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=image_classification.dtype(config),
+      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=common.dtype(config),
       remat=model.remat)
   if len(network.strides) != len(network.stages):
     raise UserError(f"--config.model.strides={model.strides}: must be {len(network.stages)} numbers, one for each "

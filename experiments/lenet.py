@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import linen as nn
 
-from dljax import errors, image_classification, launch
+from dljax import errors, launch
+from dljax.recipes import common, image_classification
 from dljax.models import lenet
 from dljax.train.experiment import Experiment
 
@@ -53,7 +54,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   model = variant(
       num_classes=config.data.num_classes,
       activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),
-      pool=config.model.pool, dtype=image_classification.dtype(config), remat=config.model.remat)
+      pool=config.model.pool, dtype=common.dtype(config), remat=config.model.remat)
   return image_classification.build(config, model)
 
 

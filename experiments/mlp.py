@@ -17,9 +17,10 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 
-from dljax import errors, image_classification, launch, optim
+from dljax import errors, launch, optim
+from dljax.recipes import common, image_classification
 from dljax.config import base_config
-from dljax.data import xor
+from dljax.data.image import xor
 from dljax.errors import UserError
 from dljax.models import mlp
 from dljax.tasks import classification
@@ -63,12 +64,12 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   num_classes = 2 if config.preset == "xor" else config.data.num_classes
   variant = errors.choose("--config.model.variant", config.model.variant, mlp.VARIANTS)
-  image_classification.check_model(config.model)
+  common.check_model(config.model)
   if any(width < 1 for width in config.model.widths):
     raise UserError(f"--config.model.widths={config.model.widths}: each must be at least 1")
   sizes = {"widths": config.model.widths} if config.model.variant == "mlp" else {}
   model = variant(
-      num_classes=num_classes, dropout=config.model.dropout, dtype=image_classification.dtype(config),
+      num_classes=num_classes, dropout=config.model.dropout, dtype=common.dtype(config),
       activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),
       remat=config.model.remat, **sizes)
   if config.preset != "xor":

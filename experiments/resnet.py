@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch
+from dljax import errors, launch
+from dljax.recipes import common, image_classification
 from dljax.models import resnet
 from dljax.train.experiment import Experiment
 
@@ -67,7 +68,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   variant = errors.choose("--config.model.variant", config.model.variant, resnet.VARIANTS)
   model = variant(
       num_classes=config.data.num_classes, small_stem=config.model.small_stem,
-      zero_init_residual=config.model.zero_init_residual, dtype=image_classification.dtype(config),
+      zero_init_residual=config.model.zero_init_residual, dtype=common.dtype(config),
       remat=config.model.remat)
   return image_classification.build(config, model)
 

@@ -22,7 +22,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch, object_detection
+from dljax import errors, launch
+from dljax.recipes import common, object_detection
 from dljax.models import retinanet
 from dljax.train.experiment import Experiment
 
@@ -61,7 +62,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   variant = errors.choose("--config.model.variant", config.model.variant, retinanet.VARIANTS)
   model = variant(
       num_classes=config.data.num_classes, frozen_norm=config.model.frozen_norm,
-      dtype=image_classification.dtype(config), remat=config.model.remat)
+      dtype=common.dtype(config), remat=config.model.remat)
   anchors = object_detection.anchors(config, model.strides)
   return object_detection.build(config, model.clone(num_anchors=anchors.per_cell), anchors)
 

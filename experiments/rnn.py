@@ -35,7 +35,8 @@ from collections.abc import Mapping
 import flax.linen as nn
 import ml_collections
 
-from dljax import errors, forecasting, image_classification, language_modeling, launch
+from dljax import errors, launch
+from dljax.recipes import common, forecasting, language_modeling
 from dljax.errors import UserError
 from dljax.models import baselines, rnn
 from dljax.train.experiment import Experiment
@@ -98,13 +99,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       vocab_size=config.data.vocab_size, embed_dim=model.embed_dim, cell=model.cell, hidden_size=model.hidden_size,
       num_layers=model.num_layers, dropout=model.dropout, embed_dropout=model.embed_dropout,
       weight_dropout=model.weight_dropout, variational=model.variational, tied=model.tied, layer_norm=model.layer_norm,
-      dtype=image_classification.dtype(config), remat=model.remat)
+      dtype=common.dtype(config), remat=model.remat)
   return language_modeling.build(config, network, stateful=True)
 
 
 def _forecaster(config: ml_collections.ConfigDict) -> nn.Module:
   """The network, or the baseline, that `config.model.variant` names."""
-  model, dtype = config.model, image_classification.dtype(config)
+  model, dtype = config.model, common.dtype(config)
   if model.variant in baselines.VARIANTS:
     return forecasting.baseline(config, dtype)
   errors.choose("--config.model.relative", model.relative, rnn.RELATIVE)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch, semantic_segmentation
+from dljax import errors, launch
+from dljax.recipes import common, semantic_segmentation
 from dljax.errors import UserError
 from dljax.models import unet
 from dljax.train.experiment import Experiment
@@ -56,7 +57,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     raise UserError(f"--config.model.dropout={config.model.dropout}: must be at least 0 and below 1")
   model = variant(
       num_classes=config.data.mask_classes, width=config.model.width, num_pools=config.model.num_pools,
-      dropout=config.model.dropout, dtype=image_classification.dtype(config), remat=config.model.remat)
+      dropout=config.model.dropout, dtype=common.dtype(config), remat=config.model.remat)
   shape = tuple(config.data.image_shape)
   if not all(map(model.fits, shape[:2])):
     raise UserError(f"--config.data.image_shape={','.join(map(str, shape))}: {model.misfit(shape)}")

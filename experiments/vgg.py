@@ -20,7 +20,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch
+from dljax import errors, launch
+from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import vgg
 from dljax.train.experiment import Experiment
@@ -64,13 +65,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   variant = errors.choose("--config.model.variant", config.model.variant, vgg.VARIANTS)
   model = config.model
-  image_classification.check_model(model)
+  common.check_model(model)
   if not 0 <= model.num_pools <= len(vgg.WIDTHS):
     raise UserError(f"--config.model.num_pools={model.num_pools}: must be from 0 to {len(vgg.WIDTHS)}")
   network = variant(
       num_classes=config.data.num_classes, num_pools=model.num_pools, width_factor=model.width_factor,
       pooled_size=model.pooled_size, hidden_width=model.hidden_width, dropout=model.dropout,
-      dtype=image_classification.dtype(config), remat=model.remat)
+      dtype=common.dtype(config), remat=model.remat)
   return image_classification.build(config, network)
 
 

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 
 import ml_collections
 
-from dljax import errors, image_classification, launch
+from dljax import errors, launch
+from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import vit
 from dljax.train.experiment import Experiment
@@ -68,14 +69,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   for field, known in (("pool", vit.POOLS), ("positions", vit.POSITIONS)):
     if model[field] not in known:
       raise errors.unknown(f"--config.model.{field}", model[field], known)
-  image_classification.check_model(model)
+  common.check_model(model)
   sides = config.data.image_shape[:2]
   if model.patch_size < 1 or any(side % model.patch_size for side in sides):
     raise UserError(f"--config.model.patch_size={model.patch_size}: must divide the images' sides, "
                     f"{sides[0]}x{sides[1]} pixels")
   network = variant(
       num_classes=config.data.num_classes, patch_size=model.patch_size, pool=model.pool, positions=model.positions,
-      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=image_classification.dtype(config),
+      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=common.dtype(config),
       remat=model.remat)
   return image_classification.build(config, network)
 

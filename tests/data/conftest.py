@@ -2,7 +2,8 @@
 
 import pytest
 
-from dljax.data import image, sources
+from dljax.data import sources
+from dljax.data.image import labelled
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +19,4 @@ def digits_dir(tmp_path_factory):
 def digits(digits_dir, monkeypatch):
   """Makes the prepared digits the default, and gives a config for them."""
   monkeypatch.setenv("TFDS_DATA_DIR", str(digits_dir))
-  return image.default_config()
+  return labelled.default_config()

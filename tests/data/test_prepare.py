@@ -13,7 +13,8 @@ import threading
 import numpy as np
 import pytest
 
-from dljax.data import image, prepare, sources
+from dljax.data import prepare, sources
+from dljax.data.image import labelled
 from dljax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -66,7 +67,7 @@ def write(folder, files):
 def read(name, split, channels, monkeypatch, root):
   monkeypatch.setenv("TFDS_DATA_DIR", str(root))
   records = sources.open_dataset(name).records(split)
-  return [image.decode_record(record, channels) for record in records[range(len(records))]]
+  return [labelled.decode_record(record, channels) for record in records[range(len(records))]]
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from dljax.data import image
+from dljax.data.image import labelled
 
 ROOT = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tfds"
 pytestmark = [
@@ -17,9 +17,9 @@ pytestmark = [
 @pytest.mark.parametrize("name, first_class", [("mnist", "0"), ("fashion_mnist", "T-shirt/top")])
 def test_real_sets(name, first_class, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(ROOT))
-  config = image.default_config()
+  config = labelled.default_config()
   config.update(name=name, train="train[:90%]", validation="train[90%:]", image_shape=(28, 28, 1))
-  data = image.pipelines(config, batch_size=128, eval_batch_size=1000, seed=0, host=0, hosts=1)
+  data = labelled.pipelines(config, batch_size=128, eval_batch_size=1000, seed=0, host=0, hosts=1)
   assert data.class_names()[0] == first_class and len(data.class_names()) == 10
   sizes = (data.evals["validation"], 6000), (data.evals["test"], 10000), (data.train, 54000)
   for pipeline, examples in sizes:

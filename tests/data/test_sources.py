@@ -9,14 +9,15 @@ import sys
 import numpy as np
 import pytest
 
-from dljax.data import image, sources
+from dljax.data import sources
+from dljax.data.image import labelled
 from dljax.errors import UserError
 
 
 def read(name, split):
   records = sources.open_dataset(name).records(split)
   records = records[range(len(records))]
-  examples = [image.decode_record(record, 1) for record in records]
+  examples = [labelled.decode_record(record, 1) for record in records]
   images, labels = (np.array([example[key] for example in examples]) for key in ("image", "label"))
   return images[..., 0], labels, np.array([record["id"][0] for record in records])
 

@@ -11,7 +11,7 @@ from dljax import interop
 from dljax.errors import UserError
 from dljax.models import baselines, deepspeech, lenet, mlp, rnn, unet
 from dljax.models.layers import BatchNorm
-from dljax.tasks.ctc import Transcription
+from dljax.tasks.transcription import Transcription
 from dljax.tasks.segmentation import Segmentation
 from tests.fixtures import formula
 from tests.interop.parity import assert_parity, assert_sgd_step

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dljax import report
-from dljax.data import ragged, text, tokenize
+from dljax.data import ragged
+from dljax.data.text import corpus, tokenize
 from dljax.errors import UserError
 from dljax.tasks.language_modeling import LanguageModeling, Sampling
 from dljax.train import parallel
@@ -194,9 +195,9 @@ def play(tmp_path):
 
 
 def _pipelines(play, **fields):
-  config = text.default_config()
+  config = corpus.default_config()
   config.update({"file": str(play), "length": 16, **fields})
-  return lambda size: text.pipelines(config, batch_size=16, eval_batch_size=size, seed=0, host=0, hosts=1)
+  return lambda size: corpus.pipelines(config, batch_size=16, eval_batch_size=size, seed=0, host=0, hosts=1)
 
 
 @functools.cache
@@ -218,7 +219,7 @@ def _evaluate(pipeline, mode="jit", mesh="data:1", stateful=True):
 @pytest.mark.parametrize("length", [5, 16, 1000])
 def test_one_stream_is_exact_over_the_whole_text_whatever_the_window(play, length):
   found, _ = _evaluate(_pipelines(play, length=length)(1).evals["validation"])
-  split = text.split_text(play.read_text())["validation"]
+  split = corpus.split_text(play.read_text())["validation"]
   tokens = np.array([[tokenize.Bytes.end, *split.encode()]])
   out = Tiny(tokenize.Bytes.size).apply({"params": _params(tokenize.Bytes.size)}, tokens[:, :-1])
   log_p = np.asarray(jax.nn.log_softmax(out["logits"], axis=-1), np.float64)
@@ -240,7 +241,7 @@ def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monke
   pipeline.open()
   evaluator.full(variables, jax.random.key_data(jax.random.key(0)), pipeline, "validation", {})
   (tokens, bits), = drawn
-  text_bytes = text.split_text(play.read_text())["validation"].encode()
+  text_bytes = corpus.split_text(play.read_text())["validation"].encode()
   first = -(-len(text_bytes) // rows)  # the stream that begins the text, whose state nothing comes before
   assert bytes(tokens[:first]) == text_bytes[:first] and len(tokens) <= len(text_bytes)
   inputs = np.array([[tokenize.Bytes.end, *text_bytes[:first]]])
@@ -269,7 +270,7 @@ class _Documents:
     joined = tokenize.Encoded(*map(np.concatenate, zip(*parts)))
     begins = np.flatnonzero(joined.tokens == 256)
     self.pipeline = ragged.RaggedPipeline(
-        lambda _: text.Documents((joined, begins), 40, 256, counts=True),
+        lambda _: corpus.Documents((joined, begins), 40, 256, counts=True),
         lambda documents, plan: documents.gather(plan, plan.rows), longest=40, buckets=buckets, batch_size=size,
         host=0, hosts=1)
 

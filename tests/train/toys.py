@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dljax import image_classification, optim
+from dljax import optim
+from dljax.recipes import image_classification
 from dljax.config import base_config
 from dljax.models.layers import BatchNorm
 from dljax.models.mlp import MLP

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dljax.data import series
+from dljax.data.series import table
 from dljax.errors import UserError
 
 TEMPERATURES = {"seattle": "seattle-temps.csv", "san_francisco": "sf-temps.csv"}
@@ -59,7 +59,7 @@ with tfds.core.registered.skip_registration():
 
     def _split_generators(self, dl_manager):
       del dl_manager
-      return {series.SPLIT: self._generate_examples()}
+      return {table.SPLIT: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
       read = self._read()
@@ -70,12 +70,12 @@ with tfds.core.registered.skip_registration():
     channels = tuple(TEMPERATURES)
     homepage = "https://github.com/altair-viz/vega_datasets"
 
-    def _read(self) -> series.Series:
+    def _read(self) -> table.Series:
       folder = _temperatures_folder()
-      parts = [series.read_csv(folder / file, "date", ["temp"]) for file in TEMPERATURES.values()]
+      parts = [table.read_csv(folder / file, "date", ["temp"]) for file in TEMPERATURES.values()]
       if not np.array_equal(parts[0].times, parts[1].times):
         raise UserError(f"{folder}: the two files have other times; run `pip install vega_datasets==0.9.0`")
-      return series.Series(self.name, self.channels, parts[0].times, np.concatenate([p.values for p in parts], axis=1))
+      return table.Series(self.name, self.channels, parts[0].times, np.concatenate([p.values for p in parts], axis=1))
 
   class Etth1(_Series):
     """Of the file ETTh1.csv in `folder`."""
@@ -91,5 +91,5 @@ with tfds.core.registered.skip_registration():
       self._folder = folder
       super().__init__(**kwargs)
 
-    def _read(self) -> series.Series:
-      return series.read_csv(self._folder / ETTH1_URL.rpartition("/")[2], "date", self.channels)
+    def _read(self) -> table.Series:
+      return table.read_csv(self._folder / ETTH1_URL.rpartition("/")[2], "date", self.channels)

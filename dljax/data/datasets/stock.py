@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.datasets.tiny_shakespeare import tiny_shakespeare_dataset_builder as tiny_shakespeare
 from tensorflow_datasets.image_classification import cifar, mnist
 
-from dljax.data.text import split_text
+from dljax.data.text.corpus import split_text
 
 
 class _LocalFiles:

@@ -1,0 +1,1 @@
+"""Images: labelled ones, scenes with boxes and masks, and what is done to their pixels."""

@@ -1,0 +1,472 @@
+"""Labelled images: the config that every vision experiment shares, and its pipelines.
+
+A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask f32[b] (0 where a row is padding) and
+"host/id" i64[b] (the example's position in its split, -1 for padding); in evaluation "host/group/NAME" str[b] for
+each feature NAME of `config.data.groups`; under mixup or CutMix also mix_label
+i32[b], the partner's label, and mix_weight f32[b], the weight of the own one.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dljax.data import sources, splits
+from dljax.data.image import augment, corrupt, png
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Retake, Streaming, rng
+from dljax.errors import UserError, choose
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
+RESIZE = ("pad", "bilinear", "crop")
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random resized crops
+GROUP_FEATURES = ("ClassLabel", "Text")  # of TFDS, that can tell groups apart
+CROP_ATTEMPTS = 10
+DECODE_AT_ONCE = 2048  # images
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The fields of `config.data`; 0 and False turn an augmentation off."""
+  return ml_collections.ConfigDict({
+      "name": "digits",  # a TFDS name, possibly with config and version
+      "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
+      "validation": "validation",
+      "test": "test",
+      "per_class": 0,  # how many examples of each class to train on, drawn by the seed; 0 is all
+      "num_classes": 10,
+      "image_shape": (8, 8, 1),  # height, width, channels that the model sees
+      "groups": (),  # features, classes or texts, by whose values evaluation tells its results apart
+      "mean": (0.3051,),  # per channel, in units of 1
+      "std": (0.3757,),
+      "background": 0,  # what shows through where an image is transparent: grey from 0 (black) to 255
+      # How an image reaches image_shape: "pad" centres it on black (and shrinks it if it is too large),
+      # "bilinear" ignores its aspect ratio, "crop" takes the centre.
+      "resize": "pad",
+      "crop_fraction": 0.875,  # of the shorter side, for "crop"
+      "random_resized_crop": 0.0,  # the smallest share of the area; 0.08 in the literature
+      "pad_crop": 0,  # pixels
+      "flip": False,
+      "randaugment_layers": 0,
+      "randaugment_magnitude": 9.0,  # of 30
+      "color_jitter": 0.0,  # brightness, contrast and saturation within 1 - x and 1 + x
+      "cutout": 0,  # pixels
+      "mixup": 0.0,  # alpha; where CutMix is on too, each batch tosses a coin
+      "cutmix": 0.0,  # alpha
+  })
+
+
+def validate(config: Any) -> None:
+  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  def need(field: str, ok: bool, mend: str) -> None:
+    if not ok:
+      raise UserError(f"--config.data.{field}={config[field]!r}: {mend}")
+
+  shape = tuple(config.image_shape)
+  positive = all(isinstance(size, int) and size > 0 for size in shape)
+  need("image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
+       "give (height, width, channels) with 1 or 3 channels")
+  need("num_classes", config.num_classes > 0, "give a positive number")
+  need("per_class", config.per_class >= 0, "give a positive number, or 0 for all")
+  for field in ("mean", "std"):
+    need(field, len(config[field]) == shape[-1], f"give one value for each of {shape[-1]} channels")
+  need("mean", all(0 <= m <= 1 for m in config.mean), "give values from 0 to 1")
+  need("std", all(0 < s <= 1 for s in config.std), "give values above 0 and up to 1")
+  need("train", bool(config.train), "name the split to train on")
+  need("background", 0 <= config.background <= 255, "give a value from 0 to 255")
+  need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
+  need("crop_fraction", 0 < config.crop_fraction <= 1, "give a value above 0 and up to 1")
+  need("random_resized_crop", 0 <= config.random_resized_crop <= 1, "give a value from 0 to 1")
+  need("color_jitter", 0 <= config.color_jitter <= 1, "give a value from 0 to 1")
+  need("randaugment_magnitude", 0 <= config.randaugment_magnitude <= augment.MAX_MAGNITUDE,
+       f"give a value from 0 to {augment.MAX_MAGNITUDE:g}")
+  for field in ("pad_crop", "cutout", "randaugment_layers", "mixup", "cutmix"):
+    need(field, 0 <= config[field] < math.inf, "give 0 or more")
+  for field in ("pad_crop", "cutout"):  # beyond it nothing of the image is left
+    need(field, config[field] <= max(shape[:2]), f"give at most {max(shape[:2])}, the image's side")
+  need("randaugment_layers", config.randaugment_layers <= augment.MAX_LAYERS, f"give at most {augment.MAX_LAYERS}")
+  sources.parse_name(config.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+  """The pipelines of an image set.
+
+  Attributes:
+    train: shuffled, augmented, endless.
+    evals: "validation" and "test", in order, as far as the config names them.
+    batch_spec: field -> shape and dtype of a global training batch.
+    class_names: opens the set if need be; name of each label, for `workdir/data/`.
+    corruptions: name -> strength -> one pass over "test", so disturbed.
+  """
+
+  train: Pipeline
+  evals: Mapping[str, Pipeline]
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+  class_names: Callable[[], list[str]]
+  corruptions: Mapping[str, Mapping[int, Pipeline]]
+
+
+def pipelines(
+    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
+    hosts: int | None = None, corruptions: Sequence[str] = (),
+) -> ImageData:
+  """Pipelines from `config.data`; opens nothing.
+
+  Args:
+    config: see `default_config`.
+    batch_size: of a global training batch.
+    eval_batch_size: of a global evaluation batch.
+    seed: of the run.
+    host: this host's number and
+    hosts: how many there are; by default what JAX says.
+    corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
+
+  Raises:
+    UserError: a value out of range; when opened, data that is missing or does not fit the config.
+  """
+  validate(config)
+  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+    if size < 1:
+      raise UserError(f"--config.{field}={size}: give a positive number")
+  if corruptions and not config["test"]:
+    raise UserError("--config.eval.corruptions disturbs the test split; name one by --config.data.test")
+  images = _ImageSet(config)
+  evals = {
+      split: IndexedPipeline(
+          functools.partial(images.open_split, split), images.eval_batch, batch_size=eval_batch_size,
+          host=host, hosts=hosts)
+      for split in ("validation", "test") if config[split]}
+  train = IndexedPipeline(
+      functools.partial(images.open_split, "train"), images.train_batch, batch_size=batch_size, seed=seed,
+      train=True, host=host, hosts=hosts)
+  spec = {"image": ((batch_size, *config.image_shape), np.float32), "label": ((batch_size,), np.int32),
+          "mask": ((batch_size,), np.float32)}
+  if images.mixes:
+    spec |= {"mix_label": ((batch_size,), np.int32), "mix_weight": ((batch_size,), np.float32)}
+  spec = {key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}
+  disturbed = {
+      name: {strength: Retake(evals["test"], functools.partial(images.eval_batch, corruption=(name, strength)))
+             for strength in corrupt.STRENGTHS} for name in corruptions}
+  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names), disturbed)
+
+
+def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
+  """Reads images as evaluation would.
+
+  Args:
+    paths: image files, folders (searched to the bottom, "2.png" before "10.png"), or .npy files that hold an
+      image [h, w] or [h, w, C], or a stack [n, h, w, C] or [n, h, w] (a last axis of 1, 3 or 4 is taken for
+      channels), uint8 or float in [0, 1].
+    config: `config.data`.
+
+  Returns:
+    A batch of image, mask, "host/id" and "host/size" (height and width of the image itself), without rows if nothing
+    was usable; the name of each row; and one line for each file that could not be used.
+
+  Raises:
+    UserError: a path does not exist.
+  """
+  validate(config)
+  images, sizes, names, skipped = [], [], [], []
+  fit = _ImageSet(config).fit
+  for path in _files(paths):
+    try:
+      stack = _load_npy(path, config.image_shape[-1]) if path.suffix == ".npy" else [
+          decode_image(path.read_bytes(), config.image_shape[-1], config.background)]
+      fitted = [fit(image) for image in stack]
+    except Exception as e:  # Pillow raises many kinds for a broken file
+      skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
+      continue
+    images += fitted
+    sizes += [image.shape[:2] for image in stack]
+    names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
+  stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
+  batch = {"image": augment.normalise(stacked, config.mean, config.std),
+           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names)),
+           "host/size": np.array(sizes, np.int64).reshape(-1, 2)}
+  return batch, names, skipped
+
+
+def _files(paths: Sequence[str]) -> list[Path]:
+  files = []
+  for path in map(Path, paths):
+    if not path.exists():
+      raise UserError(f"--input: there is no {path}; name an image file, a folder or a .npy file")
+    if path.is_dir():
+      inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+      natural = lambda p: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", str(p))]
+      files += sorted(inside, key=natural)
+    else:
+      files.append(path)
+  return files
+
+
+def _load_npy(path: Path, channels: int) -> list[np.ndarray]:
+  array = np.load(path, allow_pickle=False)
+  if array.ndim == 2:
+    array = array[None, ..., None]
+  elif array.ndim == 3:
+    array = array[None] if array.shape[-1] in (1, 3, 4) else array[..., None]
+  if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+    raise ValueError(f"an array of shape {array.shape} is no image; give [h, w], [h, w, C] or [n, h, w, C]")
+  if np.issubdtype(array.dtype, np.floating):
+    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+      raise ValueError("values outside [0, 1]; scale them, or give uint8")
+    array = np.round(array * 255).astype(np.uint8)
+  if array.dtype != np.uint8:
+    raise ValueError(f"{array.dtype} is neither uint8 nor float in [0, 1]")
+  if channels == 1 and array.shape[-1] > 1:
+    return list(np.round(augment.grey(array[..., :3])).astype(np.uint8))
+  return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels else array[..., :channels])
+
+
+class _ImageSet:
+  """What the pipelines of one config share: the opened set, and how its examples become batches."""
+
+  def __init__(self, config: Any):
+    self.config = config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
+    self.mixes = config.mixup > 0 or config.cutmix > 0
+    self._dataset: sources.Dataset | None = None
+    self._lock = threading.Lock()
+    self._crops = functools.lru_cache(maxsize=4)(self._draw_crops)  # a streamed step asks once per row
+
+  @property
+  def dataset(self) -> sources.Dataset:
+    """The set, opened and held against the config."""
+    with self._lock:
+      if self._dataset is None:
+        dataset = sources.open_dataset(self.config.name)
+        self._check(dataset)
+        self._dataset = dataset
+      return self._dataset
+
+  def _check(self, dataset: sources.Dataset) -> None:
+    config = self.config
+    classes = getattr(dataset.features.get("label"), "num_classes", None)
+    if classes is None or len(getattr(dataset.features.get("image"), "shape", ())) != 3:
+      raise UserError(f"--config.data.name: {config.name} does not have an image and a class as its label, "
+                      f"but {', '.join(dataset.features)}; choose another set")
+    if classes != config.num_classes:
+      raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has {classes} classes")
+    channels = dataset.features["image"].shape[-1]
+    if channels not in (None, config.image_shape[-1]) and (channels, config.image_shape[-1]) != (4, 3):
+      raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
+                      f"channel{'s' * (channels > 1)}")
+    for name in config.groups:
+      choose("--config.data.groups", name, {
+          name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
+    splits.check_splits(dataset, config)
+
+  def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
+    """Reads a split into memory if it fits, else reads it as it is needed."""
+    dataset, config = self.dataset, self.config
+    records = dataset.records(config[split])
+    if split == "train" and config.per_class:
+      names = dataset.features["label"].names
+      records = sources.Subset(records, few_of_each(records, names, config.per_class, pipeline.seed))
+    crops = split == "train" and config.random_resized_crop > 0
+    channels, background = config.image_shape[-1], config.background
+    stored = (*dataset.features["image"].shape[:2], channels) if crops else config.image_shape
+    static = None not in stored
+    groups = self.groups if split != "train" else lambda record: {}
+    if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
+      fit = (lambda image: image) if crops else self.fit
+      arrays = _decode_all(records, channels, background, fit, stored, groups)
+      self.check_labels(arrays["label"], split)
+      return InMemory(arrays, self.crop if crops else None)
+
+    def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
+      examples = [decode_record(record, channels, background) | groups(record) for record in records[indices]]
+      self.check_labels([example["label"] for example in examples], split, indices)
+      if crops:
+        return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
+      return [{**example, "image": self.fit(example["image"])} for example in examples]
+
+    rows = self.rows if split == "train" else lambda plan: plan.rows
+    return Streaming(len(records), load, pipeline.plan, rows)
+
+  def check_labels(self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None) -> None:
+    """Raises `UserError` on a label that is no class, such as TFDS' -1 for "none"; `indices` are the examples'."""
+    classes = self.config.num_classes
+    for i in np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))[:1]:
+      example = i if indices is None else indices[i]
+      raise UserError(f"--config.data.{split}={self.config[split]!r}: example {example} has the label {labels[i]}, "
+                      f"outside of 0 to {classes - 1}; choose a split with labels")
+
+  def groups(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{"host/group/NAME": str[]} of a record."""
+    found = {}
+    for name in self.config.groups:
+      value, feature = record[name][0], self.dataset.features[name]
+      text = value.decode() if isinstance(value, bytes) else feature.int2str(value)
+      found[f"host/group/{name}"] = np.asarray(text)
+    return found
+
+  def fit(self, image: np.ndarray) -> np.ndarray:
+    """uint8[h, w, C] -> uint8[H, W, C], by `config.resize`."""
+    height, width, _ = self.config.image_shape
+    if self.config.resize == "crop":
+      return augment.centre_crop(image, height, width, self.config.crop_fraction)
+    if image.shape[:2] == (height, width):
+      return image
+    if self.config.resize == "pad":
+      return augment.letterbox(image, height, width)
+    return augment.resize(image, height, width)
+
+  def crop(self, example: HostBatch, plan: Plan, row: int) -> HostBatch:
+    """A random resized crop of one example."""
+    image = example["image"]
+    area, log_ratio, position = self._crops(plan.seed, plan.step, len(plan.indices))
+    box = augment.random_crop_box(*image.shape[:2], area[row], log_ratio[row], position[row])
+    return {**example, "image": augment.resize(image, *self.config.image_shape[:2], box)}
+
+  def _draw_crops(self, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = rng(seed, step, "random_resized_crop")
+    area = draw.uniform(self.config.random_resized_crop, 1, (batch_size, CROP_ATTEMPTS))
+    log_ratio = draw.uniform(*np.log(ASPECT_RATIOS), (batch_size, CROP_ATTEMPTS))
+    return area, log_ratio, draw.uniform(size=(batch_size, 2))
+
+  def rows(self, plan: Plan) -> np.ndarray:
+    """The rows of the global batch that a host has to read: its own and, for mixing, their partners."""
+    return np.union1d(plan.rows, _partners(plan)) if self.mixes else plan.rows
+
+  def eval_batch(self, examples: Examples, plan: Plan, corruption: tuple[str, int] | None = None) -> HostBatch:
+    """The host's rows; `corruption` is a name and a strength."""
+    read = examples.gather(plan, plan.rows)
+    ids = plan.indices[plan.rows]
+    if corruption:
+      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed, ids)
+    return read | {
+        "image": augment.normalise(read["image"], self.config.mean, self.config.std),
+        "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+
+  def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
+    rows = self.rows(plan)
+    read = examples.gather(plan, rows)
+    image, label = self.augment(read["image"], plan, rows), read["label"]
+    batch = {"mask": np.ones(len(plan.rows), np.float32), "host/id": plan.indices[plan.rows]}
+    if self.mixes:
+      own, partner = np.searchsorted(rows, plan.rows), np.searchsorted(rows, _partners(plan))
+      image, weight = self.mix(image[own], image[partner], plan)
+      batch["mix_label"] = label[partner]
+      batch["mix_weight"] = np.full(len(own), weight, np.float32)
+      label = label[own]
+    return batch | {"image": augment.normalise(image, self.config.mean, self.config.std), "label": label}
+
+  def augment(self, image: np.ndarray, plan: Plan, rows: np.ndarray) -> np.ndarray:
+    """Augments the given rows of the global batch; everything is drawn for all of it."""
+    config, size = self.config, len(plan.indices)
+    if config.pad_crop:
+      shift = plan.rng("pad_crop").integers(-config.pad_crop, config.pad_crop + 1, (2, size))[:, rows]
+      image = augment.pad_and_crop(image, config.pad_crop, *shift)
+    if config.flip:
+      image = augment.flip(image, plan.rng("flip").random(size)[rows] < 0.5)
+    if config.randaugment_layers:
+      draw, shape = plan.rng("randaugment"), (size, config.randaugment_layers)
+      ops = draw.integers(len(augment.RANDAUGMENT_OPS), size=shape)[rows]
+      signs = draw.choice([-1, 1], shape)[rows]
+      image = np.stack([
+          augment.rand_augment(*row, config.randaugment_magnitude) for row in zip(image, ops, signs)])
+    if config.color_jitter:
+      factors = plan.rng("color_jitter").uniform(1 - config.color_jitter, 1 + config.color_jitter, (3, size))
+      image = augment.color_jitter(image, *factors[:, rows])
+    if config.cutout:
+      y, x = plan.rng("cutout").integers(np.array(image.shape[1:3])[:, None], size=(2, size))[:, rows]
+      image = augment.cutout(image, y, x, config.cutout, 255 * np.asarray(config.mean))
+    return image
+
+  def mix(self, image: np.ndarray, partner: np.ndarray, plan: Plan) -> tuple[np.ndarray, float]:
+    """Mixup or CutMix, one weight (and one box) for the whole batch as in the papers' code."""
+    config, draw = self.config, plan.rng("mix")
+    cut = config.cutmix and (not config.mixup or draw.random() < 0.5)
+    weight = draw.beta(*2 * [config.cutmix if cut else config.mixup])
+    if not cut:
+      return augment.mixup(image, partner, weight), weight
+    return augment.cutmix(image, partner, augment.cutmix_box(*image.shape[1:3], weight, *draw.random(2)))
+
+
+def _partners(plan: Plan) -> np.ndarray:
+  """The row after each of the host's rows: the order is random already, and may cross hosts."""
+  return (plan.rows + 1) % len(plan.indices)
+
+
+def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed: int) -> np.ndarray:
+  """The positions, rising, of `count` records of each class: the first of an order that is drawn by `seed`.
+
+  Args:
+    records: of the split; reads no more of them than it takes.
+    names: of the classes.
+    count: of each class.
+    seed: of the run.
+
+  Raises:
+    UserError: a class has fewer records.
+  """
+  order = rng(seed, 0, "per_class").permutation(len(records))
+  chosen = [[] for _ in names]
+  for start in range(0, len(order), DECODE_AT_ONCE):
+    block = order[start:start + DECODE_AT_ONCE]
+    for index, record in zip(block, records[block]):
+      if len(of_class := chosen[record["label"][0]]) < count:
+        of_class.append(index)
+    if all(len(of_class) == count for of_class in chosen):
+      return np.sort(np.concatenate(chosen))
+  name, least = min(zip(names, map(len, chosen)), key=lambda pair: pair[1])
+  raise UserError(f"--config.data.per_class={count}: of {name!r} there are but {least} training examples; make it "
+                  "smaller, or 0 to take all")
+
+
+def decode_record(record: Mapping[str, Any], channels: int, background: int = 0) -> HostBatch:
+  """{"image": uint8[h, w, channels], "label": i32[]} from a record of `sources.Records`."""
+  return {"image": decode_image(record["image"][0], channels, background), "label": np.int32(record["label"][0])}
+
+
+def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
+  """An encoded image as uint8[h, w, channels], over grey `background` where it is transparent.
+
+  Raises:
+    OSError and the like: it is corrupt.
+  """
+  from PIL import Image, UnidentifiedImageError
+
+  try:
+    image = Image.open(io.BytesIO(data))
+  except UnidentifiedImageError:  # it names only the buffer
+    raise ValueError("is no image that Pillow can read") from None
+  if image.mode.startswith(("I", "F")):
+    raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    ground = Image.new("RGBA", image.size, (background,) * 3 + (255,))
+    image = Image.alpha_composite(ground, image)
+  mode = "L" if channels == 1 else "RGB"
+  array = np.asarray(image if image.mode == mode else image.convert(mode))
+  return array if channels == 3 else array[..., None]
+
+
+def _decode_all(
+    records: sources.Records, channels: int, background: int, fit: Callable[[np.ndarray], np.ndarray],
+    shape: Sequence[int], groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
+  grouped = []
+  for start in range(0, len(records), DECODE_AT_ONCE):
+    rows = range(start, min(start + DECODE_AT_ONCE, len(records)))
+    block = records[rows]
+    labels[rows] = [record["label"][0] for record in block]
+    grouped += map(groups, block)
+    encoded = [record["image"][0] for record in block]
+    decoded = png.decode(encoded)
+    if decoded is None or decoded.shape[-1] != channels:
+      decoded = [decode_image(data, channels, background) for data in encoded]
+    for row, image in zip(rows, decoded):
+      images[row] = fit(image)
+  return {"image": images, "label": labels, **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

@@ -1,0 +1,1 @@
+"""Time series: tables of numbers, cut into windows."""

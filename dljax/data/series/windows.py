@@ -1,0 +1,360 @@
+"""Time series: the past in a window, what comes after it, and the calendar of both; config and pipelines.
+
+A batch holds
+
+  window        f32[b, W, C], normalised; where a value is missing, the last one before it
+  horizon       f32[b, H, C], what comes next, normalised; NaN where a value is missing
+  covariates    f32[b, W + H, K], the calendar of window and horizon, which is known in advance; if any are asked for
+  mask          f32[b], 0 where a row is padding
+  "host/id"     i64[b], the window's position in its split, -1 for padding
+  "host/time"   i64[b], in evaluation: when the horizon begins, seconds from the start of 1970
+
+and nothing of a window, its normalisation included, depends on what comes after it: mean and standard deviation are
+those of the training rows. Training draws windows that lie in the training rows. The horizons of an evaluation lie in
+the split's rows, their windows may reach into the rows before; every window counts once, in order, as in the literature
+(Zhou et al. 2021, arXiv:2012.07436; Zeng et al. 2023, arXiv:2205.13504).
+
+Dimensions: b the host's rows, T rows of the series, W window, H horizon, C channels, K covariates.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dljax.data import sources
+from dljax.data.series import table
+from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline, Plan
+from dljax.errors import UserError, unknown
+
+MISSING = ("refuse", "mask")
+DAY = 86400  # seconds
+MONDAY = 3 * DAY  # since the Monday before the start of 1970, a Thursday
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The fields of `config.data`."""
+  return ml_collections.ConfigDict({
+      "name": "temperatures",  # a TFDS name, or the path of a .csv file
+      "time": "date",  # the column of a .csv file that holds the time
+      "channels": ("seattle", "san_francisco"),  # which to read, to forecast all of them
+      "train": 5880,  # rows, from the first one; those that are missing count
+      "validation": 1440,  # rows, after those
+      "test": 1440,
+      "window": 168,  # rows that a forecast is made from
+      "horizon": 24,  # rows that are forecast
+      "covariates": ("hour_of_day", "day_of_year"),  # of COVARIATES
+      "missing": "refuse",  # what to do where there is no value; or "mask": the last one stands in, and none is counted
+  })
+
+
+def validate(config: Any) -> None:
+  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  def need(field: str, ok: bool, mend: str) -> None:
+    if not ok:
+      raise UserError(f"--config.data.{field}={_text(config[field])}: {mend}")
+
+  need("channels", 0 < len(config.channels) == len(set(config.channels)), "name one channel or more, each once")
+  need("covariates", len(config.covariates) == len(set(config.covariates)), "name each once")
+  for name in config.covariates:
+    if name not in COVARIATES:
+      raise unknown("--config.data.covariates", name, COVARIATES)
+  need("missing", config.missing in MISSING, f"choose one of {', '.join(MISSING)}")
+  for field in ("window", "horizon"):
+    need(field, config[field] > 0, "give a positive number of rows")
+  need("window", config.window + config.horizon <= config.train,
+       f"with the horizon of {config.horizon} it is longer than the {config.train} rows of --config.data.train; "
+       "make it smaller")
+  for field in ("validation", "test"):
+    need(field, config[field] >= config.horizon, f"give {config.horizon} rows or more, a horizon")
+  if not _is_csv(config.name):
+    sources.parse_name(config.name)
+
+
+def _text(value: Any) -> str:
+  return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _is_csv(name: str) -> bool:
+  return name.lower().endswith(".csv")
+
+
+def _open_set(name: str, channels: Sequence[str]) -> table.Series:
+  """The series of a TFDS set such as those of `dljax.data.datasets.series`."""
+  dataset = sources.open_dataset(name)
+  if {"time", "values", "channels"} - set(dataset.features):
+    raise UserError(f"--config.data.name: {name} is no time series, but has {', '.join(dataset.features)}; choose "
+                    "another set, or name a .csv file")
+  record, = dataset.records(table.SPLIT)[[0]]
+  there = [channel.decode() for channel in record["channels"]]
+  for channel in channels:
+    if channel not in there:
+      raise unknown("--config.data.channels", channel, there)
+  values = np.asarray(record["values"], np.float32).reshape(-1, len(there))
+  values = values[:, [there.index(channel) for channel in channels]].astype(np.float64)
+  return table.Series(name, tuple(channels), np.asarray(record["time"], np.int64), values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+  """What was fitted to the training rows.
+
+  Attributes:
+    channels: C names.
+    mean, std: f64[C]; the standard deviation of a channel that never changes is taken to be 1.
+    step: seconds from row to row.
+  """
+
+  channels: tuple[str, ...]
+  mean: np.ndarray
+  std: np.ndarray
+  step: int
+
+  @classmethod
+  def fit(cls, series: table.Series) -> "Normaliser":
+    """Of all values that there are; raises `UserError` for a channel without any."""
+    for c in np.flatnonzero(np.isnan(series.values).all(axis=0))[:1]:
+      raise UserError(f"{series.name}: {series.channels[c]} has no value in the {len(series.times)} training rows; "
+                      "drop it from --config.data.channels")
+    std = np.nanstd(series.values, axis=0)
+    return cls(series.channels, np.nanmean(series.values, axis=0), np.where(std > 0, std, 1.0), series.step)
+
+  def __call__(self, values: np.ndarray) -> np.ndarray:
+    """f[..., C] in the data's units -> f32[..., C] of mean 0 and standard deviation 1."""
+    return ((values - self.mean) / self.std).astype(np.float32)
+
+  def check(self, series: table.Series) -> None:
+    """Raises `UserError` for a series of other channels or another step."""
+    if self.channels != series.channels:
+      raise UserError(f"{series.name}: has the channels {', '.join(series.channels)}, but the model was trained on "
+                      f"{', '.join(self.channels)}; name these by --config.data.channels")
+    if self.step != series.step:
+      raise UserError(f"{series.name}: has steps of {table.duration(series.step)}, but the model was trained on steps of "
+                      f"{table.duration(self.step)}; resample it")
+
+  def asset(self) -> dict[str, Any]:
+    """As it is saved in `workdir/data/`."""
+    return {"channels": list(self.channels), "mean": self.mean.tolist(), "std": self.std.tolist(), "step": self.step}
+
+  @classmethod
+  def from_asset(cls, saved: Mapping[str, Any]) -> "Normaliser":
+    """The inverse of `asset`."""
+    return cls(tuple(saved["channels"]), np.array(saved["mean"]), np.array(saved["std"]), int(saved["step"]))
+
+
+def fill_forward(values: np.ndarray) -> np.ndarray:
+  """f[T, C] with the last value before it in place of each NaN; 0, the mean, where none came before."""
+  rows = np.arange(len(values))[:, None]
+  last = np.maximum.accumulate(np.where(np.isnan(values), 0, rows), axis=0)
+  filled = np.take_along_axis(values, last, axis=0)
+  return np.where(np.isnan(filled), 0, filled).astype(values.dtype)
+
+
+def _of_year(times: np.ndarray) -> np.ndarray:
+  """f64[T], the share of its year that has passed."""
+  year = times.astype("datetime64[s]").astype("datetime64[Y]")
+  begin, end = (y.astype("datetime64[s]").astype(np.int64) for y in (year, year + np.timedelta64(1, "Y")))
+  return (times - begin) / (end - begin)
+
+
+# Name -> times i64[T] -> how much of its cycle has passed, [T] in [0, 1). The week begins on Monday.
+COVARIATES = {
+    "hour_of_day": lambda times: times % DAY / DAY,
+    "day_of_week": lambda times: (times + MONDAY) % (7 * DAY) / (7 * DAY),
+    "day_of_year": _of_year,
+}
+
+
+def covariates(times: np.ndarray, names: Sequence[str]) -> np.ndarray:
+  """f32[T, 2 len(names)]: of each of `COVARIATES` named the sine and the cosine, which have no jump."""
+  phases = [2 * np.pi * COVARIATES[name](times) for name in names]
+  waves = [wave(phase) for phase in phases for wave in (np.sin, np.cos)]
+  return np.stack(waves, axis=-1).astype(np.float32) if waves else np.zeros((len(times), 0), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeriesData:
+  """The pipelines of a series.
+
+  Attributes:
+    train: windows of the training rows, shuffled, endless.
+    evals: "validation" and "test", all windows in order.
+    batch_spec: field -> shape and dtype of a global training batch.
+  """
+
+  train: Pipeline
+  evals: Mapping[str, Pipeline]
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+  _series: "_SeriesSet"
+
+  def normaliser(self) -> Normaliser:
+    """What the batches are normalised by; opens the series if need be."""
+    return self._series.opened[0]
+
+  def use(self, normaliser: Normaliser) -> None:
+    """Takes what an earlier run was fitted to in place of fitting anew; to be called before the series is opened."""
+    self._series.saved = normaliser
+
+
+def pipelines(
+    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+) -> SeriesData:
+  """Pipelines from `config.data`; opens nothing.
+
+  Args:
+    config: see `default_config`.
+    batch_size: of a global training batch.
+    eval_batch_size: of a global evaluation batch.
+    seed: of the run.
+    host: this host's number and
+    hosts: how many there are; by default what JAX says.
+
+  Raises:
+    UserError: a value out of range; when opened, data that is missing or does not fit the config.
+  """
+  validate(config)
+  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+    if size < 1:
+      raise UserError(f"--config.{field}={size}: give a positive number")
+  series = _SeriesSet(config)
+
+  def make(split: str, rows: int) -> Pipeline:
+    train = split == "train"
+    return IndexedPipeline(
+        lambda _: series.windows(split), _finish_train if train else _finish, batch_size=rows, seed=seed, train=train,
+        host=host, hosts=hosts)
+
+  channels, length = len(config.channels), config.window + config.horizon
+  shapes = {"window": (config.window, channels), "horizon": (config.horizon, channels), "mask": ()}
+  if config.covariates:
+    shapes["covariates"] = length, 2 * len(config.covariates)
+  spec = {key: jax.ShapeDtypeStruct((batch_size, *shape), np.float32) for key, shape in shapes.items()}
+  evals = {split: make(split, eval_batch_size) for split in ("validation", "test")}
+  return SeriesData(make("train", batch_size), evals, spec, series)
+
+
+class _SeriesSet:
+  """What the pipelines of one config share: the series, read once."""
+
+  def __init__(self, config: Any):
+    self.config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
+    self.saved: Normaliser | None = None  # takes the place of one fitted here
+    self._lock = threading.Lock()
+    self._opened: tuple[Normaliser, np.ndarray, np.ndarray] | None = None
+
+  @property
+  def opened(self) -> tuple[Normaliser, np.ndarray, np.ndarray]:
+    """The normaliser, the times i64[T], and the normalised values f32[T, C] with NaN where one is missing."""
+    with self._lock:
+      if self._opened is None:
+        config = self.config
+        if _is_csv(config.name):
+          read = table.read_csv(Path(config.name).expanduser(), config.time, config.channels)
+        else:
+          read = _open_set(config.name, config.channels)
+        series = read.checked(config.missing)
+        rows = config.train + config.validation + config.test
+        if rows > len(series.times):
+          raise UserError(f"--config.data.test={config.test}: with train and validation these are {rows:,} rows, but "
+                          f"{config.name} has {len(series.times):,}; take fewer")
+        normaliser = self.saved or Normaliser.fit(dataclasses.replace(
+            series, times=series.times[:config.train], values=series.values[:config.train]))
+        normaliser.check(series)
+        self._opened = normaliser, series.times, normaliser(series.values)
+      return self._opened
+
+  def windows(self, split: str) -> "_Windows":
+    """All windows of a split."""
+    config, (_, times, values) = self.config, self.opened
+    if split == "train":
+      begin, end = 0, config.train
+    else:
+      begin = config.train + (config.validation if split == "test" else 0) - config.window
+      end = begin + config.window + config[split]
+    return _Windows(times[begin:end], values[begin:end], fill_forward(values[:end])[begin:], config)
+
+
+class _Windows:
+  """All windows of some rows, in order; see `pipeline.Examples`."""
+
+  def __init__(self, times: np.ndarray, values: np.ndarray, filled: np.ndarray, config: Any):
+    self._times, self._values, self._filled = times, values, filled
+    self._covariates = covariates(times, config.covariates) if config.covariates else None
+    self._window, self._horizon = config.window, config.horizon
+
+  def __len__(self) -> int:
+    return len(self._times) - self._window - self._horizon + 1
+
+  def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
+    first = np.maximum(plan.indices[rows], 0)
+    at = first[:, None] + np.arange(self._window + self._horizon)
+    batch = {"window": self._filled[at[:, :self._window]], "horizon": self._values[at[:, self._window:]],
+             "host/time": self._times[first + self._window]}
+    return batch if self._covariates is None else {**batch, "covariates": self._covariates[at]}
+
+  def close(self) -> None:
+    pass
+
+
+def _finish(examples: _Windows, plan: Plan) -> HostBatch:
+  ids = plan.indices[plan.rows]
+  return {**examples.gather(plan, plan.rows), "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+
+
+def _finish_train(examples: _Windows, plan: Plan) -> HostBatch:
+  batch = _finish(examples, plan)
+  del batch["host/time"]
+  return batch
+
+
+def encode(paths: Sequence[str], config: Any, normaliser: Normaliser) -> tuple[HostBatch, list[str], list[str]]:
+  """The last window of each of the user's series, to forecast what comes after its end.
+
+  Args:
+    paths: .csv files, or folders of them.
+    config: `config.data`.
+    normaliser: as it was fitted in training.
+
+  Returns:
+    A batch of window, covariates, mask, "host/id" and time i32[b, H, 2], the days from the start of 1970 and the
+    seconds of the day of each row of the horizon; the name of each row; and one line for each file that could not be
+    used.
+
+  Raises:
+    UserError: a path does not exist.
+  """
+  validate(config)
+  windows, calendars, times, names, skipped = [], [], [], [], []
+  for path in _files(paths):
+    try:
+      series = table.read_csv(path, config.time, config.channels).checked(config.missing)
+      normaliser.check(series)
+      if len(series.times) < config.window:
+        raise UserError(f"{path}: has {len(series.times)} rows, but the model needs a window of {config.window}; give "
+                        "a longer series")
+    except UserError as e:
+      skipped.append(str(e))
+      continue
+    ahead = series.times[-1] + series.step * np.arange(1, config.horizon + 1)
+    windows.append(fill_forward(normaliser(series.values))[-config.window:])
+    calendars.append(covariates(np.concatenate([series.times[-config.window:], ahead]), config.covariates))
+    times.append(np.stack(np.divmod(ahead, DAY), axis=-1).astype(np.int32))
+    names.append(str(path))
+  stack = lambda arrays: np.stack(arrays) if arrays else np.zeros(0)  # without rows nothing is forecast
+  batch = {"window": stack(windows), "time": stack(times), "mask": np.ones(len(names), np.float32),
+           "host/id": np.arange(len(names))}
+  return {**batch, "covariates": stack(calendars)} if config.covariates else batch, names, skipped
+
+
+def _files(paths: Sequence[str]) -> list[Path]:
+  files = []
+  for path in map(Path, paths):
+    if not path.exists():
+      raise UserError(f"--input: there is no {path}; name a .csv file or a folder of them")
+    files += sorted(p for p in path.rglob("*") if p.is_file() and _is_csv(p.name)) if path.is_dir() else [path]
+  return files

@@ -1,0 +1,275 @@
+"""Text to numbers and back: bytes, characters, and sub-words by Hugging Face's `tokenizers`.
+
+Every tokenizer has one token, `end`, that stands before each document and stands for no text. Beside the tokens it
+tells of how many characters and UTF-8 bytes of the text each one takes care of: what a sub-word tokenizer drops (most
+drop some white space) counts for the token before. So these numbers add up to the text's own, and a loss per token
+becomes one per character or byte without error.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dljax.data.text import sentencepiece
+from dljax.errors import UserError, unknown
+
+FITTED = ("character", "bpe", "wordpiece", "unigram")  # to the training text
+TOKENIZERS = ("byte", *FITTED, "file")
+END = "<|endoftext|>"
+UNKNOWN = "<unk>"
+_ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")  # names of `end` in the files of others, the best first
+_BYTES = 256
+_FILE = "--config.data.tokenizer_file"
+
+
+class Encoded(NamedTuple):
+  """A text as tokens.
+
+  Attributes:
+    tokens: i32[n].
+    characters: i32[n], of the text, for each token.
+    bytes: i32[n], of its UTF-8, for each token.
+  """
+
+  tokens: np.ndarray
+  characters: np.ndarray
+  bytes: np.ndarray
+
+
+class Tokenizer(Protocol):
+  """What the data and the command line need of a tokenizer.
+
+  Attributes:
+    size: the number of different tokens.
+    end: the token before each document.
+  """
+
+  size: int
+  end: int
+
+  def encode(self, text: str, where: str) -> Encoded:
+    """The tokens of a text, without `end`; `where` names the text in the `UserError` on one that cannot be encoded."""
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """The text of tokens; U+FFFD for what is no text, such as half a character."""
+
+  def to_json(self) -> Mapping[str, Any]:
+    """What `from_json` makes the same tokenizer of."""
+
+
+class Bytes:
+  """The 256 bytes of UTF-8."""
+
+  size, end = _BYTES + 1, _BYTES
+
+  def encode(self, text: str, where: str = "") -> Encoded:
+    del where  # every text can be encoded
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return Encoded(tokens, (tokens >> 6 != 0b10).astype(np.int32), np.ones_like(tokens))
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    return bytes(t for t in tokens if t < _BYTES).decode(errors="replace")
+
+  def to_json(self) -> Mapping[str, Any]:
+    return {"kind": "byte"}
+
+
+class Characters:
+  """The characters of the training text: `end` is 0, then they follow in order.
+
+  Args:
+    characters: each once, in the order of their code points.
+    byte_fallback: whether other characters are written as the bytes of their UTF-8, of which each is a token too, or
+      are an error.
+  """
+
+  end = 0
+
+  def __init__(self, characters: str, byte_fallback: bool):
+    self._characters, self._byte_fallback = characters, byte_fallback
+    self._points = _code_points(characters)
+    self.size = 1 + len(characters) + (_BYTES if byte_fallback else 0)
+
+  def encode(self, text: str, where: str) -> Encoded:
+    points = _code_points(text)
+    index = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
+    tokens, sizes = (1 + index).astype(np.int32), _utf8_sizes(points)
+    unseen = np.flatnonzero(self._points[index] != points)
+    if not len(unseen):
+      return Encoded(tokens, np.ones_like(tokens), sizes)
+    if not self._byte_fallback:
+      first = text[unseen[0]]
+      raise UserError(f"{where}: the character {first!r} (U+{ord(first):04X}) at position {unseen[0]} is not in the "
+                      "training text; train with --config.data.byte_fallback=true or --config.data.tokenizer=byte")
+    parts = np.split(tokens, unseen)  # each but the first begins with an unseen one
+    parts[1:] = [np.append(1 + len(self._points) + Bytes().encode(text[i]).tokens, part[1:])
+                 for i, part in zip(unseen, parts[1:])]
+    repeats = np.ones_like(tokens)
+    repeats[unseen] = sizes[unseen]
+    begins = np.zeros(repeats.sum(), np.int32)
+    begins[np.cumsum(repeats) - repeats] = 1
+    seen = np.ones(len(points), bool)
+    seen[unseen] = False
+    return Encoded(np.concatenate(parts).astype(np.int32), begins,
+                   np.repeat(np.where(seen, sizes, 1), repeats).astype(np.int32))
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    seen = 1 + len(self._characters)
+    raw = b"".join(self._characters[t - 1].encode() if t < seen else bytes([t - seen])
+                   for t in tokens if 0 < t < self.size)
+    return raw.decode(errors="replace")
+
+  def to_json(self) -> Mapping[str, Any]:
+    return {"kind": "character", "characters": self._characters, "byte_fallback": self._byte_fallback}
+
+
+class Subwords:
+  """A tokenizer of Hugging Face's `tokenizers`.
+
+  Args:
+    tokenizer: theirs.
+    end: the token that stands before each document.
+  """
+
+  def __init__(self, tokenizer: Any, end: int):
+    self._tokenizer, self.end = tokenizer, end
+    self._tokenizer.encode_special_tokens = True  # what looks like a special token in a text is text
+    self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+  def encode(self, text: str, where: str = "") -> Encoded:
+    del where
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    starts = np.array([start for start, _ in encoding.offsets], np.int64)
+    starts[:1] = 0
+    bytes_before = np.concatenate([[0], np.cumsum(_utf8_sizes(_code_points(text)), dtype=np.int64)])
+    ends = np.append(starts[1:], len(text)) if len(starts) else starts
+    return Encoded(np.array(encoding.ids, np.int32), (ends - starts).astype(np.int32),
+                   (bytes_before[ends] - bytes_before[starts]).astype(np.int32))
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+  def to_json(self) -> Mapping[str, Any]:
+    return {"kind": "subword", "end": self.end, "tokenizer": self._tokenizer.to_str()}
+
+
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+  """The text that each token adds to those before it; "¶" and a new line for `end`.
+
+  Where a character has several tokens, these are U+FFFD or empty.
+  """
+  texts, begin, before = [], 0, ""
+  for i, token in enumerate(tokens):
+    if token == tokenizer.end:
+      texts.append("¶\n")
+      begin, before = i + 1, ""
+    else:  # what a token adds may depend on all before it: half a character, or a space that the first word lacks
+      text = tokenizer.decode(tokens[begin:i + 1])
+      texts.append(text[len(before):])
+      before = text
+  return texts
+
+
+def from_json(value: Mapping[str, Any]) -> Tokenizer:
+  """The tokenizer whose `to_json` gave `value`."""
+  if value["kind"] == "byte":
+    return Bytes()
+  if value["kind"] == "character":
+    return Characters(value["characters"], value["byte_fallback"])
+  return Subwords(_library().Tokenizer.from_str(value["tokenizer"]), value["end"])
+
+
+def make(
+    kind: str, documents: Iterable[str], *, vocab_size: int, byte_fallback: bool = False, file: str = "",
+) -> Tokenizer:
+  """A tokenizer, fitted to the training text where it is of a kind that is.
+
+  Args:
+    kind: of `TOKENIZERS`.
+    documents: the training text; read by those of `FITTED` only.
+    vocab_size: how many tokens a sub-word tokenizer may have, `end` among them.
+    byte_fallback: whether characters that are not in the training text are written as bytes. BPE always does.
+    file: for the kind "file": a SentencePiece model, or the tokenizer.json of a Hugging Face tokenizer.
+
+  Raises:
+    UserError: an unknown kind, or a file that cannot be read.
+  """
+  if kind == "byte":
+    return Bytes()
+  if kind == "character":
+    return Characters("".join(sorted(set().union(*documents))), byte_fallback)
+  if kind == "file":
+    return load(file)
+  if kind not in FITTED:
+    raise unknown("--config.data.tokenizer", kind, TOKENIZERS)
+  return _train(kind, documents, vocab_size, byte_fallback)
+
+
+def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: bool) -> Tokenizer:
+  """A sub-word tokenizer: BPE on bytes (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster and Nakajima
+  2012, in BERT's form) or Unigram (Kudo 2018)."""
+  lib = _library()
+  common = {"vocab_size": vocab_size, "show_progress": False}
+  if kind == "bpe":
+    tokenizer = lib.Tokenizer(lib.models.BPE())
+    tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = lib.decoders.ByteLevel()
+    trainer = lib.trainers.BpeTrainer(
+        **common, special_tokens=[END], initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet())
+  elif kind == "wordpiece":
+    tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = lib.decoders.WordPiece(cleanup=False)
+    trainer = lib.trainers.WordPieceTrainer(**common, special_tokens=[END, UNKNOWN])
+  else:
+    tokenizer = lib.Tokenizer(lib.models.Unigram())
+    tokenizer.pre_tokenizer = lib.pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = sentencepiece.decoder(dummy_prefix=False)
+    special = [END, UNKNOWN, *(sentencepiece.byte_piece(byte) for byte in range(_BYTES if byte_fallback else 0))]
+    trainer = lib.trainers.UnigramTrainer(**common, special_tokens=special, unk_token=UNKNOWN)
+  tokenizer.train_from_iterator(documents, trainer)
+  if kind == "unigram":
+    tokenizer = sentencepiece.finished_unigram(tokenizer, [END, UNKNOWN], byte_fallback)
+  return Subwords(tokenizer, tokenizer.token_to_id(END))
+
+
+def load(file: str) -> Tokenizer:
+  """The tokenizer in a SentencePiece model (.model) or a tokenizer.json; `UserError` where it cannot be read."""
+  path = Path(file).expanduser()
+  if not file:
+    raise UserError(f"{_FILE}: --config.data.tokenizer=file needs one; name a SentencePiece .model or a tokenizer.json")
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise UserError(f"{_FILE}={file} cannot be read ({error.strerror}); name a SentencePiece .model or a "
+                    "tokenizer.json") from None
+  try:
+    if path.suffix == ".json":
+      tokenizer = _library().Tokenizer.from_str(data.decode())
+    else:
+      tokenizer = sentencepiece.read(data)
+  except Exception as error:  # the library raises Exception itself
+    reason = " ".join(str(error).split())[:100]
+    raise UserError(f"{_FILE}={file} is neither a SentencePiece model nor a tokenizer.json ({reason}); get it "
+                    "again") from error
+  vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+  end = next((name for name in _ENDS if name in vocabulary), END)
+  tokenizer.add_special_tokens([end])
+  return Subwords(tokenizer, tokenizer.token_to_id(end))
+
+
+def _code_points(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def _utf8_sizes(points: np.ndarray) -> np.ndarray:
+  """i32[n], how many bytes each code point takes."""
+  return (1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)).astype(np.int32)
+
+
+def _library() -> Any:
+  import tokenizers
+
+  return tokenizers

@@ -1,0 +1,1 @@
+"""From a config and a model to an Experiment: one file for each kind of experiment."""

@@ -1,0 +1,86 @@
+"""The experiment that every family of segmenters shares: from a config and a model."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import ml_collections
+import numpy as np
+
+from dljax import optim, report
+from dljax.config import base_config
+from dljax.data.image import scenes
+from dljax.tasks import segmentation
+from dljax.train.experiment import Experiment
+
+# Field values of `config.data` for the sets that presets use.
+DATA = {
+    "digit_scenes": {"name": "digit_scenes"},
+    "emoji_scenes": scenes.EMOJI_SCENES,
+    # The set's own values: 1 the animal, 2 the ground, 3 its border, which is hard to tell. Mean and std are ImageNet's.
+    "oxford_iiit_pet": {"name": "oxford_iiit_pet", "image_shape": (128, 128, 3), "mean": (0.485, 0.456, 0.406),
+                        "std": (0.229, 0.224, 0.225), "train": "train[:90%]", "validation": "train[90%:]",
+                        "resize": "bilinear", "mask_feature": "segmentation_mask", "mask_classes": 3,
+                        "mask_values": (2, 1, 3), "mask_names": ("ground", "pet", "border")},
+}
+_OF_TASK = ("cross_entropy_weight", "dice_weight", "ground")
+_NOWHERE = 255  # in a picture of classes, what the network says nothing of
+
+
+def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+  """The shared fields of a segmenter's config, for the preset to change.
+
+  Args:
+    family: the name of the experiment's file.
+    preset: one of its presets.
+    data: a key of `DATA`.
+    variant: a key of the family's VARIANTS.
+    optimizer: a name that `optim.default_config` knows.
+  """
+  data_config = scenes.default_config()
+  data_config.update(DATA[data])
+  return base_config(
+      family, preset, monitor="validation/mean_iou", optimizer=optim.default_config(optimizer), data=data_config,
+      model=ml_collections.ConfigDict({
+          "variant": variant, "dtype": "float32", "remat": False,
+          **{field: getattr(segmentation.Segmentation, field) for field in _OF_TASK}}))
+
+
+def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
+  """The experiment that trains `model` on the scenes of `config.data`. Opens no data.
+
+  Args:
+    config: with the fields of the function above.
+    model: see `Segmentation`.
+  """
+  data = scenes.pipelines(
+      config.data, targets=("segmentation",), batch_size=config.batch_size, eval_batch_size=config.eval_batch_size,
+      seed=config.seed)
+  task = segmentation.Segmentation(
+      model=model, num_classes=config.data.mask_classes, **{field: config.model[field] for field in _OF_TASK})
+  return Experiment(
+      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
+      monitor=config.monitor or None, encode=functools.partial(_encode, config.data), decode=segmentation.decode,
+      pictures=functools.partial(_pictures, config.data), assets=lambda: {"classes": data.class_names("segmentation")})
+
+
+def _encode(
+    data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+  """See `scenes.encode`."""
+  del assets
+  return scenes.encode(paths, data_config)
+
+
+def _pictures(
+    data_config: Any, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray], assets: Mapping[str, Any],
+) -> Iterator[Any]:
+  """For each of the user's images a picture of its size, with the class of each pixel."""
+  del assets
+  canvas = data_config.image_shape[:2]
+  for classes, size in zip(predictions["classes"], batch["host/size"]):
+    margin = [(side - have) // 2 for side, have in zip(canvas, classes.shape)]
+    seen = np.full(canvas, _NOWHERE, np.uint8)
+    seen[margin[0]:margin[0] + classes.shape[0], margin[1]:margin[1] + classes.shape[1]] = classes
+    yield report.class_map(scenes.Placement.of(size, canvas, data_config.resize).back(seen, size))

@@ -1,0 +1,69 @@
+"""The experiment that every family of speech recognisers shares: from a config and a model."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import ml_collections
+import numpy as np
+
+from dljax import optim
+from dljax.config import base_config
+from dljax.data.audio import recordings
+from dljax.tasks import transcription
+from dljax.train.experiment import Experiment
+
+# Field values of `config.data` for the sets that presets use.
+DATA = {
+    "morse": {"name": "morse", "test": "test_10db", "max_text": 16, "max_frames": 880, "lowest": 300.0,
+              "highest": 1000.0, "num_mels": 16, "buckets": 3},
+    "telephone_prompts": {"name": "telephone_prompts", "alphabet": " abcdefghijklmnopqrstuvwxyz'", "max_text": 440,
+                          "max_frames": 3120},
+    "librispeech": {"name": "librispeech", "alphabet": " ABCDEFGHIJKLMNOPQRSTUVWXYZ'", "audio_feature": "speech",
+                    "train": "train_clean100", "validation": "dev_clean", "test": "test_clean", "max_text": 600,
+                    "max_frames": 3600, "sample_rate": 16000, "num_mels": 80, "window": 0.025, "buckets": 8,
+                    "time_masks": 2, "time_mask": 40, "frequency_masks": 2, "frequency_mask": 27},
+}
+
+
+def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+  """The shared fields of a speech recogniser's config, for the preset to change.
+
+  Args:
+    family: the name of the experiment's file.
+    preset: one of its presets.
+    data: a key of `DATA`.
+    variant: a key of the family's VARIANTS.
+    optimizer: a name that `optim.default_config` knows.
+  """
+  data_config = recordings.default_config()
+  data_config.update(DATA[data])
+  return base_config(
+      family, preset, monitor="validation/loss", optimizer=optim.default_config(optimizer), data=data_config,
+      model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False, "beam": 8}))
+
+
+def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
+  """The experiment that trains `model` on the recordings of `config.data`. Opens no data.
+
+  Args:
+    config: with the fields of the function above.
+    model: see `Transcription`.
+  """
+  data = recordings.pipelines(
+      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+  task = transcription.Transcription(model=model, alphabet=config.data.alphabet, beam=config.model.beam)
+  return Experiment(
+      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
+      monitor=config.monitor or None, encode=functools.partial(_encode, config.data),
+      decode=functools.partial(transcription.decode, beam=config.model.beam),
+      assets=lambda: {"alphabet": list(config.data.alphabet)})
+
+
+def _encode(
+    data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+  """See `recordings.encode`."""
+  del assets
+  return recordings.encode(paths, data_config)

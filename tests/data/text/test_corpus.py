@@ -1,0 +1,317 @@
+"""The text pipelines: every token is read in order and predicted once, whatever the streams, hosts and lengths."""
+
+import platform
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dljax.data import prepare, sources
+from dljax.data.text import corpus, tokenize
+from dljax.data.datasets import pydoc
+from dljax.errors import UserError
+
+PLAY = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 12 + "Ende: 日本é\n"
+END = tokenize.Bytes.end
+PYDOC = f"pydoc/{platform.python_version()}"
+SHARED = Path(__file__).parents[4] / "shared" / "data" / "tfds"
+
+
+@pytest.fixture
+def play(tmp_path):
+  path = tmp_path / "play.txt"
+  path.write_text(PLAY)
+  return path
+
+
+@pytest.fixture(scope="module")
+def pydoc_dir(tmp_path_factory):
+  """A data directory that holds pydoc."""
+  root = tmp_path_factory.mktemp("tfds")
+  sources.prepare_embedded(PYDOC, root)
+  return root
+
+
+@pytest.fixture
+def documents(pydoc_dir, monkeypatch):
+  """split -> the texts of its documents, in the order in which they are stored."""
+  monkeypatch.setenv("TFDS_DATA_DIR", str(pydoc_dir))
+
+  def read(split):
+    records = sources.open_dataset(PYDOC).records(split)
+    return [record["text"][0].decode() for record in records[range(len(records))]]
+
+  return read
+
+
+def _config(play, **fields):
+  config = corpus.default_config()
+  config.update({"file": str(play), "length": 16, **fields})
+  return config
+
+
+def _data(play, batch_size=4, eval_batch_size=3, seed=0, host=0, hosts=1, **fields):
+  return corpus.pipelines(_config(play, **fields), batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed,
+                        host=host, hosts=hosts)
+
+
+def _bytes_of(split):
+  return list(corpus.split_text(PLAY)[split].encode())
+
+
+def _predicted(batch):
+  """The tokens that each row of a batch predicts."""
+  lengths = batch.get("length", np.full(len(batch["tokens"]), batch["tokens"].shape[1] - 1))
+  return [row[1:1 + n].tolist() for row, n in zip(batch["tokens"], lengths)]
+
+
+# Streams
+
+
+@pytest.mark.parametrize("eval_batch_size, length", [(1, 16), (3, 16), (3, 7), (5, 1000), (200, 4)])
+def test_an_evaluation_predicts_every_token_once_in_reading_order(play, eval_batch_size, length):
+  pipeline = _data(play, eval_batch_size=eval_batch_size, length=length).evals["validation"]
+  pipeline.open()
+  streams = [[] for _ in range(eval_batch_size)]
+  totals = np.zeros(2)
+  for step in range(pipeline.num_batches):
+    batch = pipeline.batch(step)
+    assert np.all(batch["reset"] == (step == 0))
+    for stream, predicted, row, mask, place in zip(
+        streams, _predicted(batch), batch["tokens"], batch["mask"], batch["host/position"]):
+      assert mask == bool(predicted) and (place >= 0) == bool(predicted)
+      if stream and predicted:
+        assert row[0] == stream[-1]  # what is read goes on where the window before ended
+      stream += predicted
+    totals += batch["characters"].sum(), batch["bytes"].sum()
+  assert sum(streams, []) == _bytes_of("validation")
+  expected = corpus.split_text(PLAY)["validation"]
+  assert tuple(totals) == (len(expected), len(expected.encode()))
+  for step in (-1, pipeline.num_batches):
+    with pytest.raises(IndexError):
+      pipeline.batch(step)
+
+
+def test_the_first_token_is_predicted_from_the_end_token(play):
+  pipeline = _data(play).evals["test"]
+  pipeline.open()
+  assert pipeline.batch(0)["tokens"][0, 0] == END
+
+
+def test_training_reads_parallel_streams_in_order_and_starts_each_epoch_anew(play):
+  pipeline = _data(play).train
+  pipeline.open()
+  windows = pipeline.num_batches
+  assert windows == (len(_bytes_of("train")) // 64) and pipeline.num_examples == 4 * windows
+  whole = [END, *_bytes_of("train")]
+  starts = set()
+  for epoch in range(6):
+    batches = [pipeline.batch(epoch * windows + i) for i in range(windows)]
+    assert [set(batch["reset"]) for batch in batches] == [{1.0}] + [{0.0}] * (windows - 1)
+    assert all(set(batch) == {"tokens", "mask", "reset"} and batch["mask"].all() for batch in batches)
+    rows = np.stack([batch["tokens"] for batch in batches], axis=1)  # [B, windows, L + 1]
+    np.testing.assert_array_equal(rows[:, :-1, -1], rows[:, 1:, 0])
+    read = np.concatenate([rows[0, 0, :1], rows[:, :, 1:].reshape(-1)]).tolist()
+    places = [i for i in range(len(whole)) if whole[i:i + len(read)] == read]
+    assert places
+    starts.add(places[0])
+  assert len(starts) > 1  # another end is left out
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_batch_is_a_function_of_seed_and_step(play, documents):
+  def batches(steps, seed):
+    pipeline = _data(play, seed=seed, documents=documents).train
+    pipeline.open()
+    return {step: pipeline.batch(step)["tokens"].tolist() for step in steps}
+
+  assert batches((31, 0, 2), 1) == batches((0, 2, 31), 1)
+  assert batches(range(9), 1) != batches(range(9), 2)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_hosts_share_out_the_global_batch(play, split, documents):
+  def get(**hosts):
+    data = _data(play, eval_batch_size=4, documents=documents, **hosts)
+    pipeline = data.train if split == "train" else data.evals[split]
+    pipeline.open()
+    return pipeline
+
+  whole, parts = get(), [get(host=host, hosts=2) for host in range(2)]
+  for step in range(whole.num_batches):
+    batch = whole.batch(step)
+    for field in batch:
+      joined = np.stack([part.batch(step)[field] for part in parts], axis=1)
+      np.testing.assert_array_equal(joined.reshape(batch[field].shape), batch[field])
+
+
+def test_documents_of_a_stream_are_told_apart(documents):
+  pipeline = _data("", name=PYDOC, eval_batch_size=1, length=1000).evals["test"]
+  pipeline.open()
+  stream = sum((_predicted(pipeline.batch(step))[0] for step in range(pipeline.num_batches)), [])
+  assert [*stream, END] == sum((list(t.encode()) + [END] for t in documents("test")), [])
+
+
+# Documents
+
+
+@pytest.mark.parametrize("buckets", [1, 8])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_documents_are_predicted_to_their_ends_once_whatever_the_buckets(documents, buckets, split):
+  pipeline = _data("", name=PYDOC, documents=True, buckets=buckets, length=500).evals[split]
+  pipeline.open()
+  texts = documents(split)
+  pieces, totals, shapes = {}, np.zeros(2), set()
+  for step in range(pipeline.num_batches):
+    batch = pipeline.batch(step)
+    shapes.add(batch["tokens"].shape)
+    pieces |= {i: predicted for i, predicted in zip(batch["host/id"], _predicted(batch)) if predicted}
+    totals += batch["characters"].sum(), batch["bytes"].sum()
+    assert batch["reset"].all()
+  assert len(shapes) <= buckets
+  assert sum((pieces[i] for i in sorted(pieces)), []) == sum((list(t.encode()) + [END] for t in texts), [])
+  assert max(map(len, pieces.values())) <= 500
+  assert tuple(totals) == (sum(map(len, texts)), sum(len(t.encode()) for t in texts))
+
+
+def test_topics_lie_in_one_split_by_their_text():
+  from pydoc_data.topics import topics
+  splits = pydoc.split_topics(topics)
+  assert sorted(sum(splits.values(), [])) == sorted(topics)
+  where = {}
+  for split, names in splits.items():
+    for name in names:
+      where.setdefault(topics[name], set()).add(split)
+  assert all(len(found) == 1 for found in where.values())
+  sizes = {split: sum(len(topics[name]) for name in names) for split, names in splits.items()}
+  assert sizes["train"] > 0.7 * sum(sizes.values()) and min(sizes.values()) > 10_000
+
+
+def test_pydoc_is_the_documentation_of_this_python_alone(documents):
+  from pydoc_data.topics import topics
+  for split, names in pydoc.split_topics(topics).items():
+    assert sorted(documents(split)) == sorted(topics[name] for name in names)
+  with pytest.raises(UserError, match=f"did you mean {PYDOC}"):
+    sources.open_dataset("pydoc/3.0.0")
+
+
+# Tokenizers, fitted and restored
+
+
+@pytest.mark.parametrize("kind", ["character", "bpe", "wordpiece", "unigram"])
+def test_a_tokenizer_is_fitted_to_the_training_text_alone(play, kind):
+  fields = {"tokenizer": kind, "vocab_size": 400, "byte_fallback": kind in ("character", "unigram")}
+  asset = _data(play, **fields).assets()[corpus.ASSET]
+  changed = PLAY[:int(0.9 * len(PLAY))] + "Q" * (len(PLAY) - int(0.9 * len(PLAY)))
+  play.write_text(changed)
+  again = _data(play, **fields).assets()[corpus.ASSET]
+  if kind in ("character", "bpe"):  # the others decide by chance between equally good words
+    assert asset == again
+  assert "QQ" not in str(again) and "Q" not in again.get("characters", "")
+  data = _data(play, **fields)
+  data.evals["test"].open()
+  assert data.evals["test"].batch(0)["tokens"].max() < 400
+
+
+def test_a_restored_tokenizer_takes_the_place_of_a_new_one(play):
+  asset = tokenize.Characters("".join(sorted(set(PLAY))) + "\U0001F408", False).to_json()
+  data = _data(play, tokenizer="character")
+  data.restore({corpus.ASSET: asset})
+  assert data.assets() == {corpus.ASSET: asset}
+
+
+def test_tiny_shakespeare_as_tfds_splits_it(monkeypatch):
+  if not (SHARED / "tiny_shakespeare").is_dir():
+    pytest.skip(f"tiny_shakespeare is not prepared in {SHARED}")
+  monkeypatch.setenv("TFDS_DATA_DIR", str(SHARED))
+  data = _data("", name="tiny_shakespeare", tokenizer="character", vocab_size=66)
+  assert data.tokenizer().size == 66
+  sizes = {"train": 1_003_854, "validation": 55_770, "test": 55_770}
+  for split, pipeline in {"train": data.train, **data.evals}.items():
+    pipeline.open()
+    assert pipeline._targets() == sizes[split]
+
+
+def test_tiny_shakespeare_is_prepared_from_its_file(tmp_path, monkeypatch):
+  import hashlib
+  from dljax.data.datasets import stock
+
+  (tmp_path / "input.txt").write_text(PLAY)
+  url, info = next(iter(stock.TinyShakespeare.url_infos.items()))
+  assert info.checksum.startswith("86c4e6aa9db7c042") and url.endswith("tinyshakespeare/input.txt")
+  monkeypatch.setattr(stock.TinyShakespeare, "url_infos", {
+      url: type(info)(size=1, checksum=hashlib.sha256(PLAY.encode()).hexdigest(), filename="input.txt")})
+  prepare.prepare("tiny_shakespeare", tmp_path / "tfds", tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  dataset = sources.open_dataset("tiny_shakespeare")
+  found = {split: dataset.records(split)[[0]][0]["text"][0].decode() for split in ("train", "validation", "test")}
+  assert found == corpus.split_text(PLAY) and "".join(found.values()) == PLAY
+
+
+# Prompts
+
+
+def test_prompts_begin_with_the_end_token_and_are_padded():
+  batch = corpus.encode_prompts(["ab", ""], ["a", "b"], tokenize.Bytes())
+  assert batch["prompt"].tolist() == [[END, 97, 98], [END, 0, 0]]
+  assert (batch["length"].tolist(), batch["id"].tolist(), batch["mask"].tolist()) == ([3, 1], [0, 1], [1, 1])
+  with pytest.raises(UserError, match="--prompt: the character 'z'"):
+    corpus.encode_prompts(["z"], ["--prompt"], tokenize.Characters("ab", False))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("content, line", [
+    (b"", "--config.data.file=.*play.txt is empty"),
+    (b"caf\xe9", "--config.data.file=.*play.txt is not UTF-8 .byte 3.; convert it"),
+    (b"short", "--config.data.length=16: the training text has 4 tokens, too few for one window in each of 4 streams"),
+    (None, "--config.data.file=.*play.txt cannot be read .No such file"),
+])
+def test_bad_files_are_named(play, content, line):
+  play.unlink()
+  if content is not None:
+    play.write_bytes(content)
+  with pytest.raises(UserError, match=line):
+    _data(play).train.open()
+
+
+def test_characters_that_training_has_not_seen_are_named(play):
+  play.write_text("abc " * 300 + "é" * 30)
+  with pytest.raises(UserError, match=r"play.txt \(test\), document 0: the character 'é' \(U\+00E9\) at position"):
+    _data(play, tokenizer="character").evals["test"].open()
+  fallen_back = _data(play, tokenizer="character", vocab_size=300, byte_fallback=True).evals["test"]
+  assert fallen_back.open()
+
+
+@pytest.mark.parametrize("fields, line", [
+    ({"tokenizer": "bytes"}, "--config.data.tokenizer: there is no 'bytes'; did you mean byte"),
+    ({"length": 0}, "--config.data.length=0: give at least 1"),
+    ({"vocab_size": 200}, "--config.data.vocab_size=200: bytes need 257"),
+    ({"tokenizer": "bpe", "vocab_size": 257}, "--config.data.vocab_size=257: sub-words need at least 300"),
+    ({"tokenizer": "file"}, "--config.data.tokenizer_file='': name a SentencePiece .model"),
+    ({"tokenizer_file": "x.model"}, "--config.data.tokenizer_file='x.model': goes with"),
+    ({"train": "train[:50%]"}, "--config.data.train='train\\[:50%\\]': of a file there is only the split train"),
+    ({"train": ""}, "--config.data.train='': name the split"),
+    ({"documents": True, "buckets": 9}, "--config.data.buckets=9"),
+    ({"file": "", "name": "../x"}, "is not a TFDS name"),
+])
+def test_bad_configs_are_refused_at_once(play, fields, line):
+  with pytest.raises(UserError, match=line):
+    _data(play, **fields)
+
+
+def test_bad_sets_are_refused_when_opened(play, documents, monkeypatch):
+  with pytest.raises(UserError, match="--config.data.vocab_size=9: the tokenizer has 2[0-9] tokens; give that"):
+    _data(play, tokenizer="character", vocab_size=9).train.open()
+  with pytest.raises(UserError, match="tiny_shakespeare is not prepared in"):
+    _data("", name="tiny_shakespeare").train.open()
+  with pytest.raises(UserError, match="--config.data.field: there is no 'txt'; did you mean text"):
+    _data("", name=PYDOC, field="txt").train.open()
+  with pytest.raises(UserError, match="--config.data.train: there is no 'training'; did you mean train"):
+    _data("", name=PYDOC, train="training").train.open()
+  monkeypatch.setattr(sources, "open_dataset", lambda name: types.SimpleNamespace(features={"image": 0, "label": 0}))
+  with pytest.raises(UserError, match="digits has no text, but image, label; choose another set"):
+    _data("", name="digits").train.open()

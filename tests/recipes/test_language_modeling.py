@@ -1,0 +1,177 @@
+"""The experiments of language models by their command line: trained, evaluated, and made to write."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dljax.data.text import corpus
+from experiments import rnn
+from tests.command import refuse, run
+
+PLAY = ("Speak the speech, I pray you, as I pronounced it to you, trippingly on the tongue: but if you mouth it, "
+        "as many of your players do, I had as lief the town-crier spoke my lines.\n") * 20
+SMALL = ("--config.data.tokenizer=character", "--config.data.vocab_size=60", "--config.data.length=8",
+         "--config.model.hidden_size=16", "--config.model.num_layers=1", "--config.model.embed_dim=8",
+         "--config.batch_size=8", "--config.eval_batch_size=2", "--config.total_steps=30", "--config.log_every=10",
+         "--config.eval_every=15", "--config.checkpoint_every=15", "--config.sampling.max_new_tokens=20",
+         "--config.optimizer.learning_rate=0.02", "--mesh=data:1")
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("language")
+  (folder / "play.txt").write_text(PLAY)
+  outcome = run(rnn, f"--workdir={folder / 'run'}", f"--config.data.file={folder / 'play.txt'}", *SMALL)
+  assert outcome.status == 0, outcome
+  return folder / "run"
+
+
+@pytest.fixture
+def trained(_trained, tmp_path) -> Path:
+  return Path(shutil.copytree(_trained, tmp_path / "run"))
+
+
+def _write(workdir, *arguments):
+  outcome = run(rnn, f"--workdir={workdir}", "--mode=predict", "--mesh=data:1", *arguments)
+  assert outcome.status == 0, outcome
+  return outcome.out
+
+
+def _result(workdir):
+  return json.loads((workdir / "result.json").read_text())
+
+
+def test_the_loss_falls_and_every_unit_is_told(trained):
+  rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+  losses = [row["loss"] for row in rows if row["split"] == "train"]
+  assert max(losses) < 0.85 * math.log(60)  # which a guess without knowledge costs, and the first step did
+  for split in ("validation", "test"):
+    found = _result(trained)["metrics"][split]
+    assert set(found) == {"loss", "perplexity", "accuracy", "bits_per_character", "bits_per_byte"}
+    assert found["bits_per_character"] == pytest.approx(found["loss"] / math.log(2), rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-6)
+
+
+def test_evaluation_reads_by_the_tokenizer_of_the_run(trained):
+  """A training text with other characters would number them anew."""
+  config = json.loads((trained / "config.json").read_text())
+  play = trained.parent / "other.txt"
+  parts = corpus.split_text(PLAY)
+  play.write_text("#" * len(parts["train"]) + parts["validation"] + parts["test"])
+  outcome = run(rnn, f"--workdir={trained}", "--mode=eval", f"--config.data.file={play}", "--mesh=data:1")
+  assert outcome.status == 0, outcome
+  found = json.loads((trained / "evaluation.json").read_text())["metrics"]
+  assert found == {split: pytest.approx(values, rel=1e-6) for split, values in _result(trained)["metrics"].items()}
+  assert config["config"]["data"]["tokenizer"] == "character"
+
+
+def test_the_end_of_a_run_shows_what_each_character_took(trained):
+  with Image.open(trained / "figures" / "surprise.png") as picture:
+    assert min(picture.size) > 150
+
+
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_all_devices_evaluate_alike(trained, parallelism):
+  outcome = run(rnn, f"--workdir={trained}", "--mode=eval", f"--parallelism={parallelism}", "--mesh=data:2")
+  assert outcome.status == 0, outcome
+  found = json.loads((trained / "evaluation.json").read_text())["metrics"]
+  for split, values in _result(trained)["metrics"].items():
+    assert found[split] == pytest.approx(values, rel=1e-4)
+
+
+def test_a_prompt_is_written_on_as_it_comes(trained, tmp_path):
+  output = tmp_path / "out.jsonl"
+  shown = _write(trained, "--prompt=Speak the", f"--output={output}")
+  row, = map(json.loads, output.read_text().splitlines())
+  assert row["input"] == "Speak the" and len(row["text"]) == 20
+  assert shown.startswith(f"Speak the{row['text']}\n")
+  assert _write(trained, "--prompt=Speak the") == f"Speak the{row['text']}\n"
+  assert _write(trained, "--prompt=") != "\n"  # from the beginning of a text
+
+
+def test_a_file_is_written_on_as_a_prompt_is(trained, tmp_path):
+  texts, output = tmp_path / "texts", tmp_path / "out.json"
+  texts.mkdir()
+  for name, content in (("in", "Speak the"), ("empty", ""), ("foreign", "ça")):
+    (texts / f"{name}.txt").write_text(content)
+  outcome = run(rnn, f"--workdir={trained}", "--mode=predict", f"--input={texts}", f"--output={output}",
+                "--mesh=data:1")
+  assert outcome.status == 1 and f"skipped {texts / 'empty.txt'} is empty" in outcome.err
+  assert f"skipped {texts / 'foreign.txt'}: the character 'ç' (U+00E7) at position 0" in outcome.err
+  row, = json.loads(output.read_text())
+  assert _write(trained, "--prompt=Speak the") == f"Speak the{row['text']}\n"
+
+
+def test_sampling_is_chosen_by_the_command_line(trained):
+  write = lambda **kwargs: _write(trained, "--prompt=I", *(f"--config.sampling.{k}={v}" for k, v in kwargs.items()))
+  assert write(seed=1) != write(seed=2)
+  assert write(temperature=0, seed=1) == write(temperature=0, seed=2) == write(top_k=1) == write(top_p=1e-6)
+  assert len(write(max_new_tokens=3)) == len("I") + 3 + len("\n")
+
+
+def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
+  play = trained.parent / "play.txt"
+  play.write_text(PLAY)
+  arguments = [*SMALL, f"--config.data.file={play}", "--config.optimizer.schedule=constant",
+               "--config.optimizer.warmup_fraction=0"]
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  assert run(rnn, f"--workdir={whole}", *arguments).status == 0
+  assert run(rnn, f"--workdir={parts}", *arguments, "--config.total_steps=15").status == 0
+  assert run(rnn, f"--workdir={parts}", *arguments).status == 0
+  assert _result(whole)["state_sha256"] == _result(parts)["state_sha256"]
+
+
+def test_documents_train_and_tell_their_padding(tmp_path):
+  play = tmp_path / "play.txt"
+  play.write_text(PLAY)
+  outcome = run(rnn, f"--workdir={tmp_path / 'run'}", f"--config.data.file={play}", *SMALL,
+                "--config.data.documents=true", "--config.total_steps=4")
+  assert outcome.status == 0, outcome
+  assert 0 <= _result(tmp_path / "run")["metrics"]["test"]["padding"] < 0.5
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["--mode=predict needs --input=FILE_OR_FOLDER or --prompt=TEXT"]),
+    (["--prompt=x", "--input=y.txt"], ["--prompt and --input do not go together"]),
+    (["--input=/no/such.txt"], ["--input: there is no /no/such.txt"]),
+    (["--prompt=caf\u00e9"], ["--prompt: the character '\u00e9' (U+00E9) at position 3 is not in the training text"]),
+    (["--prompt=I", "--output=x.png"], ["--output=x.png"]),
+    (["--prompt=I", "--config.sampling.top_p=2"], ["--config.sampling.top_p=2.0: must be above 0"]),
+])
+def test_prediction_refuses(trained, arguments, words):
+  line = refuse(rnn, f"--workdir={trained}", "--mode=predict", "--mesh=data:1", *arguments)
+  assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--config.model.cell=lstn"], ["--config.model.cell", "did you mean lstm"]),
+    (["--config.model.hidden_size=0"], ["--config.model.hidden_size=0: must be at least 1"]),
+    (["--config.model.dropout=1"], ["--config.model.dropout=1.0: must be at least 0 and below 1"]),
+    (["--config.data.tokenizer=wordpice"], ["--config.data.tokenizer", "did you mean wordpiece"]),
+    (["--config.data.file=/no/such.txt"], ["--config.data.file=/no/such.txt cannot be read"]),
+    (["--config.data.file={play}", "--config.data.length=100000"], ["--config.data.length=100000", "too few for"]),
+    (["--config.data.file={empty}"], ["--config.data.file={empty} is empty"]),
+    (["--config.data.tokenizer=file", "--config.data.tokenizer_file={play}"],
+     ["--config.data.tokenizer_file={play}", "neither a SentencePiece model nor a tokenizer.json"]),
+])
+def test_training_refuses_and_touches_nothing(tmp_path, monkeypatch, arguments, words):
+  monkeypatch.chdir(tmp_path)
+  names = {"play": "play.txt", "empty": "empty.txt"}
+  (tmp_path / "play.txt").write_text(PLAY)
+  (tmp_path / "empty.txt").write_text("")
+  fill = lambda texts: [part.format(**names) for part in texts]
+  line = refuse(rnn, "--workdir=run", *fill(arguments))
+  assert all(word in line for word in fill(words)), line
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "play.txt"]
+
+
+def test_presets_are_what_they_say():
+  config = rnn.get_config("tiny_shakespeare")
+  spec = rnn.build(config).batch_spec
+  assert spec["tokens"].shape == (config.batch_size, config.data.length + 1) and spec["tokens"].dtype == np.int32
+  assert rnn.build(config).task.stateful and not rnn.build(rnn.get_config("lm1b")).task.stateful

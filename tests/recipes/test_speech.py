@@ -1,0 +1,79 @@
+"""From a config to a speech recogniser's experiment: training on Morse, texts for WAV files, and what is refused."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import scipy.io.wavfile
+
+from dljax.data.datasets import morse
+from dljax.tasks.transcription import Transcription
+from dljax.train.state import parameter_count
+from experiments import deepspeech
+from tests.command import refuse, run
+
+TINY = ["--config.total_steps=2", "--config.batch_size=4", "--config.eval_batch_size=4", "--config.log_every=1",
+        "--config.eval_every=2", "--config.data.buckets=1", "--config.model.beam=2", "--mesh=data:1"]
+
+
+def test_the_config_reaches_the_model_the_task_and_the_data():
+  config = deepspeech.get_config("telephone_prompts")
+  config.model.beam = 5
+  experiment = deepspeech.build(config)
+  assert isinstance(experiment.task, Transcription) and experiment.task.beam == 5
+  assert experiment.task.model.vocab_size == 1 + len(config.data.alphabet) == 29
+  assert experiment.task.model.dropout == config.model.dropout > 0
+  assert experiment.batch_spec["features"].shape[2] == config.data.num_mels
+  assert experiment.assets() == {"alphabet": list(config.data.alphabet)}
+  large = deepspeech.build(deepspeech.get_config("librispeech"))
+  shapes = jax.eval_shape(lambda batch: large.task.init(jax.random.key(0), batch), dict(large.batch_spec))
+  assert parameter_count(shapes["params"]) > 30_000_000
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--config.model.beam=0", "from 1"), ("--config.model.dropout=1.0", "below 1"),
+    ("--config.model.variant=deepspeech3", "did you mean deepspeech2"), ("--config.data.hop=0.0", "one sample"),
+    ("--config.data.buckets=9", "from 1 to 8"), ("--config.batch_size=0", "at least 1")])
+def test_values_out_of_range_are_refused(argument, words, tmp_path):
+  line = refuse(deepspeech, f"--workdir={tmp_path / 'run'}", argument)
+  assert argument.partition("=")[0] in line and words in line
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_set_that_is_missing_gives_the_line_to_run(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  line = refuse(deepspeech, "--preset=telephone_prompts", f"--workdir={tmp_path / 'run'}")
+  assert "python -m dljax.data.prepare telephone_prompts" in line
+
+
+def test_trains_on_morse_and_gives_texts_for_wav_files(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  monkeypatch.setattr(morse, "SPLITS", {
+      "train": (8, 0.0, 18.0), "validation": (4, 10.0, 10.0), "test_10db": (4, 10.0, 10.0), "test_0db": (3, 0.0, 0.0)})
+  workdir = f"--workdir={tmp_path / 'run'}"
+  outcome = run(deepspeech, workdir, *TINY)
+  assert outcome.status == 0, outcome
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  for split in ("validation", "test"):
+    assert set(result["metrics"][split]) == {"loss", "too_short", "word_error_rate", "character_error_rate"}
+    assert result["metrics"][split]["too_short"] == 0
+  assert (tmp_path / "run" / "figures" / "alignments.png").is_file()
+  assert (tmp_path / "run" / "tables" / "transcripts.csv").is_file()
+  outcome = run(deepspeech, workdir, "--mode=eval", "--config.data.test=test_0db", "--mesh=data:1")
+  assert outcome.status == 0 and "character_error_rate" in outcome.out, outcome
+
+  sound = morse.recording(np.random.RandomState(0), "SOS", 10.0)
+  for name, rate in (("a.wav", 8000), ("b.wav", 16000)):
+    file = io.BytesIO()
+    scipy.io.wavfile.write(file, rate, sound)
+    (tmp_path / name).write_bytes(file.getvalue())
+  (tmp_path / "c.wav").write_bytes(b"no sound")
+  output = tmp_path / "out.jsonl"
+  files = ",".join(str(tmp_path / name) for name in ("a.wav", "b.wav", "c.wav"))
+  outcome = run(deepspeech, workdir, "--mode=predict", f"--input={files}", f"--output={output}", "--mesh=data:1")
+  assert outcome.status == 1 and "skipped" in outcome.err and "cannot be read as a WAV file" in outcome.err, outcome
+  rows = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [row["input"].rpartition("/")[2] for row in rows] == ["a.wav", "b.wav"]
+  assert all(set(row) == {"input", "text"} and set(row["text"]) <= {" ", *morse.CODE} for row in rows)
