@@ -22,7 +22,7 @@ from dljax import errors
 from dljax.errors import RunError, UserError
 from dljax.train import parallel
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import Evaluator, evaluate, predict, write_on
+from dljax.train.evaluate import Evaluator, evaluate, predict, generate
 from dljax.train.experiment import Experiment
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
@@ -275,7 +275,7 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
   if assets:
     experiment.restore(assets)
   if _PROMPT.present:
-    return _write_on(experiment, folder, options, assets, output)
+    return _generate(experiment, folder, options, assets, output)
   batch, names, skipped = experiment.encode([os.path.expanduser(path) for path in _INPUT.value], assets)
   if not names:
     rest = [f"and {len(skipped) - 3} more"] if len(skipped) > 3 else []
@@ -298,7 +298,7 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
   return FAILED if skipped else DONE
 
 
-def _write_on(
+def _generate(
     experiment: Experiment, folder: Workdir, options: RunOptions, assets: Mapping[str, Any], output: Path | None,
 ) -> int:
   """Shows --prompt and what the model writes on, as it comes."""
@@ -307,7 +307,7 @@ def _write_on(
   show = functools.partial(print, end="", flush=True) if jax.process_index() == 0 else lambda text: None
   show(_PROMPT.value)
   parts, text, shown = [], "", 0
-  for tokens in write_on(experiment, program, options.parallelism, state, batch):
+  for tokens in generate(experiment, program, options.parallelism, state, batch):
     parts.append(tokens)
     row, = experiment.decode({"tokens": np.concatenate(parts, axis=1)}, assets)
     text = row["text"]

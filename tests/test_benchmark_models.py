@@ -379,7 +379,7 @@ for name in "lstm", "gru", "deepspeech":
   variables = task.init(jax.random.key(0), batch)
   state = {{k: v for k, v in variables.items() if k != "params"}}
   def loss(params):
-    return task.loss(params, state, batch, jax.random.key(1), weights=task.weights(batch), train=True).loss
+    return task.loss(params, state, batch, jax.random.key(1), denominators=task.denominators(batch), train=True).loss
   value, grads = jax.jit(jax.value_and_grad(loss))(variables["params"])
   losses += [value, *(np.linalg.norm(x) for x in jax.tree.leaves(grads))]
 print(*map(float, losses))

@@ -185,7 +185,7 @@ class IndexedPipeline:
     return self._examples
 
 
-class Retake:
+class Reprocessed:
   """The examples of another pipeline, in its batches, made into batches in another way. Reads nothing twice.
 
   Args:

@@ -27,7 +27,7 @@ class LossOutput:
 
   Attributes:
     loss: f32[], this shard's share of the final scalar. Shares add up over devices and
-      micro-batches, because they were divided by the global `weights`.
+      micro-batches, because they were divided by the global `denominators`.
     metrics: name -> (sum, count), arrays of any one shape (a confusion matrix is one). They too add.
     model_state: the new model state, e.g. {"batch_stats": ...}, the same on every shard.
   """
@@ -66,7 +66,7 @@ class Task(Protocol):
   def init(self, rng: Array, batch: Batch) -> Variables:
     """Fresh variables {"params": ..., **model_state}; reads only the shapes of `batch`."""
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The loss's denominators (examples, tokens, ...), counted from the data alone.
 
     The engine sums them over devices and micro-batches and hands the totals to `loss`.
@@ -74,7 +74,7 @@ class Task(Protocol):
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str,
+      denominators: Mapping[str, Array], train: bool, player: str,
   ) -> LossOutput:
     """This shard's share of the loss, with its metrics and the new model state."""
 

@@ -114,7 +114,7 @@ def clip(boxes: Array, height: int, width: int) -> Array:
   return jnp.clip(boxes, 0, limit)
 
 
-def carry_back(boxes: Array, place: Array, size: Array) -> Array:
+def to_original_pixels(boxes: Array, place: Array, size: Array) -> Array:
   """Boxes in an image on which a picture was laid -> what of them lies in the picture, in its own pixels.
 
   Args:

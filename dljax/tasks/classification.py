@@ -68,13 +68,13 @@ class Classification:
     """See `Task.init`."""
     return self.model.init({"params": rng}, batch["image"], train=False)
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of examples that are no padding."""
     return {"examples": jnp.sum(batch["mask"])}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str = ALL,
+      denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss, accuracy, top_5_accuracy (C > 5), confusion_matrix.
 
@@ -90,7 +90,7 @@ class Classification:
       share = batch["mix_weight"].astype(logits.dtype)
       losses = share * losses + (1 - share) * self._criterion(logits, batch["mix_label"])
     total = jnp.sum(losses * mask)
-    examples = jnp.maximum(weights["examples"], 1)  # a batch of nothing but padding has loss 0
+    examples = jnp.maximum(denominators["examples"], 1)  # a batch of nothing but padding has loss 0
 
     guess = jnp.argmax(logits, axis=-1)
     count = jnp.sum(mask)

@@ -82,13 +82,13 @@ class Detection:
     """See `Task.init`."""
     return self.model.init({"params": rng}, batch["image"], train=False)
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of anchors that hold an object."""
     return {"positives": jnp.sum(self._match(batch) >= 0, dtype=jnp.float32)}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str = ALL,
+      denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
     """See `Task.loss`. Metrics, each per anchor that holds an object: loss, classification_loss, box_loss."""
     del player  # one player: all parameters
@@ -114,7 +114,7 @@ class Detection:
 
     total, count = classification + box, jnp.sum(found, dtype=logits.dtype)
     metrics = {"loss": (total, count), "classification_loss": (classification, count), "box_loss": (box, count)}
-    return LossOutput(loss=total / jnp.maximum(weights["positives"], 1), metrics=metrics, model_state=model_state)
+    return LossOutput(loss=total / jnp.maximum(denominators["positives"], 1), metrics=metrics, model_state=model_state)
 
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
     """The detections of each image, the surest first.
@@ -134,7 +134,7 @@ class Detection:
     found = jax.vmap(functools.partial(self._select, self._anchors(batch), sizes, height, width))(
         *(output[name].astype(jnp.float32) for name in ("logits", "boxes")))
     if "place" in batch:
-      found["boxes"] = jax.vmap(box_lib.carry_back)(found["boxes"], batch["place"], batch["size"])
+      found["boxes"] = jax.vmap(box_lib.to_original_pixels)(found["boxes"], batch["place"], batch["size"])
     return found
 
   def _select(

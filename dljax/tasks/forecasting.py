@@ -59,13 +59,13 @@ class Forecasting:
     variables = self.model.init({"params": rng}, batch["window"], batch.get("covariates"), train=False)
     return {"params": {}, **variables}  # a baseline has no parameters
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of values that there are to forecast."""
     return {"values": jnp.sum(_known(batch), dtype=jnp.float32)}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str = ALL,
+      denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss; of each channel [C] mse, mae and, with two quantiles or more, coverage.
 
@@ -96,7 +96,7 @@ class Forecasting:
     if len(self.quantiles) > 1:
       inside = (logits[..., 0] <= truth) & (truth <= logits[..., -1])
       metrics["coverage"] = by_channel(inside & known), count
-    return LossOutput(loss=total / jnp.maximum(weights["values"], 1), metrics=metrics, model_state=model_state)
+    return LossOutput(loss=total / jnp.maximum(denominators["values"], 1), metrics=metrics, model_state=model_state)
 
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
     """{"forecast": f32[B, H, C], "quantiles": f32[B, H, C, Q] if any} of normalised values, and the batch's time."""

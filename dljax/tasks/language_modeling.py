@@ -119,13 +119,13 @@ class LanguageModeling:
       variables[CARRY] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
     return variables
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of tokens to be predicted."""
     return {"tokens": jnp.sum(_predicted(batch))}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str = ALL,
+      denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss, accuracy; bits_per_character, bits_per_byte; padding, where rows are padded.
 
@@ -154,7 +154,7 @@ class LanguageModeling:
         metrics[f"bits_per_{unit}"] = total / math.log(2), jnp.sum(batch[f"{unit}s"])
     if "length" in batch and not self.stateful:
       metrics["padding"] = predicted.size - count, jnp.asarray(predicted.size, count.dtype)
-    return LossOutput(loss=total / jnp.maximum(weights["tokens"], 1), metrics=metrics, model_state=rest)
+    return LossOutput(loss=total / jnp.maximum(denominators["tokens"], 1), metrics=metrics, model_state=rest)
 
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
     """Continues prompts: prompt i32[B, P], length i32[B] and id i32[B] give {"tokens": i32[B, N]}.
@@ -169,18 +169,18 @@ class LanguageModeling:
       out = self.model.apply(
           rest, batch["tokens"][:, :-1], carry=variables.get(CARRY), length=batch.get("length"), train=False)
       return {"nats": _nats(out["logits"].astype(jnp.float32), batch["tokens"][:, 1:])}
-    tokens, _ = self.proceed(variables, self.begin(variables, batch), rng, self.sampling.max_new_tokens)
+    tokens, _ = self.advance(variables, self.start(variables, batch), rng, self.sampling.max_new_tokens)
     return {"tokens": tokens}
 
-  def begin(self, variables: Variables, batch: Batch) -> PyTree:
-    """Reads prompts (see `predict`): what `proceed` continues, a tree of [B, ...]."""
+  def start(self, variables: Variables, batch: Batch) -> PyTree:
+    """Reads prompts (see `predict`): what `advance` continues, a tree of [B, ...]."""
     length = batch["length"]
     out = self.model.apply(variables, batch["prompt"], length=length, train=False)
     last = jnp.maximum(length - 1, 0)[:, None, None]
     logits = jnp.take_along_axis(out["logits"], last, axis=1)[:, 0].astype(jnp.float32)
     return {"logits": logits, CARRY: out[CARRY], "id": batch["id"], "place": jnp.zeros_like(batch["id"])}
 
-  def proceed(self, variables: Variables, text: PyTree, rng: Array, count: int) -> tuple[Array, PyTree]:
+  def advance(self, variables: Variables, text: PyTree, rng: Array, count: int) -> tuple[Array, PyTree]:
     """Writes `count` tokens: (i32[B, count], what to continue from). Twice 5 tokens are the same as once 10."""
 
     def write(text, _):

@@ -73,13 +73,13 @@ class Segmentation:
     """See `Task.init`."""
     return self.model.init({"params": rng}, batch["image"], train=False)
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of pixels that count, and of examples that are no padding."""
     return {"pixels": jnp.sum(self._target(batch) >= 0, dtype=jnp.float32), "examples": jnp.sum(batch["mask"])}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str = ALL,
+      denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
     """See `Task.loss`. Metrics: cross_entropy_loss, dice_loss (those that count), pixel_accuracy, iou, confusion_matrix.
 
@@ -105,12 +105,12 @@ class Segmentation:
     if self.cross_entropy_weight:
       total = -jnp.sum(jnp.where(truth, log_p, 0))
       metrics["cross_entropy_loss"] = total, jnp.sum(known, dtype=logits.dtype)
-      loss += self.cross_entropy_weight * total / jnp.maximum(weights["pixels"], 1)
+      loss += self.cross_entropy_weight * total / jnp.maximum(denominators["pixels"], 1)
     if self.dice_weight:
       mask = batch["mask"].astype(logits.dtype)
       total = jnp.sum(mask * self._dice_loss(jnp.where(known[..., None], jnp.exp(log_p), 0), truth))
       metrics["dice_loss"] = total, jnp.sum(mask)
-      loss += self.dice_weight * total / jnp.maximum(weights["examples"], 1)
+      loss += self.dice_weight * total / jnp.maximum(denominators["examples"], 1)
 
     guess = jnp.argmax(logits, axis=-1)
     found = (guess[..., None] == classes) & known[..., None]

@@ -64,13 +64,13 @@ class Transcription:
     """See `Task.init`."""
     return self.model.init({"params": rng}, batch["features"], batch["length"], train=False)
 
-  def weights(self, batch: Batch) -> Mapping[str, Array]:
+  def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of recordings that are no padding and whose text fits."""
     return {"utterances": jnp.sum(self._fits(batch), dtype=jnp.float32)}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
-      weights: Mapping[str, Array], train: bool, player: str = ALL,
+      denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss, -log p of a text in nats; too_short, the share of recordings left out."""
     del player  # one player: all parameters
@@ -85,7 +85,7 @@ class Transcription:
     total, count = jnp.sum(jnp.where(fits, losses, 0)), jnp.sum(fits, dtype=losses.dtype)
     there = jnp.sum(batch["mask"].astype(losses.dtype))
     return LossOutput(
-        loss=total / jnp.maximum(weights["utterances"], 1), model_state=model_state,
+        loss=total / jnp.maximum(denominators["utterances"], 1), model_state=model_state,
         metrics={"loss": (total, count), "too_short": (there - count, there)})
 
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:

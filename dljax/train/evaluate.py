@@ -18,7 +18,7 @@ from dljax.train.experiment import Experiment
 from dljax.train.program import Program
 from dljax.train.state import TrainState, join_carry, split_carry
 
-CHUNK = 8  # tokens that `write_on` writes at once
+CHUNK = 8  # tokens that `generate` writes at once
 
 
 class Evaluator:
@@ -151,29 +151,29 @@ def _put_padded(rows: Batch, size: int, mode: parallel.Mode, mesh: jax.sharding.
   return parallel.put_batch({k: np.split(v, hosts)[host] for k, v in padded.items()}, mode, mesh)
 
 
-def write_on(
+def generate(
     experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch,
 ) -> Iterator[np.ndarray]:
   """Continues prompts as `predict` does, and yields the tokens as they come, i32[rows, n].
 
   Args:
-    experiment: whose task has `begin` and `proceed`, and `sampling.max_new_tokens`.
+    experiment: whose task has `start` and `advance`, and `sampling.max_new_tokens`.
     program: gives the devices.
     mode: "jit" or "pmap".
     state: gives the variables.
     batch: what `Experiment.prompt` gives, no more rows than `config.eval_batch_size`.
   """
-  begin, proceed = step.make_continue_steps(experiment.task, CHUNK)
-  begin = parallel.compile_step(begin, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",))
-  proceed = parallel.compile_step(
-      proceed, mode, program.mesh, inputs=("state", "shared", "batch"), outputs=("batch", "batch"))
+  start, advance = step.make_continue_steps(experiment.task, CHUNK)
+  start = parallel.compile_step(start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",))
+  advance = parallel.compile_step(
+      advance, mode, program.mesh, inputs=("state", "shared", "batch"), outputs=("batch", "batch"))
   variables, _ = split_carry(state.variables)
   fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
   count, total = len(fields["mask"]), experiment.task.sampling.max_new_tokens
   shards = int(np.prod([program.mesh.shape[axis] for axis in parallel.BATCH_AXES]))
-  text, = begin(variables, _put_padded(fields, -(-count // shards) * shards, mode, program.mesh))
+  text, = start(variables, _put_padded(fields, -(-count // shards) * shards, mode, program.mesh))
   for written in range(0, total, CHUNK):
-    tokens, text = proceed(variables, state.rng, text)
+    tokens, text = advance(variables, state.rng, text)
     yield parallel.rows_to_host(tokens, mode)[:count, :total - written]
 
 

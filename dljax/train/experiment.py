@@ -39,8 +39,8 @@ class Experiment:
     assets: called once after the data was opened: what was fitted to it (class names, a
       tokenizer), JSON-able, by file stem; saved in `workdir/data/`.
     restore: takes what a run has saved so, before the data is opened to go on with that run.
-    prompt: (texts, names for messages) -> a Batch whose predictions continue them, by a task with `begin` and
-      `proceed`; None where predictions are no such texts.
+    prompt: (texts, names for messages) -> a Batch whose predictions continue them, by a task with `start` and
+      `advance`; None where predictions are no such texts.
     corruptions: what `config.eval.corruptions` asks for: name -> strength, from 1 -> one pass over the split
       "test", so disturbed. A final evaluation measures each and gives the table and figure "corruptions".
   """

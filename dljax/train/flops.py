@@ -130,7 +130,7 @@ def task_layers(task: Task, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> l
   params = variables.pop("params")
 
   def loss(params, model_state, batch, rng):
-    return task.loss(params, model_state, batch, rng, weights=task.weights(batch), train=True,
+    return task.loss(params, model_state, batch, rng, denominators=task.denominators(batch), train=True,
                      player=task.players[-1]).loss
 
   return layers(loss, params, variables, batch, key)

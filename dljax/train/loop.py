@@ -117,12 +117,12 @@ class _Run:
                         "ask for more, or name another --workdir")
     writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict())
     if jax.process_index() == 0:
-      self.folder.begin(self.config, self.experiment.assets())
+      self.folder.start(self.config, self.experiment.assets())
     if restored is None:
       state = self.program.init_state()
       if self.config.init.source:
-        state = self.weights().put(state)
-        metrics.say(self.weights().summary)
+        state = self.denominators().put(state)
+        metrics.say(self.denominators().summary)
     elif start < total and not self._exhausted:
       metrics.say(f"continuing from step {start}")
     with writer:

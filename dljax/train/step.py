@@ -49,14 +49,14 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Batch, lr_scale: jax.Array):
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    weights = collectives.psum(task.weights(batch))
+    denominators = collectives.psum(task.denominators(batch))
     params, opt_state = state.params, dict(state.opt_state)
     model_state, carry = split_carry(reset_carry(state.model_state, batch))
     squared_norm, sums = 0.0, {}
     for turn, player in enumerate(task.players):
       key = jax.random.fold_in(step_key, turn)
       grads, out = _gradient(
-          task, params, join_carry(model_state, carry), batch, key, weights, player, accumulation)
+          task, params, join_carry(model_state, carry), batch, key, denominators, player, accumulation)
       model_state, new_carry = split_carry(out.model_state)
       sums |= out.metrics
       own = player_params(params, player)
@@ -91,7 +91,7 @@ def make_train_step(
 
 def _gradient(
     task: Task, params: Any, model_state: Any, batch: Batch, key: jax.Array,
-    weights: Mapping[str, jax.Array], player: str, accumulation: int,
+    denominators: Mapping[str, jax.Array], player: str, accumulation: int,
 ) -> tuple[Any, LossOutput]:
   """The gradient for `player` and the loss, summed over micro-batches and devices."""
 
@@ -99,7 +99,7 @@ def _gradient(
     key = jax.random.fold_in(key, collectives.axis_index())
     out = task.loss(
         replace_player_params(params, player, own), model_state, batch, key,
-        weights=weights, train=True, player=player)
+        denominators=denominators, train=True, player=player)
     return out.loss, out
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -169,10 +169,10 @@ def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
     params = variables["params"]
     model_state = {k: v for k, v in variables.items() if k != "params"}
     key = jax.random.wrap_key_data(rng)
-    weights = collectives.psum(task.weights(batch))
+    denominators = collectives.psum(task.denominators(batch))
     sums = {}
     for player in dict.fromkeys(task.players):
-      out = task.loss(params, model_state, batch, key, weights=weights, train=False, player=player)
+      out = task.loss(params, model_state, batch, key, denominators=denominators, train=False, player=player)
       sums |= out.metrics
     predicted = task.predict(variables, batch, key) if predictions else {}
     return collectives.psum(sums), predicted, split_carry(out.model_state)[1]
@@ -184,14 +184,14 @@ def make_continue_steps(task: Any, count: int) -> tuple[Callable[..., tuple[Any]
   """Builds what writes a text on, `count` tokens at a time.
 
   Args:
-    task: with `begin` and `proceed`, as `tasks.language_modeling`.
+    task: with `start` and `advance`, as `tasks.language_modeling`.
     count: tokens.
 
   Returns:
     The pure functions (variables, batch) -> (text,) and (variables, rng, text) -> (tokens [B, count], text).
   """
-  return (lambda variables, batch: (task.begin(variables, batch),),
-          lambda variables, rng, text: task.proceed(variables, text, jax.random.wrap_key_data(rng), count))
+  return (lambda variables, batch: (task.start(variables, batch),),
+          lambda variables, rng, text: task.advance(variables, text, jax.random.wrap_key_data(rng), count))
 
 
 def make_predict_step(task: Task) -> Callable[[Mapping[str, Any], jax.Array, Batch], tuple[Any]]:

@@ -139,7 +139,7 @@ class Workdir:
       self._lock.close()
       self._lock = None
 
-  def begin(self, config: ml_collections.ConfigDict, assets: Mapping[str, Any]) -> None:
+  def start(self, config: ml_collections.ConfigDict, assets: Mapping[str, Any]) -> None:
     """Notes that a run of `config` starts or continues: config.json, and what was fitted to the data."""
     self.result_file.unlink(missing_ok=True)
     write_json(self.config_file, {

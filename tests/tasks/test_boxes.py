@@ -91,8 +91,8 @@ def test_boxes_are_carried_back_to_the_picture_that_was_laid_on_the_image():
   place, size = np.array([10., 30, 110, 80]), np.array([200., 100])
   boxes = np.array([[20., 40, 60, 60], [0, 0, 500, 500], [10, 30, 110, 80]])
   np.testing.assert_allclose(
-      jax.jit(box_lib.carry_back)(boxes, place, size), [[20, 20, 100, 60], [0, 0, 200, 100], [0, 0, 200, 100]], rtol=1e-6)
-  assert np.isfinite(box_lib.carry_back(boxes, np.zeros(4), np.zeros(2))).all()  # a row that is padding
+      jax.jit(box_lib.to_original_pixels)(boxes, place, size), [[20, 20, 100, 60], [0, 0, 200, 100], [0, 0, 200, 100]], rtol=1e-6)
+  assert np.isfinite(box_lib.to_original_pixels(boxes, np.zeros(4), np.zeros(2))).all()  # a row that is padding
 
 
 def plain_match(anchors, boxes, foreground=0.5, background=0.4):

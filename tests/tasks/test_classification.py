@@ -56,17 +56,17 @@ def make_batch(size=12, num_classes=NUM_CLASSES, seed=0, **more):
   }
 
 
-def run(task, batch, *, params=None, train=False, weights=None, model_state=None):
+def run(task, batch, *, params=None, train=False, denominators=None, model_state=None):
   key = jax.random.key(0)
   if params is None:
     params = task.init(key, batch).get("params", {})
-  weights = task.weights(batch) if weights is None else weights
-  return task.loss(params, model_state or {}, batch, key, weights=weights, train=train, player="all")
+  denominators = task.denominators(batch) if denominators is None else denominators
+  return task.loss(params, model_state or {}, batch, key, denominators=denominators, train=train, player="all")
 
 
-def loss_and_grad(task, params, batch, weights):
+def loss_and_grad(task, params, batch, denominators):
   return jax.value_and_grad(
-      lambda p: run(task, batch, params=p, train=True, weights=weights).loss)(params)
+      lambda p: run(task, batch, params=p, train=True, denominators=denominators).loss)(params)
 
 
 def identity_loss(batch, **settings):
@@ -78,15 +78,15 @@ def test_shares_of_uneven_parts_add_up_to_the_whole(criterion):
   task = Classification(Linear(), NUM_CLASSES, criterion=criterion)
   batch = make_batch(mask=jnp.array([1, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0.]))
   params = task.init(jax.random.key(1), batch)["params"]
-  weights = task.weights(batch)
-  assert weights["examples"] == 6
-  whole = loss_and_grad(task, params, batch, weights)
+  denominators = task.denominators(batch)
+  assert denominators["examples"] == 6
+  whole = loss_and_grad(task, params, batch, denominators)
   parts = [jax.tree.map(lambda x: x[i:i + 4], batch) for i in (0, 4, 8)]  # 4, 1 and 1 examples
-  shares = [loss_and_grad(task, params, part, weights) for part in parts]
+  shares = [loss_and_grad(task, params, part, denominators) for part in parts]
   total = jax.tree.map(lambda *xs: sum(xs), *shares)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), total, whole)
 
-  sums = [run(task, part, params=params, weights=weights).metrics for part in parts]
+  sums = [run(task, part, params=params, denominators=denominators).metrics for part in parts]
   added = jax.tree.map(lambda *xs: sum(xs), *sums)
   expected = run(task, batch, params=params).metrics
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), added, expected)
@@ -129,7 +129,7 @@ def test_perceptron_gradient_is_rosenblatts_rule():
   batch = make_batch()
   params = {"Dense_0": {"kernel": jnp.eye(NUM_CLASSES), "bias": jnp.zeros(NUM_CLASSES)}}
   batch["label"] = batch["label"].at[:6].set(jnp.argmax(batch["image"][:6], axis=-1))  # six right guesses
-  _, grads = loss_and_grad(task, params, batch, task.weights(batch))
+  _, grads = loss_and_grad(task, params, batch, task.denominators(batch))
   kernel, bias = np.zeros((NUM_CLASSES, NUM_CLASSES)), np.zeros(NUM_CLASSES)
   dense = params["Dense_0"]
   mistakes = 0
@@ -151,7 +151,7 @@ def test_perceptron_learns_from_zero_weights():
   task = Classification(Linear(2), 2, criterion="perceptron")
   batch = make_batch(2, 2) | {"label": jnp.array([0, 1])}
   params = jax.tree.map(jnp.zeros_like, task.init(jax.random.key(0), batch)["params"])
-  _, grads = loss_and_grad(task, params, batch, task.weights(batch))
+  _, grads = loss_and_grad(task, params, batch, task.denominators(batch))
   np.testing.assert_allclose(grads["Dense_0"]["bias"], [0.5, -0.5])  # only the second is wrong: guessed 0
 
 
@@ -174,7 +174,7 @@ def test_padding_never_changes_a_result(train):
   bare, full = (run(task, b, params=params, train=train) for b in (batch, padded))
   assert ("confusion_matrix" in bare.metrics) != train
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), bare, full)
-  grads = [loss_and_grad(task, params, b, task.weights(b))[1] for b in (batch, padded)]
+  grads = [loss_and_grad(task, params, b, task.denominators(b))[1] for b in (batch, padded)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *grads)
 
 

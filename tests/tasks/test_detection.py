@@ -56,16 +56,16 @@ def make_batch(size=3, seed=0, objects=4, **more):
   return {**batch, "box_label": jnp.asarray(draw.integers(K, size=(size, objects)), jnp.int32), **more}
 
 
-def run(task, params, batch, *, weights=None, train=True):
-  weights = task.weights(batch) if weights is None else weights
-  return task.loss(params, {}, batch, jax.random.key(0), weights=weights, train=train, player="all")
+def run(task, params, batch, *, denominators=None, train=True):
+  denominators = task.denominators(batch) if denominators is None else denominators
+  return task.loss(params, {}, batch, jax.random.key(0), denominators=denominators, train=train, player="all")
 
 
 @jax.jit
-def _loss_and_grad(params, batch, weights):
+def _loss_and_grad(params, batch, denominators):
   task = Detection(Linear(), K, ANCHORS)
   def loss(p):
-    out = run(task, p, batch, weights=weights)
+    out = run(task, p, batch, denominators=denominators)
     return out.loss, out.metrics
   (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(params)
   return value, grad, metrics
@@ -120,8 +120,8 @@ def test_loss_by_hand():
   params = {"logits": draw.normal(size=(1, N, K)).astype(np.float32),
             "boxes": draw.normal(size=(1, N, 4)).astype(np.float32)}
   task = Detection(Fixed(), K, ANCHORS, smooth_l1_beta=0.0)
-  weights = task.weights(batch)
-  assert weights["positives"] == len(positive)
+  denominators = task.denominators(batch)
+  assert denominators["positives"] == len(positive)
   out = jax.jit(lambda params, batch: run(task, params, batch))(params, batch)
   p = 1 / (1 + np.exp(-params["logits"][0]))
   expected = 0.0
@@ -144,9 +144,9 @@ def test_loss_by_hand():
 def test_shares_of_uneven_parts_add_up_to_the_whole():
   batch = make_batch(4, mask=jnp.array([1, 1, 0, 1.]))
   params = linear_params(batch)
-  weights = Detection(Linear(), K, ANCHORS).weights(batch)
-  whole = _loss_and_grad(params, batch, weights)
-  parts = [_loss_and_grad(params, jax.tree.map(lambda x: x[i:i + 2], batch), weights) for i in (0, 2)]
+  denominators = Detection(Linear(), K, ANCHORS).denominators(batch)
+  whole = _loss_and_grad(params, batch, denominators)
+  parts = [_loss_and_grad(params, jax.tree.map(lambda x: x[i:i + 2], batch), denominators) for i in (0, 2)]
   jax.tree.map(lambda a, *xs: np.testing.assert_allclose(sum(xs), a, rtol=1e-4, atol=1e-5), whole, *parts)
 
 
@@ -159,7 +159,7 @@ def test_padding_changes_nothing_neither_rows_nor_objects():
   more["boxes"] = jnp.concatenate([more["boxes"], jnp.full((3, 2, 4), jnp.nan)], axis=1)
   more["box_label"] = jnp.concatenate([more["box_label"], jnp.full((3, 2), -1)], axis=1)
   more["box_mask"] = jnp.concatenate([more["box_mask"], jnp.zeros((3, 2))], axis=1)
-  results = [_loss_and_grad(params, b, task.weights(b)) for b in (batch, more)]
+  results = [_loss_and_grad(params, b, task.denominators(b)) for b in (batch, more)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
 
 
@@ -167,8 +167,8 @@ def test_an_image_without_objects_trains_as_background():
   batch = make_batch(2, box_mask=jnp.zeros((2, 4)))
   task = Detection(Linear(), K, ANCHORS)
   params = linear_params(batch)
-  assert task.weights(batch)["positives"] == 0
-  loss, grad, metrics = _loss_and_grad(params, batch, task.weights(batch))
+  assert task.denominators(batch)["positives"] == 0
+  loss, grad, metrics = _loss_and_grad(params, batch, task.denominators(batch))
   assert loss > 0 and metrics["box_loss"][0] == 0
   assert not np.any(grad["boxes"]["bias"]) and (grad["logits"]["bias"] > 0).all()  # all learn to say no
   np.testing.assert_allclose(task.summarize(metrics)["loss"], loss, rtol=1e-6)

@@ -46,9 +46,9 @@ def make_batch(size=5, seed=0, missing=0.2, channels=C, **more):
           "horizon": jnp.asarray(horizon, jnp.float32), "mask": jnp.ones(size), **more}
 
 
-def run(task, batch, *, params=None, weights=None, train=False):
-  weights = task.weights(batch) if weights is None else weights
-  return task.loss(params or {}, {}, batch, jax.random.key(0), weights=weights, train=train, player="all")
+def run(task, batch, *, params=None, denominators=None, train=False):
+  denominators = task.denominators(batch) if denominators is None else denominators
+  return task.loss(params or {}, {}, batch, jax.random.key(0), denominators=denominators, train=train, player="all")
 
 
 def there(batch):
@@ -80,9 +80,9 @@ def test_shares_of_parts_add_up_and_padding_counts_nothing(quantiles):
   task = Forecasting(Fixed(tuple(q - 0.5 for q in quantiles)), quantiles)
   whole = make_batch(6, mask=jnp.array([1.0, 1, 1, 1, 1, 0]))
   parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 1), slice(1, 6))]
-  weights = task.weights(whole)
-  np.testing.assert_allclose(sum(task.weights(part)["values"] for part in parts), weights["values"])
-  shares = [run(task, part, weights=weights) for part in parts]
+  denominators = task.denominators(whole)
+  np.testing.assert_allclose(sum(task.denominators(part)["values"] for part in parts), denominators["values"])
+  shares = [run(task, part, denominators=denominators) for part in parts]
   out = run(task, whole)
   assert float(sum(share.loss for share in shares)) == pytest.approx(float(out.loss), rel=1e-6)
   real = {key: value[:5] for key, value in whole.items()}

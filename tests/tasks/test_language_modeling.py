@@ -15,7 +15,7 @@ from dljax.data.text import corpus, tokenize
 from dljax.errors import UserError
 from dljax.tasks.language_modeling import LanguageModeling, Sampling
 from dljax.train import parallel
-from dljax.train.evaluate import Evaluator, predict, write_on
+from dljax.train.evaluate import Evaluator, predict, generate
 from dljax.train.program import Program, RunOptions
 from tests.train import toys
 
@@ -67,14 +67,14 @@ def _nll(tokens, carry=None):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _compiled_loss(task, params, state, batch, weights, train):
-  return task.loss(params, state, batch, jax.random.key(0), weights=weights, train=train)
+def _compiled_loss(task, params, state, batch, denominators, train):
+  return task.loss(params, state, batch, jax.random.key(0), denominators=denominators, train=train)
 
 
-def _loss(task, batch, state=None, train=False, weights=None):
+def _loss(task, batch, state=None, train=False, denominators=None):
   state = {"carry": jnp.zeros((len(batch["tokens"]), WIDTH))} if state is None and task.stateful else state or {}
-  weights = task.weights(batch) if weights is None else weights
-  return _compiled_loss(task, _params(), state, batch, weights, train)
+  denominators = task.denominators(batch) if denominators is None else denominators
+  return _compiled_loss(task, _params(), state, batch, denominators, train)
 
 
 # The loss
@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens(train):
   losses, _ = _nll(batch["tokens"])
   expected = losses[0].sum() + losses[1, :2].sum()
   out = _loss(TASK, batch, train=train)
-  assert float(TASK.weights(batch)["tokens"]) == 8
+  assert float(TASK.denominators(batch)["tokens"]) == 8
   assert float(out.loss) == pytest.approx(expected / 8, rel=1e-5)
   found = TASK.summarize(out.metrics)
   assert found["loss"] == pytest.approx(expected / 8, rel=1e-5)
@@ -142,11 +142,11 @@ def test_windows_that_carry_their_state_are_one_long_window():
 def test_the_gradient_ends_at_the_carry_and_shares_add_up():
   batch = _batch(rows=4)
   state = {"carry": jnp.ones((4, WIDTH))}
-  weights = TASK.weights(batch)
+  denominators = TASK.denominators(batch)
   value = lambda params, rows: TASK.loss(
       params, {"carry": state["carry"][np.array(rows)]}, {k: v[np.array(rows)] for k, v in batch.items()},
       jax.random.key(0),
-      weights=weights, train=True).loss
+      denominators=denominators, train=True).loss
   grad = jax.jit(jax.grad(value), static_argnums=1)
   whole = grad(_params(), (0, 1, 2, 3))
   parts = [grad(_params(), rows) for rows in ((0,), (1, 2, 3))]
@@ -156,7 +156,7 @@ def test_the_gradient_ends_at_the_carry_and_shares_add_up():
 def test_the_loss_is_computed_in_float32_and_the_carry_keeps_its_type():
   task = LanguageModeling(Tiny(dtype=jnp.bfloat16), stateful=True)
   state = {"carry": jnp.zeros((4, WIDTH), jnp.float32)}
-  out = task.loss(_params(), state, _batch(), jax.random.key(0), weights={"tokens": jnp.ones(())}, train=True)
+  out = task.loss(_params(), state, _batch(), jax.random.key(0), denominators={"tokens": jnp.ones(())}, train=True)
   assert out.loss.dtype == jnp.float32 and out.model_state["carry"].dtype == jnp.float32
 
 
@@ -175,7 +175,7 @@ def test_a_token_is_predicted_from_those_before_it():
 
 
 def _soft(tokens):
-  """Tiny's logits [L, V] for tokens as weights [L, V]."""
+  """Tiny's logits [L, V] for tokens as denominators [L, V]."""
   params = _params()
   h, logits = jnp.zeros(WIDTH), []
   for x in tokens @ params["embed"]["embedding"]:
@@ -375,7 +375,7 @@ def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
   expected = np.asarray(task.predict(
       {"params": _params()}, _prompts(ROWS), jax.random.wrap_key_data(np.asarray(state.rng)))["tokens"])
   at_once = predict(experiment, program, mode, state, _prompts(ROWS))["tokens"]
-  parts = list(write_on(experiment, program, mode, state, _prompts(ROWS)))
+  parts = list(generate(experiment, program, mode, state, _prompts(ROWS)))
   np.testing.assert_array_equal(at_once, expected)
   assert [part.shape for part in parts] == [(3, 8), (3, 8), (3, 3)]
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)

@@ -47,9 +47,9 @@ def make_batch(size=6, height=5, width=7, seed=0, **more):
   }
 
 
-def run(task, batch, *, params=None, weights=None, train=False):
-  weights = task.weights(batch) if weights is None else weights
-  return task.loss(params or {}, {}, batch, jax.random.key(0), weights=weights, train=train, player="all")
+def run(task, batch, *, params=None, denominators=None, train=False):
+  denominators = task.denominators(batch) if denominators is None else denominators
+  return task.loss(params or {}, {}, batch, jax.random.key(0), denominators=denominators, train=train, player="all")
 
 
 def merged(task, batches):
@@ -75,7 +75,7 @@ def test_cross_entropy_is_the_mean_over_the_pixels_that_have_a_class(margin):
   assert 0 < there.sum() < there.size
   expected = optax.softmax_cross_entropy_with_integer_labels(logits[there], target[there]).mean()
   np.testing.assert_allclose(run(task, batch).loss, expected, rtol=1e-6)
-  assert task.weights(batch) == {"pixels": there.sum(), "examples": 5}
+  assert task.denominators(batch) == {"pixels": there.sum(), "examples": 5}
   np.testing.assert_allclose(task.summarize(run(task, batch).metrics)["loss"], expected, rtol=1e-6)
 
 
@@ -121,11 +121,11 @@ def test_shares_of_uneven_parts_add_up_to_the_whole():
   task = Segmentation(Linear(), K, dice_weight=1.0)
   batch = make_batch(6, mask=jnp.array([1, 1, 1, 0, 1, 0.0]))
   params = task.init(jax.random.key(1), batch)["params"]
-  weights = task.weights(batch)
+  denominators = task.denominators(batch)
 
   @jax.jit
   def loss_and_grad(part):
-    return jax.value_and_grad(lambda p: run(task, part, params=p, weights=weights, train=True).loss)(params)
+    return jax.value_and_grad(lambda p: run(task, part, params=p, denominators=denominators, train=True).loss)(params)
 
   whole = loss_and_grad(batch)
   parts = [jax.tree.map(lambda x: x[i:i + 2], batch) for i in (0, 2, 4)]  # 2, 1 and 1 examples

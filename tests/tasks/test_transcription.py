@@ -41,10 +41,10 @@ def _task_and_variables(**kwargs):
   return task, task.init(jax.random.key(0), _batch())
 
 
-def _loss(task, variables, batch, weights=None):
-  run = jax.jit(lambda params, batch, weights: task.loss(
-      params, {}, batch, jax.random.key(0), weights=weights or task.weights(batch), train=True))
-  out = run(variables["params"], batch, weights)
+def _loss(task, variables, batch, denominators=None):
+  run = jax.jit(lambda params, batch, denominators: task.loss(
+      params, {}, batch, jax.random.key(0), denominators=denominators or task.denominators(batch), train=True))
+  out = run(variables["params"], batch, denominators)
   return out.loss, out.metrics
 
 
@@ -54,7 +54,7 @@ def _loss(task, variables, batch, weights=None):
 def test_the_loss_is_the_mean_over_recordings_whose_text_fits():
   task, variables = _task_and_variables()
   batch = _batch()
-  assert task.weights(batch) == {"utterances": 3}
+  assert task.denominators(batch) == {"utterances": 3}
   loss, metrics = _loss(task, variables, batch)
   logits = Linear().apply(variables, batch["features"], batch["length"], train=False)["logits"]
   each = np.asarray(ctc_op.ctc_loss(logits, -(-batch["length"] // 2), batch["tokens"], batch["token_length"]))
@@ -78,8 +78,8 @@ def test_shares_of_shards_add_up():
   task, variables = _task_and_variables()
   batch = _batch()
   shards = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 3), slice(3, 5))]
-  weights = {"utterances": sum(task.weights(shard)["utterances"] for shard in shards)}
-  parts = [_loss(task, variables, shard, weights) for shard in shards]
+  denominators = {"utterances": sum(task.denominators(shard)["utterances"] for shard in shards)}
+  parts = [_loss(task, variables, shard, denominators) for shard in shards]
   whole, metrics = _loss(task, variables, batch)
   np.testing.assert_allclose(sum(loss for loss, _ in parts), whole, rtol=1e-6)
   for name, pair in metrics.items():

@@ -49,14 +49,14 @@ class NextNumber:
     carry = {"h": jnp.zeros((len(batch["x"]), WIDTH)), "seen": jnp.zeros(len(batch["x"]), jnp.int32)}
     return {**self.model.init(rng, batch["x"], carry), "carry": carry}
 
-  def weights(self, batch):
+  def denominators(self, batch):
     return {"rows": jnp.sum(batch["mask"])}
 
-  def loss(self, params, model_state, batch, rng, *, weights, train, player):
+  def loss(self, params, model_state, batch, rng, *, denominators, train, player):
     guess, carry = self.model.apply({"params": params}, batch["x"], model_state["carry"], train=train)
     losses = jnp.mean((guess - batch["x"][:, 1:])**2, axis=1) * batch["mask"]
     return LossOutput(
-        loss=jnp.sum(losses) / weights["rows"], metrics={"loss": (jnp.sum(losses), jnp.sum(batch["mask"]))},
+        loss=jnp.sum(losses) / denominators["rows"], metrics={"loss": (jnp.sum(losses), jnp.sum(batch["mask"]))},
         model_state={**model_state, "carry": carry})
 
   def predict(self, variables, batch, rng):

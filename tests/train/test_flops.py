@@ -206,7 +206,7 @@ def test_rows_of_a_task_add_up():
   key = jax.eval_shape(lambda: jax.random.key(0))
   variables = dict(jax.eval_shape(task.init, key, one))
   params = variables.pop("params")
-  loss = lambda p, s, b, k: task.loss(p, s, b, k, weights=task.weights(b), train=True, player="all").loss
+  loss = lambda p, s, b, k: task.loss(p, s, b, k, denominators=task.denominators(b), train=True, player="all").loss
   assert flops.totals(rows) == (269722, count_flops(loss, params, variables, one, key))
   assert rows == flops.task_layers(*_task_and_spec(rows=64))  # of one example, whatever the batch
 

@@ -71,7 +71,7 @@ def test_a_gradient_is_the_same_in_float32(mode, mesh, model, accumulation):
 class _Draws(toys.Formula):
   """Reports the dropout mask that each device draws: metrics {"drawn": [4, rows of the device, 32]}."""
 
-  def loss(self, params, model_state, batch, rng, *, weights, train, player):
+  def loss(self, params, model_state, batch, rng, *, denominators, train, player):
     ones = jnp.ones((len(batch["mask"]), 32))
     kept = nn.Dropout(0.5, deterministic=False).apply({}, ones, rngs={"dropout": rng}) > 0
     drawn = jnp.zeros((4, *kept.shape)).at[collectives.axis_index()].set(kept)

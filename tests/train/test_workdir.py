@@ -27,7 +27,7 @@ def begun(tmp_path):
   """A folder in which a run of `_config()` began."""
   folder = Workdir(tmp_path / "run")
   folder.acquire()
-  folder.begin(_config(), {"classes": ["a", "b"]})
+  folder.start(_config(), {"classes": ["a", "b"]})
   folder.release()
   return folder
 

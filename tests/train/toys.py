@@ -51,14 +51,14 @@ class Formula:
     del rng, batch
     return {"params": jax.tree.map(lambda x: jnp.asarray(x, float), dict(self.params))}
 
-  def weights(self, batch):
+  def denominators(self, batch):
     return {"examples": jnp.sum(batch["mask"])}
 
-  def loss(self, params, model_state, batch, rng, *, weights, train, player):
+  def loss(self, params, model_state, batch, rng, *, denominators, train, player):
     del rng
     losses = self.rows(params, batch, train, player) * batch["mask"]
     sums = jnp.sum(losses), jnp.sum(batch["mask"])
-    share = sums[0] / weights["examples"]
+    share = sums[0] / denominators["examples"]
     return LossOutput(loss=share, metrics={f"{player}_loss": sums}, model_state=model_state)
 
   def predict(self, variables, batch, rng):

@@ -22,7 +22,7 @@ import numpy as np
 
 from dljax.data import sources, splits
 from dljax.data.image import augment, corrupt, png
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Retake, Streaming, rng
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng
 from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
@@ -153,7 +153,7 @@ def pipelines(
     spec |= {"mix_label": ((batch_size,), np.int32), "mix_weight": ((batch_size,), np.float32)}
   spec = {key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}
   disturbed = {
-      name: {strength: Retake(evals["test"], functools.partial(images.eval_batch, corruption=(name, strength)))
+      name: {strength: Reprocessed(evals["test"], functools.partial(images.eval_batch, corruption=(name, strength)))
              for strength in corrupt.STRENGTHS} for name in corruptions}
   return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names), disturbed)
 
