@@ -185,7 +185,7 @@ def _run(argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapp
     config_lib.apply_overrides(config, overrides, like)
     config_lib.validate(config)
   experiment = build(config)
-  if config.eval.corruptions and not experiment.corruptions:
+  if config.eval.corruptions and not experiment.data.corruptions:
     raise UserError(f"--config.eval.corruptions={config.eval.corruptions}: there is nothing to disturb in this data; "
                     "drop it")
   if _DRY_RUN.value:
@@ -243,13 +243,13 @@ def _evaluate(experiment: Experiment, folder: Workdir, options: RunOptions) -> i
   program, step, state = _restore(experiment, folder, options)
   evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
   if assets := folder.read_assets():
-    experiment.restore(assets)
+    experiment.data.restore(assets)
   found, findings = evaluate(experiment, evaluator, state.variables, state.rng, assets)
   if jax.process_index() == 0:
     print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
     _show(_metrics_table(found))
     entries = {"checkpoint": step, "metrics": found}
-    if experiment.corruptions:
+    if experiment.data.corruptions:
       entries["corruptions"] = findings.tables["corruptions"]
       _show(_corruptions_table(entries["corruptions"], found["test"]))
     try:
@@ -273,7 +273,7 @@ def _predict(experiment: Experiment, folder: Workdir, options: RunOptions) -> in
     _check_output(output, experiment.pictures is not None)
   assets = folder.read_assets()
   if assets:
-    experiment.restore(assets)
+    experiment.data.restore(assets)
   if _PROMPT.present:
     return _generate(experiment, folder, options, assets, output)
   batch, names, skipped = experiment.encode([os.path.expanduser(path) for path in _INPUT.value], assets)
@@ -354,7 +354,7 @@ def _dry_run(experiment: Experiment, options: RunOptions) -> int:
   lowered = program.lower_train_step()
   compiled = topology.compile_lowered(lowered, name) if name else lowered.compile()
   _show(inspect.render_dry_run(
-      experiment.batch_spec, flops.task_layers(experiment.task, experiment.batch_spec), program.train_step_flops(),
+      experiment.data.batch_spec, flops.task_layers(experiment.task, experiment.data.batch_spec), program.train_step_flops(),
       inspect.summarize_compiled(compiled), devices=program.mesh.devices.size,
       machine=name or jax.devices()[0].device_kind,
       device_memory=topology.TOPOLOGIES[name].memory if name else None))

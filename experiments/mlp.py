@@ -11,7 +11,6 @@ Test accuracy, one seed each, on two shared CPU cores:
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -74,16 +73,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       remat=config.model.remat, **sizes)
   if config.preset != "xor":
     return image_classification.build(config, model, config.model.criterion)
-  train, evals = xor.pipelines(
+  data = xor.pipelines(
       config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
-  spec = {"image": jax.ShapeDtypeStruct((config.batch_size, 2), np.float32),
-          "label": jax.ShapeDtypeStruct((config.batch_size,), np.int32),
-          "mask": jax.ShapeDtypeStruct((config.batch_size,), np.float32)}
   task = classification.Classification(
       model=model, num_classes=2, label_smoothing=config.model.label_smoothing, criterion=config.model.criterion)
   return Experiment(
-      task=task, train=train, evals=evals, batch_spec=spec, config=config, monitor=config.monitor or None,
-      encode=_encode_points, decode=classification.decode, assets=lambda: {"classes": ["same", "different"]})
+      task=task, data=data, config=config, monitor=config.monitor or None,
+      encode=_encode_points, decode=classification.decode)
 
 
 def _encode_points(paths, assets):

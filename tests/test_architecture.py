@@ -19,7 +19,7 @@ MAX_LINES = 250  # of a model file, and of the loop
 TASKS = ["dljax.tasks", "dljax.models", "dljax.ops", "dljax.report", "dljax.errors"]
 DATA = ["dljax.data", "dljax.downloads", "dljax.errors"]
 INTEROP = ["dljax.interop", "dljax.models", "dljax.downloads", "dljax.errors"]
-TRAIN = ["dljax.train", "dljax.tasks", "dljax.ops", "dljax.data.pipeline", "dljax.optim", "dljax.report",
+TRAIN = ["dljax.train", "dljax.tasks", "dljax.ops", "dljax.data.pipeline", "dljax.data.splits", "dljax.optim", "dljax.report",
          "dljax.config", "dljax.errors"]
 ALLOWED = {
     "dljax.errors": [],

@@ -317,13 +317,13 @@ PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "unet": 482_
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_is_the_peers_network_trained_by_plain_momentum(name):
   experiment = jax_worker.build_experiment(CASES[name])
-  assert experiment.batch_spec[serve.input_field(experiment.batch_spec)].shape == BATCHES[name]
+  assert experiment.data.batch_spec[serve.input_field(experiment.data.batch_spec)].shape == BATCHES[name]
   optimizer = experiment.config.optimizer
   assert (optimizer.name, optimizer.momentum, optimizer.weight_decay, optimizer.l2) == ("momentum", 0.9, 0, 0)
   assert (optimizer.schedule, optimizer.warmup_fraction) == ("constant", 0)
   batch = jax_worker.random_batch(experiment)
   assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
-      k: (s.shape, s.dtype) for k, s in experiment.batch_spec.items()}
+      k: (s.shape, s.dtype) for k, s in experiment.data.batch_spec.items()}
   assert batch["mask"].min() == 1
   for field, inputs in (("length", "features"), ("token_length", "tokens")):
     if field in batch:
@@ -334,7 +334,7 @@ def test_a_case_is_the_peers_network_trained_by_plain_momentum(name):
   if "boxes" in batch:
     low, high = batch["boxes"][..., :2], batch["boxes"][..., 2:]
     assert low.min() >= 0 and (high - low).min() > 9 and high.max() <= 96 and batch["box_mask"].min() == 1
-  variables = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.batch_spec)
+  variables = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.data.batch_spec)
   assert sum(x.size for x in jax.tree.leaves(variables["params"])) == PARAMETERS[name]
 
 

@@ -120,13 +120,13 @@ def test_a_preset_builds_without_data(family, preset, monkeypatch, tmp_path):
   config = EXPERIMENTS[family].get_config(preset)
   experiment = EXPERIMENTS[family].build(config)
   assert experiment.config is config
-  assert "mask" in experiment.batch_spec
-  assert all(spec.shape[0] == config.batch_size for spec in experiment.batch_spec.values())
-  assert experiment.evals and set(experiment.evals) <= {"validation", "test"}
-  assert experiment.monitor is None or experiment.monitor.partition("/")[0] in set(experiment.evals) - {"test"}
+  assert "mask" in experiment.data.batch_spec
+  assert all(spec.shape[0] == config.batch_size for spec in experiment.data.batch_spec.values())
+  assert experiment.data.evals and set(experiment.data.evals) <= {"validation", "test"}
+  assert experiment.monitor is None or experiment.monitor.partition("/")[0] in set(experiment.data.evals) - {"test"}
   if _classifies(experiment):
-    assert {"image", "label"} <= set(experiment.batch_spec)
-    assert list(experiment.evals) == ["validation", "test"] and experiment.monitor
+    assert {"image", "label"} <= set(experiment.data.batch_spec)
+    assert list(experiment.data.evals) == ["validation", "test"] and experiment.monitor
   state = Program(experiment, RunOptions(mesh={"data": 1, "fsdp": 1, "tensor": 1})).abstract_state
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
   assert not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ class Trained:
   @property
   def splits(self) -> list[str]:
     """What was evaluated on the way."""
-    return [split for split in self.experiment.evals if split != "test"]
+    return [split for split in self.experiment.data.evals if split != "test"]
 
   def result(self) -> Mapping[str, Any]:
     return json.loads((self.workdir / "result.json").read_text())
@@ -182,7 +182,7 @@ def trained(request, data_dir, tmp_path_factory) -> Trained:
   outcome = run(module, f"--workdir={workdir}", *arguments, "--config.checkpoint_every=1000")
   assert outcome.status == 0, outcome
   experiment = module.build(workdir_lib.Workdir(workdir).read_config())
-  for words in (*experiment.evals, str(workdir / "result.json"), str(workdir / "figures")):
+  for words in (*experiment.data.evals, str(workdir / "result.json"), str(workdir / "figures")):
     assert words in outcome.out
   return Trained(family, next(iter(module.PRESETS)), experiment, workdir)
 
@@ -258,7 +258,7 @@ def test_result_json_is_complete_and_true(trained):
   assert result["steps"] == result["total_steps"] == experiment.config.total_steps
   assert result["params"] == PARAMETERS.get(trained.family, result["params"]) > 0
   assert 0 < result["examples_per_second"] and 0 < result["seconds"]
-  assert set(result["metrics"]) == set(experiment.evals)
+  assert set(result["metrics"]) == set(experiment.data.evals)
   assert all(math.isfinite(value) for values in result["metrics"].values() for value in values.values())
   if experiment.monitor:
     split, _, name = experiment.monitor.partition("/")

@@ -116,6 +116,13 @@ class Dataset:
     """Feature name -> TFDS feature."""
     return dict(self.builder.info.features.items())
 
+  @property
+  def fingerprint(self) -> str:
+    """The set's name, config and version, and how many examples each of its splits has."""
+    info = self.builder.info
+    sizes = ", ".join(f"{name} {split.num_examples}" for name, split in sorted(info.splits.items()))
+    return f"{info.full_name}: {sizes}"
+
   def ranges(self, split: str, field: str) -> list[tuple[str, int, int]]:
     """What a split expression names: (file, first record, end).
 

@@ -84,27 +84,17 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
     config: with the fields of the function above.
     model: see `Forecasting`; it gives as many quantiles as the function above.
   """
-  data = windows.pipelines(
-      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+  data = windows.SeriesSet(config.data).pipelines(
+      batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = forecasting.Forecasting(model=model, quantiles=quantiles(config))
   return Experiment(
-      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
-      monitor=config.monitor or None, encode=functools.partial(_encode, config.data), decode=forecasting.decode,
-      pictures=functools.partial(forecasting.pictures, band=task.band),
-      assets=lambda: {_NORMALISER: data.normaliser().asset()}, restore=lambda assets: data.use(_normaliser(assets)))
-
-
-_NORMALISER = "normaliser"
-
-
-def _normaliser(assets: Mapping[str, Any]) -> windows.Normaliser:
-  if _NORMALISER not in assets:
-    raise UserError(f"--workdir: data/{_NORMALISER}.json is missing there; restore it from a copy, or train again")
-  return windows.Normaliser.from_asset(assets[_NORMALISER])
+      task=task, data=data, config=config, monitor=config.monitor or None,
+      encode=functools.partial(_encode, config.data), decode=forecasting.decode,
+      pictures=functools.partial(forecasting.pictures, band=task.band))
 
 
 def _encode(
     data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
   """See `windows.encode`."""
-  return windows.encode(paths, data_config, _normaliser(assets))
+  return windows.encode(paths, data_config, windows.Normaliser.from_assets(assets))

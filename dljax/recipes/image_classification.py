@@ -56,17 +56,15 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, criterion: str = 
     model: called as `model(image, mask, train=...)`, gives logits [B, num_classes].
     criterion: see `Classification`.
   """
-  data = labelled.pipelines(
-      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
+  data = labelled.ImageSet(config.data).pipelines(
+      batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
       corruptions=corrupt.parse(config.eval.corruptions))
   task = classification.Classification(
       model=model, num_classes=config.data.num_classes, label_smoothing=config.model.label_smoothing,
       criterion=criterion)
   return Experiment(
-      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
-      monitor=config.monitor or None,
-      encode=functools.partial(_encode, config.data), decode=classification.decode,
-      assets=lambda: {"classes": data.class_names()}, corruptions=data.corruptions)
+      task=task, data=data, config=config, monitor=config.monitor or None,
+      encode=functools.partial(_encode, config.data), decode=classification.decode)
 
 
 def _encode(data_config, paths, assets):

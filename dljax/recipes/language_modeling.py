@@ -52,31 +52,31 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
     model: see `LanguageModeling`.
     stateful: whether the model carries its state from window to window of a text.
   """
-  data = corpus.pipelines(
-      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+  texts = corpus.TextSet(config.data)
+  data = texts.pipelines(
+      batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = language_modeling.LanguageModeling(
       model=model, stateful=stateful and not config.data.documents,
       sampling=language_modeling.Sampling(**config.sampling.to_dict()),
-      spell=lambda tokens: tokenize.pieces(data.tokenizer(), tokens))
+      spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens))
 
-  def prompt(texts: Sequence[str], names: Sequence[str]) -> Mapping[str, np.ndarray]:
-    return corpus.encode_prompts(texts, names, data.tokenizer())
+  def prompt(prompts: Sequence[str], names: Sequence[str]) -> Mapping[str, np.ndarray]:
+    return corpus.encode_prompts(prompts, names, texts.tokenizer())
 
   def encode(paths: Sequence[str], assets: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], list[str], list[str]]:
     del assets  # the experiment has restored them
-    texts, names, skipped = _read(paths, lambda content, name: data.tokenizer().encode(content, name))
-    return prompt(texts, names), names, skipped
+    found, names, skipped = _read(paths, lambda content, name: texts.tokenizer().encode(content, name))
+    return prompt(found, names), names, skipped
 
   def decode(predictions: Mapping[str, Any], assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     del assets
-    tokenizer = data.tokenizer()
+    tokenizer = texts.tokenizer()
     for tokens in np.asarray(predictions["tokens"]):
       ends = np.flatnonzero(tokens == tokenizer.end)
       yield {"text": tokenizer.decode(tokens[:ends[0]] if len(ends) else tokens)}
 
   return Experiment(
-      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
-      monitor=config.monitor or None, encode=encode, decode=decode, assets=data.assets, restore=data.restore,
+      task=task, data=data, config=config, monitor=config.monitor or None, encode=encode, decode=decode,
       prompt=prompt)
 
 

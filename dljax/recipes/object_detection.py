@@ -74,16 +74,14 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, anchors: boxes.An
     model: see `Detection`.
     anchors: that the model has outputs for.
   """
-  data = scenes.pipelines(
-      config.data, targets=("boxes",), batch_size=config.batch_size, eval_batch_size=config.eval_batch_size,
-      seed=config.seed)
+  data = scenes.SceneSet(config.data, ["boxes"]).pipelines(
+      batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = detection.Detection(
       model=model, num_classes=config.data.num_classes, anchors=anchors,
       **{field: config.model[field] for field in _OF_TASK})
   return Experiment(
-      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
-      monitor=config.monitor or None, encode=functools.partial(_encode, config.data), decode=detection.decode,
-      assets=lambda: {"classes": data.class_names("boxes")})
+      task=task, data=data, config=config, monitor=config.monitor or None,
+      encode=functools.partial(_encode, config.data), decode=detection.decode)
 
 
 def _encode(

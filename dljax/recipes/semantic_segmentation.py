@@ -54,15 +54,14 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
     config: with the fields of the function above.
     model: see `Segmentation`.
   """
-  data = scenes.pipelines(
-      config.data, targets=("segmentation",), batch_size=config.batch_size, eval_batch_size=config.eval_batch_size,
-      seed=config.seed)
+  data = scenes.SceneSet(config.data, ["segmentation"]).pipelines(
+      batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = segmentation.Segmentation(
       model=model, num_classes=config.data.mask_classes, **{field: config.model[field] for field in _OF_TASK})
   return Experiment(
-      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
-      monitor=config.monitor or None, encode=functools.partial(_encode, config.data), decode=segmentation.decode,
-      pictures=functools.partial(_pictures, config.data), assets=lambda: {"classes": data.class_names("segmentation")})
+      task=task, data=data, config=config, monitor=config.monitor or None,
+      encode=functools.partial(_encode, config.data), decode=segmentation.decode,
+      pictures=functools.partial(_pictures, config.data))
 
 
 def _encode(

@@ -51,14 +51,13 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
     config: with the fields of the function above.
     model: see `Transcription`.
   """
-  data = recordings.pipelines(
-      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+  data = recordings.AudioSet(config.data).pipelines(
+      batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = transcription.Transcription(model=model, alphabet=config.data.alphabet, beam=config.model.beam)
   return Experiment(
-      task=task, train=data.train, evals=data.evals, batch_spec=data.batch_spec, config=config,
-      monitor=config.monitor or None, encode=functools.partial(_encode, config.data),
-      decode=functools.partial(transcription.decode, beam=config.model.beam),
-      assets=lambda: {"alphabet": list(config.data.alphabet)})
+      task=task, data=data, config=config, monitor=config.monitor or None,
+      encode=functools.partial(_encode, config.data),
+      decode=functools.partial(transcription.decode, beam=config.model.beam))
 
 
 def _encode(

@@ -102,17 +102,17 @@ def evaluate(
   not open.
   """
   metrics_of, findings = {}, Findings()
-  passes = [pipeline for passes in experiment.corruptions.values() for pipeline in passes.values()]
-  with opened(*experiment.evals.values(), *passes):
-    for split, pipeline in experiment.evals.items():
+  passes = [pipeline for passes in experiment.data.corruptions.values() for pipeline in passes.values()]
+  with opened(*experiment.data.evals.values(), *passes):
+    for split, pipeline in experiment.data.evals.items():
       findings = evaluator.full(variables, rng, pipeline, split, assets)
       metrics_of[split] = findings.metrics
     table = [
         {"corruption": name, "strength": strength, **evaluator.sums(variables, rng, pipeline, f"{name} {strength}")}
-        for name, passes in experiment.corruptions.items() for strength, pipeline in sorted(passes.items())]
+        for name, passes in experiment.data.corruptions.items() for strength, pipeline in sorted(passes.items())]
   if table:
     curves = {metric: {name: [row[metric] for row in table if row["corruption"] == name]
-                       for name in experiment.corruptions} for metric in list(table[0])[2:]}
+                       for name in experiment.data.corruptions} for metric in list(table[0])[2:]}
     findings = dataclasses.replace(
         findings, tables={**findings.tables, "corruptions": table},
         figures={**findings.figures, "corruptions": report.strengths(curves, metrics_of["test"])})

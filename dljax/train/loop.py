@@ -50,8 +50,8 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   if config.init.source and not Checkpointer(folder.checkpoints, read_only=True).steps():
     weights()  # which may be bad input, to be told before anything is written
   if assets := folder.read_assets():
-    experiment.restore(assets)
-  with opened(experiment.train, *experiment.evals.values()):
+    experiment.data.restore(assets)
+  with opened(experiment.data.train, *experiment.data.evals.values()):
     evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
     if experiment.monitor:
       _check_monitor(experiment, evaluator, program)
@@ -78,7 +78,7 @@ def _acquire(folder: Workdir) -> None:
 
 def _check_monitor(experiment: Experiment, evaluator: Evaluator, program: Program) -> None:
   state = program.abstract_state
-  known = [f"{split}/{name}" for split, pipeline in experiment.evals.items() if split != "test"
+  known = [f"{split}/{name}" for split, pipeline in experiment.data.evals.items() if split != "test"
            for name in evaluator.metric_names(state.variables, state.rng, pipeline)]
   if not known:
     raise UserError(f"--config.monitor={experiment.monitor}: there is no split but test; write --config.monitor=")
@@ -117,12 +117,12 @@ class _Run:
                         "ask for more, or name another --workdir")
     writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict())
     if jax.process_index() == 0:
-      self.folder.start(self.config, self.experiment.assets())
+      self.folder.start(self.config, self.experiment.data.assets())
     if restored is None:
       state = self.program.init_state()
       if self.config.init.source:
-        state = self.denominators().put(state)
-        metrics.say(self.denominators().summary)
+        state = self.weights().put(state)
+        metrics.say(self.weights().summary)
     elif start < total and not self._exhausted:
       metrics.say(f"continuing from step {start}")
     with writer:
@@ -135,7 +135,7 @@ class _Run:
     """Steps `start` to the end; logs, evaluates and saves on the way."""
     config, mode, mesh = self.config, self.options.parallelism, self.program.mesh
     state = parallel.step_state(state, mode, mesh)
-    load = lambda step: parallel.put_batch(self.experiment.train.batch(step), mode, mesh)
+    load = lambda step: parallel.put_batch(self.experiment.data.train.batch(step), mode, mesh)
     lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
     log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
     running = collections.deque()  # a small result of each step that may not be done yet
@@ -182,7 +182,7 @@ class _Run:
   def _evaluate(self, state: TrainState, step: int, writer: metrics.MetricWriter) -> None:
     """Every split but test, and what the tracker makes of the monitored metric."""
     values = {}
-    for split, pipeline in self.experiment.evals.items():
+    for split, pipeline in self.experiment.data.evals.items():
       if split != "test":
         found = self.evaluator.sums(state.variables, state.rng, pipeline, split)
         writer.write(step, split, found)
@@ -212,8 +212,7 @@ class _Run:
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     write_json(self.folder.result_file, {
         "family": self.config.family, "preset": self.config.preset,
-        "data": self.config.data.get("file") or self.config.data.get("name"),
-        "steps": steps,
+        "data": self.experiment.data.name, "steps": steps,
         "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,
         "params": parameter_count(state.params), "seconds": self._seconds(),
         "examples_per_second": statistics.median(rates) if rates else None, "seed": self.config.seed,

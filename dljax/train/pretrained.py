@@ -70,7 +70,7 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   model, prefix = getattr(task, "model", None), ""
   head = {}
   if hasattr(model, "num_classes"):
-    batch = {key: jnp.zeros(spec.shape, spec.dtype) for key, spec in experiment.batch_spec.items()}
+    batch = {key: jnp.zeros(spec.shape, spec.dtype) for key, spec in experiment.data.batch_spec.items()}
     head = variants.head(lambda n: dataclasses.replace(task, model=model.clone(num_classes=n)).init(
         jax.random.key(0), batch))
   if init.new_head and not head:

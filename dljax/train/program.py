@@ -45,7 +45,7 @@ class Program:
   def __init__(self, experiment: Experiment, options: RunOptions, devices: Sequence[Any] | None = None):
     config = experiment.config
     mode = self._mode = options.parallelism
-    self._batch_spec = experiment.batch_spec
+    self._batch_spec = experiment.data.batch_spec
     self.mesh = parallel.make_mesh(options.mesh, mode, devices)
     parallel.check_batch_size("--config.batch_size", config.batch_size, self.mesh, config.accumulation)
     parallel.check_batch_size("--config.eval_batch_size", config.eval_batch_size, self.mesh)
@@ -54,7 +54,7 @@ class Program:
     tx = {p: optim.make_optimizer(config.optimizer, config.total_steps * players.count(p))[0] for p in set(players)}
     schedule = optim.make_schedule(config.optimizer, config.total_steps)
     self._create = lambda: create_state(
-        experiment.task, tx, experiment.batch_spec, config.seed, ema=config.ema_decay > 0)
+        experiment.task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
     self.abstract_state = parallel.abstract_state(self._create, self.mesh)
     optim.check_patterns(config.optimizer, *(player_params(self.abstract_state.params, p) for p in tx))
     train_step = step.make_train_step(

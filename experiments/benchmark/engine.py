@@ -63,14 +63,15 @@ class _Tap:
 
 def _fit(experiment: Experiment, at: Callable[[int], None]) -> None:
   """Trains as `python -m experiments.x` does, without evaluations; `at(step)` is called before each batch."""
-  tapped = dataclasses.replace(experiment, train=_Tap(experiment.train, at), evals={}, monitor=None)
+  data = dataclasses.replace(experiment.data, train=_Tap(experiment.data.train, at), evals={})
+  tapped = dataclasses.replace(experiment, data=data, monitor=None)
   with tempfile.TemporaryDirectory() as folder:
     fit(tapped, Path(folder, "run"), ONE_DEVICE)
 
 
 def _bare_step(experiment: Experiment) -> BareStep:
-  experiment.train.open()
-  bare = BareStep(experiment, experiment.train.batch(0))
+  experiment.data.train.open()
+  bare = BareStep(experiment, experiment.data.train.batch(0))
   bare.run(RUN_IN)  # drained and filled as the loop is
   return bare
 
@@ -135,7 +136,7 @@ def measure_transfers(settings: Settings) -> list[Measurement]:
     _fit(experiment, at)
   if not log:
     raise UserError("--rows=transfers: JAX's transfer guard wrote nothing; unset TF_CPP_MIN_LOG_LEVEL")
-  arrays = sum(not name.startswith(parallel.HOST) for name in experiment.batch_spec)
+  arrays = sum(not name.startswith(parallel.HOST) for name in experiment.data.batch_spec)
   to_device = sum("host-to-device" in line for line in log)
   details = {"to_device_per_step": to_device / settings.steps, "arrays_of_a_batch": arrays}
   return [
@@ -179,7 +180,7 @@ def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 
 
   def load(step: int) -> tuple[HostBatch, Any]:
     draw = np.random.default_rng(step)
-    batch = {k: draw.random(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
+    batch = {k: draw.random(s.shape, np.float32).astype(s.dtype) for k, s in experiment.data.batch_spec.items()}
     return batch, parallel.put_batch(batch, ONE_DEVICE.parallelism, program.mesh)
 
   lr_scale = parallel.put_shared(np.float32(1), program.mesh)
@@ -239,7 +240,7 @@ def measure_pipeline(settings: Settings) -> list[Measurement]:
     for kind, experiment in experiments.items():
       start = time.perf_counter()
       for step in range(turn * settings.steps, (turn + 1) * settings.steps):
-        experiment.train.batch(step)
+        experiment.data.train.batch(step)
       batch_turns[kind].append((time.perf_counter() - start) / settings.steps)
   return [
       ratio(f"lenet digits, {kind}", "bare step / its batch made in memory", {"step_seconds": step_turns},

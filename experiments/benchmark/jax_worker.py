@@ -83,7 +83,7 @@ def random_batch(experiment: Experiment) -> HostBatch:
   Boxes are of 0.1 to 0.4 of the image's sides. Sound and texts are as long as they can be, and nothing is padding.
   """
   draw, classes = np.random.default_rng(0), num_classes(experiment)
-  batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.batch_spec.items()}
+  batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.data.batch_spec.items()}
   for name, x in batch.items():
     if name in ("length", "token_length"):
       batch[name] = np.full_like(x, batch["features" if name == "length" else "tokens"].shape[1])

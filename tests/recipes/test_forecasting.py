@@ -63,11 +63,11 @@ def test_presets_build_without_data(preset, count, windows, monkeypatch):
   monkeypatch.setattr(sources, "open_dataset", lambda name: pytest.fail(f"opened {name}"))
   config = get_config(preset)
   experiment = build(config)
-  shapes = {key: spec.shape[1:] for key, spec in experiment.batch_spec.items()}
+  shapes = {key: spec.shape[1:] for key, spec in experiment.data.batch_spec.items()}
   channels = len(config.data.channels)
   assert shapes == {"window": (windows[0], channels), "horizon": (windows[1], channels), "mask": (),
                     "covariates": (sum(windows), 4)}
-  state = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.batch_spec)
+  state = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.data.batch_spec)
   assert parameter_count(state["params"]) == count
 
 

@@ -172,6 +172,6 @@ def test_training_refuses_and_touches_nothing(tmp_path, monkeypatch, arguments, 
 
 def test_presets_are_what_they_say():
   config = rnn.get_config("tiny_shakespeare")
-  spec = rnn.build(config).batch_spec
+  spec = rnn.build(config).data.batch_spec
   assert spec["tokens"].shape == (config.batch_size, config.data.length + 1) and spec["tokens"].dtype == np.int32
   assert rnn.build(config).task.stateful and not rnn.build(rnn.get_config("lm1b")).task.stateful

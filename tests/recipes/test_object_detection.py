@@ -93,7 +93,7 @@ def test_cocos_anchors_network_and_schedule_are_the_papers():
   experiment = retinanet.build(config)
   assert [sizes[0] for sizes in experiment.task.anchors.sizes] == [32, 64, 128, 256, 512]
   assert experiment.task.anchors.per_cell == 9 and experiment.task.num_classes == 80
-  variables = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.batch_spec)
+  variables = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.data.batch_spec)
   assert parameter_count(variables["params"]) == 34_068_119 - 9 * 11 * (9 * 256 + 1)  # 80 classes, not 91
   optimizer = config.optimizer
   assert (optimizer.name, optimizer.learning_rate, optimizer.momentum, optimizer.l2) == ("momentum", 0.01, 0.9, 1e-4)

@@ -91,7 +91,7 @@ def test_the_config_reaches_the_model_and_the_task():
 def test_the_preset_of_pets_has_the_papers_widths():
   config = unet.get_config("oxford_iiit_pet")
   experiment = unet.build(config)
-  shapes = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.batch_spec)
+  shapes = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.data.batch_spec)
   # unet_padded's count, with two more channels and one more class.
   assert parameter_count(shapes["params"]) == 31_036_546 + 2 * 9 * 64 + 65
   assert (config.data.mask_values, config.data.mask_names) == ((2, 1, 3), ("ground", "pet", "border"))
@@ -103,8 +103,8 @@ def test_the_set_reaches_the_batch_and_what_lies_around_the_picture_has_no_class
   config.data.update({"name": "squares", "mask_feature": "kinds", "mask_classes": 3, "mask_values": VALUES,
                       "image_shape": (32, 32, 1), "mean": (0.0,), "std": (1.0,)})
   experiment = unet.build(config)
-  assert experiment.batch_spec["segmentation"].shape == (config.batch_size, 32, 32)
-  validation = experiment.evals["validation"]
+  assert experiment.data.batch_spec["segmentation"].shape == (config.batch_size, 32, 32)
+  validation = experiment.data.evals["validation"]
   validation.open()
   batch = validation.batch(0)
   order = {}

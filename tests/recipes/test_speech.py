@@ -25,10 +25,10 @@ def test_the_config_reaches_the_model_the_task_and_the_data():
   assert isinstance(experiment.task, Transcription) and experiment.task.beam == 5
   assert experiment.task.model.vocab_size == 1 + len(config.data.alphabet) == 29
   assert experiment.task.model.dropout == config.model.dropout > 0
-  assert experiment.batch_spec["features"].shape[2] == config.data.num_mels
-  assert experiment.assets() == {"alphabet": list(config.data.alphabet)}
+  assert experiment.data.batch_spec["features"].shape[2] == config.data.num_mels
+  assert experiment.data.assets() == {"alphabet": list(config.data.alphabet)}
   large = deepspeech.build(deepspeech.get_config("librispeech"))
-  shapes = jax.eval_shape(lambda batch: large.task.init(jax.random.key(0), batch), dict(large.batch_spec))
+  shapes = jax.eval_shape(lambda batch: large.task.init(jax.random.key(0), batch), dict(large.data.batch_spec))
   assert parameter_count(shapes["params"]) > 30_000_000
 
 

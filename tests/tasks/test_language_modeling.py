@@ -197,7 +197,8 @@ def play(tmp_path):
 def _pipelines(play, **fields):
   config = corpus.default_config()
   config.update({"file": str(play), "length": 16, **fields})
-  return lambda size: corpus.pipelines(config, batch_size=16, eval_batch_size=size, seed=0, host=0, hosts=1)
+  return lambda size: corpus.TextSet(config).pipelines(
+      batch_size=16, eval_batch_size=size, seed=0, host=0, hosts=1)
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def test_a_dry_run_sees_the_carry(mode):
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES["data:4"]))
   program.lower_train_step().compile()
   assert program.train_step_flops() > 0
-  assert sum(row.parameters for row in flops.task_layers(experiment.task, experiment.batch_spec)) == 6 * WIDTH + 5
+  assert sum(row.parameters for row in flops.task_layers(experiment.task, experiment.data.batch_spec)) == 6 * WIDTH + 5
 
 
 def test_a_step_that_went_wrong_leaves_the_carry():

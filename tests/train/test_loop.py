@@ -54,7 +54,7 @@ def _interrupted(experiment, step: int):
       os.kill(os.getpid(), signal.SIGTERM)
     return _batch(wanted)
 
-  return dataclasses.replace(experiment, train=toys.Scripted(batch))
+  return toys.with_data(experiment, train=toys.Scripted(batch))
 
 
 def _rows(folder, split=None):
@@ -145,12 +145,12 @@ def test_data_that_fit_opened_is_closed_and_other_stays_open(tmp_path):
     return IndexedPipeline(lambda _: InMemory({"x": np.ones(toys.BATCH_SIZE, np.float32)}), finish,
                            batch_size=toys.BATCH_SIZE, train=train)
 
-  experiment = dataclasses.replace(
+  experiment = toys.with_data(
       _experiment(total_steps=2), train=pipeline(True), evals={"validation": pipeline(False), "test": pipeline(False)})
-  experiment.evals["test"].open()
+  experiment.data.evals["test"].open()
   loop.fit(experiment, tmp_path, OPTIONS)
-  experiment.evals["test"].batch(0)
-  for closed in (experiment.train, experiment.evals["validation"]):
+  experiment.data.evals["test"].batch(0)
+  for closed in (experiment.data.train, experiment.data.evals["validation"]):
     with pytest.raises(RuntimeError, match="open"):
       closed.batch(0)
 
@@ -236,7 +236,7 @@ def test_a_diverging_run_says_where_and_leaves_the_good_checkpoint(tmp_path, log
   with Checkpointer(tmp_path / "checkpoints") as checkpointer:
     restored = checkpointer.restore(Program(experiment, OPTIONS).abstract_state)
   assert state_sha256(restored.state) == state_sha256(expected)
-  mended = dataclasses.replace(experiment, train=toys.Scripted(_batch))
+  mended = toys.with_data(experiment, train=toys.Scripted(_batch))
   assert int(loop.fit(mended, tmp_path, OPTIONS).step) == 40
 
 

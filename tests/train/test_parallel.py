@@ -134,7 +134,7 @@ def test_sharded_state_takes_its_share_of_memory_and_stays_sharded():
     kernel, trace = state.params["hidden1"]["kernel"], state.opt_state["all"][0].trace["hidden1"]["kernel"]
     for array in (kernel, trace):
       assert {s.data.shape for s in array.addressable_shards} == {(16, 16)}  # of [64, 16]
-    batch = parallel.put_batch(experiment.train.batch(step), "jit", program.mesh)
+    batch = parallel.put_batch(experiment.data.train.batch(step), "jit", program.mesh)
     state, _ = jax.block_until_ready(program.train_step(state, batch, scale))
   for array, planned in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True):
     assert array.sharding.is_equivalent_to(planned.sharding, array.ndim)
@@ -146,7 +146,7 @@ def test_a_step_is_compiled_once_moves_nothing_but_the_batch_and_donates_the_sta
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
   state = parallel.step_state(program.init_state(), mode, program.mesh)
   scale = parallel.put_shared(np.float32(1), program.mesh)
-  batches = [parallel.put_batch(experiment.train.batch(step), mode, program.mesh) for step in range(4)]
+  batches = [parallel.put_batch(experiment.data.train.batch(step), mode, program.mesh) for step in range(4)]
   with jax.log_compiles():
     state, _ = jax.block_until_ready(program.train_step(state, batches[0], scale))
   assert "Compiling" in caplog.text
@@ -195,7 +195,7 @@ def test_a_checkpoint_restores_under_another_mode_or_mesh_and_trains_on(checkpoi
   assert state_sha256(parallel.state_to_host(state, program.mesh)) == digest
   shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   assert shardings(state) == shardings(program.abstract_state)
-  batch = parallel.put_batch(experiment.train.batch(2), mode, program.mesh)
+  batch = parallel.put_batch(experiment.data.train.batch(2), mode, program.mesh)
   state, out = jax.block_until_ready(
       program.train_step(state, batch, parallel.put_shared(np.float32(1), program.mesh)))
   assert int(state.step) == 3

@@ -16,6 +16,7 @@ import numpy as np
 from dljax import optim
 from dljax.recipes import image_classification
 from dljax.config import base_config
+from dljax.data.splits import Data
 from dljax.models.layers import BatchNorm
 from dljax.models.mlp import MLP
 from dljax.models.resnet import BasicBlock, ResNet
@@ -137,8 +138,14 @@ def formula_experiment(
       model=ml_collections.ConfigDict(), data=ml_collections.ConfigDict(), **fields)
   spec = {k: jax.ShapeDtypeStruct(np.shape(v), np.asarray(v).dtype) for k, v in train.batch(0).items()
           if not k.startswith(parallel.HOST)}
-  return Experiment(task=task, train=train, evals=evals or {}, batch_spec=spec, config=config,
-                    monitor=config.monitor or None, encode=None, decode=None)
+  data = Data(name="toy", train=train, evals=evals or {}, batch_spec=spec, fingerprint=lambda: "toy")
+  return Experiment(
+      task=task, data=data, config=config, monitor=config.monitor or None, encode=None, decode=None)
+
+
+def with_data(experiment: Experiment, **fields: Any) -> Experiment:
+  """The experiment with other `fields` of its data."""
+  return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **fields))
 
 
 def digits_experiment(
@@ -151,11 +158,11 @@ def digits_experiment(
   config.optimizer.update({"learning_rate": 0.1, "warmup_fraction": 0.0, **optimizer})
   config.data.update({"pad_crop": 1, "flip": True})
   experiment = image_classification.build(config, model)
-  experiment.train.open()
+  experiment.data.train.open()
   if mask is None:
     return experiment
-  masked = lambda step: {**experiment.train.batch(step), "mask": mask(step)}
-  return dataclasses.replace(experiment, train=Scripted(masked))
+  masked = lambda step: {**experiment.data.train.batch(step), "mask": mask(step)}
+  return with_data(experiment, train=Scripted(masked))
 
 
 class Outcome(NamedTuple):
@@ -179,7 +186,7 @@ def train(
         lambda s: jax.tree.map(cast, s), out_shardings=parallel.state_shardings(state, program.mesh))(state)
   state, outs = parallel.step_state(state, parallelism, program.mesh), []
   for step in range(steps):
-    batch = parallel.put_batch(experiment.train.batch(step), parallelism, program.mesh)
+    batch = parallel.put_batch(experiment.data.train.batch(step), parallelism, program.mesh)
     scale = parallel.put_shared(np.float32(lr_scales[step] if lr_scales else 1), program.mesh)
     state, out = program.train_step(state, batch, scale)
     outs.append(jax.tree.map(np.asarray, jax.block_until_ready(out)))

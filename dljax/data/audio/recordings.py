@@ -261,56 +261,6 @@ def tokenize(text: str, alphabet: str) -> np.ndarray:
 # --- Pipelines --------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class AudioData:
-  """The pipelines of a set of recordings.
-
-  Attributes:
-    train: shuffled, augmented, endless.
-    evals: "validation" and "test", as far as the config names them.
-    batch_spec: field -> shape and dtype of a global training batch, of the longest recordings.
-  """
-
-  train: Pipeline
-  evals: Mapping[str, Pipeline]
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-
-
-def pipelines(
-    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-    hosts: int | None = None,
-) -> AudioData:
-  """Pipelines from `config.data`; opens nothing.
-
-  Args:
-    config: see `default_config`.
-    batch_size: of a global training batch.
-    eval_batch_size: of a global evaluation batch.
-    seed: of the run.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says.
-
-  Raises:
-    UserError: a value out of range; when opened, data that is missing or does not fit the config.
-  """
-  validate(config)
-  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-    if size < 1:
-      raise UserError(f"--config.{field}={size}: give a positive number")
-  recordings = _AudioSet(config)
-  make = lambda split, finish, **kwargs: ragged.RaggedPipeline(
-      functools.partial(recordings.open_split, split), finish, longest=config.max_frames,
-      flag="--config.data.max_frames", buckets=config.buckets, multiple=FRAMES, host=host, hosts=hosts, **kwargs)
-  train = make("train", recordings.train_batch, batch_size=batch_size, seed=seed, train=True)
-  evals = {split: make(split, recordings.batch, batch_size=eval_batch_size)
-           for split in ("validation", "test") if config[split]}
-  longest = -(-config.max_frames // FRAMES) * FRAMES
-  shapes = {"features": ((longest, config.num_mels), np.float32), "length": ((), np.int32),
-            "tokens": ((config.max_text,), np.int32), "token_length": ((), np.int32), "mask": ((), np.float32)}
-  spec = {key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
-  return AudioData(train, evals, spec)
-
-
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
   """Reads recordings as evaluation would.
 
@@ -326,8 +276,7 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
   Raises:
     UserError: a path does not exist.
   """
-  validate(config)
-  recordings = _AudioSet(config)
+  recordings = AudioSet(config)
   found, names, skipped = [], [], []
   for path in _files(paths):
     try:
@@ -392,10 +341,18 @@ class _Recordings:
     pass
 
 
-class _AudioSet:
-  """What the pipelines of one config share: the opened set, and how its examples become batches."""
+class AudioSet:
+  """What the pipelines of one config share: the opened set, and how its examples become batches.
+
+  Args:
+    config: see `default_config`.
+
+  Raises:
+    UserError: a value out of range.
+  """
 
   def __init__(self, config: Any):
+    validate(config)
     self.config = config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
     self._mel_filters = _filters(config)
     self._window, self._hop = (round(config[field] * config.sample_rate) for field in ("window", "hop"))
@@ -415,6 +372,39 @@ class _AudioSet:
         splits.check_splits(dataset, self.config)
         self._dataset = dataset
       return self._dataset
+
+  def pipelines(
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+  ) -> splits.Data:
+    """The set's pipelines; opens nothing.
+
+    Args:
+      batch_size: rows of a global training batch.
+      eval_batch_size: rows of a global evaluation batch.
+      seed: the run's seed.
+      host: this host's number and
+      hosts: how many there are; by default what JAX says.
+
+    Raises:
+      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    """
+    config = self.config
+    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+      if size < 1:
+        raise UserError(f"--config.{field}={size}: give a positive number")
+    make = lambda split, finish, **kwargs: ragged.RaggedPipeline(
+        functools.partial(self.open_split, split), finish, longest=config.max_frames,
+        flag="--config.data.max_frames", buckets=config.buckets, multiple=FRAMES, host=host, hosts=hosts, **kwargs)
+    train = make("train", self.train_batch, batch_size=batch_size, seed=seed, train=True)
+    evals = {split: make(split, self.batch, batch_size=eval_batch_size)
+             for split in ("validation", "test") if config[split]}
+    longest = -(-config.max_frames // FRAMES) * FRAMES
+    shapes = {"features": ((longest, config.num_mels), np.float32), "length": ((), np.int32),
+              "tokens": ((config.max_text,), np.int32), "token_length": ((), np.int32), "mask": ((), np.float32)}
+    return splits.Data(
+        name=config.name, train=train, evals=evals,
+        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()},
+        fingerprint=lambda: self.dataset.fingerprint, assets=lambda: {"alphabet": list(config.alphabet)})
 
   def features(self, sound: np.ndarray, rate: int) -> np.ndarray:
     """f32[T, F] of a recording."""

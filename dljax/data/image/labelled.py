@@ -6,7 +6,6 @@ each feature NAME of `config.data.groups`; under mixup or CutMix also mix_label
 i32[b], the partner's label, and mix_weight f32[b], the weight of the own one.
 """
 
-import dataclasses
 import functools
 import io
 import math
@@ -22,7 +21,7 @@ import numpy as np
 
 from dljax.data import sources, splits
 from dljax.data.image import augment, corrupt, png
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Plan, Reprocessed, Streaming, rng
 from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
@@ -95,69 +94,6 @@ def validate(config: Any) -> None:
   sources.parse_name(config.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageData:
-  """The pipelines of an image set.
-
-  Attributes:
-    train: shuffled, augmented, endless.
-    evals: "validation" and "test", in order, as far as the config names them.
-    batch_spec: field -> shape and dtype of a global training batch.
-    class_names: opens the set if need be; name of each label, for `workdir/data/`.
-    corruptions: name -> strength -> one pass over "test", so disturbed.
-  """
-
-  train: Pipeline
-  evals: Mapping[str, Pipeline]
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-  class_names: Callable[[], list[str]]
-  corruptions: Mapping[str, Mapping[int, Pipeline]]
-
-
-def pipelines(
-    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-    hosts: int | None = None, corruptions: Sequence[str] = (),
-) -> ImageData:
-  """Pipelines from `config.data`; opens nothing.
-
-  Args:
-    config: see `default_config`.
-    batch_size: of a global training batch.
-    eval_batch_size: of a global evaluation batch.
-    seed: of the run.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says.
-    corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
-
-  Raises:
-    UserError: a value out of range; when opened, data that is missing or does not fit the config.
-  """
-  validate(config)
-  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-    if size < 1:
-      raise UserError(f"--config.{field}={size}: give a positive number")
-  if corruptions and not config["test"]:
-    raise UserError("--config.eval.corruptions disturbs the test split; name one by --config.data.test")
-  images = _ImageSet(config)
-  evals = {
-      split: IndexedPipeline(
-          functools.partial(images.open_split, split), images.eval_batch, batch_size=eval_batch_size,
-          host=host, hosts=hosts)
-      for split in ("validation", "test") if config[split]}
-  train = IndexedPipeline(
-      functools.partial(images.open_split, "train"), images.train_batch, batch_size=batch_size, seed=seed,
-      train=True, host=host, hosts=hosts)
-  spec = {"image": ((batch_size, *config.image_shape), np.float32), "label": ((batch_size,), np.int32),
-          "mask": ((batch_size,), np.float32)}
-  if images.mixes:
-    spec |= {"mix_label": ((batch_size,), np.int32), "mix_weight": ((batch_size,), np.float32)}
-  spec = {key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}
-  disturbed = {
-      name: {strength: Reprocessed(evals["test"], functools.partial(images.eval_batch, corruption=(name, strength)))
-             for strength in corrupt.STRENGTHS} for name in corruptions}
-  return ImageData(train, evals, spec, lambda: list(images.dataset.features["label"].names), disturbed)
-
-
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
   """Reads images as evaluation would.
 
@@ -174,9 +110,8 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
   Raises:
     UserError: a path does not exist.
   """
-  validate(config)
   images, sizes, names, skipped = [], [], [], []
-  fit = _ImageSet(config).fit
+  fit = ImageSet(config).fit
   for path in _files(paths):
     try:
       stack = _load_npy(path, config.image_shape[-1]) if path.suffix == ".npy" else [
@@ -228,10 +163,18 @@ def _load_npy(path: Path, channels: int) -> list[np.ndarray]:
   return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels else array[..., :channels])
 
 
-class _ImageSet:
-  """What the pipelines of one config share: the opened set, and how its examples become batches."""
+class ImageSet:
+  """What the pipelines of one config share: the opened set, and how its examples become batches.
+
+  Args:
+    config: see `default_config`.
+
+  Raises:
+    UserError: a value out of range.
+  """
 
   def __init__(self, config: Any):
+    validate(config)
     self.config = config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
     self.mixes = config.mixup > 0 or config.cutmix > 0
     self._dataset: sources.Dataset | None = None
@@ -247,6 +190,49 @@ class _ImageSet:
         self._check(dataset)
         self._dataset = dataset
       return self._dataset
+
+  def pipelines(
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+      corruptions: Sequence[str] = (),
+  ) -> splits.Data:
+    """The set's pipelines; opens nothing.
+
+    Args:
+      batch_size: rows of a global training batch.
+      eval_batch_size: rows of a global evaluation batch.
+      seed: the run's seed.
+      host: this host's number and
+      hosts: how many there are; by default what JAX says.
+      corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
+
+    Raises:
+      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    """
+    config = self.config
+    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+      if size < 1:
+        raise UserError(f"--config.{field}={size}: give a positive number")
+    if corruptions and not config["test"]:
+      raise UserError("--config.eval.corruptions disturbs the test split; name one by --config.data.test")
+    evals = {
+        split: IndexedPipeline(
+            functools.partial(self.open_split, split), self.eval_batch, batch_size=eval_batch_size,
+            host=host, hosts=hosts)
+        for split in ("validation", "test") if config[split]}
+    train = IndexedPipeline(
+        functools.partial(self.open_split, "train"), self.train_batch, batch_size=batch_size, seed=seed,
+        train=True, host=host, hosts=hosts)
+    spec = {"image": (config.image_shape, np.float32), "label": ((), np.int32), "mask": ((), np.float32)}
+    if self.mixes:
+      spec |= {"mix_label": ((), np.int32), "mix_weight": ((), np.float32)}
+    disturbed = {
+        name: {strength: Reprocessed(evals["test"], functools.partial(self.eval_batch, corruption=(name, strength)))
+               for strength in corrupt.STRENGTHS} for name in corruptions}
+    return splits.Data(
+        name=config.name, train=train, evals=evals,
+        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in spec.items()},
+        fingerprint=lambda: self.dataset.fingerprint, corruptions=disturbed,
+        assets=lambda: {"classes": list(self.dataset.features["label"].names)})
 
   def _check(self, dataset: sources.Dataset) -> None:
     config = self.config

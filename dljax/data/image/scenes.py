@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ import numpy as np
 
 from dljax.data import sources, splits
 from dljax.data.image import augment, labelled
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming
+from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Plan, Streaming
 from dljax.errors import UserError
 
 VOID = -1  # the class of a pixel that has none
@@ -97,64 +97,6 @@ def _image_config(config: Any) -> ml_collections.ConfigDict:
   return shared
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneData:
-  """The pipelines of a set of scenes.
-
-  Attributes:
-    train: shuffled, augmented, endless.
-    evals: "validation" and "test", in order, as far as the config names them.
-    batch_spec: field -> shape and dtype of a global training batch.
-    class_names: of a target; opens the set if need be; name of each class, for `workdir/data/`.
-  """
-
-  train: Pipeline
-  evals: Mapping[str, Pipeline]
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-  class_names: Callable[[str], list[str]]
-
-
-def pipelines(
-    config: Any, *, targets: Sequence[str], batch_size: int, eval_batch_size: int, seed: int,
-    host: int | None = None, hosts: int | None = None,
-) -> SceneData:
-  """Pipelines from `config.data`; opens nothing.
-
-  Args:
-    config: see `default_config`.
-    targets: which of `TARGETS` the batches hold.
-    batch_size: of a global training batch.
-    eval_batch_size: of a global evaluation batch.
-    seed: of the run.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says.
-
-  Raises:
-    UserError: a value out of range; when opened, data that is missing or does not fit the config.
-  """
-  validate(config)
-  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-    if size < 1:
-      raise UserError(f"--config.{field}={size}: give a positive number")
-  scenes = _SceneSet(config, targets)
-  evals = {
-      split: IndexedPipeline(
-          functools.partial(scenes.open_split, split), scenes.eval_batch, batch_size=eval_batch_size,
-          host=host, hosts=hosts)
-      for split in ("validation", "test") if config[split]}
-  train = IndexedPipeline(
-      functools.partial(scenes.open_split, "train"), scenes.train_batch, batch_size=batch_size, seed=seed,
-      train=True, host=host, hosts=hosts)
-  shapes = {"image": (config.image_shape, np.float32), "mask": ((), np.float32)}
-  if "boxes" in targets:
-    shapes |= {"boxes": ((config.max_boxes, 4), np.float32), "box_label": ((config.max_boxes,), np.int32),
-               "box_mask": ((config.max_boxes,), np.float32)}
-  if "segmentation" in targets:
-    shapes["segmentation"] = (config.image_shape[:2], np.int32)
-  spec = {key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()}
-  return SceneData(train, evals, spec, scenes.class_names)
-
-
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
   """Reads the user's images as evaluation would; see `labelled.encode`."""
   validate(config)
@@ -190,13 +132,23 @@ class Placement:
     return np.asarray(Image.fromarray(part).resize((int(size[1]), int(size[0])), Image.Resampling.NEAREST))
 
 
-class _SceneSet:
-  """What the pipelines of one config share: the opened set, and how its examples become batches."""
+class SceneSet:
+  """What the pipelines of one config share: the opened set, and how its examples become batches.
+
+  Args:
+    config: see `default_config`.
+    targets: which of `TARGETS` the batches hold; the class names in `Data.assets` are those of the first.
+
+  Raises:
+    UserError: a value out of range.
+  """
 
   def __init__(self, config: Any, targets: Sequence[str]):
+    validate(config)
+    self._targets = tuple(targets)
     self.config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
     self.boxes, self.segmentation = (target in targets for target in TARGETS)
-    self._fit = labelled._ImageSet(_image_config(config)).fit
+    self._fit = labelled.ImageSet(_image_config(config)).fit
     self._classes = np.full(256, _VOID_BYTE, np.uint8)  # value in the file -> class
     self._classes[list(config.mask_values)] = np.arange(config.mask_classes)
     self._dataset: sources.Dataset | None = None
@@ -211,6 +163,45 @@ class _SceneSet:
         self._check(dataset)
         self._dataset = dataset
       return self._dataset
+
+  def pipelines(
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+  ) -> splits.Data:
+    """The set's pipelines; opens nothing.
+
+    Args:
+      batch_size: rows of a global training batch.
+      eval_batch_size: rows of a global evaluation batch.
+      seed: the run's seed.
+      host: this host's number and
+      hosts: how many there are; by default what JAX says.
+
+    Raises:
+      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    """
+    config = self.config
+    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+      if size < 1:
+        raise UserError(f"--config.{field}={size}: give a positive number")
+    evals = {
+        split: IndexedPipeline(
+            functools.partial(self.open_split, split), self.eval_batch, batch_size=eval_batch_size,
+            host=host, hosts=hosts)
+        for split in ("validation", "test") if config[split]}
+    train = IndexedPipeline(
+        functools.partial(self.open_split, "train"), self.train_batch, batch_size=batch_size, seed=seed,
+        train=True, host=host, hosts=hosts)
+    shapes = {"image": (config.image_shape, np.float32), "mask": ((), np.float32)}
+    if self.boxes:
+      shapes |= {"boxes": ((config.max_boxes, 4), np.float32), "box_label": ((config.max_boxes,), np.int32),
+                 "box_mask": ((config.max_boxes,), np.float32)}
+    if self.segmentation:
+      shapes["segmentation"] = (config.image_shape[:2], np.int32)
+    return splits.Data(
+        name=config.name, train=train, evals=evals,
+        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()},
+        fingerprint=lambda: self.dataset.fingerprint,
+        assets=lambda: {"classes": self.class_names(self._targets[0])})
 
   def _check(self, dataset: sources.Dataset) -> None:
     config, features = self.config, dataset.features
@@ -236,7 +227,7 @@ class _SceneSet:
     splits.check_splits(dataset, config)
 
   def class_names(self, target: str) -> list[str]:
-    """See `SceneData.class_names`."""
+    """The name of each class of a target; opens the set if need be."""
     labels, config = _object_labels(self.dataset.features), self.config
     names = [] if labels is None else list(labels.names)
     if target == "boxes":

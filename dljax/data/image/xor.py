@@ -1,12 +1,13 @@
 """XOR in the plane: what a perceptron cannot learn (Minsky & Papert, "Perceptrons", 1969)."""
 
-from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
 from dljax.data.pipeline import HostBatch, IndexedPipeline, InMemory, Plan, Pipeline, rng
+from dljax.data.splits import Data
 from dljax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -51,15 +52,14 @@ def points(split: str, size: int, noise: float) -> tuple[np.ndarray, np.ndarray]
   return noisy.astype(np.float32), (signs[:, 0] != signs[:, 1]).astype(np.int32)
 
 
-def pipelines(
-    config: Any, *, batch_size: int, eval_batch_size: int, seed: int) -> tuple[Pipeline, Mapping[str, Pipeline]]:
-  """(train, {"validation": ..., "test": ...}); fields image f32[b, 2], label, mask and "host/id".
+def pipelines(config: Any, *, batch_size: int, eval_batch_size: int, seed: int) -> Data:
+  """The points' pipelines; fields image f32[b, 2], label, mask and "host/id".
 
   Args:
     config: see `default_config`.
-    batch_size: of a global training batch.
-    eval_batch_size: of a global evaluation batch.
-    seed: of the run; the points are the same for all.
+    batch_size: rows of a global training batch.
+    eval_batch_size: rows of a global evaluation batch.
+    seed: the run's seed; the points are the same for all.
   """
   validate(config)
 
@@ -68,7 +68,13 @@ def pipelines(
     examples = InMemory({"image": image, "label": label})
     return IndexedPipeline(lambda _: examples, _finish, batch_size=rows, seed=seed, train=split == "train")
 
-  return make("train", batch_size), {split: make(split, eval_batch_size) for split in SPLITS[1:]}
+  shapes = {"image": ((2,), np.float32), "label": ((), np.int32), "mask": ((), np.float32)}
+  return Data(
+      name="xor", train=make("train", batch_size),
+      evals={split: make(split, eval_batch_size) for split in SPLITS[1:]},
+      batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()},
+      fingerprint=lambda: ", ".join(f"{key} {config[key]}" for key in sorted(config)),
+      assets=lambda: {"classes": ["same", "different"]})
 
 
 def _finish(examples: InMemory, plan: Plan) -> HostBatch:

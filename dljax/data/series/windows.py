@@ -27,11 +27,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from dljax.data import sources
+from dljax.data import sources, splits
 from dljax.data.series import table
 from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline, Plan
 from dljax.errors import UserError, unknown
 
+ASSET = "normaliser"
 MISSING = ("refuse", "mask")
 DAY = 86400  # seconds
 MONDAY = 3 * DAY  # since the Monday before the start of 1970, a Thursday
@@ -142,8 +143,11 @@ class Normaliser:
     return {"channels": list(self.channels), "mean": self.mean.tolist(), "std": self.std.tolist(), "step": self.step}
 
   @classmethod
-  def from_asset(cls, saved: Mapping[str, Any]) -> "Normaliser":
-    """The inverse of `asset`."""
+  def from_assets(cls, assets: Mapping[str, Any]) -> "Normaliser":
+    """The inverse of `asset`, from all assets of a run; raises `UserError` where it is not among them."""
+    if ASSET not in assets:
+      raise UserError(f"--workdir: data/{ASSET}.json is missing there; restore it from a copy, or train again")
+    saved = assets[ASSET]
     return cls(tuple(saved["channels"]), np.array(saved["mean"]), np.array(saved["std"]), int(saved["step"]))
 
 
@@ -177,75 +181,72 @@ def covariates(times: np.ndarray, names: Sequence[str]) -> np.ndarray:
   return np.stack(waves, axis=-1).astype(np.float32) if waves else np.zeros((len(times), 0), np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class SeriesData:
-  """The pipelines of a series.
-
-  Attributes:
-    train: windows of the training rows, shuffled, endless.
-    evals: "validation" and "test", all windows in order.
-    batch_spec: field -> shape and dtype of a global training batch.
-  """
-
-  train: Pipeline
-  evals: Mapping[str, Pipeline]
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-  _series: "_SeriesSet"
-
-  def normaliser(self) -> Normaliser:
-    """What the batches are normalised by; opens the series if need be."""
-    return self._series.opened[0]
-
-  def use(self, normaliser: Normaliser) -> None:
-    """Takes what an earlier run was fitted to in place of fitting anew; to be called before the series is opened."""
-    self._series.saved = normaliser
-
-
-def pipelines(
-    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
-) -> SeriesData:
-  """Pipelines from `config.data`; opens nothing.
+class SeriesSet:
+  """What the pipelines of one config share: the series, read once.
 
   Args:
     config: see `default_config`.
-    batch_size: of a global training batch.
-    eval_batch_size: of a global evaluation batch.
-    seed: of the run.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says.
 
   Raises:
-    UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    UserError: a value out of range.
   """
-  validate(config)
-  for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-    if size < 1:
-      raise UserError(f"--config.{field}={size}: give a positive number")
-  series = _SeriesSet(config)
-
-  def make(split: str, rows: int) -> Pipeline:
-    train = split == "train"
-    return IndexedPipeline(
-        lambda _: series.windows(split), _finish_train if train else _finish, batch_size=rows, seed=seed, train=train,
-        host=host, hosts=hosts)
-
-  channels, length = len(config.channels), config.window + config.horizon
-  shapes = {"window": (config.window, channels), "horizon": (config.horizon, channels), "mask": ()}
-  if config.covariates:
-    shapes["covariates"] = length, 2 * len(config.covariates)
-  spec = {key: jax.ShapeDtypeStruct((batch_size, *shape), np.float32) for key, shape in shapes.items()}
-  evals = {split: make(split, eval_batch_size) for split in ("validation", "test")}
-  return SeriesData(make("train", batch_size), evals, spec, series)
-
-
-class _SeriesSet:
-  """What the pipelines of one config share: the series, read once."""
 
   def __init__(self, config: Any):
+    validate(config)
     self.config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
-    self.saved: Normaliser | None = None  # takes the place of one fitted here
+    self._saved: Normaliser | None = None  # takes the place of one fitted here
     self._lock = threading.Lock()
     self._opened: tuple[Normaliser, np.ndarray, np.ndarray] | None = None
+
+  def pipelines(
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+  ) -> splits.Data:
+    """The series' pipelines; opens nothing.
+
+    Args:
+      batch_size: rows of a global training batch.
+      eval_batch_size: rows of a global evaluation batch.
+      seed: the run's seed.
+      host: this host's number and
+      hosts: how many there are; by default what JAX says.
+
+    Raises:
+      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    """
+    config = self.config
+    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
+      if size < 1:
+        raise UserError(f"--config.{field}={size}: give a positive number")
+
+    def make(split: str, rows: int) -> Pipeline:
+      train = split == "train"
+      return IndexedPipeline(
+          lambda _: self.windows(split), _finish_train if train else _finish, batch_size=rows, seed=seed, train=train,
+          host=host, hosts=hosts)
+
+    channels, length = len(config.channels), config.window + config.horizon
+    shapes = {"window": (config.window, channels), "horizon": (config.horizon, channels), "mask": ()}
+    if config.covariates:
+      shapes["covariates"] = length, 2 * len(config.covariates)
+    return splits.Data(
+        name=config.name, train=make("train", batch_size),
+        evals={split: make(split, eval_batch_size) for split in ("validation", "test")},
+        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), np.float32) for key, shape in shapes.items()},
+        fingerprint=self.fingerprint, assets=lambda: {ASSET: self.normaliser().asset()}, restore=self.restore)
+
+  def fingerprint(self) -> str:
+    """See `Data`."""
+    if _is_csv(self.config.name):
+      return splits.file_fingerprint(self.config.name)
+    return sources.open_dataset(self.config.name).fingerprint
+
+  def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the normaliser that a run has saved; to be called before the series is opened."""
+    self._saved = Normaliser.from_assets(assets)
+
+  def normaliser(self) -> Normaliser:
+    """What the batches are normalised by; opens the series if need be."""
+    return self.opened[0]
 
   @property
   def opened(self) -> tuple[Normaliser, np.ndarray, np.ndarray]:
@@ -262,7 +263,7 @@ class _SeriesSet:
         if rows > len(series.times):
           raise UserError(f"--config.data.test={config.test}: with train and validation these are {rows:,} rows, but "
                           f"{config.name} has {len(series.times):,}; take fewer")
-        normaliser = self.saved or Normaliser.fit(dataclasses.replace(
+        normaliser = self._saved or Normaliser.fit(dataclasses.replace(
             series, times=series.times[:config.train], values=series.values[:config.train]))
         normaliser.check(series)
         self._opened = normaliser, series.times, normaliser(series.values)

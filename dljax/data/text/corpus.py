@@ -12,7 +12,6 @@ Or each document stands for itself, in batches of documents of like length (`rag
 every token of its split once: the first of a text from `Tokenizer.end`.
 """
 
-import dataclasses
 import functools
 import json
 import threading
@@ -103,80 +102,70 @@ def read_file(path: str | Path, flag: str) -> str:
   return text
 
 
-@dataclasses.dataclass(frozen=True)
-class TextData:
-  """The pipelines of a text.
-
-  Attributes:
-    train: endless.
-    evals: "validation" and "test", as far as the config names them.
-    batch_spec: field -> shape and dtype of a global training batch; the longest where there are several.
-    tokenizer: () -> what the text is read by: of the run, where `restore` was called, else fitted anew.
-    assets: () -> {"tokenizer": ...}, for `workdir/data/`.
-    restore: takes such assets, before anything is opened.
-  """
-
-  train: Pipeline
-  evals: Mapping[str, Pipeline]
-  batch_spec: Mapping[str, jax.ShapeDtypeStruct]
-  tokenizer: Callable[[], tokenize.Tokenizer]
-  assets: Callable[[], Mapping[str, Any]]
-  restore: Callable[[Mapping[str, Any]], None]
-
-
-def pipelines(
-    config: Any, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
-) -> TextData:
-  """Pipelines from `config.data`; opens nothing.
+class TextSet:
+  """What the pipelines of one config share: the documents, and the tokenizer.
 
   Args:
     config: see `default_config`.
-    batch_size: of a global training batch.
-    eval_batch_size: of a global evaluation batch.
-    seed: of the run.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says.
 
   Raises:
-    UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    UserError: a value out of range.
   """
-  validate(config)
-  texts = _Texts(config)
-  common = {"host": host, "hosts": hosts}
-
-  def pipeline(split: str, size: int) -> Pipeline:
-    read, train = functools.partial(texts.read, split), split == "train"
-    if not config.documents:
-      return Streams(read, batch_size=size, length=config.length, seed=seed, train=train, **common)
-    return ragged.RaggedPipeline(
-        lambda _: Documents(read(), config.length, texts.tokenizer().end, counts=not train),
-        lambda documents, plan: documents.gather(plan, plan.rows), longest=config.length, flag="--config.data.length",
-        buckets=config.buckets, batch_size=size, seed=seed, train=train, **common)
-
-  spec = {"tokens": ((batch_size, config.length + 1), np.int32), "mask": ((batch_size,), np.float32),
-          "reset": ((batch_size,), np.float32)}
-  if config.documents:
-    spec["length"] = ((batch_size,), np.int32)
-  return TextData(
-      train=pipeline("train", batch_size),
-      evals={split: pipeline(split, eval_batch_size) for split in ("validation", "test") if config[split]},
-      batch_spec={key: jax.ShapeDtypeStruct(*value) for key, value in spec.items()}, tokenizer=texts.tokenizer,
-      assets=lambda: {ASSET: texts.tokenizer().to_json()}, restore=texts.restore)
-
-
-class _Texts:
-  """What the pipelines of one config share: the documents, and the tokenizer."""
 
   def __init__(self, config: Any):
+    validate(config)
     self._config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
     self._tokenizer: tokenize.Tokenizer | None = None
     self._lock = threading.RLock()
 
+  def pipelines(
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+  ) -> splits.Data:
+    """The text's pipelines; opens nothing.
+
+    Args:
+      batch_size: rows of a global training batch.
+      eval_batch_size: rows of a global evaluation batch.
+      seed: the run's seed.
+      host: this host's number and
+      hosts: how many there are; by default what JAX says.
+
+    Raises:
+      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+    """
+    config, common = self._config, {"host": host, "hosts": hosts}
+
+    def pipeline(split: str, size: int) -> Pipeline:
+      read, train = functools.partial(self.read, split), split == "train"
+      if not config.documents:
+        return Streams(read, batch_size=size, length=config.length, seed=seed, train=train, **common)
+      return ragged.RaggedPipeline(
+          lambda _: Documents(read(), config.length, self.tokenizer().end, counts=not train),
+          lambda documents, plan: documents.gather(plan, plan.rows), longest=config.length,
+          flag="--config.data.length", buckets=config.buckets, batch_size=size, seed=seed, train=train, **common)
+
+    spec = {"tokens": ((config.length + 1,), np.int32), "mask": ((), np.float32), "reset": ((), np.float32)}
+    if config.documents:
+      spec["length"] = ((), np.int32)
+    return splits.Data(
+        name=config.file or config.name, train=pipeline("train", batch_size),
+        evals={split: pipeline(split, eval_batch_size) for split in ("validation", "test") if config[split]},
+        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in spec.items()},
+        fingerprint=self.fingerprint, assets=lambda: {ASSET: self.tokenizer().to_json()}, restore=self.restore)
+
+  def fingerprint(self) -> str:
+    """See `Data`."""
+    if self._config.file:
+      return splits.file_fingerprint(self._config.file)
+    return sources.open_dataset(self._config.name).fingerprint
+
   def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the tokenizer that a run has saved; to be called before anything is opened."""
     with self._lock:
       self._tokenizer = tokenize.from_json(assets[ASSET])
 
   def tokenizer(self) -> tokenize.Tokenizer:
+    """What the text is read by: the run's tokenizer after `restore`, else one that is fitted to the training text."""
     config = self._config
     with self._lock:
       if self._tokenizer is None:

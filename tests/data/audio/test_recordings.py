@@ -194,7 +194,8 @@ def sounds(count, seed, rate=RATE):
 
 
 def open_pipelines(made, **kwargs):
-  data = recordings.pipelines(made, **{"batch_size": 4, "eval_batch_size": 4, "seed": 0, "host": 0, "hosts": 1, **kwargs})
+  data = recordings.AudioSet(made).pipelines(
+      **{"batch_size": 4, "eval_batch_size": 4, "seed": 0, "host": 0, "hosts": 1, **kwargs})
   for pipeline in (data.train, *data.evals.values()):
     pipeline.open()
   return data

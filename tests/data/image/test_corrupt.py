@@ -90,7 +90,8 @@ def test_names():
 def test_the_pipelines_disturb_the_test_split_alone(digits_dir, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(digits_dir))
   config = labelled.default_config()
-  data = labelled.pipelines(config, batch_size=16, eval_batch_size=50, seed=0, host=0, hosts=1, corruptions=["blur", "noise"])
+  data = labelled.ImageSet(config).pipelines(
+      batch_size=16, eval_batch_size=50, seed=0, host=0, hosts=1, corruptions=["blur", "noise"])
   assert list(data.corruptions) == ["blur", "noise"] and list(data.corruptions["blur"]) == list(corrupt.STRENGTHS)
   disturbed, clean = data.corruptions["noise"][4], data.evals["test"]
   assert disturbed.open() and not clean.open(), "they share what was read"
@@ -104,4 +105,4 @@ def test_the_pipelines_disturb_the_test_split_alone(digits_dir, monkeypatch):
     np.testing.assert_array_equal(pixels(other), corrupt.corrupt(pixels(one), "noise", 4, 0, one["host/id"]))
   config.test = ""
   with pytest.raises(UserError, match="--config.data.test"):
-    labelled.pipelines(config, batch_size=16, eval_batch_size=50, seed=0, corruptions=["blur"])
+    labelled.ImageSet(config).pipelines(batch_size=16, eval_batch_size=50, seed=0, corruptions=["blur"])

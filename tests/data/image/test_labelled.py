@@ -24,8 +24,8 @@ NAMES = [",".join(options) or "plain" if len(options) < 2 else "everything" for 
 
 
 def build(config, seed=0, batch_size=16, **kwargs):
-  data = labelled.pipelines(
-      config, batch_size=batch_size, eval_batch_size=50, seed=seed, **{"host": 0, "hosts": 1, **kwargs})
+  data = labelled.ImageSet(config).pipelines(
+      batch_size=batch_size, eval_batch_size=50, seed=seed, **{"host": 0, "hosts": 1, **kwargs})
   return data
 
 
@@ -210,7 +210,7 @@ def test_resize_options(digits):
 
 def test_class_names_and_many_threads(digits):
   data = build(digits)
-  assert data.class_names() == [str(d) for d in range(10)]
+  assert data.assets() == {"classes": [str(d) for d in range(10)]}
   digits.flip = True
   data = build(digits)
   results = {}

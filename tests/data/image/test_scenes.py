@@ -62,8 +62,8 @@ def make(targets=scenes.TARGETS, host=0, hosts=1, batch_size=4, **fields):
   config = scenes.default_config()
   config.update({"name": "blocks", "num_classes": 2, "image_shape": (48, 64, 1), "mean": (0.0,), "std": (1.0,),
                  "max_boxes": 3, "mask_classes": 3, "mask_values": (0, 1, 2), **fields})
-  return scenes.pipelines(config, targets=targets, batch_size=batch_size, eval_batch_size=4, seed=7, host=host,
-                          hosts=hosts)
+  return scenes.SceneSet(config, targets).pipelines(
+      batch_size=batch_size, eval_batch_size=4, seed=7, host=host, hosts=hosts)
 
 
 def opened(pipeline):
@@ -110,7 +110,8 @@ def test_evaluation_reads_the_whole_set_in_order_on_a_canvas():
     assert (batch["segmentation"][batch["mask"] == 0] == VOID).all() and not batch["box_mask"][batch["mask"] == 0].any()
   found = sorted(grey(batch)[i, 4:44, 4:60].tobytes() for batch in batches for i in range(4) if batch["mask"][i])
   assert found == sorted(blocks(i)[0].astype(int).tobytes() for i in range(5))
-  assert data.class_names("segmentation") == ["ground", "dim", "bright"] and data.class_names("boxes") == ["dim", "bright"]
+  for target, names in ("segmentation", ["ground", "dim", "bright"]), ("boxes", ["dim", "bright"]):
+    assert make([target]).assets() == {"classes": names}
   assert {k: (v.shape, v.dtype) for k, v in data.batch_spec.items()} == {
       k: (v.shape, v.dtype) for k, v in batches[0].items() if not k.startswith("host/")}
 

@@ -9,7 +9,8 @@ from dljax.errors import UserError
 
 def _points(config):
   """Split -> image and label of all its points, in order."""
-  train, evals = xor.pipelines(config, batch_size=config.train, eval_batch_size=50, seed=3)
+  data = xor.pipelines(config, batch_size=config.train, eval_batch_size=50, seed=3)
+  train, evals = data.train, data.evals
   for pipeline in (train, *evals.values()):
     pipeline.open()
   batches = {"train": [train.batch(0)]}

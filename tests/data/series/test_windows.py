@@ -36,7 +36,7 @@ def config(path, **fields):
 
 
 def opened(made, batch_size=8, eval_batch_size=7, seed=0):
-  data = windows.pipelines(made, batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, host=0, hosts=1)
+  data = windows.SeriesSet(made).pipelines(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, host=0, hosts=1)
   for pipeline in (data.train, *data.evals.values()):
     pipeline.open()
   return data
@@ -101,8 +101,8 @@ def test_batches_have_the_fields_and_shapes_that_the_spec_says(tmp_path):
 
 def test_hosts_share_out_the_global_batch(tmp_path):
   made = config(write(tmp_path / "x.csv"))
-  make = lambda host, hosts: windows.pipelines(
-      made, batch_size=8, eval_batch_size=8, seed=0, host=host, hosts=hosts).train
+  make = lambda host, hosts: windows.SeriesSet(made).pipelines(
+      batch_size=8, eval_batch_size=8, seed=0, host=host, hosts=hosts).train
   whole, parts = make(0, 1), [make(host, 2) for host in range(2)]
   for pipeline in (whole, *parts):
     pipeline.open()
@@ -136,7 +136,7 @@ def test_another_future_changes_nothing_before_it(tmp_path, missing):
     other[now + 3] = np.nan
   one, two = (opened(config(write(tmp_path / f"{i}.csv", values), missing=missing))
               for i, values in enumerate((past, other)))
-  assert one.normaliser().asset() == two.normaliser().asset()
+  assert one.assets() == two.assets()
   for step in range(12):
     for key, array in one.train.batch(step).items():
       np.testing.assert_array_equal(array, two.train.batch(step)[key])
@@ -154,11 +154,12 @@ def test_another_future_changes_nothing_before_it(tmp_path, missing):
 def test_the_normaliser_is_that_of_the_training_rows_without_the_missing_ones(tmp_path):
   values = VALUES.copy()
   values[3:9, 0] = np.nan
-  normaliser = opened(config(write(tmp_path / "x.csv", values), missing="mask")).normaliser()
+  series = windows.SeriesSet(config(write(tmp_path / "x.csv", values), missing="mask"))
+  normaliser = series.normaliser()
   for c in range(2):
     there = values[:100, c][~np.isnan(values[:100, c])]
     np.testing.assert_allclose([normaliser.mean[c], normaliser.std[c]], [there.mean(), there.std()])
-  again = windows.Normaliser.from_asset(normaliser.asset())
+  again = windows.Normaliser.from_assets({windows.ASSET: normaliser.asset()})
   np.testing.assert_array_equal(again(values), normaliser(values))
   assert again.asset() == normaliser.asset() and normaliser.step == HOUR
 
@@ -167,19 +168,19 @@ def test_a_channel_that_never_changes_is_not_divided_by_zero(tmp_path):
   values = VALUES.copy()
   values[:100, 1] = 4.0
   data = opened(config(write(tmp_path / "x.csv", values)))
-  assert data.normaliser().std[1] == 1
+  assert data.assets()[windows.ASSET]["std"][1] == 1
   assert not data.train.batch(0)["window"][..., 1].any()
 
 
 def test_a_saved_normaliser_takes_the_place_of_the_fitted_one(tmp_path):
   saved = windows.Normaliser(("a", "b"), np.array([1.0, 2.0]), np.array([10.0, 20.0]), HOUR)
   made = config(write(tmp_path / "x.csv"))
-  data = windows.pipelines(made, batch_size=8, eval_batch_size=7, seed=0, host=0, hosts=1)
-  data.use(saved)
+  data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0, host=0, hosts=1)
+  data.restore({windows.ASSET: saved.asset()})
   data.evals["test"].open()
   np.testing.assert_allclose(data.evals["test"].batch(0)["window"][0], (VALUES[128:140] - [1, 2]) / [10, 20], atol=1e-6)
-  data = windows.pipelines(made, batch_size=8, eval_batch_size=7, seed=0, host=0, hosts=1)
-  data.use(windows.Normaliser(("a", "c"), saved.mean, saved.std, HOUR))
+  data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0, host=0, hosts=1)
+  data.restore({windows.ASSET: {**saved.asset(), "channels": ["a", "c"]}})
   with pytest.raises(UserError, match="has the channels a, b, but the model was trained on a, c; name these by"):
     data.train.open()
 
@@ -369,7 +370,7 @@ def test_the_embedded_temperatures(tmp_path, monkeypatch):
   test = whole_pass(data.evals["test"])
   assert table.when(test["host/time"][0]) == "2010-11-02 00:00:00"
   assert not np.isnan(test["horizon"]).any()
-  normaliser = data.normaliser()
+  normaliser = windows.Normaliser.from_assets(data.assets())
   last = test["horizon"][-1] * normaliser.std + normaliser.mean
   for c, file in enumerate(("seattle-temps.csv", "sf-temps.csv")):
     with open(_temperatures_folder() / file, newline="") as lines:
@@ -412,7 +413,7 @@ def test_etth1_from_a_file_at_hand(tmp_path, etth1, monkeypatch):
   data = opened(made)
   rows = whole_pass(data.evals["test"])
   values = np.arange(700).reshape(100, 7)[:, [6, 0]] / 8
-  normaliser = data.normaliser()
+  normaliser = windows.Normaliser.from_assets(data.assets())
   np.testing.assert_allclose(rows["horizon"][-1] * normaliser.std + normaliser.mean, values[-4:], rtol=1e-5)
 
 

@@ -52,8 +52,8 @@ def _config(play, **fields):
 
 
 def _data(play, batch_size=4, eval_batch_size=3, seed=0, host=0, hosts=1, **fields):
-  return corpus.pipelines(_config(play, **fields), batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed,
-                        host=host, hosts=hosts)
+  return corpus.TextSet(_config(play, **fields)).pipelines(
+      batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, host=host, hosts=hosts)
 
 
 def _bytes_of(split):
@@ -227,7 +227,7 @@ def test_tiny_shakespeare_as_tfds_splits_it(monkeypatch):
     pytest.skip(f"tiny_shakespeare is not prepared in {SHARED}")
   monkeypatch.setenv("TFDS_DATA_DIR", str(SHARED))
   data = _data("", name="tiny_shakespeare", tokenizer="character", vocab_size=66)
-  assert data.tokenizer().size == 66
+  assert tokenize.from_json(data.assets()[corpus.ASSET]).size == 66
   sizes = {"train": 1_003_854, "validation": 55_770, "test": 55_770}
   for split, pipeline in {"train": data.train, **data.evals}.items():
     pipeline.open()
