@@ -1,18 +1,22 @@
-"""The two exceptions that are one line instead of a traceback: the user can mend the input; the run has failed."""
+"""Errors that end in one line instead of a traceback, and the exit statuses of command lines."""
 
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
 
 
 class UserError(ValueError):
   """Bad input: one line that names the flag, file or value, and the mend.
 
-  `launch.main` prints it without a traceback and exits with status 2. Raise it before anything is
+  A command line prints it without a traceback and exits with status 2. Raise it before anything is
   written.
   """
 
@@ -20,8 +24,52 @@ class UserError(ValueError):
 class RunError(RuntimeError):
   """What was asked for is sound and yet failed: one line that says where, and why.
 
-  `launch.main` prints it without a traceback and exits with status 1.
+  A command line prints it without a traceback and exits with status 1.
   """
+
+
+class Preempted(RuntimeError):
+  """SIGTERM or Ctrl-C stopped the run, whose work is saved; one line says how to continue."""
+
+
+def exit_status(run: Callable[[], int], stopped: str) -> int:
+  """What `run` gives, or the status of its error, of which one line is printed.
+
+  Args:
+    run: gives the exit status.
+    stopped: the line to print where SIGTERM or Ctrl-C ends `run` and no `Preempted` says what
+      was saved.
+  """
+  handler = end_as_ctrl_c()
+  try:
+    return run()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return BAD_INPUT
+  except RunError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return FAILED
+  except (Preempted, KeyboardInterrupt) as stop:
+    print(str(stop) or stopped, file=sys.stderr)
+    return PREEMPTED
+  finally:
+    signal.signal(signal.SIGTERM, handler)
+
+
+def exit_with(run: Callable[[], int], stopped: str) -> NoReturn:
+  """Exits with the `exit_status` of `run`."""
+  status = exit_status(run, stopped)
+  sys.stdout.flush()
+  sys.exit(status)
+
+
+def end_as_ctrl_c() -> Any:
+  """Lets SIGTERM end the process as Ctrl-C does, except in `fit`, which handles both.
+
+  Returns:
+    The handler that was there.
+  """
+  return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from unittest import mock
 
-from dljax import launch
+from dljax import errors, launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,6 @@ class Outcome:
 
 def run(experiment: ModuleType, *arguments: str) -> Outcome:
   """`python -m experiments.x ARGUMENTS`."""
-  for name in launch._FLAGS:  # a new process has the defaults
-    launch._FLAGS[name].unparse()
   out, err = io.StringIO(), io.StringIO()
   argv = [experiment.__file__, *map(str, arguments)]
   with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -36,6 +34,6 @@ def run(experiment: ModuleType, *arguments: str) -> Outcome:
 def refuse(experiment: ModuleType, *arguments: str) -> str:
   """The one line by which a command line is refused, without its "error: "."""
   outcome = run(experiment, *arguments)
-  assert outcome.status == launch.BAD_INPUT, outcome
+  assert outcome.status == errors.BAD_INPUT, outcome
   assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
   return outcome.err.removeprefix("error: ").strip()

@@ -39,7 +39,8 @@ ALLOWED = {
     "dljax.train": TRAIN,
     "dljax.recipes": ["dljax.recipes.common", "dljax.data", "dljax.tasks", "dljax.models.baselines",
                       "dljax.train.experiment", "dljax.optim", "dljax.report", "dljax.config", "dljax.errors"],
-    "dljax.launch": ["dljax.train", "dljax.config", "dljax.errors"],
+    "dljax.runs": ["dljax.train", "dljax.config", "dljax.errors"],
+    "dljax.launch": ["dljax.launch", "dljax.runs", "dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],
 }
@@ -106,12 +107,13 @@ def test_models_know_only_jax_flax_and_numpy(path):
     ("torchvision", ["experiments.benchmark.torch_worker"]),
     ("pickle", []),
     ("clu", []),
-    ("rich", ["dljax.launch", "dljax.train.inspect", "dljax.downloads", "experiments.benchmark.tables",
+    ("rich", ["dljax.launch.tables", "dljax.train.inspect", "dljax.downloads", "experiments.benchmark.tables",
               "experiments.benchmark.__main__"]),
     ("tensorboardX", ["dljax.train.metrics"]),
     ("wandb", ["dljax.train.metrics"]),
-    ("absl", ["dljax.launch", "dljax.train.checkpoint", "experiments.benchmark.engine",
-              "experiments.benchmark.__main__"]),
+    ("absl", ["dljax.launch", "dljax.launch.configs", "dljax.launch.evaluate", "dljax.launch.flags",
+              "dljax.launch.predict", "dljax.runs", "dljax.train.checkpoint",
+              "experiments.benchmark.engine", "experiments.benchmark.__main__"]),
 ])
 def test_a_package_has_its_place(package, only):
   users = [_module(path) for path in SOURCES if any(_below(name, [package]) for name in _imports(path))]

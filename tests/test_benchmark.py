@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dljax.errors import RunError
-from dljax.launch import BAD_INPUT, FAILED, PREEMPTED
+from dljax.errors import BAD_INPUT, FAILED, PREEMPTED, RunError
 from experiments import mlp
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import engine

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from dljax import config as config_lib
-from dljax import launch
+from dljax import errors
 from dljax.data import sources
 from dljax.train.workdir import Workdir
 from experiments import lenet, mlp
@@ -155,7 +155,7 @@ launch.main(mlp.get_config, mlp.build, mlp.PRESETS)
 """
 
 
-@pytest.mark.parametrize("place, distributed", [("mlp.build", False), ("launch._train", True)])
+@pytest.mark.parametrize("place, distributed", [("mlp.build", False), ("launch.train.train", True)])
 def test_sigterm_outside_of_the_loop_exits_with_75_too(tmp_path, place, distributed):
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   if distributed:  # which has a handler of its own
@@ -165,7 +165,7 @@ def test_sigterm_outside_of_the_loop_exits_with_75_too(tmp_path, place, distribu
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
   done = subprocess.run([sys.executable, "-c", _STOPPED.format(place=place)], cwd=tmp_path, env=environment,
                         capture_output=True, text=True, timeout=120)
-  assert done.returncode == launch.PREEMPTED and "Traceback" not in done.stderr, done
+  assert done.returncode == errors.PREEMPTED and "Traceback" not in done.stderr, done
   assert "stopped" in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -721,4 +721,4 @@ def test_a_full_disk_ends_with_1_and_one_line(tmp_path):
 
 
 def test_exit_statuses_are_what_is_documented():
-  assert (launch.DONE, launch.FAILED, launch.BAD_INPUT, launch.PREEMPTED) == (0, 1, 2, 75)
+  assert (errors.DONE, errors.FAILED, errors.BAD_INPUT, errors.PREEMPTED) == (0, 1, 2, 75)

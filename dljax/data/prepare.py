@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from dljax import downloads
 from dljax.data import sources
-from dljax.errors import UserError, unknown
+from dljax.errors import DONE, UserError, exit_status, unknown
 
 STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_shakespeare")
 SERIES = ("etth1",)
@@ -165,7 +165,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit status: 0, or 2 after one line on bad input."""
+  """The command line; returns the exit status: 0 done, 2 bad input, 75 stopped by Ctrl-C or SIGTERM."""
+  return exit_status(lambda: _run(argv), "stopped; the same command continues")
+
+
+def _run(argv: Sequence[str] | None) -> int:
   parser = _Parser(
       prog="python -m dljax.data.prepare", description=__doc__, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,9 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise UserError(f"{rest[0]!r} is one name too many; give one, and see --help")
     print(f"{args.name} is prepared in {prepare(args.name, args.data_dir, args.manual_dir)}")
   except UserError as e:
-    print(f"error: {str(e).removeprefix('--config.data.name: ')}", file=sys.stderr)  # here it is no flag
-    return 2
-  return 0
+    raise UserError(str(e).removeprefix("--config.data.name: ")) from e  # here it is no flag
+  return DONE
 
 
 if __name__ == "__main__":

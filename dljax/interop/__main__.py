@@ -20,11 +20,10 @@ from typing import Any, NoReturn
 from flax import traverse_util
 
 from dljax import errors, interop
-from dljax.errors import RunError, UserError
+from dljax.errors import UserError
 from dljax.interop import folder, hub, variants
 
 LIBRARIES = [interop.OURS, *interop.SOURCES]
-DONE, FAILED, BAD_INPUT = 0, 1, 2  # exit status
 
 
 def convert(source: str, to: str, name: str, settings: Mapping[str, Any], input_: str, output: Path) -> str:
@@ -124,7 +123,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit status: 0, 2 after one line on bad input, 1 if the output was not written."""
+  """The command line; returns the exit status.
+
+  It is 0 when the output was written, 1 when it could not be, 2 on bad input, 75 after Ctrl-C or SIGTERM.
+  """
+  return errors.exit_status(lambda: _run(argv), "stopped; nothing is written")
+
+
+def _run(argv: Sequence[str] | None) -> int:
   parser = _Parser(prog="python -m dljax.interop", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder of ours or a run's workdir")
@@ -136,22 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                       "runs say it themselves")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="an attribute of the model, such as small_stem=true; num_classes is read off the weights")
-  try:
-    args, rest = parser.parse_known_args(argv)
-    if rest and rest[0].startswith("-"):
-      raise errors.unknown("the command line", rest[0].partition("=")[0],
-                           ["--source", "--to", "--model", "--set", "--help"])
-    if rest:
-      raise UserError(f"{rest[0]!r} is one name too many; give an input and an output, and see --help")
-    settings = dict(map(_setting, args.set))
-    print(convert(args.source, args.to, args.model, settings, args.input, args.output.expanduser()))
-  except UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return BAD_INPUT
-  except RunError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return FAILED
-  return DONE
+  args, rest = parser.parse_known_args(argv)
+  if rest and rest[0].startswith("-"):
+    raise errors.unknown("the command line", rest[0].partition("=")[0],
+                         ["--source", "--to", "--model", "--set", "--help"])
+  if rest:
+    raise UserError(f"{rest[0]!r} is one name too many; give an input and an output, and see --help")
+  settings = dict(map(_setting, args.set))
+  print(convert(args.source, args.to, args.model, settings, args.input, args.output.expanduser()))
+  return errors.DONE
 
 
 if __name__ == "__main__":

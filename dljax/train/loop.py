@@ -14,13 +14,13 @@ import numpy as np
 
 from dljax import optim, report
 from dljax.data.pipeline import opened
-from dljax.errors import RunError, UserError, unknown
+from dljax.errors import Preempted, RunError, UserError, unknown
 from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, evaluate, prefetch
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program, RunOptions
-from dljax.train.signals import Preempted, StopSignals
+from dljax.train.signals import StopSignals
 from dljax.train.state import TrainState, parameter_count, state_sha256
 from dljax.train.workdir import Workdir, write_json
 

@@ -3,9 +3,7 @@
 import signal
 import threading
 
-
-class Preempted(RuntimeError):
-  """The run was told to stop; what it had done is saved."""
+from dljax.errors import Preempted
 
 
 class StopSignals:

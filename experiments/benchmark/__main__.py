@@ -20,8 +20,7 @@ from typing import Any
 from absl import flags
 
 from dljax import errors, report
-from dljax.errors import UserError
-from dljax.launch import DONE, exit_with
+from dljax.errors import DONE, UserError, exit_with
 from dljax.train.workdir import write_json
 from experiments.benchmark import engine, tables
 from experiments.benchmark.cases import CASES

@@ -12,12 +12,11 @@ import pytest
 
 from dljax import report
 from dljax.data.pipeline import IndexedPipeline, InMemory
-from dljax.errors import UserError
+from dljax.errors import Preempted, UserError
 from dljax.train import checkpoint, loop
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.metrics import Diverged
 from dljax.train.program import Program, RunOptions
-from dljax.train.signals import Preempted
 from dljax.train.state import state_sha256
 from tests.train import toys
 

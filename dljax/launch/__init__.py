@@ -1,0 +1,93 @@
+"""The command line of every experiment: from flags to training, evaluation or prediction."""
+
+import logging as python_logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags as absl_flags
+from absl import logging
+
+from dljax import errors
+from dljax.errors import DONE, UserError
+from dljax.launch import configs, evaluate, flags, predict, train
+from dljax.launch.configs import GetConfig
+from dljax.train import parallel
+from dljax.train.experiment import Experiment
+from dljax.train.program import RunOptions
+
+Build = Callable[[ml_collections.ConfigDict], Experiment]
+
+
+def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> None:
+  """Runs an experiment's command line, and exits.
+
+  Exit status: 0 done; 1 failed; 2 bad input; 75 preempted, with the state saved. In prediction 1
+  means that some inputs were skipped, and 2 that none was usable.
+
+  Args:
+    get_config: preset -> config.
+    build: config -> experiment.
+    presets: preset -> one line that says what it runs; the first is the default.
+  """
+  absl_flags.FLAGS.mark_as_parsed()  # absl's own, which only its logging reads
+  logging.use_absl_handler()
+  logging.get_absl_handler().setFormatter(_PlainFormatter())
+  logging.set_verbosity(logging.WARNING)
+  errors.exit_with(
+      lambda: _run(sys.argv, get_config, build, presets),
+      "stopped before there was anything to save")
+
+
+def _run(
+    argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapping[str, str],
+) -> int:
+  values, overrides = flags.parse(argv)
+  preset = values.preset or next(iter(presets))
+  errors.choose("--preset", preset, presets)
+  config = get_config(preset)
+  if values.help:
+    print(flags.explain(values, config, presets))
+    return DONE
+  if values.list_presets:
+    print("\n".join(f"{name:16}{text}" for name, text in presets.items()))
+    return DONE
+  flags.check_together(values)
+  _use_data_dir(values.data_dir)
+  options = RunOptions(
+      parallelism=values.parallelism, mesh=parallel.parse_mesh(values.mesh), resume=values.resume,
+      wandb=values.wandb)
+  config, folder = configs.resolve(values, overrides, config, get_config, presets)
+  experiment = build(config)
+  if config.eval.corruptions and not experiment.data.corruptions:
+    raise UserError(f"--config.eval.corruptions={config.eval.corruptions}: there is nothing to "
+                    "disturb in this data; drop it")
+  if values.dry_run:
+    from dljax.launch import dry_run  # pylint: disable=g-import-not-at-top
+
+    return dry_run.dry_run(experiment, options, values.topology)
+  parallel.initialize()
+  errors.end_as_ctrl_c()  # jax.distributed takes SIGTERM for itself
+  if values.mode == "eval":
+    return evaluate.evaluate(experiment, folder, options, values.step)
+  if values.mode == "predict":
+    return predict.predict(experiment, folder, options, values)
+  return train.train(experiment, folder, options)
+
+
+def _use_data_dir(path: str) -> None:
+  """Makes `path` the TFDS directory of this process, unless it is ""."""
+  if not path:
+    return
+  if not Path(path).is_dir():
+    raise UserError(f"--data_dir={path} is not a folder; name the one that holds the TFDS sets")
+  os.environ["TFDS_DATA_DIR"] = path
+
+
+class _PlainFormatter(python_logging.Formatter):
+  """Warnings as a person reads them."""
+
+  def format(self, record):
+    return f"{record.levelname.lower()}: {record.getMessage()}"

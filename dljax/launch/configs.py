@@ -1,0 +1,64 @@
+"""Which config the flags ask for, and which folder its run has."""
+
+import hashlib
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+
+from dljax import config as config_lib
+from dljax.errors import UserError
+from dljax.train.workdir import Workdir
+
+GetConfig = Callable[[str], ml_collections.ConfigDict]
+
+
+def resolve(
+    values: flags.FlagValues, overrides: Sequence[str], config: ml_collections.ConfigDict,
+    get_config: GetConfig, presets: Container[str],
+) -> tuple[ml_collections.ConfigDict, Workdir]:
+  """The validated config, and the run's folder, which may not exist yet.
+
+  Args:
+    values: the parsed flags.
+    overrides: arguments --config.FIELD=VALUE.
+    config: the preset's config, which the overrides change in place.
+    get_config: preset -> config.
+    presets: the names that `get_config` knows.
+
+  Raises:
+    UserError: a bad override; in evaluation and prediction also a folder that holds no run of
+      this family.
+  """
+  trains, preset = values.mode == "train", config.preset
+  plain = config_lib.identity(config)
+  if trains or not values.workdir:  # a run that is named brings its own config
+    config_lib.apply_overrides(config, overrides)
+    config.seed = values.seed
+    config_lib.validate(config)
+  name = f"{config.family}-{preset}"
+  if (identity := config_lib.identity(config)) != plain:
+    name += "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
+  folder = Workdir(values.workdir or Path("runs", name))
+  return (config if trains else _as_it_ran(folder, overrides, config, get_config, presets)), folder
+
+
+def _as_it_ran(
+    folder: Workdir, overrides: Sequence[str], config: ml_collections.ConfigDict,
+    get_config: GetConfig, presets: Container[str],
+) -> ml_collections.ConfigDict:
+  """The config of the folder's run, with the overrides, where that is a run of `config.family`."""
+  family, preset, config = config.family, config.preset, folder.read_config()
+  ran, preset = config.get("family", family), config.get("preset", preset)
+  if ran != family:
+    raise UserError(
+        f"--workdir={folder.path} holds a run of {ran}; use python -m experiments.{ran}")
+  like = get_config(preset) if preset in presets else config_lib.base_config(family, preset)
+  config_lib.add_later_fields(config, like)
+  if lacks := sorted(config_lib.flatten(like).keys() - config_lib.flatten(config).keys()):
+    raise UserError(f"{folder.config_file} lacks {', '.join(lacks[:3])}; restore it from a copy, "
+                    "or train again in another --workdir")
+  config_lib.apply_overrides(config, overrides, like)
+  config_lib.validate(config)
+  return config

@@ -1,0 +1,124 @@
+"""The flags of every experiment's command line: defined for each call, parsed and explained."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+from absl import flags
+
+from dljax import config as config_lib
+from dljax import errors
+from dljax.errors import UserError
+
+
+class _PathParser(flags.ArgumentParser):
+  """Paths: of --workdir=~/runs no shell expands the ~."""
+
+  def parse(self, argument):
+    return os.path.expanduser(argument)
+
+
+def define() -> flags.FlagValues:
+  """The flags with their defaults, not parsed yet."""
+  values = flags.FlagValues()
+
+  def path(name: str, text: str) -> None:
+    flags.DEFINE(_PathParser(), name, "", text, flag_values=values)
+
+  def string(name: str, default: str | None, text: str) -> None:
+    flags.DEFINE_string(name, default, text, flag_values=values)
+
+  def choice(name: str, choices: Sequence[str], text: str) -> None:
+    flags.DEFINE_enum(name, choices[0], choices, text, flag_values=values)
+
+  def switch(name: str, text: str) -> None:
+    flags.DEFINE_bool(name, False, text, flag_values=values)
+
+  string("preset", "", "What to run; see --list_presets. The default runs at once, offline.")
+  path("workdir", "The run's folder; by default runs/FAMILY-PRESET.")
+  choice("mode", ["train", "eval", "predict"], "What to do with the workdir's run.")
+  string("step", "best",
+         "Which checkpoint to evaluate or to predict with: best, latest or a number.")
+  flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
+                    flag_values=values)
+  string("prompt", None, "A text to write on, which may be empty, for families that write text; "
+         "shown as it comes.")
+  path("output", "Where to write predictions: a .jsonl, .json or .csv file, or a new folder for "
+       "those that are pictures; by default only shown.")
+  choice("parallelism", ["jit", "pmap"], "How to compile for several devices.")
+  string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
+  choice("resume", ["auto", "never", "must"],
+         "auto continues what is in the workdir; never refuses a run there; must refuses to begin "
+         "one.")
+  flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0, upper_bound=2**32 - 1,
+                       flag_values=values)
+  path("data_dir", "The TFDS directory; also the variable TFDS_DATA_DIR.")
+  string("wandb", "", "A Weights & Biases project to log to.")
+  switch("dry_run", "Show the model, the batch and the compiled step's memory; needs no data.")
+  string("topology", "", "With --dry_run: a machine to compile for, such as v5e:4x4 or h100:4.")
+  switch("list_presets", "List the presets.")
+  switch("help", "Show this help.")
+  return values
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+  """The parsed flags, and the arguments --config.FIELD=VALUE as they stand.
+
+  Args:
+    argv: the program's name and its arguments.
+
+  Raises:
+    UserError: an unknown flag, a bad value or an argument that is no flag.
+  """
+  values = define()
+  overrides = [a for a in argv[1:] if a.startswith("--config.")]
+  try:
+    # absl's own flag lets wrong names pass.
+    if any(re.match("--?undefok(=|$)", a) for a in argv[1:]):
+      raise flags.UnrecognizedFlagError("undefok")
+    rest = values([argv[0], *(a for a in argv[1:] if a not in overrides)])
+  except flags.UnrecognizedFlagError as error:
+    known = [f"--{name}" for name in (*values, "config.FIELD")]
+    raise errors.unknown("the command line", f"--{error.flagname}", known) from None
+  except flags.Error as error:
+    raise UserError(str(error).replace("\n", " ")) from None
+  if rest[1:]:
+    raise UserError(f"{rest[1]!r} is not a flag; write --FLAG=VALUE, and see --help")
+  return values, overrides
+
+
+def check_together(values: flags.FlagValues) -> None:
+  """Raises `UserError` where a flag was given that has no meaning beside the others."""
+  trains, predicts = values.mode == "train", values.mode == "predict"
+  named = not trains and values.workdir  # a run that is named brings its own preset and seed
+  for name, with_what, there in (
+      ("topology", "--dry_run", values.dry_run),
+      ("dry_run", "--mode=train", trains),
+      ("resume", "--mode=train", trains),
+      ("wandb", "--mode=train", trains),
+      ("preset", "--mode=train", not named),
+      ("seed", "--mode=train", not named),
+      ("step", "--mode=eval or --mode=predict", not trains),
+      ("input", "--mode=predict", predicts),
+      ("prompt", "--mode=predict", predicts),
+      ("output", "--mode=predict", predicts)):
+    if values[name].present and not there:
+      raise UserError(f"--{name} goes with {with_what}; add it, or drop --{name}")
+
+
+def explain(
+    values: flags.FlagValues, config: ml_collections.ConfigDict, presets: Mapping[str, str],
+) -> str:
+  """The text of --help: flags, presets, and the config with the preset's values."""
+  lines = [f"usage: python -m experiments.{config.family} [--FLAG=VALUE ...]", "",
+           "presets (the first is the default):"]
+  lines += [f"  {name:16}{text}" for name, text in presets.items()]
+  lines += ["", "flags:"]
+  for name in values:
+    flag = values[name]
+    default = f"={flag.default}" if flag.default not in (None, False, "", []) else ""
+    lines += [f"  --{name}{default}", f"      {flag.help}"]
+  lines += ["", f"config of preset {config.preset} (any field can be set):",
+            config_lib.describe(config)]
+  return "\n".join(lines)

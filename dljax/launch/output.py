@@ -1,0 +1,92 @@
+"""Writes predictions: a .jsonl, .json or .csv file, or a folder of pictures and their rows."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dljax import errors
+from dljax.errors import UserError
+from dljax.train.workdir import write_csv, write_json
+
+
+def check(place: Path, pictures: bool) -> None:
+  """Raises `UserError` where predictions cannot be written to `place`.
+
+  Args:
+    place: a file by its suffix, or a new or empty folder.
+    pictures: whether the predictions are pictures, which alone go into a folder.
+  """
+  if place.suffix not in _WRITERS and (place.suffix or not pictures):
+    raise UserError(f"--output={place}: must end in {', '.join(_WRITERS)}"
+                    + ", or be a new folder" * pictures)
+  if not place.absolute().parent.is_dir():
+    raise UserError(
+        f"--output={place}: there is no folder {place.absolute().parent}; make it first")
+  if place.suffix not in _WRITERS and place.is_dir():
+    if any(place.iterdir()):
+      raise UserError(
+          f"--output={place} is not empty, and nothing is written over; name a new folder")
+    place /= _ROWS
+  _check_writable(place)
+
+
+def write(
+    place: Path, rows: Sequence[Mapping[str, Any]],
+    pictures: Callable[[], Iterable[Any]] | None = None,
+) -> None:
+  """Writes predictions.
+
+  Args:
+    place: where to, as `check` accepts it.
+    rows: one dict for each prediction, with the same keys.
+    pictures: gives a picture (PIL) for each row; called only where `place` is a folder.
+
+  Raises:
+    RunError: the disk is full, or the like.
+  """
+  with errors.writing(place):
+    if place.suffix in _WRITERS:
+      _WRITERS[place.suffix](place, rows)
+    else:
+      _write_folder(place, rows, pictures())
+
+
+def _check_writable(place: Path) -> None:
+  """Tries it: permissions say nothing about a folder, /proc or a read-only disk."""
+  new = not place.exists()
+  try:
+    place.open("a").close()
+  except OSError as error:
+    raise UserError(
+        f"--output={place} cannot be written ({error.strerror}); name another file") from None
+  if new:
+    place.unlink(missing_ok=True)
+
+
+def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_folder(
+    folder: Path, rows: Sequence[Mapping[str, Any]], pictures: Iterable[Any],
+) -> None:
+  """Makes a folder with `_ROWS` and each row's picture, "a.png" for "scans/a.jpg".
+
+  Of equal names the later ones are numbered.
+  """
+  folder.mkdir(exist_ok=True)
+  names: list[str] = []
+  for row, picture in zip(rows, pictures, strict=True):
+    stem = re.sub(r"\.\w+(\[(\d+)\])?$", lambda end: f"-{end[2]}" if end[2] else "",
+                  Path(row["input"]).name)
+    numbered = (f"{stem}-{i}" for i in range(2, 2 + len(rows)))
+    names.append(next(name for name in (stem, *numbered) if name not in names))
+    picture.save(folder / f"{names[-1]}.png")
+  _write_jsonl(
+      folder / _ROWS, [{**row, "picture": f"{name}.png"} for row, name in zip(rows, names)])
+
+
+_ROWS = "predictions.jsonl"
+_WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}

@@ -1,0 +1,34 @@
+"""--mode=train: fits, then shows the result."""
+
+import jax
+
+from dljax.errors import DONE
+from dljax.launch import tables
+from dljax.train.experiment import Experiment
+from dljax.train.loop import fit
+from dljax.train.program import RunOptions
+from dljax.train.workdir import Workdir
+
+
+def train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
+  """Trains the run of `folder` to its end, or finds it finished; gives the exit status."""
+  folder.check(experiment.config, options.resume)
+  if folder.is_finished(experiment.config.total_steps):
+    print("this run has finished; its result:")
+  else:
+    fit(experiment, folder.path, options)
+  if jax.process_index() == 0:
+    _print_result(folder)
+  return DONE
+
+
+def _print_result(folder: Workdir) -> None:
+  """A short table of results, and where the files are."""
+  result = folder.result()
+  print(f"\n{result['family']} {result['preset']}: {result['steps']} steps, "
+        f"{result['params']:,} parameters, {result['seconds']:.1f} s on {result['devices']}")
+  tables.show(tables.metrics(result["metrics"]))
+  places = {"checkpoint": folder.checkpoints / str(result["checkpoint"]),
+            "result": folder.result_file, "metrics": folder.metrics_file,
+            "pictures": folder.figures}
+  print("\n".join(f"{name:12}{path}" for name, path in places.items()))
