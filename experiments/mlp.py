@@ -23,7 +23,7 @@ from dljax.data.image import xor
 from dljax.errors import UserError
 from dljax.models import mlp
 from dljax.tasks import classification
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 PRESETS: Mapping[str, str] = {
     "digits": "64-512-512-10 on the 8x8 digits that ship inside scikit-learn; offline, seconds.",
@@ -79,14 +79,16 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       model=model, num_classes=2, label_smoothing=config.model.label_smoothing, criterion=config.model.criterion)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      encode=_encode_points, decode=classification.decode)
+      read=_read_points,
+      show=lambda inputs, predictions, assets: classification.decode(predictions, assets))
 
 
-def _encode_points(paths, assets):
+def _read_points(request: Request, assets: Assets) -> Inputs:
   """Points from .npy files of shape [n, 2] or [2]."""
   del assets
+  common.check_request(request, "mlp", ["paths"])
   points, names, skipped = [], [], []
-  for path in paths:
+  for path in request.paths:
     try:
       found = np.atleast_2d(np.load(path)).astype(np.float32)
       if found.ndim != 2 or found.shape[1] != 2:
@@ -99,7 +101,9 @@ def _encode_points(paths, assets):
     points.append(found)
     names += [f"{path}[{i}]" for i in range(len(found))]
   image = np.concatenate(points) if points else np.zeros((0, 2), np.float32)
-  return {"image": image, "mask": np.ones(len(image), np.float32)}, names, skipped
+  ids = np.arange(len(image), dtype=np.int32)
+  batch = {"image": image, "mask": np.ones(len(image), np.float32), "id": ids}
+  return Inputs(batch, names, skipped)
 
 
 if __name__ == "__main__":

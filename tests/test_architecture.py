@@ -33,13 +33,16 @@ ALLOWED = {
     "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
-    "dljax.interop.__main__": [*INTEROP, "dljax.train"],  # reads the checkpoints of runs
+    "dljax.interop.__main__": ["dljax.launch.convert"],  # which reads the checkpoints of runs
+    "dljax.interop.families": ["dljax.interop.families", "dljax.interop.table", "dljax.models", "dljax.errors"],
     "dljax.interop": INTEROP,
     "dljax.train.pretrained": [*TRAIN, "dljax.interop"],  # where a run starts from others' weights
+    "dljax.train.loop": [*TRAIN, "dljax.interop.variants"],  # which says which model a run holds
     "dljax.train": TRAIN,
     "dljax.recipes": ["dljax.recipes.common", "dljax.data", "dljax.tasks", "dljax.models.baselines",
                       "dljax.train.experiment", "dljax.optim", "dljax.report", "dljax.config", "dljax.errors"],
     "dljax.runs": ["dljax.train", "dljax.config", "dljax.errors"],
+    "dljax.launch.convert": ["dljax.interop", "dljax.train", "dljax.errors"],
     "dljax.launch": ["dljax.launch", "dljax.runs", "dljax.train", "dljax.config", "dljax.errors"],
     "experiments.benchmark": ["dljax", "experiments"],
     "experiments": ["dljax"],
@@ -91,6 +94,28 @@ def test_imports_run_one_way(path):
   wrong = [name for name in _imports(path) if _below(name, ["dljax", "experiments", "tests"])
            and not _below(name, allowed)]
   assert not wrong, f"{module} may import {allowed} of the project, not {wrong}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+  imports = {_module(path): set(_imports(path)) for path in SOURCES}
+  left = {module: names & imports.keys() - {module} for module, names in imports.items()}
+  while free := [module for module, names in left.items() if not names]:
+    left = {module: names - set(free) for module, names in left.items() if names}
+  assert not left, f"a circle of imports is among {left}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_module)
+def test_nobody_uses_the_private_names_of_another_file(path):
+  tree = ast.parse(path.read_text())
+  froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+  private = [alias.name for node in froms if _below(node.module, ["dljax", "experiments"])
+             for alias in node.names if alias.name.startswith("_")]
+  modules = {alias.asname or alias.name for node in froms if _below(node.module, ["dljax", "experiments"])
+             for alias in node.names if f"{node.module}.{alias.name}" in map(_module, SOURCES)}
+  private += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+              and isinstance(node.value, ast.Name) and node.value.id in modules
+              and node.attr.startswith("_") and not node.attr.startswith("__")]
+  assert not private
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "dljax" / "models").glob("*.py")), ids=_module)

@@ -307,7 +307,7 @@ def test_every_family_has_a_case_and_every_case_a_network_of_the_peer():
 BATCHES = {"mlp": (128, 28, 28, 1), "lenet": (128, 28, 28, 1), "lenet_max": (128, 28, 28, 1),
            "unet": (16, 96, 96, 1), "alexnet": (64, 32, 32, 3), "vgg11": (64, 32, 32, 3), "resnet18": (64, 32, 32, 3),
            "resnet50": (32, 64, 64, 3), "retinanet": (16, 96, 96, 1), "efficientnet_b0": (16, 128, 128, 3),
-           "vit_ti16": (16, 224, 224, 3), "lstm": (32, 65), "gru": (32, 65), "deepspeech": (16, 880, 16)}
+           "vit_ti16": (16, 224, 224, 3), "lstm": (32, 64), "gru": (32, 64), "deepspeech": (16, 880, 16)}
 PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "unet": 482_619, "alexnet": 5_871_434,
               "vgg11": 9_750_922, "resnet18": 11_173_962, "resnet50": 23_528_522, "retinanet": 1_562_116,
               "efficientnet_b0": 4_020_358, "vit_ti16": 5_526_346, "lstm": 1_565_672, "gru": 1_302_504,
@@ -325,7 +325,9 @@ def test_a_case_is_the_peers_network_trained_by_plain_momentum(name):
   assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
       k: (s.shape, s.dtype) for k, s in experiment.data.batch_spec.items()}
   assert batch["mask"].min() == 1
-  for field, inputs in (("length", "features"), ("token_length", "tokens")):
+  assert batch.pop("id").tolist() == list(range(experiment.config.batch_size))
+  text = [batch.pop("targets")] if "targets" in batch else []
+  for field, inputs in (("length", "tokens" if text else "features"), ("token_length", "tokens")):
     if field in batch:
       assert (batch.pop(field) == batch[inputs].shape[1]).all()
   labels, = (x for x in batch.values() if np.issubdtype(x.dtype, np.integer))

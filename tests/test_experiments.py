@@ -21,6 +21,7 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax.data import sources
+from dljax.interop import variants
 from dljax.models import alexnet, efficientnet, lenet, mlp, resnet, vgg, vit
 from dljax.tasks.classification import Classification
 from dljax.train import workdir as workdir_lib
@@ -208,6 +209,12 @@ def test_config_json_says_what_ran(trained):
     assert re.fullmatch(r"[0-9a-f]{40}\+?", stored["git_commit"])
 
 
+def test_model_json_says_which_model_the_run_holds(trained):
+  model = trained.experiment.task.model
+  again = variants.build(**json.loads((trained.workdir / "model.json").read_text()))
+  assert again.clone(dtype=model.dtype, remat=model.remat) == model
+
+
 def test_metrics_are_logged_once_with_every_number(trained):
   config = trained.experiment.config
   train = _rows(trained.workdir, "train")
@@ -302,8 +309,8 @@ def test_checkpoints_pictures_and_data_are_there(trained):
 def test_nothing_else_lies_in_the_workdir(trained):
   workdir = trained.workdir
   names = {path.name for path in workdir.iterdir() if not path.name.startswith("events.out.tfevents.")}
-  assert names == {"config.json", "metrics.jsonl", "result.json", "checkpoints", "data", "figures", "tables",
-                   ".lock"}
+  assert names == {"config.json", "model.json", "metrics.jsonl", "result.json", "checkpoints",
+                   "data", "figures", "tables", ".lock"}
   assert not list(workdir.rglob("*.tmp"))
   lock = workdir_lib.Workdir(workdir)
   lock.acquire()

@@ -493,7 +493,7 @@ def test_where_no_input_is_usable_one_line_says_why(trained, tmp_path, count, sa
 @pytest.mark.parametrize("arguments, words", [
     ([], ["--mode=predict needs --input"]),
     (["--input=/no/such.png"], ["--input", "/no/such.png"]),
-    (["--prompt=Once"], ["--prompt: mlp writes no text; use --input=FILE_OR_FOLDER"]),
+    (["--prompt=Once"], ["--prompt: mlp generates no text; use --input=FILE_OR_FOLDER"]),
     (["--input={pictures}", "--output={tmp}/out.txt"], ["--output={tmp}/out.txt", ".jsonl, .json, .csv"]),
     (["--input={pictures}", "--output={tmp}/no/out.csv"],
      ["--output={tmp}/no/out.csv", "no folder", "{tmp}/no"]),
@@ -577,6 +577,8 @@ def test_prediction_refuses(trained, pictures, tmp_path, arguments, words):
     (["--input=x.png"], ["--input goes with --mode=predict"]),
     (["--output=x.csv"], ["--output goes with --mode=predict"]),
     (["--prompt=Once"], ["--prompt goes with --mode=predict"]),
+    (["--count=2"], ["--count goes with --mode=predict"]),
+    (["--label=3"], ["--label goes with --mode=predict"]),
     # What is known only with the model, or the data.
     (["--config.monitor=validation/acuracy"], ["--config.monitor", "did you mean validation/accuracy"]),
     (["--config.monitor=accuracy"], ["--config.monitor", "validation/accuracy"]),

@@ -1,10 +1,15 @@
 """From a step to a batch: a pure function of (seed, step), on every host alike.
 
-Training reads the infinite stream of examples that is made of one permutation per epoch, laid end to end:
-global batch s is elements [s B, (s + 1) B), so that every example is seen once per epoch whatever the batch
-size. Evaluation reads in order, and pads and masks the last batch. A host takes rows [host::hosts] of the
-global batch. Whatever is random in a batch is drawn for the global batch and then sliced (`Plan.rng`), so
-that neither hosts nor threads change which examples, how augmented, make up batch s.
+Training reads the infinite stream of examples that is made of one permutation per epoch, laid end
+to end: global batch s is elements [s B, (s + 1) B), so that every example is seen once per epoch
+whatever the batch size. Evaluation reads in order, and pads and masks the last batch. A host takes
+rows [host::hosts] of the global batch. Whatever is random in a batch is drawn for the global batch
+and then sliced (`Plan.rng`), so that neither hosts nor threads change which examples, how
+augmented, make up batch s.
+
+Every batch holds mask f32[b], 0 where a row is padding, and id i32[b], by which the engine draws
+what is random in a row: in training the row of the global batch, in evaluation the example's
+position in its split, in prediction the row that was asked for; 0 at padding.
 """
 
 import contextlib
@@ -104,9 +109,9 @@ class IndexedPipeline:
   """The `Pipeline` of a split whose examples can be read in any order.
 
   Args:
-    open_examples: reads the split; called once, by `open`. It gets the function step -> `Plan`, by which
-      a reader can read ahead.
-    finish: (examples, plan) -> this host's batch.
+    open_examples: reads the split; called once, by `open`. It gets the function step -> `Plan`, by
+      which a reader can read ahead.
+    finish: (examples, plan) -> this host's batch, but for mask and id.
     batch_size: B, of the global batch.
     seed: of the run.
     train: shuffle and repeat for ever; otherwise one pass in order.
@@ -160,7 +165,12 @@ class IndexedPipeline:
   def batch(self, step: int, finish: Callable[[Examples, Plan], HostBatch] | None = None) -> HostBatch:
     """See `Pipeline.batch`; `finish` takes the place of the pipeline's own."""
     examples = self._opened()
-    return (finish or self._finish)(examples, self.plan(step, len(examples)))
+    plan = self.plan(step, len(examples))
+    indices = plan.indices[plan.rows]
+    real = indices != PADDING
+    ids = plan.rows if self.train else np.where(real, indices, 0)
+    own = {"mask": real.astype(np.float32), "id": ids.astype(np.int32)}
+    return own | (finish or self._finish)(examples, plan)
 
   def plan(self, step: int, num_examples: int) -> Plan:
     """The plan of global batch `step` of a split of `num_examples`."""
@@ -186,7 +196,8 @@ class IndexedPipeline:
 
 
 class Reprocessed:
-  """The examples of another pipeline, in its batches, made into batches in another way. Reads nothing twice.
+  """The examples of another pipeline, in its batches, made into batches in another way. Reads
+  nothing twice.
 
   Args:
     pipeline: whose examples they are; opened with this one.
@@ -240,8 +251,8 @@ class InMemory:
 class Streaming:
   """Examples that stay on disk; Grain reads them ahead, in threads.
 
-  The order is that of `plan_of`, so that a split gives the same batches from memory and from disk. Steps in
-  sequence are read ahead; a jump starts afresh from there.
+  The order is that of `plan_of`, so that a split gives the same batches from memory and from disk.
+  Steps in sequence are read ahead; a jump starts afresh from there.
 
   Args:
     num_examples: of the split.

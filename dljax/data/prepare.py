@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 
 from dljax import downloads
 from dljax.data import sources
+from dljax.data.datasets import DOWNLOADED, EMBEDDED
 from dljax.errors import DONE, UserError, exit_status, unknown
 
-STOCK = ("mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_shakespeare")
-SERIES = ("etth1",)
-# Sets of ours: their packages in Debian.
+# The packages of Debian that hold a set's files.
 DEBIAN = {
     "emoji": "fonts-noto-color-emoji unicode-data",
     "emoji_scenes": "fonts-noto-color-emoji unicode-data",
@@ -57,24 +56,20 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
     raise UserError(f"--manual_dir: {manual_dir} is not a folder")
   if not sources.writable(data_dir):
     raise UserError(f"--data_dir: cannot write to {data_dir}; choose another directory")
-  if base in sources.EMBEDDED:
+  if base in EMBEDDED:
     return sources.prepare_embedded(name, data_dir)
-  if base in (*STOCK, *SERIES, *DEBIAN):
-    from dljax.data.datasets import emoji, emoji_scenes, series, stock, telephone_prompts
-
-    builder = {"emoji": emoji.Emojis, "emoji_scenes": emoji_scenes.EmojiScenes, "etth1": series.Etth1,
-               "telephone_prompts": telephone_prompts.TelephonePrompts, **stock.BUILDERS}[base]
+  if base in DOWNLOADED:
+    builder = DOWNLOADED[base]()
     if config or version not in ("", str(builder.VERSION)):
       raise UserError(f"{name}: {base} has no configs, and its version is {builder.VERSION}")
-    of_debian = {"emoji": emoji, "emoji_scenes": emoji, "telephone_prompts": telephone_prompts}.get(base)
     folder = manual_dir or data_dir / "downloads" / base.removesuffix("_scenes")  # of the same files
-    if of_debian and manual_dir is None and of_debian.installed():
+    if base in DEBIAN and manual_dir is None and builder.installed():
       folder = None
     else:
       try:
         collect(builder.url_infos, folder, download=manual_dir is None)
       except UserError as e:
-        if not of_debian:
+        if base not in DEBIAN:
           raise
         raise UserError(f"{e}; on Debian 12 `apt-get install {DEBIAN[base]}` will do, too") from e
     sources.build(functools.partial(builder, folder=folder), data_dir)
@@ -117,8 +112,8 @@ fetch = functools.partial(downloads.fetch, mend="put the file in a folder and na
 def _unknown(name: str) -> UserError:
   import tensorflow_datasets as tfds
 
-  ours = *sources.EMBEDDED, *SERIES, *DEBIAN
-  return unknown("data set", name, [*tfds.list_builders(with_community_datasets=False), *ours])
+  stock = tfds.list_builders(with_community_datasets=False)
+  return unknown("data set", name, sorted({*stock, *EMBEDDED, *DOWNLOADED}))
 
 
 def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None:

@@ -1,19 +1,19 @@
 """Examples of different lengths in batches of few shapes, with little padding.
 
-Every batch is padded to one of at most `MAX_BUCKETS` lengths, so that a step is compiled at most that often (a
-compiled step keeps one program for each shape of its batch). Examples of like length share a batch: Khomenko et al.
-2016, "Accelerating recurrent neural network training using sequence bucketing". What a batch cannot fill in one bucket
-goes up into the next, so that all batches are full but the last of a pass, and a pass takes no more of them than
-without buckets.
+Every batch is padded to one of at most `MAX_BUCKETS` lengths, so that a step is compiled at most
+that often (a compiled step keeps one program for each shape of its batch). Examples of like length
+share a batch: Khomenko et al. 2016, "Accelerating recurrent neural network training using sequence
+bucketing". What a batch cannot fill in one bucket goes up into the next, so that all batches are
+full but the last of a pass, and a pass takes no more of them than without buckets.
 
-Training cuts the stream of `IndexedPipeline` (one permutation per epoch, end to end) into windows of whole batches,
-an epoch or `WINDOW` batches long, and sorts within a window only: every example is seen once per epoch, and batch s is
-a pure function of (seed, s).
+Training cuts the stream of `IndexedPipeline` (one permutation per epoch, end to end) into windows
+of whole batches, an epoch or `WINDOW` batches long, and sorts within a window only: every example
+is seen once per epoch, and batch s is a pure function of (seed, s).
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -60,9 +60,11 @@ def spaced(longest: int, buckets: int = MAX_BUCKETS, multiple: int = 1) -> tuple
 
 
 def fitted(lengths: np.ndarray, longest: int, buckets: int = MAX_BUCKETS, multiple: int = 1) -> tuple[int, ...]:
-  """The lengths to pad `lengths` to that need the least padding, ascending, the last one `longest`.
+  """The lengths to pad `lengths` to that need the least padding, ascending, the last one
+  `longest`.
 
-  Exact where there are at most 256 different lengths, rounded up to `multiple`; else among 256 quantiles of them.
+  Exact where there are at most 256 different lengths, rounded up to `multiple`; else among 256
+  quantiles of them.
 
   Args:
     lengths: i64[n], none above `longest`.
@@ -104,8 +106,9 @@ def pad(rows: Iterable[np.ndarray], length: int, value: float = 0) -> np.ndarray
 class RaggedPipeline(IndexedPipeline):
   """The `Pipeline` of a split whose examples have different lengths.
 
-  Training fits its buckets to the lengths it finds; evaluation spaces them evenly, so that all splits have the same.
-  An evaluation reads by length, not in order: the results of each example are what they would be in any other batch.
+  Training fits its buckets to the lengths it finds; evaluation spaces them evenly, so that all
+  splits have the same. An evaluation reads by length, not in order: the results of each example
+  are what they would be in any other batch.
 
   Args:
     open_examples: reads the split; see `IndexedPipeline`.
@@ -200,31 +203,3 @@ class RaggedPipeline(IndexedPipeline):
     padded = ends[np.searchsorted(ends, lengths[made].max(axis=1))]
     order = rng(self.seed, window, "buckets").permutation(batches) if self.train else np.arange(batches)
     return made[order], padded[order]
-
-
-class RaggedInMemory:
-  """The `RaggedExamples` of one array per example, all in memory.
-
-  Args:
-    name: the field.
-    rows: [n_i, ...] each.
-    value: what it is padded with.
-  """
-
-  def __init__(self, name: str, rows: Sequence[np.ndarray], value: float = 0):
-    self._name, self._rows, self._value = name, rows, value
-    self.lengths = np.asarray([len(row) for row in rows], np.int64)
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def gather(self, plan: RaggedPlan, rows: np.ndarray) -> HostBatch:
-    """{name: [b, plan.padded, ...], "length": i32[b], "mask": f32[b]}; padding rows have length 0."""
-    indices = plan.indices[rows]
-    real = indices != PADDING
-    examples = [self._rows[i] if ok else self._rows[0][:0] for i, ok in zip(indices, real)]
-    return {self._name: pad(examples, plan.padded, self._value),
-            "length": np.asarray([len(example) for example in examples], np.int32), "mask": real.astype(np.float32)}
-
-  def close(self) -> None:
-    pass

@@ -14,43 +14,8 @@ from unittest import mock
 
 import numpy as np
 
+from dljax.data.datasets import EMBEDDED
 from dljax.errors import UserError, unknown
-
-
-
-def _digits() -> type:
-  from dljax.data.datasets.digits import Digits
-
-  return Digits
-
-
-def _digit_scenes() -> type:
-  from dljax.data.datasets.digit_scenes import DigitScenes
-
-  return DigitScenes
-
-
-def _pydoc() -> type:
-  from dljax.data.datasets.pydoc import Pydoc
-
-  return Pydoc
-
-
-def _temperatures() -> type:
-  from dljax.data.datasets.series import Temperatures
-
-  return Temperatures
-
-
-def _morse() -> type:
-  from dljax.data.datasets.morse import Morse
-
-  return Morse
-
-
-# Sets that ship with Python or a dependency and prepare themselves: name -> its builder, which imports TFDS.
-EMBEDDED: Mapping[str, Callable[[], type]] = {
-    "digits": _digits, "digit_scenes": _digit_scenes, "pydoc": _pydoc, "temperatures": _temperatures, "morse": _morse}
 
 
 def data_dir() -> Path:

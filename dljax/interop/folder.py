@@ -1,8 +1,10 @@
-"""The folder that holds weights under our own names, and the files that are written for others.
+"""Folders that hold weights and say which model these are of, and the files written for others.
 
-A folder holds weights.safetensors, whose tensors are named by our paths ("params/stem_conv/kernel",
-"batch_stats/stem_norm/mean"), and model.json, which says of which model: {"model": "resnet50", "settings":
-{"num_classes": 1000}, "source": where the weights came from}.
+A folder of ours holds weights.safetensors, whose tensors are named by our paths
+("params/stem_conv/kernel", "batch_stats/stem_norm/mean"), and model.json, which says of which
+model: {"model": "resnet50", "settings": {"num_classes": 1000}, "source": where the weights came
+from} (see `variants.describe`). In a folder of another library's lies config.json, from which the
+family's file in `interop/families` reads the sizes.
 """
 
 import contextlib
@@ -13,10 +15,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dljax import errors
-from dljax.interop import Tensors, read
+import flax.linen as nn
+from flax import traverse_util
 
-WEIGHTS, MODEL = "weights.safetensors", "model.json"
+from dljax import errors
+from dljax.interop import variants
+from dljax.interop.files import read
+from dljax.interop.weights import OURS, Tensors, all_families, check_source, load
+
+WEIGHTS, MODEL = "weights.safetensors", "model.json"  # ours
+CONFIG = "config.json"  # other libraries'
 
 
 def write_folder(path: Path, tensors: Tensors, model: Mapping[str, Any]) -> None:
@@ -48,6 +56,57 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.UserError(f"{path / MODEL} is missing or damaged; convert the weights again") from e
   return read(path / WEIGHTS), model
+
+
+def from_folder(path: str | Path, source: str) -> tuple[nn.Module, dict[str, Any]]:
+  """A model of the sizes that a folder says, and its variables.
+
+  Args:
+    path: a folder of ours, or one as another library writes or downloads it: config.json beside
+      model.safetensors, or beside model.safetensors.index.json and the files that it names.
+    source: who wrote it: `OURS`, or a source of whose folders some family knows the config.json.
+
+  Raises:
+    UserError: a file is missing or damaged, the model is unknown, or the weights do not fit it.
+  """
+  path = Path(path).expanduser()
+  if source == OURS:
+    tensors, model = read_folder(path)
+    variables = traverse_util.unflatten_dict(tensors, sep="/")
+    return variants.build(model["model"], model["settings"]), variables
+  model = model_of(path, source)
+  return model, load(model, read(path), source)
+
+
+def model_of(path: Path, source: str) -> nn.Module:
+  """The model that the config.json in another library's folder says; raises as `from_folder` does."""
+  check_source("interop source", source)
+  tables = [getattr(family, "CONFIGS", {}) for family in all_families()]
+  makers = [table[source] for table in tables if source in table]
+  if not makers:
+    raise errors.UserError(f"{path}: {source} writes no config.json that is known here; make the model, "
+                           "and load the weights into it (interop.load, or --model=NAME)")
+  file = path / CONFIG
+  try:
+    config = json.loads(file.read_text())
+    if not isinstance(config, dict):
+      raise ValueError("it is no object")
+  except FileNotFoundError as e:
+    raise errors.UserError(
+        f"{file}: there is no such file; name the folder that holds it beside the weights") from e
+  except (OSError, ValueError) as e:
+    raise errors.UserError(f"{file} is no JSON object ({e}); get it again") from e
+  for make in makers:
+    try:
+      model = make(config)
+    except errors.UserError as e:
+      raise errors.UserError(f"{path}: {e}") from e
+    if model is not None:
+      return model
+  naming = ("architecture", "architectures", "model_type", "_class_name")
+  says = {key: config[key] for key in naming if key in config}
+  raise errors.UserError(
+      f"{file}: no family here has this model of {source}: {says or 'it names none'}")
 
 
 def write_file(path: Path, tensors: Tensors) -> None:

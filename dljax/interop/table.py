@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dljax import errors
@@ -16,15 +17,25 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How one array stands in the source and with us: two functions, each the inverse of the other."""
+  """How arrays lie in the source and with us: two functions, each the inverse of the other.
 
-  to_ours: Callable[[Array], Array]
-  to_source: Callable[[Array], Array]
+  A function takes all arrays that a rule names on its side, one argument each. It returns the
+  array of the other side, or a tuple of them where the rule names several there.
+  """
+
+  to_ours: Callable[..., Any]
+  to_source: Callable[..., Any]
 
 
 SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(lambda x: x.transpose(), lambda x: x.transpose())  # [out, in] <-> [in, out]
 CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+
+
+def concatenate(arrays: Sequence[Array], axis: int) -> Array:
+  """The arrays one after another, for layouts that join: NumPy's stay on the host, traced ones work too."""
+  host = all(isinstance(array, np.ndarray) for array in arrays)
+  return (np if host else jnp).concatenate(arrays, axis)
 
 
 def flattened(channels: int, height: int, width: int) -> Layout:
@@ -34,46 +45,119 @@ def flattened(channels: int, height: int, width: int) -> Layout:
       lambda x: x.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[1], -1))
 
 
+# (our paths, the source's names, layout). A text where one array is meant, a tuple for several:
+#   ("params/out/kernel", "out.weight", LINEAR)                        one to one
+#   ("params/qkv/kernel", ("q.weight", "k.weight", "v.weight"), JOIN)  separate there, joint with us
+#   (("params/q/kernel", "params/k/kernel"), "qk.weight", SPLIT)       joint there, separate with us
+Rule = tuple[str | tuple[str, ...], str | tuple[str, ...], Layout]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A rule applied to one model's paths.
+
+  Attributes:
+    paths: our paths.
+    names: the source's names for what these hold.
+    layout: leads from one to the other.
+  """
+
+  paths: tuple[str, ...]
+  names: tuple[str, ...]
+  layout: Layout
+
+  def to_ours(self, *tensors: Array) -> tuple[Array, ...]:
+    """The arrays of `paths` from the tensors of `names`."""
+    return _tuple(self.layout.to_ours(*tensors))
+
+  def to_source(self, *arrays: Array) -> tuple[Array, ...]:
+    """The tensors of `names` from the arrays of `paths`."""
+    return _tuple(self.layout.to_source(*arrays))
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
   """One architecture in one source.
 
   Attributes:
-    rules: (pattern, name, layout), tried in this order. The pattern matches the whole of our path, as
-      "params/stage1_block0/conv1/kernel"; name is the source's, with the pattern's groups as \\1, \\2, ...
-    inputs: the source's tensors -> the model's inputs, whose shapes decide the parameters'. It must do
-      without any tensor that might be missing.
+    rules: tried in this order. The first of a rule's paths is a pattern that matches the whole of
+      our path, as "params/stage1_block0/conv1/kernel"; its other paths and the source's names have
+      the pattern's groups as \\1, \\2, ...
+    inputs: the source's tensors -> the model's inputs, whose shapes decide the parameters'. It
+      must do without any tensor that might be missing.
     no_weight: pattern of the source's names of buffers that hold no weight.
-    older: (pattern, name): what earlier versions of the source called a tensor, and what it is called now.
+    older: (pattern, name): what earlier versions of the source called a tensor, and what it is
+      called now.
+    tied: the source's second name of a tensor -> its first name, which a rule has. The source may
+      hold either of them or both, which must then be equal; both are written.
   """
 
-  rules: Sequence[tuple[str, str, Layout]]
+  rules: Sequence[Rule]
   inputs: Callable[[Mapping[str, np.ndarray]], tuple[jax.ShapeDtypeStruct, ...]]
   no_weight: str = r"(?!)"
   older: Sequence[tuple[str, str]] = ()
+  tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-  def find(self, path: str) -> tuple[str, Layout]:
-    """The source's name and layout for our `path`; `UserError` where it has none."""
-    for pattern, name, layout in self.rules:
-      match = re.fullmatch(pattern, path)
-      if match:
-        return match.expand(name), layout
-    raise errors.UserError(f"the source has no counterpart of {path}; the weights are of another model")
+  def entries(self, paths: Iterable[str]) -> list[Entry]:
+    """The rules that cover our `paths`, in their order; `UserError` where no rule covers one."""
+    order = {path: place for place, path in enumerate(paths)}
+    left, found = set(order), []
+    for ours, names, layout in self.rules:
+      pattern, *others = _tuple(ours)
+      for path in order:
+        match = re.fullmatch(pattern, path) if path in left else None
+        if match:
+          group = (path, *map(match.expand, others))
+          if missing := [other for other in group if other not in left]:
+            raise errors.UserError(f"the source has {path} and {missing[0]} in one, but this model "
+                                   f"has no {missing[0]}; the weights are of another model")
+          found.append(Entry(group, tuple(map(match.expand, _tuple(names))), layout))
+          left.difference_update(group)
+    if left:
+      first = min(left, key=order.get)
+      raise errors.UserError(
+          f"the source has no counterpart of {first}; the weights are of another model")
+    return sorted(found, key=lambda entry: order[entry.paths[0]])
 
   def rename(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors under the names of the source's newest version."""
+    """The tensors under the names that the rules have: the newest version's, each tied tensor once.
+
+    Raises:
+      UserError: two names of a tied tensor hold different values.
+    """
     renamed = {}
     for name, tensor in tensors.items():
       matches = ((re.fullmatch(pattern, name), new) for pattern, new in self.older)
       renamed[next((match.expand(new) for match, new in matches if match), name)] = tensor
+    for second, first in self.tied.items():
+      if second in renamed:
+        tensor = renamed.pop(second)
+        if not np.array_equal(renamed.setdefault(first, tensor), tensor):
+          raise errors.UserError(f"{second} and {first} differ, but this model has one array for both; "
+                                 "the weights are of a model that does not tie them")
     return renamed
+
+  def tie(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors with the tied ones under all of their names."""
+    seconds = {second: tensors[first] for second, first in self.tied.items() if first in tensors}
+    return {**tensors, **seconds}
 
   def holds_no_weight(self, name: str) -> bool:
     """Whether the source's tensor `name` may be left over."""
     return re.fullmatch(self.no_weight, name) is not None
 
 
-def batch_norm(path: str, name: str) -> list[tuple[str, str, Layout]]:
+def _tuple(value: Any) -> tuple[Any, ...]:
+  return value if isinstance(value, tuple) else (value,)
+
+
+def layer(path: str, name: str, layout: Layout) -> list[Rule]:
+  """The rules of a convolution or a linear layer at our `path` (a pattern) and the source's `name`."""
+  return [(f"params/{path}/kernel", f"{name}.weight", layout),
+          (f"params/{path}/bias", f"{name}.bias", SAME)]
+
+
+def batch_norm(path: str, name: str) -> list[Rule]:
   """The four rules of a BatchNorm at our `path` (a pattern) and the source's `name`; frozen, it is all statistics."""
   return [
       (f"(?:params|batch_stats)/{path}/scale", f"{name}.weight", SAME),
@@ -91,6 +175,12 @@ def image(size: int, conv: str) -> Callable[[Mapping[str, np.ndarray]], tuple[ja
     return (jax.ShapeDtypeStruct((1, size, size, shape[1] if len(shape) == 4 else 3), np.float32),)
 
   return inputs
+
+
+def columns(tensors: Mapping[str, np.ndarray], name: str) -> int:
+  """How many columns the matrix `name` has, 1 where it is missing."""
+  shape = np.shape(tensors.get(name))
+  return shape[1] if len(shape) == 2 else 1
 
 
 def patches(side: int, conv: str, positions: str) -> Callable[[Mapping[str, np.ndarray]], tuple[Any, ...]]:

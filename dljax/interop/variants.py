@@ -1,5 +1,16 @@
-"""A module from its name: a key of any family's VARIANTS, and the settings that it takes."""
+"""A module from its description, {"model": name, "settings": {field: value}}, and the reverse.
 
+The name is a key of any family's VARIANTS, "resnet50", or where a class has none, "rnn.Stack".
+Settings are the fields of the module that differ from it, as JSON. What JSON lacks is an object
+with a key of its own: {"callable": "flax.linen.relu"}, {"partial":
+"dljax.models.layers.BatchNorm", "settings": {...}} for `functools.partial`, {"tuple":
+"dljax.models.efficientnet.Stage", "settings": {...}} for a named tuple, and {"model": ...,
+"settings": ...} for a module in a module. Only what `dljax.models`, `flax.linen` and `jax.nn`
+define is looked up, so that a file can run nothing else.
+"""
+
+import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -12,50 +23,164 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dljax import errors, interop, models
+from dljax import errors, models
+from dljax.interop.weights import Tensors, find_table
 
-_NOT_SETTINGS = ("parent", "name", "dtype", "remat")
+_NOT_SETTINGS = ("parent", "name", "dtype", "remat")  # how a model is run, not which model it is
+_OPEN = ("flax.linen", "jax.nn")  # besides `dljax.models`, where callables are looked up
 
 
 def find(name: str) -> Callable[..., nn.Module]:
   """The constructor of `name`, such as "resnet50", whatever the family.
 
+  If `name` begins with the family's name, no other family is imported.
+
   Raises:
     UserError: no family has it.
   """
-  modules = (f"{models.__name__}.{info.name}" for info in pkgutil.iter_modules(models.__path__))
-  families = map(importlib.import_module, modules)
-  table = {key: variant for family in families for key, variant in getattr(family, "VARIANTS", {}).items()}
+  known = [info.name for info in pkgutil.iter_modules(models.__path__)]
+  family, _, kind = name.partition(".")
+  if family in known and kind:
+    found = getattr(_family(family), kind, None)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+      return found
+  for family in known:
+    if name.startswith(family) and name in _variants(family):
+      return _variants(family)[name]
+  table = {key: variant for family in known for key, variant in _variants(family).items()}
   return errors.choose("--model", name, table)
 
 
-def build(name: str, settings: Mapping[str, Any]) -> nn.Module:
-  """The module `name` with `settings`, among which `num_classes` may be missing.
+def _family(name: str) -> Any:
+  return importlib.import_module(f"{models.__name__}.{name}")
+
+
+def _variants(family: str) -> Mapping[str, Callable[..., nn.Module]]:
+  return getattr(_family(family), "VARIANTS", {})
+
+
+def build(model: str, settings: Mapping[str, Any]) -> nn.Module:
+  """The module of a name, with settings, among which `num_classes` may be missing.
 
   Raises:
     UserError: an unknown name or setting.
   """
-  variant = find(name)
+  variant = find(model)
   known = _settings(variant)
   for key in settings:
     if key not in known:
-      raise errors.unknown(f"--set: {name}", key, known)
-  plain = lambda value: tuple(value) if isinstance(value, list) else value  # modules must be hashable
+      raise errors.unknown(f"--set: {model}", key, known)
   unset = {"num_classes": 1} if "num_classes" in known else {}
   try:
-    return variant(**unset | {key: plain(value) for key, value in settings.items()})
+    return variant(**unset | {key: _decode(value) for key, value in settings.items()})
   except TypeError as e:
-    raise errors.UserError(f"--set: {name} cannot be made: {e}") from None
+    raise errors.UserError(f"--set: {model} cannot be made: {e}") from None
 
 
-def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-  """Those fields of a config that set an attribute of the same name and type of the module `name`."""
-  known = _settings(find(name))
-  return {key: value for key, value in config.items() if key in known and type(value) is type(known[key].default)}
+def describe(model: nn.Module | None) -> dict[str, Any] | None:
+  """What `build` makes `model` from again, but for its dtype and remat: {"model": name, "settings": {...}}.
+
+  Of the variants of its class it takes the one that leaves the fewest settings to be named.
+
+  Returns:
+    None where there is no model, it is not of `dljax.models`, or a setting that differs is some
+    other callable.
+  """
+  package, _, family = type(model).__module__.rpartition(".")
+  if package != models.__name__:
+    return None
+  of_class = {name: variant for name, variant in _variants(family).items()
+              if getattr(variant, "func", variant) is type(model)}
+  values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+  found = []
+  for name, variant in (of_class or {f"{family}.{type(model).__name__}": type(model)}).items():
+    settings = {key: values[key] for key, parameter in _settings(variant).items()
+                if not _same(values[key], parameter.default)}
+    found.append({"model": name, "settings": settings})
+  nearest = min(found, key=lambda entry: len(entry["settings"]))
+  try:
+    return nearest | {"settings": _encode_all(nearest["settings"])}
+  except _NoJSONError:
+    return None
 
 
 def _settings(variant: Callable[..., nn.Module]) -> dict[str, inspect.Parameter]:
-  return {key: p for key, p in inspect.signature(variant).parameters.items() if key not in _NOT_SETTINGS}
+  parameters = inspect.signature(variant).parameters
+  return {key: parameter for key, parameter in parameters.items() if key not in _NOT_SETTINGS}
+
+
+class _NoJSONError(Exception):
+  """A value that has no form in JSON."""
+
+
+def _same(value: Any, default: Any) -> bool:
+  try:
+    return value is default or _encode(value) == _encode(default)
+  except _NoJSONError:
+    return False
+
+
+def _encode(value: Any) -> Any:
+  """The JSON of a setting."""
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  if isinstance(value, nn.Module):
+    if (module := describe(value)) is None:
+      raise _NoJSONError
+    return module
+  if hasattr(value, "_asdict"):
+    return {"tuple": _reference(type(value)), "settings": _encode_all(value._asdict())}
+  if isinstance(value, (tuple, list)):
+    return [_encode(item) for item in value]
+  if isinstance(value, functools.partial) and not value.args:
+    return {"partial": _reference(value.func), "settings": _encode_all(value.keywords)}
+  return {"callable": _reference(value)}
+
+
+def _encode_all(settings: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: _encode(value) for key, value in settings.items()}
+
+
+def _decode(value: Any) -> Any:
+  """The setting that `_encode` made JSON of; a list becomes a tuple, as modules must be hashable."""
+  if isinstance(value, (tuple, list)):
+    return tuple(map(_decode, value))
+  if not isinstance(value, dict):
+    return value
+  if "model" in value:
+    return build(value["model"], value["settings"])
+  settings = {key: _decode(item) for key, item in value.get("settings", {}).items()}
+  if "partial" in value:
+    return functools.partial(_look_up(value["partial"]), **settings)
+  if "tuple" in value:
+    return _look_up(value["tuple"])(**settings)
+  return _look_up(value.get("callable", ""))
+
+
+def _reference(value: Any) -> str:
+  """The dotted name of a class or a function."""
+  for module in (getattr(value, "__module__", None) or "", *_OPEN):
+    name = f"{module}.{getattr(value, '__name__', '')}"
+    try:
+      if _look_up(name) is value:
+        return name
+    except errors.UserError:
+      pass
+  raise _NoJSONError
+
+
+def _look_up(name: str) -> Any:
+  """The class or function of a dotted name; `UserError` where it is not one that may be looked up."""
+  module, _, attribute = str(name).rpartition(".")
+  allowed = module in _OPEN or module.rpartition(".")[0] == models.__name__
+  try:
+    found = getattr(importlib.import_module(module), attribute, None) if allowed else None
+  except ModuleNotFoundError:
+    found = None
+  if not callable(found):
+    raise errors.UserError(f"--set: there is no {name!r} among the modules and functions of "
+                           f"{', '.join((models.__name__, *_OPEN))}")
+  return found
 
 
 class HeadArray(NamedTuple):
@@ -91,25 +216,29 @@ def head(init: Callable[[int], Any]) -> dict[str, HeadArray]:
   return found
 
 
-def num_classes(model: nn.Module, tensors: interop.Tensors, source: str) -> int | None:
+def num_classes(model: nn.Module, tensors: Tensors, source: str) -> int | None:
   """How many classes another implementation's weights are for; None where the head is not among them.
 
   Args:
     model: a module with an attribute `num_classes`, of any value.
     tensors: name -> array, as the source has them.
-    source: a key of `interop.SOURCES`.
+    source: one of `weights.sources(model)`.
   """
-  table = interop.find_table(model, source)
+  table = find_table(model, source)
   inputs = table.inputs(tensors)
 
   def init(classes: int) -> Any:
-    return model.clone(num_classes=classes).init(jax.random.key(0), *(jnp.zeros(x.shape, x.dtype) for x in inputs))
+    zeros = (jnp.zeros(x.shape, x.dtype) for x in inputs)
+    return model.clone(num_classes=classes).init(jax.random.key(0), *zeros)
 
-  for path, array in head(init).items():
-    name, layout = table.find(path)
-    if np.ndim(tensors.get(name)) == array.rank:
-      shape = jax.eval_shape(layout.to_ours, jax.ShapeDtypeStruct(np.shape(tensors[name]), np.float32)).shape
-      classes, rest = divmod(shape[array.axis] - array.offset, array.slope)
-      if not rest and classes > 0:
-        return classes
+  arrays = head(init)
+  for entry in table.entries(arrays):
+    # A layout that joins or splits tensors says nothing of the number of classes.
+    if len(entry.paths) == len(entry.names) == 1:
+      array, shape = arrays[entry.paths[0]], np.shape(tensors.get(entry.names[0]))
+      if len(shape) == array.rank:
+        shape = jax.eval_shape(entry.layout.to_ours, jax.ShapeDtypeStruct(shape, np.float32)).shape
+        classes, rest = divmod(shape[array.axis] - array.offset, array.slope)
+        if not rest and classes > 0:
+          return classes
   return None

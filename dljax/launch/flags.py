@@ -42,10 +42,14 @@ def define() -> flags.FlagValues:
          "Which checkpoint to evaluate or to predict with: best, latest or a number.")
   flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
                     flag_values=values)
-  string("prompt", None, "A text to write on, which may be empty, for families that write text; "
-         "shown as it comes.")
+  string("prompt", None, "A text to continue, which may be empty, for families that generate "
+         "text; shown as it comes.")
+  flags.DEFINE_integer("count", None, "How many predictions to draw for each input, for families "
+                       "that draw them.", flag_values=values)
+  flags.DEFINE_list("label", [], "What to draw predictions of, for families that generate by "
+                    "class; names with commas between.", flag_values=values)
   path("output", "Where to write predictions: a .jsonl, .json or .csv file, or a new folder for "
-       "those that are pictures; by default only shown.")
+       "those that can be drawn; by default only shown.")
   choice("parallelism", ["jit", "pmap"], "How to compile for several devices.")
   string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
   choice("resume", ["auto", "never", "must"],
@@ -102,6 +106,8 @@ def check_together(values: flags.FlagValues) -> None:
       ("step", "--mode=eval or --mode=predict", not trains),
       ("input", "--mode=predict", predicts),
       ("prompt", "--mode=predict", predicts),
+      ("count", "--mode=predict", predicts),
+      ("label", "--mode=predict", predicts),
       ("output", "--mode=predict", predicts)):
     if values[name].present and not there:
       raise UserError(f"--{name} goes with {with_what}; add it, or drop --{name}")

@@ -1,4 +1,4 @@
-"""Writes predictions: a .jsonl, .json or .csv file, or a folder of pictures and their rows."""
+"""Writes predictions: a .jsonl, .json or .csv file, or a folder of drawings and their rows."""
 
 import json
 import re
@@ -11,16 +11,16 @@ from dljax.errors import UserError
 from dljax.train.workdir import write_csv, write_json
 
 
-def check(place: Path, pictures: bool) -> None:
+def check(place: Path, drawn: bool) -> None:
   """Raises `UserError` where predictions cannot be written to `place`.
 
   Args:
     place: a file by its suffix, or a new or empty folder.
-    pictures: whether the predictions are pictures, which alone go into a folder.
+    drawn: whether predictions can be drawn, which alone go into a folder.
   """
-  if place.suffix not in _WRITERS and (place.suffix or not pictures):
+  if place.suffix not in _WRITERS and (place.suffix or not drawn):
     raise UserError(f"--output={place}: must end in {', '.join(_WRITERS)}"
-                    + ", or be a new folder" * pictures)
+                    + ", or be a new folder" * drawn)
   if not place.absolute().parent.is_dir():
     raise UserError(
         f"--output={place}: there is no folder {place.absolute().parent}; make it first")
@@ -34,14 +34,15 @@ def check(place: Path, pictures: bool) -> None:
 
 def write(
     place: Path, rows: Sequence[Mapping[str, Any]],
-    pictures: Callable[[], Iterable[Any]] | None = None,
+    draw: Callable[[], Iterable[tuple[str, bytes] | None]],
 ) -> None:
   """Writes predictions.
 
   Args:
     place: where to, as `check` accepts it.
     rows: one dict for each prediction, with the same keys.
-    pictures: gives a picture (PIL) for each row; called only where `place` is a folder.
+    draw: gives each row's picture or sound, see `Experiment.draw`; called only where `place` is a
+      folder.
 
   Raises:
     RunError: the disk is full, or the like.
@@ -50,7 +51,7 @@ def write(
     if place.suffix in _WRITERS:
       _WRITERS[place.suffix](place, rows)
     else:
-      _write_folder(place, rows, pictures())
+      _write_folder(place, rows, draw())
 
 
 def _check_writable(place: Path) -> None:
@@ -70,23 +71,30 @@ def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_folder(
-    folder: Path, rows: Sequence[Mapping[str, Any]], pictures: Iterable[Any],
+    folder: Path, rows: Sequence[Mapping[str, Any]], drawings: Iterable[tuple[str, bytes] | None],
 ) -> None:
-  """Makes a folder with `_ROWS` and each row's picture, "a.png" for "scans/a.jpg".
+  """Makes a folder with `_ROWS` and each row's drawing, "a.png" for "scans/a.jpg".
 
-  Of equal names the later ones are numbered.
+  Of equal names the later ones are numbered. A prompt that is no file's name gives "text.png".
   """
   folder.mkdir(exist_ok=True)
   names: list[str] = []
-  for row, picture in zip(rows, pictures, strict=True):
+  named = []
+  for row, drawing in zip(rows, drawings, strict=True):
     stem = re.sub(r"\.\w+(\[(\d+)\])?$", lambda end: f"-{end[2]}" if end[2] else "",
                   Path(row["input"]).name)
+    if not (stem.isprintable() and 0 < len(stem.encode()) <= _LONGEST_NAME):
+      stem = "text"
     numbered = (f"{stem}-{i}" for i in range(2, 2 + len(rows)))
     names.append(next(name for name in (stem, *numbered) if name not in names))
-    picture.save(folder / f"{names[-1]}.png")
-  _write_jsonl(
-      folder / _ROWS, [{**row, "picture": f"{name}.png"} for row, name in zip(rows, names)])
+    if drawing is not None:
+      suffix, content = drawing
+      (folder / f"{names[-1]}{suffix}").write_bytes(content)
+      row = {**row, "picture": f"{names[-1]}{suffix}"}
+    named.append(row)
+  _write_jsonl(folder / _ROWS, named)
 
 
 _ROWS = "predictions.jsonl"
+_LONGEST_NAME = 200  # bytes; a file system takes 255, suffix and number included
 _WRITERS = {".jsonl": _write_jsonl, ".json": write_json, ".csv": write_csv}

@@ -15,7 +15,7 @@ from dljax import runs
 from dljax.errors import DONE, FAILED, UserError
 from dljax.launch import output
 from dljax.train.evaluate import generate, predict as predict_rows
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 from dljax.train.program import RunOptions
 from dljax.train.workdir import Workdir
 
@@ -23,67 +23,79 @@ from dljax.train.workdir import Workdir
 def predict(
     experiment: Experiment, folder: Workdir, options: RunOptions, values: flags.FlagValues,
 ) -> int:
-  """Predicts for --input or --prompt; gives the exit status: `FAILED` if inputs were skipped."""
-  prompted = values["prompt"].present
-  if prompted and experiment.prompt is None:
-    raise UserError(
-        f"--prompt: {experiment.config.family} writes no text; use --input=FILE_OR_FOLDER")
-  if prompted and values.input:
-    raise UserError("--prompt and --input do not go together; drop one of them")
-  if not values.input and not prompted:
-    raise UserError("--mode=predict needs --input=FILE_OR_FOLDER"
-                    + " or --prompt=TEXT" * bool(experiment.prompt))
+  """Predicts what the flags ask for; gives the exit status: `FAILED` if inputs were skipped."""
   place = Path(values.output) if values.output else None
   if place:
-    output.check(place, experiment.pictures is not None)
+    output.check(place, experiment.draw is not None)
   assets = folder.read_assets()
   if assets:
     experiment.data.restore(assets)
-  if prompted:
-    return _generate(experiment, folder, options, values, assets, place)
-  paths = [os.path.expanduser(path) for path in values.input]
-  batch, names, skipped = experiment.encode(paths, assets)
-  if not names:
-    rest = [f"and {len(skipped) - 3} more"] if len(skipped) > 3 else []
-    raise UserError(
-        "--input: " + ("; ".join(skipped[:3] + rest) or f"{','.join(values.input)} holds no file"))
-  for line in skipped:
+  inputs = experiment.read(_request(values), assets)
+  if not inputs.names:
+    rest = [f"and {len(inputs.skipped) - 3} more"] if len(inputs.skipped) > 3 else []
+    raise UserError("--input: " + ("; ".join([*inputs.skipped[:3], *rest])
+                                   or f"{','.join(values.input)} holds no file"))
+  for line in inputs.skipped:
     print(f"skipped {line}", file=sys.stderr)
   program, _, state = runs.restore(experiment, folder, options, values.step)
-  predictions = predict_rows(experiment, program, options.parallelism, state, batch)
-  rows = [{"input": name, **row}
-          for name, row in zip(names, experiment.decode(predictions, assets), strict=True)]
-  if jax.process_index() == 0:
-    for row in rows:
+  first = jax.process_index() == 0
+  if values["prompt"].present and len(inputs.names) <= experiment.config.eval_batch_size:
+    parts = generate(experiment, program, options.parallelism, state, inputs.batch)
+    predictions, rows = _stream(experiment, inputs, parts, assets, first)
+  else:
+    predictions = predict_rows(experiment, program, options.parallelism, state, inputs.batch)
+    rows = _rows(experiment, inputs, predictions, assets)
+    for row in rows if first else ():
       print("  ".join(f"{v:.4f}" if isinstance(v, float) else v
                       for v in row.values() if not isinstance(v, dict)))
-    if place:
-      output.write(place, rows, lambda: experiment.pictures(batch, predictions, assets))
-      print(f"{len(rows)} predictions written to {place}")
-  return FAILED if skipped else DONE
+  if place and first:
+    output.write(place, rows, lambda: experiment.draw(inputs, predictions, assets))
+    print(f"{len(rows)} prediction{'s' * (len(rows) > 1)} written to {place}")
+  return FAILED if inputs.skipped else DONE
 
 
-def _generate(
-    experiment: Experiment, folder: Workdir, options: RunOptions, values: flags.FlagValues,
-    assets: Mapping[str, Any], place: Path | None,
-) -> int:
-  """Shows --prompt and the text that the model generates, as it comes."""
-  batch = experiment.prompt([values.prompt], ["--prompt"])
-  program, _, state = runs.restore(experiment, folder, options, values.step)
-  first = jax.process_index() == 0
+def _request(values: flags.FlagValues) -> Request:
+  return Request(
+      paths=[os.path.expanduser(path) for path in values.input],
+      texts=[values.prompt] if values["prompt"].present else [],
+      count=values.count, labels=values.label)
+
+
+def _rows(
+    experiment: Experiment, inputs: Inputs, predictions: Any, assets: Assets,
+) -> list[Mapping[str, Any]]:
+  shown = experiment.show(inputs, predictions, assets)
+  return [{"input": name, **row} for name, row in zip(inputs.names, shown, strict=True)]
+
+
+def _stream(
+    experiment: Experiment, inputs: Inputs, parts: Any, assets: Assets, first: bool,
+) -> tuple[Any, list[Mapping[str, Any]]]:
+  """Shows prompts and their continuations: the first as it comes, the others when all are done.
+
+  Args:
+    experiment: its predictions are tokens.
+    inputs: the prompts.
+    parts: the tokens [rows, n] as they are generated.
+    assets: the run's assets.
+    first: whether this is the host that prints.
+
+  Returns:
+    The predictions, and a row for each.
+  """
   show = functools.partial(print, end="", flush=True) if first else lambda text: None
-  show(values.prompt)
-  parts, text, shown = [], "", 0
-  for tokens in generate(experiment, program, options.parallelism, state, batch):
-    parts.append(tokens)
-    row, = experiment.decode({"tokens": np.concatenate(parts, axis=1)}, assets)
-    text = row["text"]
+  show(inputs.names[0])
+  predictions, rows, shown = {}, [], 0
+  for tokens in parts:
+    before = [predictions["tokens"]] if predictions else []
+    predictions = {"tokens": np.concatenate([*before, tokens], axis=1)}
+    rows = _rows(experiment, inputs, predictions, assets)
+    text = rows[0]["text"]
     # The rest may be the first half of a character.
     whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
     show(text[shown:whole])
     shown = max(shown, whole)
   show(text[shown:] + "\n")
-  if place and first:
-    output.write(place, [{"input": values.prompt, "text": text}])
-    print(f"1 prediction written to {place}")
-  return DONE
+  for i, row in enumerate(rows[1:], 2):
+    show(f"\n--- {i} of {len(rows)} ---\n{row['input']}{row['text']}\n")
+  return predictions, rows

@@ -1,12 +1,16 @@
-"""What every kind of experiment checks of its config."""
+"""What every kind of experiment checks of its config and of a request; how it gives a picture."""
 
+import io
 import math
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from dljax.errors import UserError
+from dljax.train.experiment import Request
 
 
 def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
@@ -19,7 +23,8 @@ def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
 
 
 def check_model(model: ml_collections.ConfigDict) -> None:
-  """Refuses sizes and rates out of range, as far as `config.model` has these fields that families share.
+  """Refuses sizes and rates out of range, as far as `config.model` has these fields that families
+  share.
 
   Raises:
     UserError: a size is not above 0, or a rate not in [0, 1).
@@ -30,3 +35,49 @@ def check_model(model: ml_collections.ConfigDict) -> None:
   for field in ("dropout", "stochastic_depth"):
     if field in model and not 0 <= model[field] < 1:
       raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+
+
+# Part of a `Request` -> its flag with a value for example, and what a family without use for it does.
+_PARTS = {
+    "paths": ("--input=FILE_OR_FOLDER", "reads no files"),
+    "texts": ("--prompt=TEXT", "generates no text"),
+    "count": ("--count=N", "predicts each input once"),
+    "labels": ("--label=NAME", "generates nothing by its class"),
+}
+
+
+def check_request(
+    request: Request, family: str, takes: Collection[str], together: Collection[str] = (),
+) -> None:
+  """Refuses a request that an experiment cannot fulfil.
+
+  Args:
+    request: what the user asked for.
+    family: the family's name, for the message.
+    takes: the parts of a `Request` of which one is needed.
+    together: parts that go with any of those.
+
+  Raises:
+    UserError: a part is given that has no meaning, none is given that has one, two are that
+      exclude each other, or the count is not positive.
+  """
+  given = [part for part in _PARTS if getattr(request, part) not in (None, (), [])]
+  instead = " or ".join(_PARTS[part][0] for part in takes)
+  for part in given:
+    if part not in takes and part not in together:
+      flag, reason = _PARTS[part]
+      raise UserError(f"{flag.partition('=')[0]}: {family} {reason}; use {instead}")
+  alone = [_PARTS[part][0].partition("=")[0] for part in given if part in takes]
+  if not alone:
+    raise UserError(f"--mode=predict needs {instead}")
+  if len(alone) > 1:
+    raise UserError(f"{alone[1]} and {alone[0]} do not go together; drop one of them")
+  if request.count is not None and request.count < 1:
+    raise UserError(f"--count={request.count}: give a positive number")
+
+
+def png(picture: Any) -> tuple[str, bytes]:
+  """A `PIL.Image.Image` as `Experiment.draw` gives it."""
+  content = io.BytesIO()
+  picture.save(content, "PNG")
+  return ".png", content.getvalue()

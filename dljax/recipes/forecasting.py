@@ -1,28 +1,30 @@
-"""The experiment that every family of forecasters shares: from a config and a model; and the baselines beside them.
+"""The experiment that every family of forecasters shares: from a config and a model; and the
+baselines beside them.
 
-Published for the preset etth1 (horizon 96, all 7 channels, normalised values): DLinear mse 0.375, mae 0.399 (Zeng et
-al. 2023, table 2; its authors' code leaves out the last windows of the test that fill no batch). Here all count:
-DLinear after 2560 steps of Adam at 5e-4, 32 windows each, mse 0.371, mae 0.394 (at the best checkpoint; 0.370 and 0.392
-at the last), in half a minute on two CPU cores; a linear map of the window by least squares, solved exactly, 0.370 and
-0.392; seasonal-naive 0.512 and 0.433.
+Published for the preset etth1 (horizon 96, all 7 channels, normalised values): DLinear mse 0.375,
+mae 0.399 (Zeng et al. 2023, table 2; its authors' code leaves out the last windows of the test
+that fill no batch). Here all count: DLinear after 2560 steps of Adam at 5e-4, 32 windows each, mse
+0.371, mae 0.394 (at the best checkpoint; 0.370 and 0.392 at the last), in half a minute on two CPU
+cores; a linear map of the window by least squares, solved exactly, 0.370 and 0.392; seasonal-naive
+0.512 and 0.433.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from dljax import optim
 from dljax.config import base_config
 from dljax.data.series import windows
 from dljax.errors import UserError, choose
 from dljax.models import baselines
+from dljax.recipes import common
 from dljax.tasks import forecasting
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # Field values of `config.data` for the series that presets use.
 DATA = {
@@ -89,12 +91,19 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   task = forecasting.Forecasting(model=model, quantiles=quantiles(config))
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      encode=functools.partial(_encode, config.data), decode=forecasting.decode,
-      pictures=functools.partial(forecasting.pictures, band=task.band))
+      read=functools.partial(_read, config), show=_show, draw=functools.partial(_draw, task.band))
 
 
-def _encode(
-    data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
   """See `windows.encode`."""
-  return windows.encode(paths, data_config, windows.Normaliser.from_assets(assets))
+  common.check_request(request, config.family, ["paths"])
+  return Inputs(*windows.encode(request.paths, config.data, windows.Normaliser.from_assets(assets)))
+
+
+def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+  del inputs
+  return forecasting.decode(predictions, assets)
+
+
+def _draw(band: str, inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
+  return map(common.png, forecasting.pictures(inputs.batch, predictions, assets, band))

@@ -1,15 +1,18 @@
 """The experiment that every family of image classifiers shares: from a config and a model."""
 
 import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import flax.linen as nn
 import ml_collections
 
 from dljax import optim
 from dljax.config import base_config
-from dljax.data.image import corrupt, labelled
+from dljax.data.image import corrupt, decode, labelled
+from dljax.recipes import common
 from dljax.tasks import classification
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # Field values of `config.data` for the sets that presets use; mean and std are those of the training split.
 DATA = {
@@ -64,9 +67,16 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, criterion: str = 
       criterion=criterion)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      encode=functools.partial(_encode, config.data), decode=classification.decode)
+      read=functools.partial(_read, config), show=_show)
 
 
-def _encode(data_config, paths, assets):
+def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
+  """See `decode.encode`."""
   del assets
-  return labelled.encode(paths, data_config)
+  common.check_request(request, config.family, ["paths"])
+  return Inputs(*decode.encode(request.paths, config.data, config.data.background))
+
+
+def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+  del inputs
+  return classification.decode(predictions, assets)

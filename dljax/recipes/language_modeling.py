@@ -3,7 +3,6 @@
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +11,12 @@ import numpy as np
 
 from dljax import optim
 from dljax.config import base_config
+from dljax.data.splits import find_files
 from dljax.data.text import corpus, tokenize
 from dljax.errors import UserError
+from dljax.recipes import common
 from dljax.tasks import language_modeling
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # Field values of `config.data` for the sets that presets use.
 DATA = {
@@ -25,10 +26,12 @@ DATA = {
     "lm1b": {"name": "lm1b", "tokenizer": "bpe", "vocab_size": 32_000, "documents": True, "length": 128,
              "train": "train[:99%]", "validation": "train[99%:]"},
 }
+COLUMNS = 92  # characters in a line of a drawn text
 
 
 def config(family: str, preset: str, data: str, optimizer: str) -> ml_collections.ConfigDict:
-  """The shared fields of a language model's config, for the preset to change; `model` has dtype and remat.
+  """The shared fields of a language model's config, for the preset to change; `model` has dtype
+  and remat.
 
   Args:
     family: the name of the experiment's file.
@@ -60,24 +63,55 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
       sampling=language_modeling.Sampling(**config.sampling.to_dict()),
       spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens))
 
-  def prompt(prompts: Sequence[str], names: Sequence[str]) -> Mapping[str, np.ndarray]:
-    return corpus.encode_prompts(prompts, names, texts.tokenizer())
+  def prompts(
+      found: Sequence[str], names: Sequence[str], count: int = 1,
+  ) -> Mapping[str, np.ndarray]:
+    """Each prompt `count` times; rows of different ids draw different continuations."""
+    batch = corpus.encode_prompts(found, names, texts.tokenizer())
+    repeated = {field: np.repeat(value, count, axis=0) for field, value in batch.items()}
+    return {**repeated, "id": np.arange(len(repeated["id"]), dtype=np.int32)}
 
-  def encode(paths: Sequence[str], assets: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], list[str], list[str]]:
+  def read(request: Request, assets: Assets) -> Inputs:
     del assets  # the experiment has restored them
-    found, names, skipped = _read(paths, lambda content, name: texts.tokenizer().encode(content, name))
-    return prompt(found, names), names, skipped
+    common.check_request(request, config.family, ["paths", "texts"], ["count"])
+    found, names, skipped = list(request.texts), list(request.texts), []
+    if request.paths:
+      found, names, skipped = _read(request.paths, texts.tokenizer().encode)
+    flags = names if request.paths else ["--prompt"] * len(found)
+    count = request.count or 1
+    repeated = [name for name in names for _ in range(count)]
+    return Inputs(prompts(found, flags, count), repeated, skipped)
 
-  def decode(predictions: Mapping[str, Any], assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    del assets
+  def show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+    del inputs, assets
     tokenizer = texts.tokenizer()
     for tokens in np.asarray(predictions["tokens"]):
       ends = np.flatnonzero(tokens == tokenizer.end)
       yield {"text": tokenizer.decode(tokens[:ends[0]] if len(ends) else tokens)}
 
+  def draw(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
+    return (common.png(_page(row["text"])) for row in show(inputs, predictions, assets))
+
   return Experiment(
-      task=task, data=data, config=config, monitor=config.monitor or None, encode=encode, decode=decode,
-      prompt=prompt)
+      task=task, data=data, config=config, monitor=config.monitor or None, read=read, show=show,
+      draw=draw, preview=lambda: Inputs(prompts([""], ["the preview"]), ["a text from its beginning"]))
+
+
+def _page(text: str) -> Any:
+  """A text as a `PIL.Image.Image`, in lines of at most `COLUMNS` characters."""
+  from matplotlib import font_manager  # pylint: disable=g-import-not-at-top
+  from PIL import Image, ImageDraw, ImageFont  # pylint: disable=g-import-not-at-top
+
+  font = ImageFont.truetype(font_manager.findfont("monospace"), 14)
+  lines = [line[start:start + COLUMNS] for line in text.expandtabs(4).split("\n")
+           for start in range(0, max(len(line), 1), COLUMNS)]
+  width, height = round(font.getlength("m")), sum(font.getmetrics()) + 2
+  page = Image.new("L", (COLUMNS * width + 16, len(lines) * height + 16), 255)
+  pen = ImageDraw.Draw(page)
+  for i, line in enumerate(lines):
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    pen.text((8, 8 + i * height), shown, 0, font)
+  return page
 
 
 def _read(paths: Sequence[str], check: Callable[[str, str], Any]) -> tuple[list[str], list[str], list[str]]:
@@ -90,13 +124,8 @@ def _read(paths: Sequence[str], check: Callable[[str, str], Any]) -> tuple[list[
   Returns:
     The texts, their names, and one line for each file that cannot be used.
   """
-  files = []
-  for path in map(Path, paths):
-    if not path.exists():
-      raise UserError(f"--input: there is no {path}; name a file of text, or a folder of .txt files")
-    files += sorted(path.rglob("*.txt")) if path.is_dir() else [path]
   texts, names, skipped = [], [], []
-  for path in files:
+  for path in find_files(paths, "a file of text, or a folder of .txt files", ".txt"):
     try:
       content = corpus.read_file(path, "--input")
       check(content, os.fspath(path))

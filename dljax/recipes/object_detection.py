@@ -2,19 +2,21 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import ml_collections
 import numpy as np
 
-from dljax import optim
+from dljax import optim, report
 from dljax.config import base_config
 from dljax.data.image import scenes
+from dljax.data.image.geometry import Placement
 from dljax.errors import UserError
+from dljax.recipes import common
 from dljax.tasks import boxes, detection
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # Field values of `config.data` for the sets that presets use.
 DATA = {
@@ -26,15 +28,16 @@ DATA = {
              "std": (0.229, 0.224, 0.225), "train": "train[:99%]", "validation": "train[99%:]", "test": "validation",
              "max_boxes": 100, "bad_boxes": "drop", "flip": True},
 }
+PREVIEWED = 4  # images, whose detections are drawn as the network learns
 _OF_TASK = ("alpha", "gamma", "smooth_l1_beta", "score_threshold", "nms_threshold", "max_detections")
 
 
 def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
   """The shared fields of a detector's config, for the preset to change.
 
-  Those of `config.model` beside the variant are: how the network computes (dtype, remat), the fields of `Detection`,
-  and the anchors: three sizes on each level, `anchor_scale` times its stride and up to an octave above, each with
-  every height / width of `anchor_ratios`.
+  Those of `config.model` beside the variant are: how the network computes (dtype, remat), the
+  fields of `Detection`, and the anchors: three sizes on each level, `anchor_scale` times its
+  stride and up to an octave above, each with every height / width of `anchor_ratios`.
 
   Args:
     family: the name of the experiment's file.
@@ -74,25 +77,52 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, anchors: boxes.An
     model: see `Detection`.
     anchors: that the model has outputs for.
   """
-  data = scenes.SceneSet(config.data, ["boxes"]).pipelines(
+  images = scenes.SceneSet(config.data, ["boxes"])
+  data = images.pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = detection.Detection(
       model=model, num_classes=config.data.num_classes, anchors=anchors,
       **{field: config.model[field] for field in _OF_TASK})
+
+  def preview() -> Inputs | None:
+    if "validation" not in data.evals:
+      return None
+    batch = images.first("validation", PREVIEWED)
+    return Inputs(batch, [f"validation {row}" for row in batch["id"]])
+
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      encode=functools.partial(_encode, config.data), decode=detection.decode)
+      read=functools.partial(_read, config), show=_show, draw=_draw, preview=preview)
 
 
-def _encode(
-    data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-  """See `scenes.encode`; the batch says too where each image lies, so that its boxes are in its own pixels."""
+def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
+  """See `scenes.encode`; place and size in the batch bring boxes back to an image's own pixels."""
   del assets
-  batch, names, skipped = scenes.encode(paths, data_config)
+  common.check_request(request, config.family, ["paths"])
+  batch, names, skipped = scenes.encode(request.paths, config.data)
   size = batch["host/size"]  # height, width
-  places = [scenes.Placement.of(s, data_config.image_shape[:2], data_config.resize) for s in size]
+  places = [Placement.of(s, config.data.image_shape[:2], config.data.resize) for s in size]
   batch["place"] = np.array(
       [(p.left, p.top, p.left + p.width, p.top + p.height) for p in places], np.float32).reshape(-1, 4)
   batch["size"] = size[:, ::-1].astype(np.float32)
-  return batch, names, skipped
+  return Inputs(batch, names, skipped)
+
+
+def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+  del inputs
+  return detection.decode(predictions, assets)
+
+
+def _draw(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
+  """Each image as the network sees it, with the boxes that were found and the true ones, if known."""
+  batch = inputs.batch
+  names = assets.get("classes", range(int(np.max(predictions["labels"], initial=-1)) + 1))
+  for i, image in enumerate(batch["image"]):
+    sure = predictions["valid"][i] & (predictions["scores"][i] >= detection.SHOWN_SCORE)
+    found = {name: predictions[name][i][sure] for name in ("boxes", "labels", "scores")}
+    if "place" in batch:  # the boxes are in the user's pixels
+      left, top, right, bottom = batch["place"][i]
+      image = image[int(top):int(bottom), int(left):int(right)]
+      found["boxes"] = found["boxes"] * np.tile([right - left, bottom - top] / batch["size"][i], 2)
+    there = batch["boxes"][i][batch["box_mask"][i] > 0] if "boxes" in batch else ()
+    yield common.png(report.picture(report.detections([image], [{"boxes": there}], [found], names)))

@@ -1,7 +1,7 @@
 """The experiment that every family of segmenters shares: from a config and a model."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +11,10 @@ import numpy as np
 from dljax import optim, report
 from dljax.config import base_config
 from dljax.data.image import scenes
+from dljax.data.image.geometry import Placement
+from dljax.recipes import common
 from dljax.tasks import segmentation
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # Field values of `config.data` for the sets that presets use.
 DATA = {
@@ -60,26 +62,30 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
       model=model, num_classes=config.data.mask_classes, **{field: config.model[field] for field in _OF_TASK})
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      encode=functools.partial(_encode, config.data), decode=segmentation.decode,
-      pictures=functools.partial(_pictures, config.data))
+      read=functools.partial(_read, config), show=_show, draw=functools.partial(_draw, config.data))
 
 
-def _encode(
-    data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
   """See `scenes.encode`."""
   del assets
-  return scenes.encode(paths, data_config)
+  common.check_request(request, config.family, ["paths"])
+  return Inputs(*scenes.encode(request.paths, config.data))
 
 
-def _pictures(
-    data_config: Any, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray], assets: Mapping[str, Any],
-) -> Iterator[Any]:
+def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+  del inputs
+  return segmentation.decode(predictions, assets)
+
+
+def _draw(
+    data_config: ml_collections.ConfigDict, inputs: Inputs, predictions: Any, assets: Assets,
+) -> Iterator[tuple[str, bytes]]:
   """For each of the user's images a picture of its size, with the class of each pixel."""
   del assets
   canvas = data_config.image_shape[:2]
-  for classes, size in zip(predictions["classes"], batch["host/size"]):
+  for classes, size in zip(predictions["classes"], inputs.batch["host/size"]):
     margin = [(side - have) // 2 for side, have in zip(canvas, classes.shape)]
     seen = np.full(canvas, _NOWHERE, np.uint8)
     seen[margin[0]:margin[0] + classes.shape[0], margin[1]:margin[1] + classes.shape[1]] = classes
-    yield report.class_map(scenes.Placement.of(size, canvas, data_config.resize).back(seen, size))
+    place = Placement.of(size, canvas, data_config.resize)
+    yield common.png(report.class_map(place.back(seen, size)))

@@ -1,18 +1,18 @@
 """The experiment that every family of speech recognisers shares: from a config and a model."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import ml_collections
-import numpy as np
 
 from dljax import optim
 from dljax.config import base_config
 from dljax.data.audio import recordings
+from dljax.recipes import common
 from dljax.tasks import transcription
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # Field values of `config.data` for the sets that presets use.
 DATA = {
@@ -56,13 +56,16 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   task = transcription.Transcription(model=model, alphabet=config.data.alphabet, beam=config.model.beam)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      encode=functools.partial(_encode, config.data),
-      decode=functools.partial(transcription.decode, beam=config.model.beam))
+      read=functools.partial(_read, config), show=functools.partial(_show, config.model.beam))
 
 
-def _encode(
-    data_config: Any, paths: Sequence[str], assets: Mapping[str, Any],
-) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
   """See `recordings.encode`."""
   del assets
-  return recordings.encode(paths, data_config)
+  common.check_request(request, config.family, ["paths"])
+  return Inputs(*recordings.encode(request.paths, config.data))
+
+
+def _show(beam: int, inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+  del inputs
+  return transcription.decode(predictions, assets, beam)

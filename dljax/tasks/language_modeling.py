@@ -92,8 +92,10 @@ class Sampling:
 class LanguageModeling:
   """Predicts each token from those before it.
 
-  Batches have tokens i32[B, L + 1] and mask f32[B]; where rows are padded length i32[B], how many tokens are to be
-  predicted; where the text's characters and bytes are to be counted characters f32[B] and bytes f32[B].
+  Batches have tokens i32[B, L]; targets i32[B, L], what follows each of them, and target_weight f32[B, L], 0 where that
+  is not to be predicted; length i32[B], how many tokens of a row are no padding; where the text's characters and bytes
+  are to be counted characters f32[B] and bytes f32[B]. Training windows of a text that is carried from batch to batch
+  (`stateful`) have no padding.
 
   Attributes:
     model: called as `model(tokens, carry=None, length=None, train=...)` gives {"logits": [B, L, V], "carry": ...}:
@@ -121,20 +123,22 @@ class LanguageModeling:
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of tokens to be predicted."""
-    return {"tokens": jnp.sum(_predicted(batch))}
+    return {"tokens": jnp.sum(batch["target_weight"])}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
       denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
-    """See `Task.loss`. Metrics: loss, accuracy; bits_per_character, bits_per_byte; padding, where rows are padded.
+    """See `Task.loss`. Metrics: loss, accuracy; bits_per_character, bits_per_byte; padding, where rows can have some.
 
     The gradient ends at the carry that the batch begins with.
     """
     del player  # one player: all parameters
     rest = {k: v for k, v in model_state.items() if k != CARRY}
-    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    kwargs = {"carry": model_state.get(CARRY), "length": batch.get("length"), "train": train}
+    inputs, targets = batch["tokens"], batch["targets"]
+    # Whole windows are read without asking of each step whether it is padding, which costs time.
+    length = None if train and self.stateful else batch["length"]
+    kwargs = {"carry": model_state.get(CARRY), "length": length, "train": train}
     if train:
       out, rest = self.model.apply(
           {"params": params, **rest}, inputs, **kwargs, rngs={"dropout": rng}, mutable=list(rest))
@@ -144,7 +148,7 @@ class LanguageModeling:
       rest = {**rest, CARRY: jax.tree.map(lambda new, old: new.astype(old.dtype), out[CARRY], model_state[CARRY])}
 
     logits = out["logits"].astype(jnp.promote_types(out["logits"].dtype, jnp.float32))
-    predicted = _predicted(batch).astype(logits.dtype)
+    predicted = batch["target_weight"].astype(logits.dtype)
     total = jnp.sum(_nats(logits, targets) * predicted)
     count = jnp.sum(predicted)
     right = jnp.sum((jnp.argmax(logits, axis=-1) == targets) * predicted)
@@ -152,8 +156,9 @@ class LanguageModeling:
     for unit in ("character", "byte"):
       if f"{unit}s" in batch:
         metrics[f"bits_per_{unit}"] = total / math.log(2), jnp.sum(batch[f"{unit}s"])
-    if "length" in batch and not self.stateful:
-      metrics["padding"] = predicted.size - count, jnp.asarray(predicted.size, count.dtype)
+    if not self.stateful:
+      positions = jnp.asarray(inputs.size, count.dtype)
+      metrics["padding"] = positions - jnp.sum(batch["length"]), positions
     return LossOutput(loss=total / jnp.maximum(denominators["tokens"], 1), metrics=metrics, model_state=rest)
 
   def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
@@ -167,8 +172,8 @@ class LanguageModeling:
         return {}
       rest = {k: v for k, v in variables.items() if k != CARRY}
       out = self.model.apply(
-          rest, batch["tokens"][:, :-1], carry=variables.get(CARRY), length=batch.get("length"), train=False)
-      return {"nats": _nats(out["logits"].astype(jnp.float32), batch["tokens"][:, 1:])}
+          rest, batch["tokens"], carry=variables.get(CARRY), length=batch["length"], train=False)
+      return {"nats": _nats(out["logits"].astype(jnp.float32), batch["targets"])}
     tokens, _ = self.advance(variables, self.start(variables, batch), rng, self.sampling.max_new_tokens)
     return {"tokens": tokens}
 
@@ -209,9 +214,9 @@ class LanguageModeling:
     parts = []
     for predicted, batch in rows:
       for tokens, nats, begin, length in zip(
-          batch["tokens"], predicted["nats"], batch["host/position"], batch["length"]):
+          batch["targets"], predicted["nats"], batch["host/position"], batch["length"]):
         if begin < MAX_PICTURED:
-          parts.append((begin, tokens[1:length + 1], nats[:length]))
+          parts.append((begin, tokens[:length], nats[:length]))
     parts.sort(key=lambda part: part[0])  # in reading order, whatever stream or bucket they were in
     if not parts:
       return Findings()
@@ -224,11 +229,3 @@ def _nats(logits: Array, targets: Array) -> Array:
   """-log p [...] of the targets i32[...] under the logits [..., V]."""
   own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - own
-
-
-def _predicted(batch: Batch) -> Array:
-  """bool[B, L], where a token is to be predicted."""
-  rows = batch["mask"][:, None] > 0
-  places = jnp.arange(batch["tokens"].shape[1] - 1)
-  return jnp.broadcast_to(rows, (len(rows), len(places))) if "length" not in batch else (
-      rows & (places < batch["length"][:, None]))

@@ -127,7 +127,7 @@ def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state
     program: gives the devices.
     mode: "jit" or "pmap".
     state: gives the variables.
-    batch: rows as `Experiment.encode` makes them; fields "host/..." are left out.
+    batch: rows as `Experiment.read` makes them; fields "host/..." are left out.
   """
   size = experiment.config.eval_batch_size
   run = parallel.compile_step(
@@ -161,7 +161,7 @@ def generate(
     program: gives the devices.
     mode: "jit" or "pmap".
     state: gives the variables.
-    batch: what `Experiment.prompt` gives, no more rows than `config.eval_batch_size`.
+    batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
   """
   start, advance = step.make_continue_steps(experiment.task, CHUNK)
   start = parallel.compile_step(start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",))

@@ -5,9 +5,46 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from dljax.data.splits import Data
 from dljax.tasks.base import Task
+
+Assets = Mapping[str, Any]  # what was fitted to the data, by file stem; see `Data.assets`
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What a user asks predictions for. A part that the experiment has no use for is refused by its
+  flag.
+
+  Attributes:
+    paths: --input, files and folders.
+    texts: --prompt.
+    count: --count, how many predictions to draw for each of the inputs; None where nobody said.
+    labels: --label, what to draw predictions of.
+  """
+
+  paths: Sequence[str] = ()
+  texts: Sequence[str] = ()
+  count: int | None = None
+  labels: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """A request made into rows.
+
+  Attributes:
+    batch: the fields of prediction, leading axis rows; among them id, the row that was asked for,
+      and mask, all ones.
+    names: each row's name, such as the file that it comes from.
+    skipped: one line for each input that cannot be used.
+  """
+
+  batch: Mapping[str, np.ndarray]
+  names: Sequence[str]
+  skipped: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +57,21 @@ class Experiment:
     config: the config it was built from.
     monitor: the metric that early stopping, plateau and "best" watch, as "split/metric"
       ("validation/accuracy"), or None.
-    encode: (paths given by the user, assets) -> (one Batch for prediction with leading axis rows,
-      names of the rows, one line for each input that was skipped).
-    decode: (predictions, assets) -> one flat, JSON-able dict per row, to print and to write.
-    pictures: (batch of `encode`, predictions, assets) -> one picture (PIL) per row, to write into a folder; None
-      where predictions are none.
-    prompt: (texts, names for messages) -> a Batch whose predictions continue them, by a task with `start` and
-      `advance`; None where predictions are no such texts.
+    read: (request, assets) -> its rows, as evaluation would read them. Raises `UserError` for a
+      path that does not exist and for a part of the request that has no meaning here.
+    show: (inputs, predictions, assets) -> one JSON-able dict per row, to print and to write.
+    draw: (inputs, predictions, assets) -> for each row a picture or a sound as a file's suffix
+      (".png") and bytes, or None where the row has none; None where predictions cannot be drawn at
+      all.
+    preview: () -> a fixed batch whose predictions are drawn at every evaluation, or None where the
+      data has none; None where nothing is drawn.
   """
 
   task: Task
   data: Data
   config: ml_collections.ConfigDict
   monitor: str | None
-  encode: Callable[[Sequence[str], Mapping[str, Any]], tuple[Mapping[str, Any], list[str], list[str]]]
-  decode: Callable[[Any, Mapping[str, Any]], Iterable[Mapping[str, Any]]]
-  pictures: Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Iterable[Any]] | None = None
-  prompt: Callable[[Sequence[str], Sequence[str]], Mapping[str, Any]] | None = None
+  read: Callable[[Request, Assets], Inputs]
+  show: Callable[[Inputs, Any, Assets], Iterable[Mapping[str, Any]]]
+  draw: Callable[[Inputs, Any, Assets], Iterable[tuple[str, bytes] | None]] | None = None
+  preview: Callable[[], Inputs | None] | None = None

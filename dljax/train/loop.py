@@ -15,6 +15,7 @@ import numpy as np
 from dljax import optim, report
 from dljax.data.pipeline import opened
 from dljax.errors import Preempted, RunError, UserError, unknown
+from dljax.interop import variants
 from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, evaluate, prefetch
@@ -117,7 +118,8 @@ class _Run:
                         "ask for more, or name another --workdir")
     writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict())
     if jax.process_index() == 0:
-      self.folder.start(self.config, self.experiment.data.assets())
+      model = variants.describe(getattr(self.experiment.task, "model", None))
+      self.folder.start(self.config, self.experiment.data.assets(), model)
     if restored is None:
       state = self.program.init_state()
       if self.config.init.source:

@@ -1,27 +1,29 @@
 """Starting from weights that were trained before: `--config.init.source`.
 
-What the source holds under the names of this model is taken. The head, that is every array whose size depends on
-the number of classes, starts afresh where the source is for another number of classes or has none, or where
-`--config.init.new_head` says so; anything else that is missing, left over or of another shape is an error that
-names it.
+What the source holds under the names of this model is taken. The head, that is every array whose
+size depends on the number of classes, starts from scratch where the source is for another number
+of classes or has none, or where `--config.init.new_head` says so; anything else that is missing,
+left over or of another shape is an error that names it.
 
-A model with an attribute `backbone`, a module whose variables lie under "backbone/" in its own, can start from the
-weights of that alone: all else then starts afresh, and of the source its head is left out.
+A model with an attribute `backbone`, a module whose variables lie under "backbone/" in its own,
+can start from the weights of that alone: all else then starts from scratch, and the source's head
+is left out.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from dljax import interop
-from dljax.errors import UserError, choose
-from dljax.interop import folder, hub, variants
+from dljax.errors import UserError
+from dljax.interop import files, folder, hub, variants
 from dljax.tasks.base import CARRY
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
@@ -37,15 +39,16 @@ class Weights:
   """Variables to start from.
 
   Attributes:
-    arrays: path ("params/conv1/kernel", "batch_stats/norm1/mean") -> array; without what starts afresh.
-    summary: one line that says what was taken from where, and what starts afresh.
+    arrays: path ("params/conv1/kernel", "batch_stats/norm1/mean") -> array; without what starts
+      from scratch.
+    summary: one line that says what was taken from where, and what starts from scratch.
   """
 
   arrays: Mapping[str, np.ndarray]
   summary: str
 
   def put(self, state: TrainState) -> TrainState:
-    """A fresh `state`, on its devices, with these variables; the average of the parameters starts there too."""
+    """A new `state`, on its devices, with these variables; the average of the parameters starts there too."""
     flat = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
     flat |= {path: jax.device_put(array, flat[path].sharding) for path, array in self.arrays.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
@@ -65,12 +68,12 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
     UserError: the source is not there, is none, or does not fit the model.
   """
   init, task = experiment.config.init, experiment.task
-  state, _ = split_carry(abstract_state)  # which belongs to the text, and starts afresh
+  state, _ = split_carry(abstract_state)  # which belongs to the text, and starts from scratch
   specs = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
   model, prefix = getattr(task, "model", None), ""
   head = {}
   if hasattr(model, "num_classes"):
-    batch = {key: jnp.zeros(spec.shape, spec.dtype) for key, spec in experiment.data.batch_spec.items()}
+    batch = _zeros(experiment.data.batch_spec)
     head = variants.head(lambda n: dataclasses.replace(task, model=model.clone(num_classes=n)).init(
         jax.random.key(0), batch))
   if init.new_head and not head:
@@ -79,12 +82,15 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   try:
     tensors, source, place = _read(init.source)
     if init.format:
-      source = choose("--config.init.format", init.format, {name: name for name in (interop.OURS, *interop.SOURCES)})
+      source = init.format
+      if source not in (interop.OURS, *interop.sources(model)):
+        interop.check_source("--config.init.format", source)
     backbone = getattr(model, "backbone", None)
     if backbone is not None and not _is_of(model, tensors, specs):
       prefix, part = BACKBONE, {path.replace(BACKBONE, "", 1): spec for path, spec in specs.items() if BACKBONE in path}
       source = source or interop.recognise(backbone, tensors, part)
-      variables = interop.load(backbone, _headless(backbone, tensors, source, part), source, specs=part)
+      inputs = _inputs(experiment, BACKBONE.rstrip("/"))
+      variables = interop.load(backbone, _headless(backbone, inputs, tensors, source, part), source, specs=part)
     else:
       source = source or interop.recognise(model, tensors, specs)
       variables = interop.load(model, tensors, source, specs=specs, head=head)
@@ -97,9 +103,10 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   fresh = sorted(path.removeprefix("params/") for path in specs.keys() - arrays.keys())
   summary = f"starting from {place}: {len(arrays)} of {len(specs)} arrays"
   if prefix:
-    summary += ", the backbone; the rest starts afresh"
+    summary += ", the backbone; the rest starts from scratch"
   elif fresh:
-    summary += f"; {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} afresh for {model.num_classes} classes"
+    verb = "start" if len(fresh) > 1 else "starts"
+    summary += f"; {', '.join(fresh)} {verb} from scratch for {model.num_classes} classes"
   return Weights(arrays, summary)
 
 
@@ -111,12 +118,46 @@ def _is_of(model: Any, tensors: interop.Tensors, specs: interop.Specs) -> bool:
     return False
 
 
-def _headless(backbone: Any, tensors: interop.Tensors, source: str, specs: interop.Specs) -> dict[str, np.ndarray]:
-  """The tensors without the backbone's head; of ours the norms' under the names of frozen ones where `specs` has them."""
+def _zeros(specs: Any) -> Any:
+  return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)
+
+
+def _inputs(experiment: Experiment, part: str) -> tuple[Any, ...]:
+  """The shapes and dtypes of what the task's model calls its submodule `part` with, for a training batch."""
+  found = []
+
+  def record(
+      call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext,
+  ) -> Any:
+    if context.module.name == part and context.method_name == "__call__":
+      found.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args))
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(record):
+    batch = _zeros(experiment.data.batch_spec)
+    jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), batch))
+  return found[0]
+
+
+def _headless(
+    backbone: Any, inputs: tuple[Any, ...], tensors: interop.Tensors, source: str,
+    specs: interop.Specs,
+) -> dict[str, np.ndarray]:
+  """The tensors without the backbone's head.
+
+  Our own tensors of norms get the names of frozen norms where `specs` has those.
+
+  Args:
+    backbone: the module.
+    inputs: the shapes and dtypes that it is called with.
+    tensors: name -> array, as `source` has them.
+    source: whose names the tensors have.
+    specs: path -> shape and dtype of the variables wanted.
+  """
   table = interop.find_table(backbone, source)
-  image = np.zeros((1, 64, 64, 3), np.float32)
-  head = variants.head(lambda n: backbone.clone(num_classes=n).init(jax.random.key(0), image))
-  names = {table.find(path)[0] for path in head}
+  head = variants.head(
+      lambda n: backbone.clone(num_classes=n).init(jax.random.key(0), *_zeros(inputs)))
+  names = {name for entry in table.entries(head) for name in entry.names}
   kept = {name: tensor for name, tensor in tensors.items() if name not in names}
   if source == interop.OURS:
     for path in specs.keys() - kept.keys():
@@ -131,13 +172,21 @@ def _read(source: str) -> tuple[Mapping[str, np.ndarray], str, str]:
   path = Path(source).expanduser()
   if source.startswith(hub.PREFIX) or not path.is_dir():
     return interop.read(source if source.startswith(hub.PREFIX) else path), "", source
-  if Workdir(path).config_file.exists():
+  if is_run(path):
     step, tensors = read_run(path)
     return tensors, interop.OURS, f"checkpoint {step} of {source}"
   if (path / folder.WEIGHTS).exists():
     return interop.read(path / folder.WEIGHTS), interop.OURS, source
-  raise UserError(f"the folder holds neither a run nor {folder.WEIGHTS}; name the workdir of a run, a .safetensors "
-                  "file or a folder that `python -m dljax.interop` wrote")
+  if files.has_weights(path):
+    return interop.read(path), "", source
+  raise UserError(f"the folder holds neither a run nor {folder.WEIGHTS} nor {files.WHOLE}; name the "
+                  "workdir of a run, a .safetensors file or a folder that holds one of these")
+
+
+def is_run(path: Path) -> bool:
+  """Whether a folder is a run's; another library's, too, may hold a config.json, beside its weights."""
+  run = Workdir(path)
+  return run.config_file.exists() and (run.checkpoints.exists() or not files.has_weights(path))
 
 
 def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -147,7 +196,8 @@ def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
     path: the run's workdir.
 
   Returns:
-    Its step, and what evaluation uses: path ("params/conv1/kernel") -> array, averaged where the run averages.
+    Its step, and what evaluation uses: path ("params/conv1/kernel") -> array, averaged where the
+      run averages.
 
   Raises:
     UserError: the run has no intact checkpoint.

@@ -68,7 +68,7 @@ class Workdir:
   Attributes:
     path: the folder.
     checkpoints, data, figures, tables: its parts.
-    config_file, metrics_file, result_file: its files.
+    config_file, model_file, metrics_file, result_file: its files.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -78,6 +78,7 @@ class Workdir:
     self.figures = self.path / "figures"
     self.tables = self.path / "tables"
     self.config_file = self.path / "config.json"
+    self.model_file = self.path / "model.json"
     self.metrics_file = self.path / "metrics.jsonl"
     self.result_file = self.path / "result.json"
     self._lock = None
@@ -139,8 +140,16 @@ class Workdir:
       self._lock.close()
       self._lock = None
 
-  def start(self, config: ml_collections.ConfigDict, assets: Mapping[str, Any]) -> None:
-    """Notes that a run of `config` starts or continues: config.json, and what was fitted to the data."""
+  def start(
+      self, config: ml_collections.ConfigDict, assets: Mapping[str, Any], model: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Notes that a run starts or continues: config.json, model.json, and what was fitted to the data.
+
+    Args:
+      config: the run's config.
+      assets: what was fitted to the data, by file stem.
+      model: what `interop.variants.describe` says of the run's model; None where it can say nothing.
+    """
     self.result_file.unlink(missing_ok=True)
     write_json(self.config_file, {
         "config": config.to_dict(),
@@ -148,6 +157,8 @@ class Workdir:
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
     })
+    if model is not None:
+      write_json(self.model_file, model)
     self.data.mkdir(exist_ok=True)
     for stem, value in assets.items():
       write_json(self.data / f"{stem}.json", value)

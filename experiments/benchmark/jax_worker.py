@@ -26,7 +26,7 @@ from experiments.benchmark import serve
 from experiments.benchmark.bare_step import BareStep
 from experiments.benchmark.cases import CASES, Case
 
-NO_INPUTS = ("mask", "box_mask", "reset")  # fields of a batch of which the peer has none
+NO_INPUTS = ("mask", "id", "box_mask", "target_weight", "reset")  # fields of a batch of which the peer has none
 
 
 def use_native_operators() -> None:
@@ -85,8 +85,11 @@ def random_batch(experiment: Experiment) -> HostBatch:
   draw, classes = np.random.default_rng(0), num_classes(experiment)
   batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.data.batch_spec.items()}
   for name, x in batch.items():
-    if name in ("length", "token_length"):
-      batch[name] = np.full_like(x, batch["features" if name == "length" else "tokens"].shape[1])
+    if name == "id":
+      batch[name] = np.arange(len(x), dtype=x.dtype)
+    elif name in ("length", "token_length"):
+      field = "features" if name == "length" and "features" in batch else "tokens"
+      batch[name] = np.full_like(x, batch[field].shape[1])
     elif np.issubdtype(x.dtype, np.integer):
       batch[name] = draw.integers(name == "tokens", classes, x.shape, x.dtype)  # token 0 is the blank of speech
     elif name in NO_INPUTS:
@@ -128,8 +131,7 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
 
   model, dot = experiment.task.model, jax.jit(jnp.dot)
   apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
-  field = serve.input_field(bare.batch)
-  x = bare.batch[field][:, :-1] if field == "tokens" else bare.batch[field]  # the last token is only predicted
+  x = bare.batch[serve.input_field(bare.batch)]
 
   def inference(steps: int) -> float:
     variables, _ = split_carry(bare.state.variables)

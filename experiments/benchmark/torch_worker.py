@@ -230,13 +230,12 @@ def _language_model(classes, cell, width=256):
       self.carry = None
 
     def forward(self, tokens):
-      return self.head(self.rnn(self.embed(tokens[:, :-1].T))[0])
+      return self.head(self.rnn(self.embed(tokens.T))[0])
 
     def loss(self, batch):
-      tokens = batch["tokens"].T
-      x, carry = self.rnn(self.embed(tokens[:-1]), self.carry)
+      x, carry = self.rnn(self.embed(batch["tokens"].T), self.carry)
       self.carry = carry.detach() if cell == "GRU" else tuple(state.detach() for state in carry)
-      return nn.functional.cross_entropy(self.head(x).flatten(0, 1), tokens[1:].flatten())
+      return nn.functional.cross_entropy(self.head(x).flatten(0, 1), batch["targets"].T.flatten())
 
   return LanguageModel()
 
@@ -302,7 +301,7 @@ def _random_batch(shapes, classes):
   import torch
 
   if "image" not in shapes:
-    batch = {"tokens": torch.randint(1, classes, shapes["tokens"])}
+    batch = {name: torch.randint(1, classes, shapes[name]) for name in ("tokens", "targets") if name in shapes}
     if "features" in shapes:
       batch["features"] = torch.randn(shapes["features"])
       for name, field in (("length", "features"), ("token_length", "tokens")):

@@ -56,6 +56,23 @@ def test_hosts_share_out_the_global_batch(train, hosts):
     np.testing.assert_array_equal(joined, whole.batch(step)["host/id"])
 
 
+def test_id_is_the_global_row_in_training_and_the_example_in_evaluation():
+  """So that what the engine draws for a row depends on neither hosts nor, in evaluation, the batch size."""
+  for hosts in (1, 2):
+    for host in range(hosts):
+      train = make(train=True, host=host, hosts=hosts)
+      for step in (0, 5):
+        batch = train.batch(step)
+        assert batch["id"].dtype == np.int32 and batch["id"].tolist() == list(range(4))[host::hosts]
+        assert batch["mask"].tolist() == [1] * (4 // hosts)
+  for size in (2, 4, 16):
+    evaluation = make(batch_size=size)
+    batches = [evaluation.batch(step) for step in range(evaluation.num_batches)]
+    ids, mask = (np.concatenate([batch[field] for batch in batches]) for field in ("id", "mask"))
+    assert ids[:10].tolist() == list(range(10)) and not ids[10:].any()
+    assert mask.tolist() == [1] * 10 + [0] * (len(ids) - 10)
+
+
 def test_evaluation_is_one_pass_in_order_with_a_padded_end():
   evaluation = make(n=10, batch_size=4)
   assert evaluation.num_batches == 3

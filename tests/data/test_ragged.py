@@ -12,13 +12,31 @@ from dljax.errors import UserError
 LONGEST = 40
 
 
+class Rows:
+  """The simplest `RaggedExamples`: one array per example, all in memory."""
+
+  def __init__(self, rows):
+    self._rows = rows
+    self.lengths = np.asarray([len(row) for row in rows])
+
+  def __len__(self):
+    return len(self._rows)
+
+  def gather(self, plan, rows):
+    examples = [self._rows[i] if i != PADDING else self._rows[0][:0] for i in plan.indices[rows]]
+    return {"x": ragged.pad(examples, plan.padded), "length": np.array([len(example) for example in examples])}
+
+  def close(self):
+    pass
+
+
 def make(n=50, batch_size=4, lengths=None, **kwargs):
   """A pipeline of n rows, row i filled with i + 1."""
   lengths = np.random.default_rng(0).integers(1, LONGEST + 1, n) if lengths is None else np.asarray(lengths)
   rows = [np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)]
   kwargs = {"host": 0, "hosts": 1, "longest": LONGEST, **kwargs}
   pipeline = ragged.RaggedPipeline(
-      lambda _: ragged.RaggedInMemory("x", rows),
+      lambda _: Rows(rows),
       lambda examples, plan: {**examples.gather(plan, plan.rows), "host/id": plan.indices[plan.rows]},
       batch_size=batch_size, **kwargs)
   pipeline.open()

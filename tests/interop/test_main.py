@@ -13,10 +13,16 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from dljax import config as config_lib
 from dljax import interop
-from dljax.interop import __main__ as command
-from dljax.interop import hub
-from dljax.models import lenet, resnet
+from dljax.interop import hub, variants
+from dljax.interop.weights import all_families
+from dljax.launch import convert as command
+from dljax.models import lenet, resnet, vit
+from dljax.tasks.base import CARRY
+from dljax.train.checkpoint import Checkpointer
+from dljax.train.workdir import Workdir
+from tests.families import EXPERIMENTS
 from tests.models.variables import random_variables
 
 RESNET = resnet.VARIANTS["resnet18"](num_classes=7, width=4)
@@ -110,6 +116,102 @@ def test_an_output_that_cannot_be_written_is_a_failure(tmp_path, weights, monkey
   assert command.main([*flags, str(weights), str(tmp_path / "out")]) == 1
   assert "No space left on device" in capsys.readouterr().err
   assert list(tmp_path.iterdir()) == [weights]
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+RUNS = {  # family, preset, source, and what makes the model small, or one that the source has
+    "mlp": ("mlp", "digits", "torch", ["widths=7,5", "activation=tanh"]),
+    "lenet": ("lenet", "digits", "torch", []),
+    "alexnet": ("alexnet", "digits", "torchvision", ["width_factor=0.125", "hidden_width=8"]),
+    "vgg": ("vgg", "digits", "torchvision", ["variant=vgg11_bn", "width_factor=0.125", "hidden_width=8"]),
+    "resnet": ("resnet", "digits", "torchvision", []),
+    "efficientnet": ("efficientnet", "digits", "torchvision", []),
+    "vit": ("vit", "digits", "torchvision", ["pool=token", "positions=learned"]),
+    "vit-timm": ("vit", "digits", "timm", ["pool=token", "positions=learned"]),
+    "retinanet": ("retinanet", "digit_scenes", "torchvision", ["frozen_norm=true"]),
+    "unet": ("unet", "digit_scenes", "torch", ["width=3", "num_pools=2"]),
+    "language model": ("rnn", "pydoc", "torch", ["cell=gru", "hidden_size=6", "embed_dim=5", "num_layers=3"]),
+    "tied": ("rnn", "pydoc", "torch", ["hidden_size=6", "embed_dim=5", "tied=true"]),
+    "forecaster": ("rnn", "temperatures", "torch", ["hidden_size=6", "loss=pinball"]),
+    "dlinear": ("rnn", "temperatures", "torch", ["variant=dlinear", "kernel_size=5"]),
+    "deepspeech": ("deepspeech", "morse", "torch", []),
+}
+
+
+def _write_run(path, family, preset, overrides):
+  """A run's folder as training leaves it, with random weights; gives the model and its variables."""
+  config = EXPERIMENTS[family].get_config(preset)
+  config_lib.apply_overrides(config, [f"--config.model.{override}" for override in overrides])
+  experiment = EXPERIMENTS[family].build(config)
+  zeros = {key: np.zeros(spec.shape, spec.dtype) for key, spec in experiment.data.batch_spec.items()}
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+      lambda spec: rng.normal(size=spec.shape).astype(spec.dtype),
+      jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), zeros)))
+  params = variables.pop("params")
+  run = Workdir(path)
+  path.mkdir()
+  run.start(config, {}, variants.describe(experiment.task.model))
+  with Checkpointer(run.checkpoints) as checkpointer:
+    checkpointer.save(1, {"params": params, "model_state": variables}, {"best_step": 1})
+  variables.pop(CARRY, None)
+  return experiment.task.model, {"params": params, **variables}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_of_every_family_goes_to_its_source_and_back_bit_for_bit(tmp_path, case):
+  family, preset, source, overrides = RUNS[case]
+  model, variables = _write_run(tmp_path / "run", family, preset, overrides)
+  assert variants.build(**json.loads((tmp_path / "run" / "model.json").read_text())) == model
+  assert command.main([f"--to={source}", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
+  tensors = interop.read(tmp_path / "out.safetensors")
+  back = interop.load(model, tensors, source)
+  assert jax.tree.structure(back) == jax.tree.structure(variables)
+  for ours, theirs in zip(jax.tree.leaves(variables), jax.tree.leaves(back)):
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+  if case == "tied":
+    np.testing.assert_array_equal(tensors["decoder.weight"], tensors["embedding.weight"])
+
+
+def test_every_family_with_a_source_has_a_run_above():
+  covered = {(EXPERIMENTS[family].__name__.rpartition(".")[2], source) for family, _, source, _ in RUNS.values()}
+  assert covered >= {(module.__name__.rpartition(".")[2], source) for module in all_families()
+                     for source in module.TABLES} - {("baselines", "torch")}  # which is the run of DLinear
+
+
+def test_a_run_that_does_not_say_its_model_needs_it_named(tmp_path, capsys):
+  _write_run(tmp_path / "run", "mlp", "digits", ["widths=7"])
+  (tmp_path / "run" / "model.json").unlink()
+  out = tmp_path / "out.safetensors"
+  assert "--model=NAME is missing" in _refuse(capsys, "--to=torch", tmp_path / "run", out)
+  named = ["--model=mlp", "--set=widths=[7]", "--set=num_classes=10"]
+  assert command.main(["--to=torch", *named, str(tmp_path / "run"), str(out)]) == 0
+  assert interop.read(out)["hidden1.weight"].shape[0] == 7
+
+
+def test_another_model_than_the_runs_is_refused(tmp_path, capsys):
+  _write_run(tmp_path / "run", "mlp", "digits", ["widths=7"])
+  line = _refuse(capsys, "--to=torch", "--model=lenet5", tmp_path / "run", tmp_path / "out.safetensors")
+  assert "--model=lenet5" in line and "holds a mlp; drop the flag" in line
+  (tmp_path / "run" / "model.json").write_text("{}")
+  line = _refuse(capsys, "--to=torch", tmp_path / "run", tmp_path / "out.safetensors")
+  assert "model.json is not what dljax writes there ('model' is missing or wrong)" in line
+
+
+def test_a_folder_of_another_library_says_its_model(tmp_path):
+  net = vit.ViT(num_classes=3, patch_size=2, embed_dim=6, num_layers=1, num_heads=3)
+  theirs, sizes = tmp_path / "theirs", {"patch_size": 2, "embed_dim": 6, "depth": 1, "num_heads": 3}
+  theirs.mkdir()
+  tensors = _tensors(net, "timm", (1, 8, 8, 3))
+  safetensors.numpy.save_file(tensors, theirs / "model.safetensors")
+  (theirs / "config.json").write_text(json.dumps(
+      {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": sizes}))
+  assert command.main(["--source=timm", str(theirs), str(tmp_path / "ours")]) == 0
+  model, variables = interop.from_folder(tmp_path / "ours", interop.OURS)
+  assert model == net
+  jax.tree.map(np.testing.assert_array_equal, interop.dump(model, variables, "timm"), tensors)
 
 
 # --- The Hugging Face Hub ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dljax.recipes import common, forecasting
 from dljax.data import sources
 from dljax.errors import UserError
 from dljax.models import baselines
+from dljax.train.experiment import Request
 from dljax.train.state import parameter_count
 from tests.command import refuse, run
 
@@ -180,6 +181,6 @@ def test_bad_input_ends_in_one_line(arguments, message, tmp_path):
 
 
 def test_a_run_without_its_normaliser_is_refused(trained, tmp_path):
-  encode = build(get_config("temperatures")).encode
+  experiment = build(get_config("temperatures"))
   with pytest.raises(UserError, match="data/normaliser.json is missing there; restore it"):
-    encode([str(write(tmp_path / "long.csv", 480))], {})
+    experiment.read(Request(paths=[str(write(tmp_path / "long.csv", 480))]), {})

@@ -107,6 +107,32 @@ def test_a_file_is_written_on_as_a_prompt_is(trained, tmp_path):
   assert _write(trained, "--prompt=Speak the") == f"Speak the{row['text']}\n"
 
 
+def test_count_draws_several_continuations_of_each_prompt(trained, tmp_path):
+  folder = tmp_path / "texts"
+  shown = _write(trained, "--prompt=Speak the", "--count=3", "--config.eval_batch_size=3", f"--output={folder}")
+  rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+  assert [row["input"] for row in rows] == ["Speak the"] * 3
+  assert len({row["text"] for row in rows}) == 3
+  assert shown.startswith(f"Speak the{rows[0]['text']}\n\n--- 2 of 3 ---\nSpeak the{rows[1]['text']}\n")
+  assert _write(trained, "--prompt=Speak the") == f"Speak the{rows[0]['text']}\n"  # row 0 is the same alone
+  for row in rows:
+    with Image.open(folder / row["picture"]) as picture:
+      assert min(picture.size) > 20
+  (tmp_path / "in.txt").write_text("Speak the")
+  _write(trained, f"--input={tmp_path / 'in.txt'}", "--count=3", f"--output={tmp_path / 'out.jsonl'}")
+  again = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert [row["text"] for row in again] == [row["text"] for row in rows]
+
+
+def test_the_preview_is_a_text_from_its_beginning_and_can_be_drawn():
+  experiment = rnn.build(rnn.get_config("pydoc"))
+  inputs = experiment.preview()
+  assert inputs.batch["prompt"].tolist() == [[256]] and inputs.batch["id"].tolist() == [0]
+  draw = lambda text: next(iter(experiment.draw(inputs, {"tokens": np.array([list(text.encode())])}, {})))
+  suffix, content = draw("one\ntwo \0\u4e2d")
+  assert suffix == ".png" and content.startswith(b"\x89PNG") and content != draw("one")[1]
+
+
 def test_sampling_is_chosen_by_the_command_line(trained):
   write = lambda **kwargs: _write(trained, "--prompt=I", *(f"--config.sampling.{k}={v}" for k, v in kwargs.items()))
   assert write(seed=1) != write(seed=2)
@@ -173,5 +199,5 @@ def test_training_refuses_and_touches_nothing(tmp_path, monkeypatch, arguments, 
 def test_presets_are_what_they_say():
   config = rnn.get_config("tiny_shakespeare")
   spec = rnn.build(config).data.batch_spec
-  assert spec["tokens"].shape == (config.batch_size, config.data.length + 1) and spec["tokens"].dtype == np.int32
+  assert spec["tokens"].shape == (config.batch_size, config.data.length) and spec["tokens"].dtype == np.int32
   assert rnn.build(config).task.stateful and not rnn.build(rnn.get_config("lm1b")).task.stateful

@@ -1,6 +1,7 @@
 """From a config to a detector's experiment: what reaches the task, odd scenes, and boxes for the user's own images."""
 
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dljax.errors import UserError
 from dljax.models import resnet
 from dljax.models import retinanet as models
 from dljax.tasks import detection
+from dljax.train.experiment import Inputs, Request
 from dljax.train.state import parameter_count
 from experiments import retinanet
 from tests.command import run
@@ -123,6 +125,47 @@ def test_odd_boxes_are_refused_before_anything_is_written_or_left_out(tmp_path, 
   assert train(tmp_path, "--config.data.bad_boxes=drop").status == 0
 
 
+def _drawn(experiment, inputs, boxes):
+  """The first row's picture, where one box is found."""
+  count = len(inputs.batch["image"])
+  predictions = {"boxes": np.tile(np.float32(boxes), (count, 1, 1)), "labels": np.full((count, 1), 7),
+                 "scores": np.ones((count, 1), np.float32), "valid": np.ones((count, 1), bool)}
+  drawings = list(experiment.draw(inputs, predictions, {"classes": [str(i) for i in range(10)]}))
+  assert [suffix for suffix, _ in drawings] == [".png"] * count
+  return np.asarray(Image.open(io.BytesIO(drawings[0][1])), int)
+
+
+def test_the_preview_is_the_validation_splits_beginning_and_can_be_drawn(tmp_path, squares):
+  squares()
+  config = retinanet.get_config("digit_scenes")
+  config.update(batch_size=2, eval_batch_size=3)
+  config.data.update({"name": "squares", "image_shape": (32, 32, 1)})
+  experiment = retinanet.build(config)
+  inputs, again = experiment.preview(), experiment.preview()
+  assert len(inputs.names) == len(inputs.batch["image"]) == 4 and inputs.batch["id"].tolist() == [0, 1, 2, 3]
+  validation = experiment.data.evals["validation"]
+  validation.open()
+  expected = validation.batch(0)
+  for field in expected:
+    np.testing.assert_array_equal(inputs.batch[field][:3], expected[field])
+    np.testing.assert_array_equal(inputs.batch[field], again.batch[field])
+  one, other = _drawn(experiment, inputs, [[4, 4, 20, 20]]), _drawn(experiment, inputs, [[8, 4, 28, 20]])
+  assert min(one.shape[:2]) > 100 and (one != other).any()
+  config.data.validation = ""
+  assert retinanet.build(config).preview() is None
+
+
+def test_a_users_box_is_drawn_where_it_lies_in_the_image():
+  """The picture of an image that was shrunk onto the canvas is that of one which needed no shrinking."""
+  config = retinanet.get_config("digit_scenes")
+  config.data.image_shape = (32, 32, 1)
+  experiment = retinanet.build(config)
+  pixels = np.random.default_rng(0).normal(size=(1, 32, 32, 1)).astype(np.float32)
+  plain = Inputs({"image": pixels[:, 8:24]}, ["a"])
+  placed = Inputs({"image": pixels, "place": np.float32([[0, 8, 32, 24]]), "size": np.float32([[64, 32]])}, ["a"])
+  np.testing.assert_array_equal(_drawn(experiment, placed, [[8, 4, 40, 20]]), _drawn(experiment, plain, [[4, 2, 20, 10]]))
+
+
 def test_the_users_boxes_are_in_the_pixels_of_their_own_images(tmp_path, squares, monkeypatch):
   squares()
   assert train(tmp_path).status == 0
@@ -133,7 +176,8 @@ def test_the_users_boxes_are_in_the_pixels_of_their_own_images(tmp_path, squares
   (folder / "broken.png").write_bytes(b"\x89PNG and no more")
   config = retinanet.get_config("digit_scenes")
   config.data.image_shape = (32, 32, 1)
-  batch, _, skipped = retinanet.build(config).encode([str(folder)], {})
+  inputs = retinanet.build(config).read(Request(paths=[str(folder)]), {})
+  batch, skipped = inputs.batch, inputs.skipped
   np.testing.assert_array_equal(batch["place"], [[0, 0, 32, 32], [0, 8, 32, 24], [11, 8, 21, 24]])
   np.testing.assert_array_equal(batch["size"], [[32, 32], [80, 40], [10, 16]])
   assert batch["image"].shape == (3, 32, 32, 1) and len(skipped) == 1

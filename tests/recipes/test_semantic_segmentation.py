@@ -1,5 +1,6 @@
 """From a config to a segmenter's experiment: what reaches the task, odd sets, and pictures of the user's own images."""
 
+import io
 import json
 import math
 
@@ -13,6 +14,7 @@ from dljax import report
 from dljax.data import sources
 from dljax.data.image.scenes import VOID
 from dljax.models.layers import BatchNorm
+from dljax.train.experiment import Inputs
 from dljax.train.state import parameter_count
 from experiments import unet
 from tests.command import refuse, run
@@ -181,9 +183,15 @@ def test_pictures_are_the_users_again(monkeypatch):
   experiment = unet.build(config)
   classes = np.zeros((1, 32, 32), np.uint8)
   classes[0, 8:24] = np.arange(32) // 8  # of 128x64 pixels, shrunk to 32x16 and put in the middle
-  picture, = experiment.pictures({"host/size": np.array([[64, 128]])}, {"classes": classes}, {})
+
+  def draw(size, classes):
+    (suffix, content), = experiment.draw(Inputs({"host/size": np.array([size])}, ["a"]), {"classes": classes}, {})
+    assert suffix == ".png"
+    return Image.open(io.BytesIO(content))
+
+  picture = draw([64, 128], classes)
   np.testing.assert_array_equal(picture, np.broadcast_to(np.arange(128) // 32, (64, 128)))
-  inner, = experiment.pictures({"host/size": np.array([[32, 32]])}, {"classes": classes[:, 2:-2, 4:-4]}, {})
+  inner = draw([32, 32], classes[:, 2:-2, 4:-4])
   inner = np.asarray(inner)
   np.testing.assert_array_equal(inner[2:-2, 4:-4], classes[0, 2:-2, 4:-4])
   assert (inner[:2] == 255).all() and (inner[:, -4:] == 255).all()  # what it says nothing of

@@ -11,7 +11,7 @@ import pytest
 
 from dljax import report
 from dljax.data import ragged
-from dljax.data.text import corpus, tokenize
+from dljax.data.text import corpus, streams, tokenize
 from dljax.errors import UserError
 from dljax.tasks.language_modeling import LanguageModeling, Sampling
 from dljax.train import parallel
@@ -54,16 +54,20 @@ def _params(vocab_size=VOCABULARY):
   return jax.tree.map(lambda x: 2 * x, variables["params"])
 
 
-def _batch(rows=4, length=6, seed=0, **fields):
-  tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length + 1)).astype(np.int32)
-  return {"tokens": tokens, "mask": np.ones(rows, np.float32), **fields}
+def _batch(rows=4, length=6, seed=0, lengths=None, **fields):
+  """Rows of random tokens, of `lengths` where they are padded."""
+  text = np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length + 1)).astype(np.int32)
+  lengths = np.full(rows, length, np.int32) if lengths is None else np.array(lengths, np.int32)
+  weight = np.arange(length) < lengths[:, None]
+  return {"tokens": text[:, :-1], "targets": text[:, 1:], "target_weight": weight.astype(np.float32),
+          "length": lengths, "mask": (lengths > 0).astype(np.float32), **fields}
 
 
-def _nll(tokens, carry=None):
+def _nll(batch, carry=None):
   """[B, L], by hand."""
-  out = Tiny().apply({"params": _params()}, tokens[:, :-1], carry)
+  out = Tiny().apply({"params": _params()}, batch["tokens"], carry)
   log_p = jax.nn.log_softmax(out["logits"], axis=-1)
-  return np.asarray(-np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1)[..., 0]), out["carry"]
+  return np.asarray(-np.take_along_axis(np.asarray(log_p), batch["targets"][..., None], axis=-1)[..., 0]), out["carry"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -82,10 +86,10 @@ def _loss(task, batch, state=None, train=False, denominators=None):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_loss_is_the_mean_over_predicted_tokens(train):
-  batch = _batch(mask=np.array([1, 1, 0, 1], np.float32), length=6)
-  batch["length"] = np.array([6, 2, 5, 0], np.int32)
-  losses, _ = _nll(batch["tokens"])
-  expected = losses[0].sum() + losses[1, :2].sum()
+  batch = _batch(lengths=[6, 3, 0, 0])
+  batch["target_weight"][1, 0] = 0
+  losses, _ = _nll(batch)
+  expected = losses[0].sum() + losses[1, 1:3].sum()
   out = _loss(TASK, batch, train=train)
   assert float(TASK.denominators(batch)["tokens"]) == 8
   assert float(out.loss) == pytest.approx(expected / 8, rel=1e-5)
@@ -98,32 +102,30 @@ def test_the_loss_is_the_mean_over_predicted_tokens(train):
 def test_bits_are_those_of_the_text():
   batch = _batch(characters=np.array([3, 0, 7, 1], np.float32), bytes=np.array([4, 0, 9, 1], np.float32))
   found = TASK.summarize(_loss(TASK, batch).metrics)
-  nats = _nll(batch["tokens"])[0].sum()
+  nats = _nll(batch)[0].sum()
   assert found["bits_per_character"] == pytest.approx(nats / math.log(2) / 11, rel=1e-5)
   assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / 14, rel=1e-5)
 
 
 def test_accuracy_counts_the_most_probable_token():
   batch = _batch()
-  guess = np.argmax(Tiny().apply({"params": _params()}, batch["tokens"][:, :-1])["logits"], axis=-1)
+  guess = np.argmax(Tiny().apply({"params": _params()}, batch["tokens"])["logits"], axis=-1)
   found = TASK.summarize(_loss(TASK, batch).metrics)
-  assert found["accuracy"] == pytest.approx(np.mean(guess == batch["tokens"][:, 1:]))
+  assert found["accuracy"] == pytest.approx(np.mean(guess == batch["targets"]))
 
 
 def test_what_is_behind_the_end_of_a_row_changes_nothing():
-  batch = _batch(length=6)
-  batch["length"] = np.array([6, 2, 5, 0], np.int32)
-  other = {**batch, "tokens": batch["tokens"].copy()}
-  for row, n in zip(other["tokens"], batch["length"]):
-    row[n + 1:] = 3
+  batch = _batch(lengths=[6, 2, 5, 0])
+  other = {**batch, "tokens": batch["tokens"].copy(), "targets": batch["targets"].copy()}
+  for tokens, targets, n in zip(other["tokens"], other["targets"], batch["length"]):
+    tokens[n:], targets[n:] = 3, 4
   one, two = _loss(TASK, batch), _loss(TASK, other)
   assert float(one.loss) == float(two.loss)
   np.testing.assert_array_equal(one.model_state["carry"], two.model_state["carry"])
 
 
 def test_padding_is_reported_where_documents_are_padded():
-  batch = _batch(mask=np.array([1, 1, 1, 0], np.float32))
-  batch["length"] = np.array([6, 2, 5, 0], np.int32)
+  batch = _batch(lengths=[6, 2, 5, 0])
   found = TASK.summarize(_loss(LanguageModeling(Tiny()), batch).metrics)
   assert found["padding"] == pytest.approx(11 / 24)
 
@@ -131,7 +133,9 @@ def test_padding_is_reported_where_documents_are_padded():
 def test_windows_that_carry_their_state_are_one_long_window():
   long = _batch(length=12)
   whole = _loss(TASK, long)
-  first, second = ({**long, "tokens": long["tokens"][:, part]} for part in (slice(0, 7), slice(6, 13)))
+  halves = [{k: v[:, part] if v.ndim == 2 else np.full(4, 6) if k == "length" else v for k, v in long.items()}
+            for part in (slice(0, 6), slice(6, 12))]
+  first, second = halves
   one = _loss(TASK, first)
   two = _loss(TASK, second, state=one.model_state)
   assert float(one.loss + two.loss) / 2 == pytest.approx(float(whole.loss), rel=1e-5)
@@ -167,7 +171,7 @@ def test_fresh_variables_have_a_carry_for_each_row_where_it_is_kept():
 
 
 def test_a_token_is_predicted_from_those_before_it():
-  tokens = jax.nn.one_hot(_batch(rows=1)["tokens"][0, :-1], VOCABULARY)
+  tokens = jax.nn.one_hot(_batch(rows=1)["tokens"][0], VOCABULARY)
   for place in range(6):
     gradient = jax.grad(lambda x: _soft(x)[place].sum())(tokens)
     reach = np.abs(gradient).sum(axis=-1) > 0
@@ -271,7 +275,7 @@ class _Documents:
     joined = tokenize.Encoded(*map(np.concatenate, zip(*parts)))
     begins = np.flatnonzero(joined.tokens == 256)
     self.pipeline = ragged.RaggedPipeline(
-        lambda _: corpus.Documents((joined, begins), 40, 256, counts=True),
+        lambda _: streams.Documents((joined, begins), 40, 256, counts=True),
         lambda documents, plan: documents.gather(plan, plan.rows), longest=40, buckets=buckets, batch_size=size,
         host=0, hosts=1)
 

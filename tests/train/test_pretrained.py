@@ -1,4 +1,4 @@
-"""Transfer learning: --config.init.source, what it takes, what it starts afresh and what it refuses."""
+"""Transfer learning: --config.init.source, what it takes, what it starts from scratch and what it refuses."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from dljax import config as config_lib
 from dljax import interop
 from dljax.data import sources
 from dljax.errors import UserError
-from dljax.interop import __main__ as convert
+from dljax.launch import convert
 from dljax.models import resnet as resnet_model
 from dljax.models import retinanet as retinanet_model
 from dljax.train import pretrained
@@ -60,7 +60,7 @@ def _experiment(family, *overrides, preset="digits"):
 
 
 def _start(experiment, options=ONE):
-  """The state that a run starts with, the one it would start with afresh, and what it says; as path -> array."""
+  """The state that a run starts with, the one without the weights, and what it says; as path -> array."""
   program = Program(experiment, options)
   weights = pretrained.load(experiment, program.abstract_state)
   fresh = program.init_state()
@@ -95,19 +95,19 @@ def test_a_run_starts_from_the_averaged_parameters_of_the_best_checkpoint(run_di
 @pytest.mark.parametrize("options", [
     ONE, RunOptions(mesh={**MESH, "data": 2, "fsdp": 2}), RunOptions(parallelism="pmap"),
 ], ids=["one", "fsdp", "pmap"])
-def test_the_head_starts_afresh_for_another_number_of_classes(run_dir, options):
+def test_the_head_starts_from_scratch_for_another_number_of_classes(run_dir, options):
   experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.data.num_classes=3")
   state, started, fresh, summary = _start(experiment, options)
   _, arrays = pretrained.read_run(run_dir)
   head = {"params/head/kernel", "params/head/bias"}
   _same({p: a for p, a in started.items() if p in head}, {p: a for p, a in fresh.items() if p in head})
   _same({p: a for p, a in started.items() if p not in head}, {p: a for p, a in arrays.items() if p not in head})
-  assert summary.endswith("2 of 4 arrays; head/bias, head/kernel start afresh for 3 classes")
+  assert summary.endswith("2 of 4 arrays; head/bias, head/kernel start from scratch for 3 classes")
   abstract = Program(experiment, options).abstract_state
   assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), state, abstract))
 
 
-def test_a_head_for_as_many_classes_starts_afresh_when_asked(run_dir):
+def test_a_head_for_as_many_classes_starts_from_scratch_when_asked(run_dir):
   experiment = _experiment(mlp, *SHORT, f"--config.init.source={run_dir}", "--config.init.new_head=true")
   _, started, fresh, summary = _start(experiment)
   np.testing.assert_array_equal(started["params/head/kernel"], fresh["params/head/kernel"])
@@ -125,12 +125,16 @@ def test_files_and_folders_are_recognised(run_dir, tmp_path):
   _same(safetensors.numpy.load_file(tmp_path / "again.safetensors"), theirs)
   for place in (tmp_path / "torch.safetensors", tmp_path / "ours", tmp_path / "ours" / "weights.safetensors"):
     _same(_start(_experiment(mlp, *SHORT, f"--config.init.source={place}"))[1], arrays)
+  (tmp_path / "theirs").mkdir()
+  (tmp_path / "theirs" / "config.json").write_text("{}")
+  safetensors.numpy.save_file(theirs, tmp_path / "theirs" / "model.safetensors")
+  _same(_start(_experiment(mlp, *SHORT, f"--config.init.source={tmp_path / 'theirs'}"))[1], arrays)
   named = f"--config.init.source={tmp_path / 'torch.safetensors'}", "--config.init.format=torch"
   _same(_start(_experiment(mlp, *SHORT, *named))[1], arrays)
   del theirs["head.weight"], theirs["head.bias"]
   safetensors.numpy.save_file(theirs, tmp_path / "headless.safetensors")
   summary = _start(_experiment(mlp, *SHORT, f"--config.init.source={tmp_path / 'headless.safetensors'}"))[-1]
-  assert "start afresh" in summary
+  assert "start from scratch" in summary
 
 
 def test_running_statistics_come_along(tmp_path):
@@ -241,7 +245,7 @@ def test_a_detector_starts_from_a_classifiers_stages(tmp_path, monkeypatch, sour
   moved = lambda path: path.replace("params/", "batch_stats/") if frozen and "norm" in path else path
   _same(stages, {moved(path): array for path, array in flat.items() if "head" not in path})
   _same(*({path: array for path, array in arrays.items() if "/backbone/" not in path} for arrays in (started, fresh)))
-  assert summary.endswith(f"{len(stages)} of {len(started)} arrays, the backbone; the rest starts afresh")
+  assert summary.endswith(f"{len(stages)} of {len(started)} arrays, the backbone; the rest starts from scratch")
 
 
 def test_a_backbone_of_another_size_is_refused(tmp_path):

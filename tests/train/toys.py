@@ -140,7 +140,7 @@ def formula_experiment(
           if not k.startswith(parallel.HOST)}
   data = Data(name="toy", train=train, evals=evals or {}, batch_spec=spec, fingerprint=lambda: "toy")
   return Experiment(
-      task=task, data=data, config=config, monitor=config.monitor or None, encode=None, decode=None)
+      task=task, data=data, config=config, monitor=config.monitor or None, read=None, show=None)
 
 
 def with_data(experiment: Experiment, **fields: Any) -> Experiment:

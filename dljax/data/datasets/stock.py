@@ -113,6 +113,3 @@ with tfds.core.registered.skip_registration():
     def _split_generators(self, dl_manager):  # the stock one reads the file by TensorFlow
       parts = split_text((self._folder / "input.txt").read_text("utf-8"))
       return {split: self._generate_examples(split, part) for split, part in parts.items()}
-
-
-BUILDERS = {builder.name: builder for builder in (Mnist, FashionMnist, Cifar10, Cifar100, TinyShakespeare)}

@@ -121,6 +121,11 @@ with tfds.core.registered.skip_registration():
     url_infos = {url: tfds.download.checksums.UrlInfo(size=size, checksum=checksum, filename=url.rpartition("/")[2])
                  for url, (size, checksum) in PACKAGES.items()}
 
+    @staticmethod
+    def installed() -> bool:
+      """Whether None will do for `folder`."""
+      return installed()
+
     def __init__(self, *, folder: Path | None, **kwargs: Any):
       self._folder = folder
       super().__init__(**kwargs)

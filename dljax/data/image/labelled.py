@@ -1,27 +1,24 @@
 """Labelled images: the config that every vision experiment shares, and its pipelines.
 
-A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask f32[b] (0 where a row is padding) and
-"host/id" i64[b] (the example's position in its split, -1 for padding); in evaluation "host/group/NAME" str[b] for
-each feature NAME of `config.data.groups`; under mixup or CutMix also mix_label
-i32[b], the partner's label, and mix_weight f32[b], the weight of the own one.
+A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask and id (see
+`data/pipeline.py`); in evaluation "host/group/NAME" str[b] for each feature NAME of
+`config.data.groups`; under mixup or CutMix also mix_label i32[b], the partner's label, and
+mix_weight f32[b], the weight of the own one.
 """
 
+import dataclasses
 import functools
-import io
 import math
-import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from dljax.data import sources, splits
-from dljax.data.image import augment, corrupt, png
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Plan, Reprocessed, Streaming, rng
+from dljax.data.image import augment, corrupt, decode
+from dljax.data.pipeline import (
+    Examples, HostBatch, IndexedPipeline, InMemory, Plan, Reprocessed, Streaming, rng)
 from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
@@ -64,21 +61,9 @@ def default_config() -> ml_collections.ConfigDict:
 
 def validate(config: Any) -> None:
   """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
-  def need(field: str, ok: bool, mend: str) -> None:
-    if not ok:
-      raise UserError(f"--config.data.{field}={config[field]!r}: {mend}")
-
-  shape = tuple(config.image_shape)
-  positive = all(isinstance(size, int) and size > 0 for size in shape)
-  need("image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
-       "give (height, width, channels) with 1 or 3 channels")
-  need("num_classes", config.num_classes > 0, "give a positive number")
+  decode.validate(config)
+  need, side = functools.partial(splits.need, config), max(config.image_shape[:2])
   need("per_class", config.per_class >= 0, "give a positive number, or 0 for all")
-  for field in ("mean", "std"):
-    need(field, len(config[field]) == shape[-1], f"give one value for each of {shape[-1]} channels")
-  need("mean", all(0 <= m <= 1 for m in config.mean), "give values from 0 to 1")
-  need("std", all(0 < s <= 1 for s in config.std), "give values above 0 and up to 1")
-  need("train", bool(config.train), "name the split to train on")
   need("background", 0 <= config.background <= 255, "give a value from 0 to 255")
   need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
   need("crop_fraction", 0 < config.crop_fraction <= 1, "give a value above 0 and up to 1")
@@ -89,81 +74,11 @@ def validate(config: Any) -> None:
   for field in ("pad_crop", "cutout", "randaugment_layers", "mixup", "cutmix"):
     need(field, 0 <= config[field] < math.inf, "give 0 or more")
   for field in ("pad_crop", "cutout"):  # beyond it nothing of the image is left
-    need(field, config[field] <= max(shape[:2]), f"give at most {max(shape[:2])}, the image's side")
+    need(field, config[field] <= side, f"give at most {side}, the image's side")
   need("randaugment_layers", config.randaugment_layers <= augment.MAX_LAYERS, f"give at most {augment.MAX_LAYERS}")
-  sources.parse_name(config.name)
 
 
-def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
-  """Reads images as evaluation would.
-
-  Args:
-    paths: image files, folders (searched to the bottom, "2.png" before "10.png"), or .npy files that hold an
-      image [h, w] or [h, w, C], or a stack [n, h, w, C] or [n, h, w] (a last axis of 1, 3 or 4 is taken for
-      channels), uint8 or float in [0, 1].
-    config: `config.data`.
-
-  Returns:
-    A batch of image, mask, "host/id" and "host/size" (height and width of the image itself), without rows if nothing
-    was usable; the name of each row; and one line for each file that could not be used.
-
-  Raises:
-    UserError: a path does not exist.
-  """
-  images, sizes, names, skipped = [], [], [], []
-  fit = ImageSet(config).fit
-  for path in _files(paths):
-    try:
-      stack = _load_npy(path, config.image_shape[-1]) if path.suffix == ".npy" else [
-          decode_image(path.read_bytes(), config.image_shape[-1], config.background)]
-      fitted = [fit(image) for image in stack]
-    except Exception as e:  # Pillow raises many kinds for a broken file
-      skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
-      continue
-    images += fitted
-    sizes += [image.shape[:2] for image in stack]
-    names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
-  stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
-  batch = {"image": augment.normalise(stacked, config.mean, config.std),
-           "mask": np.ones(len(names), np.float32), "host/id": np.arange(len(names)),
-           "host/size": np.array(sizes, np.int64).reshape(-1, 2)}
-  return batch, names, skipped
-
-
-def _files(paths: Sequence[str]) -> list[Path]:
-  files = []
-  for path in map(Path, paths):
-    if not path.exists():
-      raise UserError(f"--input: there is no {path}; name an image file, a folder or a .npy file")
-    if path.is_dir():
-      inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-      natural = lambda p: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", str(p))]
-      files += sorted(inside, key=natural)
-    else:
-      files.append(path)
-  return files
-
-
-def _load_npy(path: Path, channels: int) -> list[np.ndarray]:
-  array = np.load(path, allow_pickle=False)
-  if array.ndim == 2:
-    array = array[None, ..., None]
-  elif array.ndim == 3:
-    array = array[None] if array.shape[-1] in (1, 3, 4) else array[..., None]
-  if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-    raise ValueError(f"an array of shape {array.shape} is no image; give [h, w], [h, w, C] or [n, h, w, C]")
-  if np.issubdtype(array.dtype, np.floating):
-    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-      raise ValueError("values outside [0, 1]; scale them, or give uint8")
-    array = np.round(array * 255).astype(np.uint8)
-  if array.dtype != np.uint8:
-    raise ValueError(f"{array.dtype} is neither uint8 nor float in [0, 1]")
-  if channels == 1 and array.shape[-1] > 1:
-    return list(np.round(augment.grey(array[..., :3])).astype(np.uint8))
-  return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels else array[..., :channels])
-
-
-class ImageSet:
+class ImageSet(splits.DataSet):
   """What the pipelines of one config share: the opened set, and how its examples become batches.
 
   Args:
@@ -175,25 +90,13 @@ class ImageSet:
 
   def __init__(self, config: Any):
     validate(config)
-    self.config = config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
+    super().__init__(config)
     self.mixes = config.mixup > 0 or config.cutmix > 0
-    self._dataset: sources.Dataset | None = None
-    self._lock = threading.Lock()
     self._crops = functools.lru_cache(maxsize=4)(self._draw_crops)  # a streamed step asks once per row
 
-  @property
-  def dataset(self) -> sources.Dataset:
-    """The set, opened and held against the config."""
-    with self._lock:
-      if self._dataset is None:
-        dataset = sources.open_dataset(self.config.name)
-        self._check(dataset)
-        self._dataset = dataset
-      return self._dataset
-
   def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
-      corruptions: Sequence[str] = (),
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
+      hosts: int | None = None, corruptions: Sequence[str] = (),
   ) -> splits.Data:
     """The set's pipelines; opens nothing.
 
@@ -206,35 +109,35 @@ class ImageSet:
       corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
 
     Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+      UserError: a value out of range; when opened, data that is missing or does not fit the
+        config.
     """
-    config = self.config
-    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-      if size < 1:
-        raise UserError(f"--config.{field}={size}: give a positive number")
-    if corruptions and not config["test"]:
-      raise UserError("--config.eval.corruptions disturbs the test split; name one by --config.data.test")
-    evals = {
-        split: IndexedPipeline(
-            functools.partial(self.open_split, split), self.eval_batch, batch_size=eval_batch_size,
-            host=host, hosts=hosts)
-        for split in ("validation", "test") if config[split]}
-    train = IndexedPipeline(
-        functools.partial(self.open_split, "train"), self.train_batch, batch_size=batch_size, seed=seed,
-        train=True, host=host, hosts=hosts)
-    spec = {"image": (config.image_shape, np.float32), "label": ((), np.int32), "mask": ((), np.float32)}
-    if self.mixes:
-      spec |= {"mix_label": ((), np.int32), "mix_weight": ((), np.float32)}
-    disturbed = {
-        name: {strength: Reprocessed(evals["test"], functools.partial(self.eval_batch, corruption=(name, strength)))
-               for strength in corrupt.STRENGTHS} for name in corruptions}
-    return splits.Data(
-        name=config.name, train=train, evals=evals,
-        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in spec.items()},
-        fingerprint=lambda: self.dataset.fingerprint, corruptions=disturbed,
-        assets=lambda: {"classes": list(self.dataset.features["label"].names)})
+    if corruptions and not self.config["test"]:
+      raise UserError(
+          "--config.eval.corruptions disturbs the test split; name one by --config.data.test")
 
-  def _check(self, dataset: sources.Dataset) -> None:
+    def make(split: str, rows: int) -> IndexedPipeline:
+      train = split == "train"
+      return IndexedPipeline(
+          functools.partial(self.open_split, split),
+          self.train_batch if train else self.eval_batch, batch_size=rows, seed=seed if train else 0, train=train, host=host, hosts=hosts)
+
+    shapes = {"image": (self.config.image_shape, np.float32), "label": ((), np.int32)}
+    if self.mixes:
+      shapes |= {"mix_label": ((), np.int32), "mix_weight": ((), np.float32)}
+    data = self.data(make, shapes, batch_size, eval_batch_size,
+                     assets=lambda: {"classes": list(self.dataset.features["label"].names)})
+
+    def disturb(*corruption: Any) -> Reprocessed:
+      finish = functools.partial(self.eval_batch, corruption=corruption)
+      return Reprocessed(data.evals["test"], finish)
+
+    return dataclasses.replace(data, corruptions={
+        name: {strength: disturb(name, strength) for strength in corrupt.STRENGTHS}
+        for name in corruptions})
+
+  def check(self, dataset: sources.Dataset) -> None:
+    """See `DataSet.check`."""
     config = self.config
     classes = getattr(dataset.features.get("label"), "num_classes", None)
     if classes is None or len(getattr(dataset.features.get("image"), "shape", ())) != 3:
@@ -249,7 +152,7 @@ class ImageSet:
     for name in config.groups:
       choose("--config.data.groups", name, {
           name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
-    splits.check_splits(dataset, config)
+    super().check(dataset)
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits, else reads it as it is needed."""
@@ -264,7 +167,7 @@ class ImageSet:
     static = None not in stored
     groups = self.groups if split != "train" else lambda record: {}
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
-      fit = (lambda image: image) if crops else self.fit
+      fit = (lambda image: image) if crops else functools.partial(decode.fit, config=config)
       arrays = _decode_all(records, channels, background, fit, stored, groups)
       self.check_labels(arrays["label"], split)
       return InMemory(arrays, self.crop if crops else None)
@@ -274,7 +177,7 @@ class ImageSet:
       self.check_labels([example["label"] for example in examples], split, indices)
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
-      return [{**example, "image": self.fit(example["image"])} for example in examples]
+      return [{**example, "image": decode.fit(example["image"], config)} for example in examples]
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
@@ -296,17 +199,6 @@ class ImageSet:
       found[f"host/group/{name}"] = np.asarray(text)
     return found
 
-  def fit(self, image: np.ndarray) -> np.ndarray:
-    """uint8[h, w, C] -> uint8[H, W, C], by `config.resize`."""
-    height, width, _ = self.config.image_shape
-    if self.config.resize == "crop":
-      return augment.centre_crop(image, height, width, self.config.crop_fraction)
-    if image.shape[:2] == (height, width):
-      return image
-    if self.config.resize == "pad":
-      return augment.letterbox(image, height, width)
-    return augment.resize(image, height, width)
-
   def crop(self, example: HostBatch, plan: Plan, row: int) -> HostBatch:
     """A random resized crop of one example."""
     image = example["image"]
@@ -327,18 +219,15 @@ class ImageSet:
   def eval_batch(self, examples: Examples, plan: Plan, corruption: tuple[str, int] | None = None) -> HostBatch:
     """The host's rows; `corruption` is a name and a strength."""
     read = examples.gather(plan, plan.rows)
-    ids = plan.indices[plan.rows]
     if corruption:
-      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed, ids)
-    return read | {
-        "image": augment.normalise(read["image"], self.config.mean, self.config.std),
-        "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed, plan.indices[plan.rows])
+    return read | {"image": augment.normalise(read["image"], self.config.mean, self.config.std)}
 
   def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
     rows = self.rows(plan)
     read = examples.gather(plan, rows)
     image, label = self.augment(read["image"], plan, rows), read["label"]
-    batch = {"mask": np.ones(len(plan.rows), np.float32), "host/id": plan.indices[plan.rows]}
+    batch = {}
     if self.mixes:
       own, partner = np.searchsorted(rows, plan.rows), np.searchsorted(rows, _partners(plan))
       image, weight = self.mix(image[own], image[partner], plan)
@@ -385,7 +274,8 @@ def _partners(plan: Plan) -> np.ndarray:
 
 
 def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed: int) -> np.ndarray:
-  """The positions, rising, of `count` records of each class: the first of an order that is drawn by `seed`.
+  """The positions, rising, of `count` records of each class: the first of an order that is drawn
+  by `seed`.
 
   Args:
     records: of the split; reads no more of them than it takes.
@@ -412,30 +302,8 @@ def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed
 
 def decode_record(record: Mapping[str, Any], channels: int, background: int = 0) -> HostBatch:
   """{"image": uint8[h, w, channels], "label": i32[]} from a record of `sources.Records`."""
-  return {"image": decode_image(record["image"][0], channels, background), "label": np.int32(record["label"][0])}
-
-
-def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
-  """An encoded image as uint8[h, w, channels], over grey `background` where it is transparent.
-
-  Raises:
-    OSError and the like: it is corrupt.
-  """
-  from PIL import Image, UnidentifiedImageError
-
-  try:
-    image = Image.open(io.BytesIO(data))
-  except UnidentifiedImageError:  # it names only the buffer
-    raise ValueError("is no image that Pillow can read") from None
-  if image.mode.startswith(("I", "F")):
-    raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    ground = Image.new("RGBA", image.size, (background,) * 3 + (255,))
-    image = Image.alpha_composite(ground, image)
-  mode = "L" if channels == 1 else "RGB"
-  array = np.asarray(image if image.mode == mode else image.convert(mode))
-  return array if channels == 3 else array[..., None]
+  return {"image": decode.decode_image(record["image"][0], channels, background),
+          "label": np.int32(record["label"][0])}
 
 
 def _decode_all(
@@ -450,9 +318,6 @@ def _decode_all(
     labels[rows] = [record["label"][0] for record in block]
     grouped += map(groups, block)
     encoded = [record["image"][0] for record in block]
-    decoded = png.decode(encoded)
-    if decoded is None or decoded.shape[-1] != channels:
-      decoded = [decode_image(data, channels, background) for data in encoded]
-    for row, image in zip(rows, decoded):
+    for row, image in zip(rows, decode.decode_images(encoded, channels, background)):
       images[row] = fit(image)
   return {"image": images, "label": labels, **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

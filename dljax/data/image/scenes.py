@@ -1,42 +1,43 @@
-"""Images of several objects, with a box around each or a class for each pixel: config and pipelines.
+"""Images of several objects, with a box around each or a class for each pixel: config and
+pipelines.
 
-A batch holds image f32[b, H, W, C] (normalised), mask f32[b] (0 where a row is padding) and "host/id" i64[b], and of
-the targets asked for
+A batch holds image f32[b, H, W, C] (normalised), mask and id (see `data/pipeline.py`), and of the
+targets asked for
 
   boxes         boxes f32[b, N, 4]: (x0, y0, x1, y1), pixels of the image that the model sees, from its upper left
-                corner to the first pixels outside; box_label i32[b, N]; box_mask f32[b, N], 0 where there is no box
-                or one that stands for a crowd; in evaluation "host/box_crowd" f32[b, N], 1 for those
+                corner to the first pixels outside; box_label i32[b, N]; box_mask f32[b, N], 0
+                where there is no box or one that stands for a crowd; in evaluation
+                "host/box_crowd" f32[b, N], 1 for those
   segmentation  segmentation i32[b, H, W], the class of each pixel, `VOID` outside of the picture
 
-in place of TFDS's objects/bbox, which are relative. An image without objects is as good as another.
+in place of TFDS's objects/bbox, which are relative. An image without objects is as good as
+another.
 
 Dimensions: b the host's rows, N boxes, H height, W width, C channels.
 """
 
-import dataclasses
 import functools
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from dljax.data import sources, splits
-from dljax.data.image import augment, labelled
-from dljax.data.pipeline import Examples, HostBatch, IndexedPipeline, InMemory, Plan, Streaming
+from dljax.data.image import augment, decode
+from dljax.data.image.geometry import VOID_BYTE, Placement, Window
+from dljax.data.pipeline import (
+    PADDING, Examples, HostBatch, IndexedPipeline, InMemory, Plan, Streaming)
 from dljax.errors import UserError
 
 VOID = -1  # the class of a pixel that has none
 TARGETS = ("boxes", "segmentation")
 RESIZE = ("pad", "bilinear")
 BAD_BOXES = ("refuse", "drop")
-LEAST_SEEN = 0.3  # of a box's area; what a random window cuts further is no longer an object
 SLACK = 1e-3  # pixels that rounding may put a box outside of its image
+MEMORY_LIMIT = 2 * 2**30  # bytes of one split's images and masks; larger splits are streamed
 DECODE_AT_ONCE = 256  # images, before they are made smaller
-_VOID_BYTE = 255  # `VOID` while it is stored
 
 # Field values of `config.data` for the set `emoji_scenes`; what `default_config` has is `digit_scenes`.
 EMOJI_SCENES = {
@@ -73,15 +74,12 @@ def default_config() -> ml_collections.ConfigDict:
 
 def validate(config: Any) -> None:
   """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
-  def need(field: str, ok: bool, mend: str) -> None:
-    if not ok:
-      raise UserError(f"--config.data.{field}={config[field]!r}: {mend}")
-
+  need = functools.partial(splits.need, config)
   need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
   need("bad_boxes", config.bad_boxes in BAD_BOXES, f"choose one of {', '.join(BAD_BOXES)}")
-  labelled.validate(_image_config(config))
+  decode.validate(config)
   need("max_boxes", config.max_boxes > 0, "give a positive number")
-  need("mask_classes", 0 < config.mask_classes < _VOID_BYTE, f"give a number from 1 to {_VOID_BYTE - 1}")
+  need("mask_classes", 0 < config.mask_classes < VOID_BYTE, f"give a number from 1 to {VOID_BYTE - 1}")
   for field, lengths in ("mask_values", [config.mask_classes]), ("mask_names", [0, config.mask_classes]):
     need(field, len(config[field]) in lengths, f"give one for each of {config.mask_classes} classes")
   need("mask_values", all(0 <= value <= 255 for value in config.mask_values), "give values from 0 to 255")
@@ -90,54 +88,19 @@ def validate(config: Any) -> None:
   need("shift", 0 <= config.shift < max(config.image_shape[:2]), "give 0 or more pixels, but less than the image has")
 
 
-def _image_config(config: Any) -> ml_collections.ConfigDict:
-  """The fields that labelled images have too."""
-  shared = labelled.default_config()
-  shared.update({name: config[name] for name in shared if name in config})
-  return shared
-
-
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
-  """Reads the user's images as evaluation would; see `labelled.encode`."""
+  """Reads the user's images as evaluation would; see `decode.encode`."""
   validate(config)
-  return labelled.encode(paths, _image_config(config))
+  return decode.encode(paths, config)
 
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
-  """Where an image lies on the canvas that the model sees: pixel (x, y) at (left + x * across, top + y * down)."""
-
-  down: float
-  across: float
-  top: int
-  left: int
-  height: int
-  width: int
-
-  @classmethod
-  def of(cls, size: Sequence[int], canvas: Sequence[int], resize: str) -> "Placement":
-    """For an image of (h, w) on a canvas of (H, W), by one of `RESIZE`; as `augment.letterbox` and `resize`."""
-    (h, w), (height, width) = size, canvas
-    if resize == "bilinear":
-      return cls(height / h, width / w, 0, 0, height, width)
-    scale = min(1, height / h, width / w)
-    high, wide = (max(round(scale * h), 1), max(round(scale * w), 1)) if scale < 1 else (h, w)
-    return cls(high / h, wide / w, (height - high) // 2, (width - wide) // 2, high, wide)
-
-  def back(self, classes: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Classes on the canvas, u8[H, W] -> those of the image of (h, w), u8[h, w], the nearest pixel's."""
-    from PIL import Image
-
-    part = classes[self.top:self.top + self.height, self.left:self.left + self.width]
-    return np.asarray(Image.fromarray(part).resize((int(size[1]), int(size[0])), Image.Resampling.NEAREST))
-
-
-class SceneSet:
+class SceneSet(splits.DataSet):
   """What the pipelines of one config share: the opened set, and how its examples become batches.
 
   Args:
     config: see `default_config`.
-    targets: which of `TARGETS` the batches hold; the class names in `Data.assets` are those of the first.
+    targets: which of `TARGETS` the batches hold; the class names in `Data.assets` are those of the
+      first.
 
   Raises:
     UserError: a value out of range.
@@ -145,27 +108,15 @@ class SceneSet:
 
   def __init__(self, config: Any, targets: Sequence[str]):
     validate(config)
+    super().__init__(config)
     self._targets = tuple(targets)
-    self.config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
     self.boxes, self.segmentation = (target in targets for target in TARGETS)
-    self._fit = labelled.ImageSet(_image_config(config)).fit
-    self._classes = np.full(256, _VOID_BYTE, np.uint8)  # value in the file -> class
+    self._classes = np.full(256, VOID_BYTE, np.uint8)  # value in the file -> class
     self._classes[list(config.mask_values)] = np.arange(config.mask_classes)
-    self._dataset: sources.Dataset | None = None
-    self._lock = threading.Lock()
-
-  @property
-  def dataset(self) -> sources.Dataset:
-    """The set, opened and held against the config."""
-    with self._lock:
-      if self._dataset is None:
-        dataset = sources.open_dataset(self.config.name)
-        self._check(dataset)
-        self._dataset = dataset
-      return self._dataset
 
   def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
+      hosts: int | None = None,
   ) -> splits.Data:
     """The set's pipelines; opens nothing.
 
@@ -177,33 +128,27 @@ class SceneSet:
       hosts: how many there are; by default what JAX says.
 
     Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+      UserError: a value out of range; when opened, data that is missing or does not fit the
+        config.
     """
-    config = self.config
-    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-      if size < 1:
-        raise UserError(f"--config.{field}={size}: give a positive number")
-    evals = {
-        split: IndexedPipeline(
-            functools.partial(self.open_split, split), self.eval_batch, batch_size=eval_batch_size,
-            host=host, hosts=hosts)
-        for split in ("validation", "test") if config[split]}
-    train = IndexedPipeline(
-        functools.partial(self.open_split, "train"), self.train_batch, batch_size=batch_size, seed=seed,
-        train=True, host=host, hosts=hosts)
-    shapes = {"image": (config.image_shape, np.float32), "mask": ((), np.float32)}
-    if self.boxes:
-      shapes |= {"boxes": ((config.max_boxes, 4), np.float32), "box_label": ((config.max_boxes,), np.int32),
-                 "box_mask": ((config.max_boxes,), np.float32)}
-    if self.segmentation:
-      shapes["segmentation"] = (config.image_shape[:2], np.int32)
-    return splits.Data(
-        name=config.name, train=train, evals=evals,
-        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()},
-        fingerprint=lambda: self.dataset.fingerprint,
-        assets=lambda: {"classes": self.class_names(self._targets[0])})
+    def make(split: str, rows: int) -> IndexedPipeline:
+      train = split == "train"
+      return IndexedPipeline(
+          functools.partial(self.open_split, split),
+          self.train_batch if train else self.eval_batch, batch_size=rows, seed=seed if train else 0, train=train, host=host, hosts=hosts)
 
-  def _check(self, dataset: sources.Dataset) -> None:
+    shape, boxes = self.config.image_shape, self.config.max_boxes
+    shapes = {"image": (shape, np.float32)}
+    if self.boxes:
+      shapes |= {"boxes": ((boxes, 4), np.float32), "box_label": ((boxes,), np.int32),
+                 "box_mask": ((boxes,), np.float32)}
+    if self.segmentation:
+      shapes["segmentation"] = (shape[:2], np.int32)
+    return self.data(make, shapes, batch_size, eval_batch_size,
+                     assets=lambda: {"classes": self.class_names(self._targets[0])})
+
+  def check(self, dataset: sources.Dataset) -> None:
+    """See `DataSet.check`."""
     config, features = self.config, dataset.features
     is_image = lambda name: len(getattr(features.get(name), "shape", None) or ()) == 3
     has = lambda what: UserError(f"--config.data.name: {config.name} does not have {what}, but "
@@ -224,7 +169,7 @@ class SceneSet:
     if channels not in (None, config.image_shape[-1]):
       raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
                       f"channel{'s' * (channels > 1)}")
-    splits.check_splits(dataset, config)
+    super().check(dataset)
 
   def class_names(self, target: str) -> list[str]:
     """The name of each class of a target; opens the set if need be."""
@@ -241,7 +186,7 @@ class SceneSet:
     """Reads a split into memory if it fits, else reads it as it is needed."""
     records = self.dataset.records(self.config[split])
     height, width, channels = self.config.image_shape
-    if len(records) * height * width * (channels + self.segmentation) <= labelled.MEMORY_LIMIT:
+    if len(records) * height * width * (channels + self.segmentation) <= MEMORY_LIMIT:
       blocks = [range(start, min(start + DECODE_AT_ONCE, len(records)))
                 for start in range(0, len(records), DECODE_AT_ONCE)]
       read = [example for block in blocks for example in self.read(records[block], split, block)]
@@ -249,18 +194,27 @@ class SceneSet:
     load = lambda indices, plan, rows: self.read(records[indices], split, indices)
     return Streaming(len(records), load, pipeline.plan, lambda plan: plan.rows)
 
+  def first(self, split: str, count: int) -> HostBatch:
+    """A split's first examples as in an evaluation, on every host; opens the set if need be."""
+    records = self.dataset.records(self.config[split])
+    indices = np.arange(min(count, len(records)))
+    read = self.read(records[indices], split, indices)
+    batch = {key: np.stack([example[key] for example in read]) for key in read[0]}
+    return {"mask": np.ones(len(indices), np.float32), "id": indices.astype(np.int32),
+            **self._finish(batch, indices)}
+
   def read(self, records: Sequence[Mapping[str, Any]], split: str, indices: Sequence[int]) -> list[HostBatch]:
     """Examples on the canvas, decoded and checked; `indices` are their numbers, for messages."""
     config, canvas = self.config, self.config.image_shape[:2]
-    images = [labelled.decode_image(record["image"][0], config.image_shape[-1]) for record in records]
+    images = [decode.decode_image(record["image"][0], config.image_shape[-1]) for record in records]
     masks = [None] * len(records)
     if self.segmentation:
-      masks = [labelled.decode_image(record[config.mask_feature][0], 1) for record in records]
+      masks = [decode.decode_image(record[config.mask_feature][0], 1) for record in records]
     examples = []
     for index, record, pixels, mask in zip(indices, records, images, masks):
       where = f"--config.data.{split}={config[split]!r}: example {index} of {config.name}"
       place = Placement.of(pixels.shape[:2], canvas, config.resize)
-      example = {"image": self._fit(pixels)}
+      example = {"image": decode.fit(pixels, config)}
       if self.boxes:
         example |= self._read_boxes(record, pixels.shape[:2], place, where)
       if self.segmentation:
@@ -306,7 +260,7 @@ class SceneSet:
     from PIL import Image
 
     classes = self._classes[mask]
-    if (wrong := classes == _VOID_BYTE).any():
+    if (wrong := classes == VOID_BYTE).any():
       y, x = np.argwhere(wrong)[0]
       raise UserError(f"{where}: pixel ({x}, {y}) of {self.config.mask_feature} is {mask[y, x]}, the value of no class; "
                       f"see --config.data.mask_classes={self.config.mask_classes} and --config.data.mask_values")
@@ -314,28 +268,26 @@ class SceneSet:
       classes = np.asarray(Image.fromarray(classes).resize((place.width, place.height), Image.Resampling.NEAREST))
     if classes.shape == self.config.image_shape[:2]:
       return classes
-    out = np.full(self.config.image_shape[:2], _VOID_BYTE, np.uint8)
+    out = np.full(self.config.image_shape[:2], VOID_BYTE, np.uint8)
     out[place.top:place.top + place.height, place.left:place.left + place.width] = classes
     return out
 
   def eval_batch(self, examples: Examples, plan: Plan) -> HostBatch:
-    return self._finish(examples.gather(plan, plan.rows), plan)
+    return self._finish(examples.gather(plan, plan.rows), plan.indices[plan.rows])
 
   def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
     read = self.augment(examples.gather(plan, plan.rows), plan)
     read.pop("host/box_crowd", None)
-    return self._finish(read, plan)
+    return self._finish(read, plan.indices[plan.rows])
 
-  def _finish(self, read: HostBatch, plan: Plan) -> HostBatch:
-    ids = plan.indices[plan.rows]
-    real = ids >= 0
-    batch = {**read, "image": augment.normalise(read["image"], self.config.mean, self.config.std),
-             "mask": real.astype(np.float32), "host/id": ids}
+  def _finish(self, read: HostBatch, indices: np.ndarray) -> HostBatch:
+    real = indices != PADDING
+    batch = {**read, "image": augment.normalise(read["image"], self.config.mean, self.config.std)}
     if self.boxes:
-      batch["box_mask"] = read["box_mask"] * batch["mask"][:, None]
+      batch["box_mask"] = read["box_mask"] * real[:, None].astype(np.float32)
     if self.segmentation:
       stored = read["segmentation"]
-      batch["segmentation"] = np.where((stored == _VOID_BYTE) | ~real[:, None, None], VOID, stored.astype(np.int32))
+      batch["segmentation"] = np.where((stored == VOID_BYTE) | ~real[:, None, None], VOID, stored.astype(np.int32))
     return batch
 
   def augment(self, read: HostBatch, plan: Plan) -> HostBatch:
@@ -358,62 +310,6 @@ class SceneSet:
       read["boxes"] = np.stack([boxes for boxes, _ in moved]) * seen[..., None]
       read["box_mask"] = read["box_mask"] * seen
     return read
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-  """A part of an image, as large as that, possibly beyond its border.
-
-  Attributes:
-    scale: magnification, about the middle.
-    right, down: how far the window then moves, in pixels of the original.
-    flip: whether it is mirrored at last.
-  """
-
-  scale: float
-  right: int
-  down: int
-  flip: bool
-
-  def _line(self, size: int, shift: int) -> tuple[float, float]:
-    """(a, b): the window's coordinate X shows the original's a X + b."""
-    a = 1 / self.scale
-    return a, size / 2 * (1 - a) + shift
-
-  def of_image(self, pixels: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """uint8[H, W, C] -> uint8[H, W, C], bilinear; `fill` [C] lies outside."""
-    from PIL import Image
-
-    return self._transform(pixels, Image.Resampling.BILINEAR, tuple(map(int, fill)))
-
-  def of_mask(self, classes: np.ndarray) -> np.ndarray:
-    """uint8[H, W] -> uint8[H, W], the nearest pixel."""
-    from PIL import Image
-
-    return self._transform(classes[..., None], Image.Resampling.NEAREST, (_VOID_BYTE,))[..., 0]
-
-  def _transform(self, pixels: np.ndarray, resample: int, fill: tuple[int, ...]) -> np.ndarray:
-    from PIL import Image
-
-    height, width, channels = pixels.shape
-    (a, b), (c, d) = self._line(width, self.right), self._line(height, self.down)
-    pil = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    out = pil.transform((width, height), Image.Transform.AFFINE, (a, 0, b, 0, c, d), resample,
-                        fillcolor=fill[0] if channels == 1 else fill)
-    out = np.asarray(out).reshape(pixels.shape)
-    return out[:, ::-1] if self.flip else out
-
-  def of_boxes(self, boxes: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes f32[N, 4] in an image of (H, W), cut at the window's border, and which of them are still seen, f32[N]."""
-    height, width = size
-    (a, b), (c, d) = self._line(width, self.right), self._line(height, self.down)
-    whole = (boxes - [b, d, b, d]) / [a, c, a, c]
-    if self.flip:
-      whole = np.stack([width - whole[:, 2], whole[:, 1], width - whole[:, 0], whole[:, 3]], axis=1)
-    cut = np.clip(whole, 0, [width, height] * 2)
-    area = lambda x: np.prod(x[:, 2:] - x[:, :2], axis=1)
-    seen = area(cut) > LEAST_SEEN * np.maximum(area(whole), 1e-12)
-    return cut.astype(np.float32), seen.astype(np.float32)
 
 
 def _object_labels(features: Mapping[str, Any]) -> Any:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from dljax.data.pipeline import HostBatch, IndexedPipeline, InMemory, Plan, Pipeline, rng
-from dljax.data.splits import Data
+from dljax.data.splits import Data, batch_spec
 from dljax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -53,7 +52,7 @@ def points(split: str, size: int, noise: float) -> tuple[np.ndarray, np.ndarray]
 
 
 def pipelines(config: Any, *, batch_size: int, eval_batch_size: int, seed: int) -> Data:
-  """The points' pipelines; fields image f32[b, 2], label, mask and "host/id".
+  """The points' pipelines; fields image f32[b, 2], label, mask and id.
 
   Args:
     config: see `default_config`.
@@ -68,15 +67,14 @@ def pipelines(config: Any, *, batch_size: int, eval_batch_size: int, seed: int) 
     examples = InMemory({"image": image, "label": label})
     return IndexedPipeline(lambda _: examples, _finish, batch_size=rows, seed=seed, train=split == "train")
 
-  shapes = {"image": ((2,), np.float32), "label": ((), np.int32), "mask": ((), np.float32)}
+  shapes = {"image": ((2,), np.float32), "label": ((), np.int32)}
   return Data(
       name="xor", train=make("train", batch_size),
       evals={split: make(split, eval_batch_size) for split in SPLITS[1:]},
-      batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for key, (shape, dtype) in shapes.items()},
+      batch_spec=batch_spec(batch_size, shapes),
       fingerprint=lambda: ", ".join(f"{key} {config[key]}" for key in sorted(config)),
       assets=lambda: {"classes": ["same", "different"]})
 
 
 def _finish(examples: InMemory, plan: Plan) -> HostBatch:
-  ids = plan.indices[plan.rows]
-  return {**examples.gather(plan, plan.rows), "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+  return examples.gather(plan, plan.rows)

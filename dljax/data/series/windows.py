@@ -1,29 +1,29 @@
-"""Time series: the past in a window, what comes after it, and the calendar of both; config and pipelines.
+"""Time series: the past in a window, what comes after it, and the calendar of both; config and
+pipelines.
 
 A batch holds
 
   window        f32[b, W, C], normalised; where a value is missing, the last one before it
   horizon       f32[b, H, C], what comes next, normalised; NaN where a value is missing
   covariates    f32[b, W + H, K], the calendar of window and horizon, which is known in advance; if any are asked for
-  mask          f32[b], 0 where a row is padding
-  "host/id"     i64[b], the window's position in its split, -1 for padding
+  mask, id      see `data/pipeline.py`
   "host/time"   i64[b], in evaluation: when the horizon begins, seconds from the start of 1970
 
-and nothing of a window, its normalisation included, depends on what comes after it: mean and standard deviation are
-those of the training rows. Training draws windows that lie in the training rows. The horizons of an evaluation lie in
-the split's rows, their windows may reach into the rows before; every window counts once, in order, as in the literature
-(Zhou et al. 2021, arXiv:2012.07436; Zeng et al. 2023, arXiv:2205.13504).
+and nothing of a window, its normalisation included, depends on what comes after it: mean and
+standard deviation are those of the training rows. Training draws windows that lie in the training
+rows. The horizons of an evaluation lie in the split's rows, their windows may reach into the rows
+before; every window counts once, in order, as in the literature (Zhou et al. 2021,
+arXiv:2012.07436; Zeng et al. 2023, arXiv:2205.13504).
 
 Dimensions: b the host's rows, T rows of the series, W window, H horizon, C channels, K covariates.
 """
 
 import dataclasses
-import threading
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -56,10 +56,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 def validate(config: Any) -> None:
   """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
-  def need(field: str, ok: bool, mend: str) -> None:
-    if not ok:
-      raise UserError(f"--config.data.{field}={_text(config[field])}: {mend}")
-
+  need = functools.partial(splits.need, config)
   need("channels", 0 < len(config.channels) == len(set(config.channels)), "name one channel or more, each once")
   need("covariates", len(config.covariates) == len(set(config.covariates)), "name each once")
   for name in config.covariates:
@@ -77,28 +74,8 @@ def validate(config: Any) -> None:
     sources.parse_name(config.name)
 
 
-def _text(value: Any) -> str:
-  return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
 def _is_csv(name: str) -> bool:
   return name.lower().endswith(".csv")
-
-
-def _open_set(name: str, channels: Sequence[str]) -> table.Series:
-  """The series of a TFDS set such as those of `dljax.data.datasets.series`."""
-  dataset = sources.open_dataset(name)
-  if {"time", "values", "channels"} - set(dataset.features):
-    raise UserError(f"--config.data.name: {name} is no time series, but has {', '.join(dataset.features)}; choose "
-                    "another set, or name a .csv file")
-  record, = dataset.records(table.SPLIT)[[0]]
-  there = [channel.decode() for channel in record["channels"]]
-  for channel in channels:
-    if channel not in there:
-      raise unknown("--config.data.channels", channel, there)
-  values = np.asarray(record["values"], np.float32).reshape(-1, len(there))
-  values = values[:, [there.index(channel) for channel in channels]].astype(np.float64)
-  return table.Series(name, tuple(channels), np.asarray(record["time"], np.int64), values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +158,7 @@ def covariates(times: np.ndarray, names: Sequence[str]) -> np.ndarray:
   return np.stack(waves, axis=-1).astype(np.float32) if waves else np.zeros((len(times), 0), np.float32)
 
 
-class SeriesSet:
+class SeriesSet(splits.DataSet):
   """What the pipelines of one config share: the series, read once.
 
   Args:
@@ -193,13 +170,13 @@ class SeriesSet:
 
   def __init__(self, config: Any):
     validate(config)
-    self.config = ml_collections.FrozenConfigDict(config)  # later changes are not ours
+    super().__init__(config)
     self._saved: Normaliser | None = None  # takes the place of one fitted here
-    self._lock = threading.Lock()
     self._opened: tuple[Normaliser, np.ndarray, np.ndarray] | None = None
 
   def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None, hosts: int | None = None,
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
+      hosts: int | None = None,
   ) -> splits.Data:
     """The series' pipelines; opens nothing.
 
@@ -211,12 +188,10 @@ class SeriesSet:
       hosts: how many there are; by default what JAX says.
 
     Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the config.
+      UserError: a value out of range; when opened, data that is missing or does not fit the
+        config.
     """
     config = self.config
-    for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
-      if size < 1:
-        raise UserError(f"--config.{field}={size}: give a positive number")
 
     def make(split: str, rows: int) -> Pipeline:
       train = split == "train"
@@ -225,20 +200,15 @@ class SeriesSet:
           host=host, hosts=hosts)
 
     channels, length = len(config.channels), config.window + config.horizon
-    shapes = {"window": (config.window, channels), "horizon": (config.horizon, channels), "mask": ()}
+    shapes = {"window": ((config.window, channels), np.float32),
+              "horizon": ((config.horizon, channels), np.float32)}
     if config.covariates:
-      shapes["covariates"] = length, 2 * len(config.covariates)
-    return splits.Data(
-        name=config.name, train=make("train", batch_size),
-        evals={split: make(split, eval_batch_size) for split in ("validation", "test")},
-        batch_spec={key: jax.ShapeDtypeStruct((batch_size, *shape), np.float32) for key, shape in shapes.items()},
-        fingerprint=self.fingerprint, assets=lambda: {ASSET: self.normaliser().asset()}, restore=self.restore)
-
-  def fingerprint(self) -> str:
-    """See `Data`."""
-    if _is_csv(self.config.name):
-      return splits.file_fingerprint(self.config.name)
-    return sources.open_dataset(self.config.name).fingerprint
+      shapes["covariates"] = (length, 2 * len(config.covariates)), np.float32
+    own = {}
+    if _is_csv(config.name):
+      own = {"fingerprint": lambda: splits.file_fingerprint(config.name)}
+    return self.data(make, shapes, batch_size, eval_batch_size, restore=self.restore,
+                     assets=lambda: {ASSET: self.normaliser().asset()}, **own)
 
   def restore(self, assets: Mapping[str, Any]) -> None:
     """Takes the normaliser that a run has saved; to be called before the series is opened."""
@@ -251,13 +221,13 @@ class SeriesSet:
   @property
   def opened(self) -> tuple[Normaliser, np.ndarray, np.ndarray]:
     """The normaliser, the times i64[T], and the normalised values f32[T, C] with NaN where one is missing."""
-    with self._lock:
+    with self.lock:
       if self._opened is None:
         config = self.config
         if _is_csv(config.name):
           read = table.read_csv(Path(config.name).expanduser(), config.time, config.channels)
         else:
-          read = _open_set(config.name, config.channels)
+          read = self._read_set()
         series = read.checked(config.missing)
         rows = config.train + config.validation + config.test
         if rows > len(series.times):
@@ -268,6 +238,25 @@ class SeriesSet:
         normaliser.check(series)
         self._opened = normaliser, series.times, normaliser(series.values)
       return self._opened
+
+  def check(self, dataset: sources.Dataset) -> None:
+    """See `DataSet.check`; the splits are rows of one record, which `opened` checks."""
+    if {"time", "values", "channels"} - set(dataset.features):
+      raise UserError(f"--config.data.name: {self.config.name} is no time series, but has "
+                      f"{', '.join(dataset.features)}; choose another set, or name a .csv file")
+
+  def _read_set(self) -> table.Series:
+    """The series of a TFDS set such as those of `dljax.data.datasets.series`."""
+    record, = self.dataset.records(table.SPLIT)[[0]]
+    there = [channel.decode() for channel in record["channels"]]
+    for channel in self.config.channels:
+      if channel not in there:
+        raise unknown("--config.data.channels", channel, there)
+    values = np.asarray(record["values"], np.float32).reshape(-1, len(there))
+    values = values[:, [there.index(channel) for channel in self.config.channels]]
+    times = np.asarray(record["time"], np.int64)
+    return table.Series(
+        self.config.name, tuple(self.config.channels), times, values.astype(np.float64))
 
   def windows(self, split: str) -> "_Windows":
     """All windows of a split."""
@@ -303,8 +292,7 @@ class _Windows:
 
 
 def _finish(examples: _Windows, plan: Plan) -> HostBatch:
-  ids = plan.indices[plan.rows]
-  return {**examples.gather(plan, plan.rows), "mask": (ids >= 0).astype(np.float32), "host/id": ids}
+  return examples.gather(plan, plan.rows)
 
 
 def _finish_train(examples: _Windows, plan: Plan) -> HostBatch:
@@ -322,16 +310,16 @@ def encode(paths: Sequence[str], config: Any, normaliser: Normaliser) -> tuple[H
     normaliser: as it was fitted in training.
 
   Returns:
-    A batch of window, covariates, mask, "host/id" and time i32[b, H, 2], the days from the start of 1970 and the
-    seconds of the day of each row of the horizon; the name of each row; and one line for each file that could not be
-    used.
+    A batch of window, covariates, mask, id and time i32[b, H, 2], the days from the start of 1970
+    and the seconds of the day of each row of the horizon; the name of each row; and one line for
+    each file that could not be used.
 
   Raises:
     UserError: a path does not exist.
   """
   validate(config)
   windows, calendars, times, names, skipped = [], [], [], [], []
-  for path in _files(paths):
+  for path in splits.find_files(paths, "a .csv file or a folder of them", ".csv"):
     try:
       series = table.read_csv(path, config.time, config.channels).checked(config.missing)
       normaliser.check(series)
@@ -348,14 +336,5 @@ def encode(paths: Sequence[str], config: Any, normaliser: Normaliser) -> tuple[H
     names.append(str(path))
   stack = lambda arrays: np.stack(arrays) if arrays else np.zeros(0)  # without rows nothing is forecast
   batch = {"window": stack(windows), "time": stack(times), "mask": np.ones(len(names), np.float32),
-           "host/id": np.arange(len(names))}
+           "id": np.arange(len(names), dtype=np.int32)}
   return {**batch, "covariates": stack(calendars)} if config.covariates else batch, names, skipped
-
-
-def _files(paths: Sequence[str]) -> list[Path]:
-  files = []
-  for path in map(Path, paths):
-    if not path.exists():
-      raise UserError(f"--input: there is no {path}; name a .csv file or a folder of them")
-    files += sorted(p for p in path.rglob("*") if p.is_file() and _is_csv(p.name)) if path.is_dir() else [path]
-  return files

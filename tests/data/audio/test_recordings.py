@@ -9,7 +9,7 @@ import pytest
 import scipy.io.wavfile
 
 from dljax.data import sources
-from dljax.data.audio import recordings
+from dljax.data.audio import features, recordings
 from dljax.errors import UserError
 from tests.fixtures import formula
 
@@ -40,25 +40,25 @@ def test_log_mel_equals_librosa(name):
   rate, window, fft_length, hop, num_mels, lowest, highest = formula.LOG_MELS[name]
   with np.load(formula.FOLDER / "log_mel.npz") as fixture:
     expected = fixture[name]
-  ours = recordings.log_mel(
-      formula.sound(rate), recordings.mel_filters(rate, fft_length, num_mels, lowest, highest), window, hop)
+  ours = features.log_mel(
+      formula.sound(rate), features.mel_filters(rate, fft_length, num_mels, lowest, highest), window, hop)
   assert ours.dtype == np.float32
   np.testing.assert_allclose(ours, expected, atol=1e-5)
   assert np.ptp(expected) > 20  # from the tone to silence
 
 
 def test_normalised_features_ignore_loudness_and_colour():
-  features = formula.noise("features", (30, 8)) + np.arange(8)
-  ours = recordings.normalise(features)
+  noise = formula.noise("features", (30, 8)) + np.arange(8)
+  ours = features.normalise(noise)
   np.testing.assert_allclose(ours.mean(axis=0), 0, atol=1e-5)
   np.testing.assert_allclose(ours.std(), 1, rtol=1e-5)
-  np.testing.assert_allclose(recordings.normalise(3 * features + np.arange(8)), ours, atol=1e-5)
-  assert not recordings.normalise(np.full((5, 3), -23.0)).any()
+  np.testing.assert_allclose(features.normalise(3 * noise + np.arange(8)), ours, atol=1e-5)
+  assert not features.normalise(np.full((5, 3), -23.0)).any()
 
 
 def test_resampling_keeps_the_sound():
   for rate in (4000, 11025, 44100):
-    back = recordings.resample(tone(rate=rate).astype(np.float32), rate, RATE)
+    back = features.resample(tone(rate=rate).astype(np.float32), rate, RATE)
     assert len(back) == np.ceil(len(tone(rate=rate)) * RATE / rate)
     np.testing.assert_allclose(back[200:-200], tone()[200:len(back) - 200], atol=0.02)
 
@@ -70,14 +70,14 @@ def test_resampling_keeps_the_sound():
     (127, 128, np.uint8), (2**15 - 1, 0, np.int16), (2**31 - 1, 0, np.int32), (1, 0, np.float32), (1, 0, np.float64)])
 def test_every_width_gives_the_same_sound(scale, offset, dtype):
   samples = (tone() * scale + offset).astype(dtype)
-  sound, rate = recordings.read_wav(wav(samples, 11025))
+  sound, rate = features.read_wav(wav(samples, 11025))
   assert rate == 11025 and sound.dtype == np.float32
   np.testing.assert_allclose(sound, tone(), atol=0.02)
 
 
 def test_stereo_is_mixed_down():
   both = np.stack([tone(), np.zeros_like(tone())], axis=1)
-  np.testing.assert_allclose(recordings.read_wav(wav((both * 32767).astype(np.int16)))[0], tone() / 2, atol=1e-3)
+  np.testing.assert_allclose(features.read_wav(wav((both * 32767).astype(np.int16)))[0], tone() / 2, atol=1e-3)
 
 
 @pytest.mark.parametrize("data, words", [
@@ -89,7 +89,7 @@ def test_stereo_is_mixed_down():
 ])
 def test_broken_files_are_told_apart(data, words):
   with pytest.raises(ValueError, match=words) as error:
-    recordings.read_wav(data)
+    features.read_wav(data)
   assert "\n" not in str(error.value)
 
 
@@ -139,10 +139,10 @@ def test_values_out_of_range_are_refused(field, value, words):
 
 
 def test_masks_are_as_wide_as_they_may_be():
-  features, length = np.ones((50, 40, 12), np.float32), np.r_[np.full(25, 40), np.full(25, 10)]
+  ones, length = np.ones((50, 40, 12), np.float32), np.r_[np.full(25, 40), np.full(25, 10)]
   draws = np.random.default_rng(0).random((50, 3, 2))
-  masked = recordings.spec_augment(
-      features, length, draws, time_masks=2, time_mask=8, time_mask_share=0.3, frequency_mask=4) == 0
+  masked = features.spec_augment(
+      ones, length, draws, time_masks=2, time_mask=8, time_mask_share=0.3, frequency_mask=4) == 0
   bands, frames = masked.all(axis=1), masked.all(axis=2)
   np.testing.assert_array_equal(masked, bands[:, None, :] | frames[:, :, None])
   assert set(bands.sum(axis=1)) == {0, 1, 2, 3, 4}
@@ -211,7 +211,7 @@ def test_batches_hold_features_and_text_of_every_recording(prepared):
     assert pipeline.num_batches == count
     for step in range(count):
       batch = pipeline.batch(step)
-      assert set(spec) | {"host/id"} == set(batch)
+      assert set(spec) == set(batch)
       for name, value in spec.items():
         assert batch[name].dtype == value.dtype and batch[name].shape[2:] == value.shape[2:]
       assert batch["features"].shape[1] in pipeline.ends
@@ -220,7 +220,7 @@ def test_batches_hold_features_and_text_of_every_recording(prepared):
         assert length == (10 * count_ + 1) * mask and (tokens == 2 * (np.arange(8) < count_)).all()
         assert not row[length:].any() and (not mask or row[:length].any())
   test = [data.evals["test"].batch(i) for i in range(2)]
-  assert sorted(np.concatenate([b["host/id"] for b in test])) == [-1, *range(7)]
+  assert sorted(np.concatenate([b["id"][b["mask"] > 0] for b in test])) == [*range(7)]
 
 
 def test_a_split_too_large_for_memory_gives_the_same_batches(prepared, monkeypatch):
@@ -256,20 +256,20 @@ def test_samples_of_another_rate_are_read_without_tensorflow_and_resampled(prepa
   prepared({"train": samples}, audio_as=lambda: tfds.features.Tensor(shape=(None,), dtype=np.int16))
   # Only TensorFlow can write the description of such a feature; the records are the same.
   path = tmp_path / "speech" / "1.0.0" / "features.json"
-  features = json.loads(path.read_text())
-  features["featuresDict"]["features"]["audio"] = {
+  saved = json.loads(path.read_text())
+  saved["featuresDict"]["features"]["audio"] = {
       "pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio",
       "audio": {"shape": {"dimensions": ["-1"]}, "dtype": "int16", "fileFormat": "flac",
                 "sampleRate": "16000", "encoding": "NONE"}}
-  path.write_text(json.dumps(features))
+  path.write_text(json.dumps(saved))
   with caplog.at_level(logging.WARNING):
     batch = open_pipelines(config(name="speech", validation="", test="")).train.batch(0)
   assert "recordings of 16000 samples a second were resampled to 8000" in caplog.text
   assert sorted(batch["length"]) == [11, 21, 31, 41]
   first = batch["features"][np.argmax(batch["length"])][:41]
-  sound = recordings.resample((samples[3][0] / 32768).astype(np.float32), 16000, RATE)
-  filters = recordings.mel_filters(RATE, 256, 8)
-  np.testing.assert_allclose(first, recordings.normalise(recordings.log_mel(sound, filters, 256, 80)), atol=1e-5)
+  sound = features.resample((samples[3][0] / 32768).astype(np.float32), 16000, RATE)
+  filters = features.mel_filters(RATE, 256, 8)
+  np.testing.assert_allclose(first, features.normalise(features.log_mel(sound, filters, 256, 80)), atol=1e-5)
 
 
 @pytest.mark.parametrize("example, fields, words", [

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from dljax.data.image import labelled as image_lib
+from dljax.data.image import decode
 from dljax.data import sources
 from dljax.data.datasets import digit_scenes
 from dljax.data.datasets.digit_scenes import iou, tight_box
@@ -27,7 +27,7 @@ def built(tmp_path_factory):
 
 
 def read(record):
-  image, segmentation = (image_lib.decode_image(record[name][0], 1)[..., 0] for name in ("image", "segmentation"))
+  image, segmentation = (decode.decode_image(record[name][0], 1)[..., 0] for name in ("image", "segmentation"))
   boxes = np.reshape(record["objects/bbox"], (-1, 4))[:, [1, 0, 3, 2]] * digit_scenes.SIZE
   np.testing.assert_allclose(boxes, np.round(boxes), atol=1e-4)
   return (image, segmentation, np.round(boxes).astype(int), np.array(record["objects/label"]),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dljax.data import prepare, sources
-from dljax.data.image import labelled
+from dljax.data.image import decode, labelled
 from dljax.data.datasets import emoji, emoji_scenes
 from dljax.errors import UserError
 
@@ -242,7 +242,7 @@ def test_scenes_prepared_from_the_same_packages(packages, tmp_path, monkeypatch)
     assert len(records) == emoji_scenes.SCENES[split]
     allowed = {emoji.spell(found[i].codepoints) for i in indices}
     for record in records[range(len(records))]:
-      pixels, classes = (labelled.decode_image(record[name][0], channels) for name, channels in
+      pixels, classes = (decode.decode_image(record[name][0], channels) for name, channels in
                          (("image", 3), ("segmentation", 1)))
       assert pixels.shape == (96, 96, 3) and classes.shape == (96, 96, 1)
       codes = [codes.decode() for codes in record["objects/codepoints"]]

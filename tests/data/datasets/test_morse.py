@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dljax.data import sources
-from dljax.data.audio import recordings
+from dljax.data.audio import features, recordings
 from dljax.data.datasets import morse
 
 
@@ -67,7 +67,7 @@ def test_the_set_prepares_itself(tmp_path, monkeypatch):
   read = {record["text"][0].decode(): record for record in records[range(len(records))]}
   assert sorted(read) == sorted(texts)
   for index, text in enumerate(texts):
-    sound, rate = recordings.read_wav(read[text]["audio"][0])
+    sound, rate = features.read_wav(read[text]["audio"][0])
     assert rate == 8000 and -2 <= read[text]["snr"][0] <= 18
     rng = np.random.RandomState([0, index])
     drawn = morse.recording(rng, text, rng.uniform(-2, 18))

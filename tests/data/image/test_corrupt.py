@@ -99,10 +99,11 @@ def test_the_pipelines_disturb_the_test_split_alone(digits_dir, monkeypatch):
   last = clean.num_batches - 1
   for step in (0, last):
     one, other = clean.batch(step), disturbed.batch(step)
-    for field in ("label", "mask", "host/id"):
+    for field in ("label", "mask", "id"):
       np.testing.assert_array_equal(one[field], other[field])
     pixels = lambda batch: np.round((batch["image"] * config.std[0] + config.mean[0]) * 255).astype(np.uint8)
-    np.testing.assert_array_equal(pixels(other), corrupt.corrupt(pixels(one), "noise", 4, 0, one["host/id"]))
+    np.testing.assert_array_equal(pixels(other), corrupt.corrupt(
+        pixels(one), "noise", 4, 0, np.where(one["mask"] > 0, one["id"], -1)))
   config.test = ""
   with pytest.raises(UserError, match="--config.data.test"):
     labelled.ImageSet(config).pipelines(batch_size=16, eval_batch_size=50, seed=0, corruptions=["blur"])

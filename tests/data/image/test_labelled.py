@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dljax.data import sources
-from dljax.data.image import augment, labelled
+from dljax.data.image import augment, decode, labelled
 from dljax.data.pipeline import InMemory, Streaming
 from dljax.errors import UserError
 
@@ -37,7 +37,7 @@ def test_batches_agree_with_the_specification(digits):
   on_device = {key: value for key, value in batch.items() if not key.startswith("host/")}
   assert {k: (v.shape, v.dtype) for k, v in on_device.items()} == {
       k: (v.shape, v.dtype) for k, v in data.batch_spec.items()}
-  assert batch["host/id"].dtype == np.int64 and data.train.num_examples == 1293
+  assert data.train.num_examples == 1293
 
 
 def test_specification_needs_no_data(digits, monkeypatch, tmp_path):
@@ -112,7 +112,8 @@ def test_each_option_changes_the_images_anew_at_each_step(digits, options):
     data.train.open()
   before, after = plain.train.batch(0), changed.train.batch(0)
   np.testing.assert_array_equal(before["label"], after["label"])
-  np.testing.assert_array_equal(before["host/id"], after["host/id"])
+  example = lambda data: data.train.plan(0, data.train.num_examples).indices
+  np.testing.assert_array_equal(example(plain), example(changed))
   assert (before["image"] != after["image"]).any()
   again = changed.train.batch(0)
   np.testing.assert_array_equal(again["image"], after["image"])
@@ -126,7 +127,7 @@ def test_the_same_example_is_augmented_differently_in_the_next_epoch(digits):
   data = build(digits, batch_size=1293)
   data.train.open()
   one, two = data.train.batch(0), data.train.batch(1)
-  first, second = np.argsort(one["host/id"]), np.argsort(two["host/id"])
+  first, second = (np.argsort(data.train.plan(step, 1293).indices) for step in range(2))
   same = (one["image"][first] == two["image"][second]).all(axis=(1, 2, 3)).mean()
   assert 0.01 < same < 0.2  # 1 of 25 shifts, and some that move only black
 
@@ -183,9 +184,9 @@ def test_evaluation_pass(digits):
   test.open()
   batches = [test.batch(step) for step in range(test.num_batches)]
   mask = np.concatenate([batch["mask"] for batch in batches])
-  ids = np.concatenate([batch["host/id"] for batch in batches])
+  ids = np.concatenate([batch["id"] for batch in batches])
   assert mask.sum() == 360 == test.num_examples and len(mask) == 400
-  np.testing.assert_array_equal(ids, np.where(mask > 0, np.arange(400), -1))
+  np.testing.assert_array_equal(ids, np.where(mask > 0, np.arange(400), 0))
   assert np.isfinite(batches[-1]["image"]).all()
   hosts = [build(digits, host=host, hosts=2).evals["test"] for host in range(2)]
   for part in hosts:
@@ -299,10 +300,10 @@ def test_encode_reads_as_evaluation_does(digits, tmp_path):
   raw = np.round((rows["image"] * digits.std[0] + digits.mean[0]) * 255).astype(np.uint8)
   for i in range(12):
     Image.fromarray(raw[i, ..., 0]).save(tmp_path / f"digit{i}.png")
-  batch, names, skipped = labelled.encode([str(tmp_path)], digits)
+  batch, names, skipped = decode.encode([str(tmp_path)], digits)
   assert names == [str(tmp_path / f"digit{i}.png") for i in range(12)] and not skipped  # 2 before 10
   np.testing.assert_array_equal(batch["image"], rows["image"][:12])
-  assert batch["mask"].tolist() == [1] * 12 and batch["host/id"].tolist() == list(range(12))
+  assert batch["mask"].tolist() == [1] * 12 and batch["id"].tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -318,7 +319,7 @@ def test_transparent_images_lie_on_the_background(mode, background, expected):
   file = io.BytesIO()
   picture.save(file, "png")
   for channels in 1, 3:
-    decoded = labelled.decode_image(file.getvalue(), channels, background)
+    decoded = decode.decode_image(file.getvalue(), channels, background)
     assert decoded.shape == (4, 6, channels)
     np.testing.assert_allclose(decoded[:, :3].astype(int), expected, atol=3)
     np.testing.assert_allclose(decoded[:, 3:].astype(int), 200, atol=1)
@@ -332,7 +333,7 @@ def test_encode_npy_of_every_shape(digits, tmp_path):
       ("nhw", np.stack([picture] * 2), 2), ("rgb", np.stack([picture] * 3, -1), 1),
       ("float", picture / 255, 1)]:
     np.save(tmp_path / f"{name}.npy", array)
-    batch, names, skipped = labelled.encode([str(tmp_path / f"{name}.npy")], digits)
+    batch, names, skipped = decode.encode([str(tmp_path / f"{name}.npy")], digits)
     assert not skipped and len(names) == rows == len(set(names))
     for row in batch["image"]:
       np.testing.assert_allclose(row, expected, atol=1e-6)
@@ -349,15 +350,15 @@ def test_encode_skips_what_it_cannot_read_and_says_so(digits, tmp_path):
   np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan))
   np.save(tmp_path / "code.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
   Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
-  batch, names, skipped = labelled.encode([str(tmp_path)], digits)
+  batch, names, skipped = decode.encode([str(tmp_path)], digits)
   assert names == [str(tmp_path / "good.jpg")] and batch["image"].shape == (1, 8, 8, 1)
   assert len(skipped) == 8 and all("\n" not in line for line in skipped)
   for name in ("a.png", "notes.txt", "cut.jpg", "wide.npy", "range.npy", "nan.npy", "code.npy", "deep.png"):
     assert sum(name in line for line in skipped) == 1
-  batch, names, skipped = labelled.encode([str(tmp_path / "a.png")], digits)
+  batch, names, skipped = decode.encode([str(tmp_path / "a.png")], digits)
   assert batch["image"].shape == (0, 8, 8, 1) and names == [] and len(skipped) == 1
   with pytest.raises(UserError, match="--input: there is no .*nowhere"):
-    labelled.encode([str(tmp_path / "nowhere")], digits)
+    decode.encode([str(tmp_path / "nowhere")], digits)
 
 
 def test_config_survives_json():
@@ -469,7 +470,7 @@ def test_images_of_many_sizes_are_streamed(photos, monkeypatch):
   data.train.open()
   assert isinstance(data.train._examples, Streaming)
   seen = [data.train.batch(step) for step in range(4)]  # 32 rows of 30 images
-  ids = np.concatenate([batch["host/id"] for batch in seen])
+  ids = np.concatenate([data.train.plan(step, 30).indices for step in range(4)])
   assert sorted(ids[:30]) == list(range(30))
   shades = np.concatenate([batch["image"] for batch in seen])
   assert shades.shape == (32, 16, 24, 3)

@@ -6,8 +6,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dljax.data import sources
-from dljax.data.image import labelled, scenes
-from dljax.data.image.scenes import VOID, Placement, Window
+from dljax.data.image import scenes
+from dljax.data.image.geometry import Placement, Window
+from dljax.data.image.scenes import VOID
 from dljax.errors import UserError
 
 SIZE = (40, 56)
@@ -118,8 +119,8 @@ def test_evaluation_reads_the_whole_set_in_order_on_a_canvas():
 
 def test_batches_hold_the_targets_that_were_asked_for():
   fields = lambda *targets: {k for k in opened(make(targets).train).batch(0) if not k.startswith("host/")}
-  assert fields("segmentation") == {"image", "mask", "segmentation"}
-  assert fields("boxes") == {"image", "mask", "boxes", "box_label", "box_mask"}
+  assert fields("segmentation") == {"image", "mask", "id", "segmentation"}
+  assert fields("boxes") == {"image", "mask", "id", "boxes", "box_label", "box_mask"}
 
 
 @pytest.mark.parametrize("fields", [
@@ -159,7 +160,7 @@ def test_hosts_share_a_batch_that_does_not_depend_on_their_number():
 def test_a_streamed_split_gives_the_same_batches(monkeypatch):
   fields = {"shift": 9, "scale": (0.7, 1.5)}
   batches = [opened(make(**fields).train).batch(step) for step in range(4)]
-  monkeypatch.setattr(labelled, "MEMORY_LIMIT", 0)
+  monkeypatch.setattr(scenes, "MEMORY_LIMIT", 0)
   train = opened(make(**fields).train)
   for step, batch in enumerate(batches):
     streamed = train.batch(step)

@@ -79,7 +79,7 @@ def test_evaluation_sees_every_window_whose_horizon_lies_in_the_split_once_in_or
     rows = whole_pass(data.evals[split])
     first = np.arange(begin, end - 4 + 1)  # of the horizon
     assert data.evals[split].num_examples == len(first)
-    np.testing.assert_array_equal(rows["host/id"], np.arange(len(first)))
+    np.testing.assert_array_equal(rows["id"], np.arange(len(first)))
     np.testing.assert_allclose(rows["window"], np.stack([normalised()[i - 12:i] for i in first]), atol=1e-6)
     np.testing.assert_allclose(rows["horizon"], np.stack([normalised()[i:i + 4] for i in first]), atol=1e-6)
     begun = START.replace(tzinfo=datetime.timezone.utc).timestamp()
@@ -96,7 +96,7 @@ def test_batches_have_the_fields_and_shapes_that_the_spec_says(tmp_path):
     for key, spec in data.batch_spec.items():
       assert (batch[key].shape, batch[key].dtype) == (spec.shape, spec.dtype)
     last = data.evals["test"].batch(data.evals["test"].num_batches - 1)
-    assert last["mask"].tolist() == [1] + [0] * 6 and last["host/id"].tolist() == [56] + [-1] * 6
+    assert last["mask"].tolist() == [1] + [0] * 6 and last["id"].tolist() == [56] + [0] * 6
 
 
 def test_hosts_share_out_the_global_batch(tmp_path):
@@ -304,7 +304,7 @@ def test_files_that_cannot_be_read(tmp_path):
     ({"channels": ()}, "data.channels=: name one channel or more"),
     ({"channels": ("a", "a")}, "data.channels=a,a: name one channel or more, each once"),
     ({"covariates": ("hour",)}, "data.covariates: there is no 'hour'; did you mean hour_of_day"),
-    ({"missing": "drop"}, "data.missing=drop: choose one of refuse, mask"),
+    ({"missing": "drop"}, "data.missing='drop': choose one of refuse, mask"),
 ])
 def test_configs_that_do_not_fit_are_refused(tmp_path, fields, message):
   with pytest.raises(UserError, match=message):

@@ -62,8 +62,10 @@ def _bytes_of(split):
 
 def _predicted(batch):
   """The tokens that each row of a batch predicts."""
-  lengths = batch.get("length", np.full(len(batch["tokens"]), batch["tokens"].shape[1] - 1))
-  return [row[1:1 + n].tolist() for row, n in zip(batch["tokens"], lengths)]
+  for tokens, targets, weight, n in zip(*(batch[f] for f in ("tokens", "targets", "target_weight", "length"))):
+    assert tokens[1:n].tolist() == targets[:max(n - 1, 0)].tolist() and not tokens[n:].any() and not targets[n:].any()
+    assert weight.tolist() == [1] * n + [0] * (len(weight) - n)
+  return [row[:n].tolist() for row, n in zip(batch["targets"], batch["length"])]
 
 
 # Streams
@@ -78,9 +80,9 @@ def test_an_evaluation_predicts_every_token_once_in_reading_order(play, eval_bat
   for step in range(pipeline.num_batches):
     batch = pipeline.batch(step)
     assert np.all(batch["reset"] == (step == 0))
-    for stream, predicted, row, mask, place in zip(
-        streams, _predicted(batch), batch["tokens"], batch["mask"], batch["host/position"]):
-      assert mask == bool(predicted) and (place >= 0) == bool(predicted)
+    for stream, predicted, row, mask, place, id_ in zip(
+        streams, _predicted(batch), batch["tokens"], batch["mask"], batch["host/position"], batch["id"]):
+      assert mask == bool(predicted) and (place >= 0) == bool(predicted) and id_ == max(place, 0)
       if stream and predicted:
         assert row[0] == stream[-1]  # what is read goes on where the window before ended
       stream += predicted
@@ -109,10 +111,14 @@ def test_training_reads_parallel_streams_in_order_and_starts_each_epoch_anew(pla
   for epoch in range(6):
     batches = [pipeline.batch(epoch * windows + i) for i in range(windows)]
     assert [set(batch["reset"]) for batch in batches] == [{1.0}] + [{0.0}] * (windows - 1)
-    assert all(set(batch) == {"tokens", "mask", "reset"} and batch["mask"].all() for batch in batches)
-    rows = np.stack([batch["tokens"] for batch in batches], axis=1)  # [B, windows, L + 1]
-    np.testing.assert_array_equal(rows[:, :-1, -1], rows[:, 1:, 0])
-    read = np.concatenate([rows[0, 0, :1], rows[:, :, 1:].reshape(-1)]).tolist()
+    spec = _data(play).batch_spec
+    for batch in batches:
+      assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in spec.items()}
+      assert batch["mask"].all() and batch["target_weight"].all() and (batch["length"] == 16).all()
+      assert batch["id"].tolist() == [0, 1, 2, 3]
+    tokens, targets = (np.stack([batch[field] for batch in batches], axis=1) for field in ("tokens", "targets"))
+    np.testing.assert_array_equal(tokens[:, 1:, 0], targets[:, :-1, -1])  # [B, windows, L]
+    read = np.concatenate([tokens[0, 0, :1], targets.reshape(-1)]).tolist()
     places = [i for i in range(len(whole)) if whole[i:i + len(read)] == read]
     assert places
     starts.add(places[0])
@@ -167,7 +173,7 @@ def test_documents_are_predicted_to_their_ends_once_whatever_the_buckets(documen
   for step in range(pipeline.num_batches):
     batch = pipeline.batch(step)
     shapes.add(batch["tokens"].shape)
-    pieces |= {i: predicted for i, predicted in zip(batch["host/id"], _predicted(batch)) if predicted}
+    pieces |= {i: predicted for i, predicted in zip(batch["id"], _predicted(batch)) if predicted}
     totals += batch["characters"].sum(), batch["bytes"].sum()
     assert batch["reset"].all()
   assert len(shapes) <= buckets

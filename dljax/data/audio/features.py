@@ -1,0 +1,156 @@
+"""From a WAV file to log-mel features, and SpecAugment.
+
+Features are the logarithm of the power in bands of equal width on the mel scale, as librosa has it
+(Slaney's scale and norm, frames centred on multiples of the hop, zeros beyond the ends), then less
+the recording's mean in each band, over the recording's standard deviation.
+
+SpecAugment: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech
+Recognition", its masks of time and of frequency (section 2; without time warping, which the
+authors found to matter least).
+
+Dimensions: b rows, N samples, T frames, F bands.
+"""
+
+import io
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+FLOOR = 1e-10  # of a band's power, before the logarithm (librosa's)
+_SLANEY_STEP, _SLANEY_KNEE = 200 / 3, 1000  # Hz in a mel up to the knee; above it 27 mels to a factor of 6.4
+_SLANEY_LOG = math.log(6.4) / 27
+
+
+def read_wav(data: bytes) -> tuple[np.ndarray, int]:
+  """Samples f32[N], of both channels' mean where there are two, in [-1, 1]; and the sample rate in
+  Hz.
+
+  Raises:
+    ValueError: it is no WAV file of PCM or floating-point samples, is empty, or holds what is no
+      number.
+  """
+  import scipy.io.wavfile
+
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", scipy.io.wavfile.WavFileWarning)  # of chunks that hold no sound
+      rate, samples = scipy.io.wavfile.read(io.BytesIO(data))
+  except Exception as e:  # SciPy raises many kinds for a broken file
+    reason = " ".join(str(e).split())[:100] or type(e).__name__
+    raise ValueError(f"cannot be read as a WAV file ({reason}); convert it to one of 16 bits") from e
+  return to_mono(samples), int(rate)
+
+
+def to_mono(samples: np.ndarray) -> np.ndarray:
+  """f32[N] in [-1, 1] from [N] or [N, channels] of any width, u8, signed or float.
+
+  Raises:
+    ValueError: there are no samples, or some are no numbers.
+  """
+  if samples.dtype == np.uint8:
+    sound = (samples.astype(np.float32) - 128) / 128
+  elif np.issubdtype(samples.dtype, np.integer):
+    sound = (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
+  else:
+    sound = samples.astype(np.float32)
+  sound = sound.mean(axis=1) if sound.ndim > 1 else sound
+  if not len(sound):
+    raise ValueError("holds no sound (0 samples); record it again, or take it out")
+  if not np.isfinite(sound).all():
+    raise ValueError(f"sample {np.argmin(np.isfinite(sound))} is not a finite number; mend it, or take it out")
+  return sound
+
+
+def resample(sound: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+  """f32[N] at `rate` Hz -> f32[ceil(N new_rate / rate)] at `new_rate`, low-passed."""
+  import scipy.signal
+
+  if rate == new_rate:
+    return sound
+  common = math.gcd(rate, new_rate)
+  return scipy.signal.resample_poly(sound, new_rate // common, rate // common).astype(np.float32)
+
+
+def mel_filters(rate: float, fft_length: int, num_mels: int, lowest: float = 0.0, highest: float = 0.0) -> np.ndarray:
+  """f64[F, 1 + fft_length // 2]: triangles of area 1 (in Hz), evenly spaced on Slaney's mel scale.
+
+  Malcolm Slaney, "Auditory Toolbox", Interval Research Technical Report 1998-010. `highest` 0 is
+  half the rate.
+  """
+  mels = np.linspace(_mel(lowest), _mel(highest or rate / 2), num_mels + 2)
+  above = _SLANEY_KNEE / _SLANEY_STEP
+  edges = np.where(mels < above, mels * _SLANEY_STEP, _SLANEY_KNEE * np.exp(_SLANEY_LOG * (mels - above)))
+  frequencies = np.fft.rfftfreq(fft_length, 1 / rate)
+  left, middle, right = (edges[i:i + num_mels, None] for i in range(3))
+  rising, falling = (frequencies - left) / (middle - left), (right - frequencies) / (right - middle)
+  return np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)
+
+
+def _mel(hertz: float) -> float:
+  if hertz < _SLANEY_KNEE:
+    return hertz / _SLANEY_STEP
+  return _SLANEY_KNEE / _SLANEY_STEP + math.log(hertz / _SLANEY_KNEE) / _SLANEY_LOG
+
+
+def log_mel(sound: np.ndarray, filters: np.ndarray, window: int, hop: int) -> np.ndarray:
+  """The logarithm (base e) of the power in each band.
+
+  Args:
+    sound: f[N].
+    filters: [F, 1 + fft_length // 2]; see `mel_filters`.
+    window: samples of the Hann window, in the middle of a frame of fft_length.
+    hop: samples from one frame to the next; the first is centred on the first sample.
+
+  Returns:
+    f32[1 + N // hop, F], computed in float64.
+  """
+  import scipy.fft
+  import scipy.signal
+
+  size = 2 * (filters.shape[1] - 1)
+  shape = np.zeros(size)
+  start = (size - window) // 2
+  shape[start:start + window] = scipy.signal.get_window("hann", window)
+  padded = np.pad(np.asarray(sound, np.float64), size // 2)
+  frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+  spectrum = scipy.fft.rfft(frames * shape, axis=-1)
+  power = spectrum.real**2 + spectrum.imag**2
+  return np.log(np.maximum(power @ filters.T, FLOOR)).astype(np.float32)
+
+
+def normalise(features: np.ndarray) -> np.ndarray:
+  """[T, F] less the mean of each band, over the standard deviation of all."""
+  centred = features - features.mean(axis=0)
+  return centred / max(float(centred.std()), 1e-5)
+
+
+def spec_augment(
+    features: np.ndarray, length: np.ndarray, draws: np.ndarray, *, time_masks: int, time_mask: int,
+    time_mask_share: float, frequency_mask: int,
+) -> np.ndarray:
+  """Features with some frames and some bands set to 0, their mean.
+
+  Args:
+    features: f32[b, T, F].
+    length: i32[b], frames of each that are no padding.
+    draws: f[b, masks, 2] in [0, 1), which say how wide each mask is and where; the first
+      `time_masks` are of time.
+    time_masks: see there.
+    time_mask: frames, the widest.
+    time_mask_share: of each length, the widest.
+    frequency_mask: bands, the widest.
+  """
+  def masked(size: Any, widest: Any, draw: np.ndarray, count: int) -> np.ndarray:
+    """bool[b, count]: whether a mask lies on it."""
+    width = np.floor(draw[..., 0] * (np.broadcast_to(widest, draw.shape[:1])[:, None] + 1))
+    start = np.floor(draw[..., 1] * (np.broadcast_to(size, draw.shape[:1])[:, None] - width + 1))
+    at = np.arange(count)
+    inside = (at >= start[..., None]) & (at < (start + width)[..., None])  # [b, masks, count]
+    return inside.any(axis=1)
+
+  widest = np.minimum(time_mask, np.floor(time_mask_share * length))
+  frames = masked(length, widest, draws[:, :time_masks], features.shape[1])
+  bands = masked(features.shape[2], frequency_mask, draws[:, time_masks:], features.shape[2])
+  return np.where(frames[:, :, None] | bands[:, None, :], np.float32(0), features)

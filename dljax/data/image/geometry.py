@@ -1,0 +1,96 @@
+"""Where an image, its boxes and masks go: onto the model's canvas, and into a random window of it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+VOID_BYTE = 255  # the class of a pixel that has none, while it is stored
+LEAST_SEEN = 0.3  # of a box's area; what a random window cuts further is no longer an object
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where an image lies on the model's canvas: pixel (x, y) at (left + x * across, top + y * down)."""
+
+  down: float
+  across: float
+  top: int
+  left: int
+  height: int
+  width: int
+
+  @classmethod
+  def of(cls, size: Sequence[int], canvas: Sequence[int], resize: str) -> "Placement":
+    """An image of (h, w) on a canvas of (H, W), as `augment.letterbox` or `resize` puts it."""
+    (h, w), (height, width) = size, canvas
+    if resize == "bilinear":
+      return cls(height / h, width / w, 0, 0, height, width)
+    scale = min(1, height / h, width / w)
+    high, wide = (max(round(scale * h), 1), max(round(scale * w), 1)) if scale < 1 else (h, w)
+    return cls(high / h, wide / w, (height - high) // 2, (width - wide) // 2, high, wide)
+
+  def back(self, classes: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Classes on the canvas, u8[H, W] -> u8[h, w], of the image of (h, w), the nearest pixel's."""
+    from PIL import Image
+
+    part = classes[self.top:self.top + self.height, self.left:self.left + self.width]
+    width_and_height = int(size[1]), int(size[0])
+    return np.asarray(Image.fromarray(part).resize(width_and_height, Image.Resampling.NEAREST))
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """A part of an image, as large as that, possibly beyond its border.
+
+  Attributes:
+    scale: magnification, about the middle.
+    right, down: how far the window then moves, in pixels of the original.
+    flip: whether it is mirrored at last.
+  """
+
+  scale: float
+  right: int
+  down: int
+  flip: bool
+
+  def _line(self, size: int, shift: int) -> tuple[float, float]:
+    """(a, b): the window's coordinate X shows the original's a X + b."""
+    a = 1 / self.scale
+    return a, size / 2 * (1 - a) + shift
+
+  def of_image(self, pixels: np.ndarray, fill: np.ndarray) -> np.ndarray:
+    """uint8[H, W, C] -> uint8[H, W, C], bilinear; `fill` [C] lies outside."""
+    from PIL import Image
+
+    return self._transform(pixels, Image.Resampling.BILINEAR, tuple(map(int, fill)))
+
+  def of_mask(self, classes: np.ndarray) -> np.ndarray:
+    """uint8[H, W] -> uint8[H, W], the nearest pixel."""
+    from PIL import Image
+
+    return self._transform(classes[..., None], Image.Resampling.NEAREST, (VOID_BYTE,))[..., 0]
+
+  def _transform(self, pixels: np.ndarray, resample: int, fill: tuple[int, ...]) -> np.ndarray:
+    from PIL import Image
+
+    height, width, channels = pixels.shape
+    (a, b), (c, d) = self._line(width, self.right), self._line(height, self.down)
+    pil = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    out = pil.transform((width, height), Image.Transform.AFFINE, (a, 0, b, 0, c, d), resample,
+                        fillcolor=fill[0] if channels == 1 else fill)
+    out = np.asarray(out).reshape(pixels.shape)
+    return out[:, ::-1] if self.flip else out
+
+  def of_boxes(self, boxes: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes f32[N, 4] in an image of (H, W), cut at the border, and which are still seen, f32[N]."""
+    height, width = size
+    (a, b), (c, d) = self._line(width, self.right), self._line(height, self.down)
+    whole = (boxes - [b, d, b, d]) / [a, c, a, c]
+    if self.flip:
+      x0, y0, x1, y1 = whole.T
+      whole = np.stack([width - x1, y0, width - x0, y1], axis=1)
+    cut = np.clip(whole, 0, [width, height] * 2)
+    area = lambda x: np.prod(x[:, 2:] - x[:, :2], axis=1)
+    seen = area(cut) > LEAST_SEEN * np.maximum(area(whole), 1e-12)
+    return cut.astype(np.float32), seen.astype(np.float32)

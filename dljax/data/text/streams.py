@@ -1,0 +1,156 @@
+"""From a tokenized text to batches: as parallel streams, or document by document.
+
+Either the documents of a split are one text in reading order, cut into as many parallel streams as
+a batch has rows, of which step s gives the s-th window, so that a state that is carried from batch
+to batch has read all that came before (truncated backpropagation through time; Werbos 1990,
+"Backpropagation through time: what it does and how to do it"). Or each document stands for itself,
+in batches of documents of like length (`ragged`). Either way an evaluation predicts every token of
+its split once: the first of a text from `Tokenizer.end`.
+"""
+
+import threading
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from dljax.data import ragged
+from dljax.data.pipeline import PADDING, HostBatch, rng
+from dljax.data.text import tokenize
+from dljax.errors import UserError
+
+
+class Streams:
+  """The `Pipeline` of one text in reading order, in as many streams as a batch has rows.
+
+  Training cuts as many whole windows as there are out of the text, from another place on in each
+  epoch, so that no part of it is left out for ever; every epoch begins with `reset`. Evaluation
+  pads and masks the streams' ends.
+
+  Args:
+    read: () -> (the text, where its documents begin); called once, by `open`.
+    batch_size: B, of the global batch.
+    length: L, the tokens of a window.
+    seed: of the run.
+    train: repeat for ever; otherwise one pass.
+    host: this host's number and
+    hosts: how many there are; by default what JAX says when the data is opened.
+  """
+
+  def __init__(
+      self, read: Callable[[], tuple[tokenize.Encoded, np.ndarray]], *, batch_size: int, length: int, seed: int = 0,
+      train: bool = False, host: int | None = None, hosts: int | None = None,
+  ):
+    self._read, self._size, self._length, self._seed, self._train = read, batch_size, length, seed, train
+    self._host, self._hosts = host, hosts
+    self._text: tokenize.Encoded | None = None
+    self._lock = threading.RLock()
+
+  def open(self) -> bool:
+    with self._lock:
+      if self._text is not None:
+        return False
+      if self._hosts is None:
+        self._host, self._hosts = jax.process_index(), jax.process_count()
+      if self._size % self._hosts:
+        raise UserError(f"--config.batch_size={self._size} is not a multiple of the {self._hosts} hosts")
+      text, _ = self._read()
+      targets = len(text.tokens) - 1
+      if self._train and targets < self._size * self._length:
+        raise UserError(f"--config.data.length={self._length}: the training text has {targets} tokens, too few for "
+                        f"one window in each of {self._size} streams; make it or --config.batch_size smaller")
+      self._text = text
+      return True
+
+  def close(self) -> None:
+    with self._lock:
+      self._text = None
+
+  @property
+  def num_examples(self) -> int:
+    """Windows, of all streams."""
+    return self.num_batches * self._size
+
+  @property
+  def num_batches(self) -> int:
+    targets = self._targets()
+    return targets // (self._size * self._length) if self._train else -(-self._per_stream(targets) // self._length)
+
+  def batch(self, step: int) -> HostBatch:
+    targets, length, windows = self._targets(), self._length, self.num_batches
+    rows = np.arange(self._host, self._size, self._hosts)
+    epoch, window = divmod(step, windows)
+    if self._train:
+      spare = targets - windows * length * self._size
+      first = int(rng(self._seed, epoch, "first").integers(spare + 1))
+      begins = first + (rows * windows + window) * length
+      counts = np.full(len(rows), length)
+    else:
+      if epoch:
+        raise IndexError(f"batch {step} of a pass over {windows} windows")
+      stream = self._per_stream(targets)
+      begins = rows * stream + window * length
+      counts = np.clip(np.minimum(stream - window * length, targets - begins), 0, length)
+    batch = _windows(self._text, begins, counts, length, counts_of_text=not self._train)
+    ids = rows if self._train else np.where(counts > 0, begins, 0)
+    reset = np.full(len(rows), window == 0, np.float32)
+    return {**batch, "id": ids.astype(np.int32), "reset": reset}
+
+  def _targets(self) -> int:
+    if self._text is None:
+      raise RuntimeError("open() the pipeline first")
+    return len(self._text.tokens) - 1
+
+  def _per_stream(self, targets: int) -> int:
+    return -(-targets // self._size)
+
+
+class Documents:
+  """The `RaggedExamples` of documents, each for itself and closed by `end`; a long one in pieces.
+
+  Args:
+    text: (the documents as one text, `end` before each; where each begins).
+    length: the longest piece, in tokens to be predicted.
+    end: the token.
+    counts: whether batches tell of the characters and bytes.
+  """
+
+  def __init__(self, text: tuple[tokenize.Encoded, np.ndarray], length: int, end: int, *, counts: bool):
+    encoded, begins = text
+    self._text = tokenize.Encoded(np.append(encoded.tokens, np.int32(end)), *(np.append(x, 0) for x in encoded[1:]))
+    self._longest, self._counts = length, counts
+    sizes = np.diff(begins, append=len(encoded.tokens))  # of a document with the `end` behind it, to be predicted
+    pieces = -(-sizes // length)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    self._begins = np.repeat(begins, pieces) + piece * length
+    self.lengths = np.minimum(np.repeat(sizes, pieces) - piece * length, length)
+
+  def __len__(self) -> int:
+    return len(self.lengths)
+
+  def gather(self, plan: ragged.RaggedPlan, rows: np.ndarray) -> HostBatch:
+    indices = plan.indices[rows]
+    begins, counts = self._begins[indices], np.where(indices == PADDING, 0, self.lengths[indices])
+    batch = _windows(self._text, begins, counts, plan.padded, counts_of_text=self._counts)
+    return {**batch, "reset": np.ones(len(rows), np.float32)}
+
+  def close(self) -> None:
+    pass
+
+
+def _windows(
+    text: tokenize.Encoded, begins: np.ndarray, counts: np.ndarray, length: int, *, counts_of_text: bool,
+) -> HostBatch:
+  """The windows from `begins` on in which `counts` tokens are to be predicted, padded to `length`."""
+  inside = np.arange(length) < counts[:, None]
+  places = np.where(inside, begins[:, None] + np.arange(length), 0)
+  following = np.where(inside, places + 1, 0)
+  batch = {"tokens": np.where(inside, text.tokens[places], 0).astype(np.int32),
+           "targets": np.where(inside, text.tokens[following], 0).astype(np.int32),
+           "target_weight": inside.astype(np.float32), "length": counts.astype(np.int32),
+           "mask": (counts > 0).astype(np.float32)}
+  if counts_of_text:
+    batch["characters"] = np.sum(text.characters[following] * inside, axis=1).astype(np.float32)
+    batch["bytes"] = np.sum(text.bytes[following] * inside, axis=1).astype(np.float32)
+    batch["host/position"] = np.where(counts > 0, begins, PADDING)
+  return batch

@@ -1,0 +1,85 @@
+"""The vision transformer's names.
+
+torchvision: torchvision/models/vision_transformer.py. timm: timm/models/vision_transformer.py, as
+vit_tiny_patch16_224 and the like have it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dljax.errors import UserError
+from dljax.interop.table import CONV, LINEAR, SAME, Table, layer, patches
+from dljax.models import vit
+
+
+def _torchvision(model: vit.ViT) -> Table:
+  if model.pool != "token" or model.positions != "learned":
+    raise UserError("torchvision's ViT has a class token and learned positions: use pool='token', positions='learned'")
+  block, theirs = r"block(\d+)", r"encoder.layers.encoder_layer_\1"
+  rules = [
+      ("params/class_token", "class_token", SAME),
+      ("params/positions", "encoder.pos_embedding", SAME),
+      *layer("patches", "conv_proj", CONV),
+      (f"params/{block}/qkv/kernel", f"{theirs}.self_attention.in_proj_weight", LINEAR),
+      (f"params/{block}/qkv/bias", f"{theirs}.self_attention.in_proj_bias", SAME),
+      *layer(f"{block}/project", f"{theirs}.self_attention.out_proj", LINEAR),
+      *layer(f"{block}/mlp1", f"{theirs}.mlp.0", LINEAR),
+      *layer(f"{block}/mlp2", f"{theirs}.mlp.3", LINEAR),
+      (rf"params/{block}/norm([12])/scale", rf"{theirs}.ln_\2.weight", SAME),
+      (rf"params/{block}/norm([12])/bias", rf"{theirs}.ln_\2.bias", SAME),
+      ("params/norm/scale", "encoder.ln.weight", SAME),
+      ("params/norm/bias", "encoder.ln.bias", SAME),
+      *layer("head", "heads.head", LINEAR),
+  ]
+  return Table(rules, inputs=patches(model.patch_size, "conv_proj.weight", "encoder.pos_embedding"))
+
+
+def _timm(model: vit.ViT) -> Table:
+  if model.pool != "token" or model.positions != "learned":
+    raise UserError("the table of timm's ViT is for a class token and learned positions: use pool='token', "
+                    "positions='learned'")
+  names = {"qkv": "attn.qkv", "project": "attn.proj", "mlp1": "mlp.fc1", "mlp2": "mlp.fc2"}
+  rules = [
+      ("params/class_token", "cls_token", SAME),
+      ("params/positions", "pos_embed", SAME),
+      *layer("patches", "patch_embed.proj", CONV),
+      *layer("head", "head", LINEAR),
+      (r"params/norm/scale", "norm.weight", SAME),
+      (r"params/norm/bias", "norm.bias", SAME),
+      (r"params/block(\d+)/(norm[12])/scale", r"blocks.\1.\2.weight", SAME),
+      (r"params/block(\d+)/(norm[12])/bias", r"blocks.\1.\2.bias", SAME),
+  ]
+  for ours, theirs in names.items():
+    rules += layer(rf"block(\d+)/{ours}", rf"blocks.\1.{theirs}", LINEAR)
+  return Table(rules, inputs=patches(model.patch_size, "patch_embed.proj.weight", "pos_embed"))
+
+
+# timm's sizes -> ours, and what `model_args` may set of them.
+_TIMM_SIZES = {"tiny": "vit_ti16", "small": "vit_s16", "base": "vit_b16", "large": "vit_l16"}
+_TIMM_FIELDS = {"patch_size": "patch_size", "embed_dim": "embed_dim", "depth": "num_layers",
+                "num_heads": "num_heads"}
+_TIMM_IGNORED = ("img_size",)  # which the positions say
+
+
+def _timm_model(config: Mapping[str, Any]) -> vit.ViT | None:
+  """The model of timm's config.json: "architecture", "num_classes" and "model_args"."""
+  name = config.get("architecture", "")
+  match = re.fullmatch(r"vit_(tiny|small|base|large)_patch(\d+)_\d+", name)
+  if not match:
+    return None
+  sizes = {"patch_size": int(match[2]), "num_classes": config.get("num_classes", 1000)}
+  for key, value in config.get("model_args", {}).items():
+    if key not in (*_TIMM_FIELDS, *_TIMM_IGNORED):
+      raise UserError(f"config.json: the table of timm's {name} does not know model_args {key!r}; only "
+                      f"{', '.join(_TIMM_FIELDS)}")
+    if key in _TIMM_FIELDS:
+      sizes[_TIMM_FIELDS[key]] = value
+  for field, value in sizes.items():
+    if type(value) is not int or value < 1:
+      raise UserError(f"config.json: {field} is {value!r}; it must be a whole number above 0")
+  return vit.VARIANTS[_TIMM_SIZES[match[1]]](**sizes)
+
+
+TABLES = {"torchvision": {vit.ViT: _torchvision}, "timm": {vit.ViT: _timm}}
+CONFIGS = {"timm": _timm_model}

@@ -1,0 +1,219 @@
+"""The weights of a model under the names of another implementation, and back."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dljax import errors, models
+from dljax.interop import families
+from dljax.interop.table import SAME, Entry, Layout, Table
+
+Tensors = Mapping[str, np.ndarray]
+Specs = Mapping[str, jax.ShapeDtypeStruct]
+# Source -> class -> its table, or where the names depend on the model's sizes, what makes one for a model.
+Tables = Mapping[str, Mapping[type[nn.Module], Table | Callable[[Any], Table]]]
+
+OURS = "dljax"  # our own paths as names, "params/conv1/kernel"
+_OURS = Table(rules=[("(.*)", r"\1", SAME)], inputs=lambda tensors: ())
+
+
+def load(
+    model: nn.Module, tensors: Tensors, source: str, *,
+    specs: Specs | None = None, head: Collection[str] = (),
+) -> dict[str, Any]:
+  """The variables of `model` with the weights of another implementation.
+
+  Args:
+    model: the module, with the same sizes as the source's (`num_classes` among them).
+    tensors: name -> array, as the source's `state_dict()` has them. Other floating types become
+      float32.
+    source: who wrote them: `OURS` (which needs `specs`) or one of `sources(model)`.
+    specs: path ("params/conv1/kernel") -> shape and dtype of the variables wanted; by default
+      those for images of as many channels as the tensors have.
+    head: paths that are left out together if the source lacks one of them or has it in another
+      shape.
+
+  Returns:
+    What `model.init` returns, as NumPy arrays: {"params": ..., "batch_stats": ...}.
+
+  Raises:
+    UserError: naming the first tensors that are missing, left over, or of another shape or kind.
+  """
+  table = find_table(model, source)
+  tensors = table.rename(tensors)
+  specs = _specs(table, model, tensors) if specs is None else specs
+  entries = {entry: _shapes(entry, specs) for entry in table.entries(specs)}
+  names = {name for entry in entries for name in entry.names}
+  of_head = [entry for entry in entries if not set(head).isdisjoint(entry.paths)]
+  if any(_shapes_of(tensors, entry.names) != entries[entry] for entry in of_head):
+    entries = {entry: shapes for entry, shapes in entries.items() if entry not in of_head}
+  missing = sorted({name for entry in entries for name in entry.names} - set(tensors))
+  if missing:
+    raise errors.UserError(
+        f"these weights are no {_describe(model, source)}: {_list(missing)} missing")
+  extra = sorted(name for name in set(tensors) - names if not table.holds_no_weight(name))
+  if extra:
+    raise errors.UserError(
+        f"these weights are no {_describe(model, source)}: {_list(extra)} left over")
+  flat = {}
+  for entry, shapes in entries.items():
+    parts = [np.asarray(tensors[name]) for name in entry.names]
+    for name, part, shape in zip(entry.names, parts, shapes, strict=True):
+      if part.shape != shape:
+        raise errors.UserError(
+            f"{name} has shape {part.shape}, but {_describe(model, source)} of these sizes has "
+            f"{shape}: {_why(part.shape, shape, entry.layout)}")
+      if not jnp.issubdtype(part.dtype, np.floating):
+        raise errors.UserError(
+            f"{name} is {part.dtype}, not floating-point: convert it to float32 first")
+    for path, array in zip(entry.paths, entry.to_ours(*parts), strict=True):
+      flat[path] = np.ascontiguousarray(array, specs[path].dtype)
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) -> str:
+  """Who wrote the weights: `OURS`, or that of `sources(model)` with the most names in common.
+
+  Args:
+    model: the module.
+    tensors: name -> array.
+    specs: as for `load`.
+
+  Raises:
+    UserError: nobody's names are among them.
+  """
+  if any(name.startswith("params/") for name in tensors):
+    return OURS
+  common = {}
+  for source in sources(model):
+    table = find_table(model, source)
+    renamed = table.rename(tensors)
+    paths = _specs(table, model, renamed) if specs is None else specs
+    names = {name for entry in table.entries(paths) for name in entry.names}
+    common[source] = len(names & set(renamed))
+  if not any(common.values()):
+    some = ", ".join(sorted(tensors)[:3]) or "none"
+    raise errors.UserError(f"these are no weights of a {type(model).__name__} with the names of "
+                           f"{' or '.join([OURS, *common])}; the first names are: {some}")
+  return max(common, key=common.get)
+
+
+def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
+  """The inverse of `load`, bit for bit: tensors under the source's names and in its layout.
+
+  Buffers that hold no weight (`num_batches_tracked`) are left out; `load_state_dict` does without
+  them.
+
+  Args:
+    model: the module.
+    variables: its variables, e.g. `TrainState.variables`.
+    source: for whom: `OURS` or one of `sources(model)`.
+  """
+  table = find_table(model, source)
+  flat = traverse_util.flatten_dict(variables, sep="/")
+  tensors = {}
+  for entry in table.entries(flat):
+    parts = entry.to_source(*(np.asarray(flat[path]) for path in entry.paths))
+    tensors |= zip(entry.names, map(np.ascontiguousarray, parts), strict=True)
+  return table.tie(tensors)
+
+
+def find_table(model: nn.Module, source: str) -> Table:
+  """The table of names of `model` in `source`; raises `UserError` where there is none."""
+  if source == OURS:
+    return _OURS
+  if source not in sources(model):
+    check_source("interop source", source)
+    counterparts = (getattr(family, "TABLES", {}).get(source, ()) for family in all_families())
+    known = ", ".join(sorted(kind.__name__ for kinds in counterparts for kind in kinds))
+    raise errors.UserError(
+        f"{source} has no counterpart of {type(model).__name__}, but of: {known}")
+  table = _tables(model)[source][type(model)]
+  return table if isinstance(table, Table) else table(model)
+
+
+def sources(model: nn.Module) -> list[str]:
+  """Who else has names for the weights of `model`, such as "torchvision"."""
+  return [source for source, kinds in _tables(model).items() if type(model) in kinds]
+
+
+def all_sources() -> list[str]:
+  """The same of any family, whose names are all imported; sorted."""
+  return sorted({source for family in all_families() for source in family.TABLES})
+
+
+def check_source(what: str, source: str) -> None:
+  """Checks that `source` is `OURS` or one of `all_sources()`.
+
+  Raises:
+    UserError: it is not; the message begins with `what`, such as "--source".
+  """
+  errors.choose(what, source, dict.fromkeys([OURS, *all_sources()]))
+
+
+def all_families() -> list[ModuleType]:
+  """The module of names of every family.
+
+  This imports them all: it is for messages and the command, as training one family imports no other.
+  """
+  return [importlib.import_module(f"{families.__name__}.{info.name}")
+          for info in pkgutil.iter_modules(families.__path__)]
+
+
+def _tables(model: nn.Module) -> Tables:
+  """The `TABLES` of the model's family alone: for dljax/models/x.py that is interop/families/x.py."""
+  package, _, family = type(model).__module__.rpartition(".")
+  if package != models.__name__:
+    return {}
+  name = f"{families.__name__}.{family}"
+  try:
+    return importlib.import_module(name).TABLES
+  except ModuleNotFoundError as error:
+    if error.name != name:
+      raise
+    return {}
+
+
+def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.ShapeDtypeStruct]:
+  """Path -> shape and dtype of the variables, without computing them."""
+  inputs = table.inputs(tensors)
+  variables = jax.eval_shape(lambda key, args: model.init(key, *args), jax.random.key(0), inputs)
+  return traverse_util.flatten_dict(variables, sep="/")
+
+
+def _shapes(entry: Entry, specs: Specs) -> tuple[tuple[int, ...], ...]:
+  """The shapes that the tensors of an entry should have."""
+  parts = jax.eval_shape(entry.to_source, *(specs[path] for path in entry.paths))
+  return tuple(part.shape for part in parts)
+
+
+def _shapes_of(tensors: Tensors, names: Collection[str]) -> tuple[tuple[int, ...] | None, ...]:
+  """The shapes that they have; None for one that is missing."""
+  return tuple(np.shape(tensors[name]) if name in tensors else None for name in names)
+
+
+def _why(found: tuple[int, ...], wanted: tuple[int, ...], layout: Layout) -> str:
+  """What to look at where a shape is not the one that it should be."""
+  if len(found) == len(wanted) == 4:
+    ours = lambda shape: jax.eval_shape(layout.to_ours, jax.ShapeDtypeStruct(shape, np.float32)).shape
+    (*size, channels, _), (*size_here, channels_here, _) = ours(found), ours(wanted)
+    if size == size_here and channels != channels_here and {channels, channels_here} <= {1, 3, 4}:
+      return f"they were trained on images of {channels} channels, and these have {channels_here}"
+  return "check num_classes and the model's other sizes"
+
+
+def _describe(model: nn.Module, source: str) -> str:
+  return f"{source} {type(model).__name__}"
+
+
+def _list(names: list[str]) -> str:
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  return ", ".join(names[:3]) + more + (" is" if len(names) == 1 else " are")

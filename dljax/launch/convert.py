@@ -1,0 +1,156 @@
+"""Converts weights between other libraries' .safetensors files and ours.
+
+    python -m dljax.interop --source=torchvision --model=resnet50 resnet50.safetensors resnet50/
+    python -m dljax.interop --to=torchvision resnet50/ resnet50.safetensors
+    python -m dljax.interop --to=torchvision runs/resnet-imagenet2012 resnet50.safetensors
+    python -m dljax.interop --source=torchvision --model=resnet18 hub:OWNER/NAME resnet18/
+
+The first gives a folder from which any experiment of that model can start
+(--config.init.source=resnet50), with our names for the tensors. The input may also be such a
+folder, the workdir of a run (its best checkpoint is taken), a repository of the Hugging Face Hub
+or a folder as one downloads it, with model.safetensors or its parts; where its config.json is
+known here, it says the model. Only safetensors are read: a pickle can run any code.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flax import traverse_util
+
+from dljax import errors, interop
+from dljax.errors import UserError
+from dljax.interop import folder, hub, variants
+from dljax.train import pretrained
+from dljax.train.workdir import Workdir, read_json
+
+
+def convert(source: str, to: str, name: str, settings: Mapping[str, Any], input_: str, output: Path) -> str:
+  """Converts, and says what was done.
+
+  Args:
+    source: whose names the input has: `interop.OURS` or one of `interop.all_sources()`.
+    to: whose names the output gets.
+    name: the model's name, a key of a family's VARIANTS; "" where the input says it.
+    settings: the model's settings; `num_classes` is read off the weights if it is not among them.
+    input_: a .safetensors file, hub:OWNER/NAME, a folder of ours or of another library's, or a
+      run's workdir.
+    output: a folder (to ours) or a .safetensors file; must not exist yet.
+
+  Raises:
+    UserError: on bad input; nothing was written.
+    RunError: the output could not be written.
+  """
+  for flag, value in ("--source", source), ("--to", to):
+    interop.check_source(flag, value)
+  if to != interop.OURS and output.suffix != ".safetensors":
+    raise UserError(f"{output}: what is written for {to} must end in .safetensors")
+  if to == interop.OURS and output.suffix == ".safetensors":
+    raise UserError(f"{output}: what is written for us is a folder; name one, or say for whom by --to")
+  folder.check_new(output)
+  if source == interop.OURS:
+    tensors, name, settings = _ours(input_, name, settings)
+  else:
+    tensors = interop.read(input_)
+    if not name and (Path(input_) / folder.CONFIG).is_file():
+      found = variants.describe(folder.model_of(Path(input_), source))
+      name, settings = found["model"], {**found["settings"], **settings}
+  if not name:
+    raise UserError("--model=NAME is missing: which model are these weights of, such as resnet50?")
+  model = variants.build(name, settings)
+  if source != interop.OURS:
+    model, settings = _with_classes(model, settings, tensors, source)
+    tensors = traverse_util.flatten_dict(interop.load(model, tensors, source), sep="/")
+  if to == interop.OURS:
+    folder.write_folder(output, tensors, {**variants.describe(model), "source": f"{source}: {input_}"})
+  else:
+    theirs = interop.dump(model, traverse_util.unflatten_dict(tensors, sep="/"), to)
+    model, _ = _with_classes(model, settings, theirs, to)
+    interop.load(model, theirs, to)  # says what is missing or of another shape
+    folder.write_file(output, theirs)
+  return f"{len(tensors)} tensors of {name} written to {output}"
+
+
+def _ours(path: str, name: str, settings: Mapping[str, Any]) -> tuple[interop.Tensors, str, Mapping[str, Any]]:
+  """(tensors, model's name, settings) from our folder or a run; what the flags say goes first."""
+  place = Path(path)
+  if not place.is_dir():
+    if path.endswith(".safetensors") or path.startswith(hub.PREFIX):
+      raise UserError(f"{path}: whose tensors are these? Say it by --source, one of: "
+                      f"{', '.join(interop.all_sources())}")
+    raise UserError(f"{path}: there is no such folder or .safetensors file")
+  if pretrained.is_run(place):
+    _, tensors = pretrained.read_run(place)
+    found, own = "", {}
+    if (file := Workdir(place).model_file).exists():
+      model = read_json(file, model=str, settings=dict)
+      found, own = model["model"], model["settings"]
+  else:
+    tensors, model = folder.read_folder(place)
+    found, own = model["model"], model["settings"]
+  if found and name not in ("", found):
+    raise UserError(f"--model={name}: {path} holds a {found}; drop the flag")
+  return tensors, found or name, {**own, **settings}
+
+
+def _with_classes(
+    model: Any, settings: Mapping[str, Any], tensors: interop.Tensors, source: str,
+) -> tuple[Any, Mapping[str, Any]]:
+  """The model and its settings with the number of classes that the weights are for, unless it is set."""
+  if not hasattr(model, "num_classes") or "num_classes" in settings:
+    return model, settings
+  classes = variants.num_classes(model, tensors, source) or model.num_classes
+  return model.clone(num_classes=classes), {**settings, "num_classes": classes}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+  """("width", 32) for "width=32"; what is not JSON is text."""
+  key, equals, value = text.partition("=")
+  if not (key and equals):
+    raise UserError(f"--set={text}: write --set=FIELD=VALUE, such as --set=num_classes=10")
+  try:
+    return key, json.loads(value)
+  except ValueError:
+    return key, value
+
+
+class _Parser(argparse.ArgumentParser):
+  """Bad input is a `UserError`, in place of the usage and an exit."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message}; see --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit status.
+
+  It is 0 when the output was written, 1 when it could not be, 2 on bad input, 75 after Ctrl-C or
+  SIGTERM.
+  """
+  return errors.exit_status(lambda: _run(argv), "stopped; nothing is written")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+  libraries = [interop.OURS, *interop.all_sources()]
+  parser = _Parser(prog="python -m dljax.interop", description=__doc__, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder of ours or a run's workdir")
+  parser.add_argument("output", type=Path, help="a new folder or, with --to, a new .safetensors file")
+  parser.add_argument("--source", default=interop.OURS,
+                      help=f"whose names the input has, one of {', '.join(libraries)} (default: %(default)s)")
+  parser.add_argument("--to", default=interop.OURS, help="for whom to write, one of the same (default: %(default)s)")
+  parser.add_argument("--model", default="", help="a name of any family's VARIANTS, such as resnet50; our folders and "
+                      "runs say it themselves")
+  parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help="an attribute of the model, such as small_stem=true; num_classes is read off the weights")
+  args, rest = parser.parse_known_args(argv)
+  if rest and rest[0].startswith("-"):
+    raise errors.unknown("the command line", rest[0].partition("=")[0],
+                         ["--source", "--to", "--model", "--set", "--help"])
+  if rest:
+    raise UserError(f"{rest[0]!r} is one name too many; give an input and an output, and see --help")
+  settings = dict(map(_setting, args.set))
+  print(convert(args.source, args.to, args.model, settings, args.input, args.output.expanduser()))
+  return errors.DONE
