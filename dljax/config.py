@@ -1,5 +1,6 @@
 """The config of an experiment: the fields that all share, and overrides from the command line."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,20 @@ def add_later_fields(config: ml_collections.ConfigDict, like: ml_collections.Con
         config[group] = ml_collections.ConfigDict()
       if isinstance(config[group], ml_collections.ConfigDict):
         config[group][field] = value
+
+
+def complete(
+    config: ml_collections.ConfigDict, like: ml_collections.ConfigDict, file: str | os.PathLike[str],
+) -> None:
+  """Gives the config of an old run the fields of `like` that are newer; `file` is where it stands.
+
+  Raises:
+    UserError: other fields of `like` are missing.
+  """
+  add_later_fields(config, like)
+  if lacks := sorted(flatten(like).keys() - flatten(config).keys()):
+    raise UserError(f"{file} lacks {', '.join(lacks[:3])}; restore it from a copy, or train again "
+                    "in another --workdir")
 
 
 def identity(config: ml_collections.ConfigDict) -> str:

@@ -1,24 +1,226 @@
-"""A finished run as an object."""
+"""A finished run as an object: its model, its weights, and predictions for new inputs."""
 
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import ml_collections
+import numpy as np
 from absl import logging
 
+from dljax import config as config_lib
+from dljax import errors, report
 from dljax.errors import UserError
+from dljax.train import evaluate, parallel
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.experiment import Experiment
+from dljax.train.experiment import Experiment, Inputs, Request
 from dljax.train.program import Program, RunOptions
+from dljax.train.state import TrainState, split_carry
 from dljax.train.workdir import Workdir
 
+Build = Callable[[ml_collections.ConfigDict], Experiment]
 
-def restore(
-    experiment: Experiment, folder: Workdir, options: RunOptions, which: str,
-) -> tuple[Program, int, Any]:
-  """The program, and the step and state that `which` (best, latest or a number) names.
+
+class Run:
+  """A run with the weights of one of its checkpoints; see `load`.
+
+  The checkpoint is read when its weights are first needed, and the data set never.
+
+  Attributes:
+    experiment: what the config builds.
+    folder: the run's folder.
+    config: the config that ran.
+    assets: what the run fitted to its data (class names, a tokenizer), by file stem.
+    model: the Flax module.
+  """
+
+  def __init__(
+      self, experiment: Experiment, folder: Workdir, options: RunOptions = RunOptions(),
+      step: str = "best",
+  ):
+    self.experiment, self.folder = experiment, folder
+    self.config, self.model = experiment.config, experiment.task.model
+    self._options, self._which, self._restored = options, step, None
+    self.assets = folder.read_assets()
+    if self.assets:
+      experiment.data.restore(self.assets)
+
+  def __repr__(self) -> str:
+    return f"<{self.config.family} {self.config.preset} of {self.folder.path}, step {self.step}>"
+
+  def restore(self) -> tuple[Program, int, TrainState]:
+    """The compiled experiment, the checkpoint's step and its training state, read once.
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not fit the experiment.
+    """
+    if self._restored is None:
+      self._restored = _restore(self.experiment, self.folder, self._options, self._which)
+    return self._restored
+
+  @property
+  def step(self) -> int:
+    """The step of the checkpoint."""
+    return self.restore()[1]
+
+  @property
+  def program(self) -> Program:
+    """The programs that the experiment compiles to."""
+    return self.restore()[0]
+
+  @property
+  def state(self) -> TrainState:
+    """The whole training state of the checkpoint."""
+    return self.restore()[2]
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What `run.model.apply` takes to predict: the averaged weights where EMA is on."""
+    return split_carry(self.state.variables)[0]
+
+  @property
+  def metrics(self) -> dict[str, dict[str, float]]:
+    """Split -> metric -> its value, as the run reported them for this step; {} if it did not."""
+    result = self.folder.result()
+    if result and result["checkpoint"] == self.step:
+      return result["metrics"]
+    path = self.folder.metrics_file
+    rows = report.read_metrics(path) if path.exists() else []
+    return {row.pop("split"): {name: value for name, value in row.items() if name != "step"}
+            for row in rows if row["step"] == self.step and row["split"] != "train"}
+
+  def predict(self, inputs: Any) -> list[dict[str, Any]]:
+    """Predictions, as --mode=predict prints them.
+
+    Args:
+      inputs: one of these, or a list of them.
+        An array that stands in place of a file. Images: [h, w], [h, w, C] or [n, h, w, C], uint8
+        or float in [0, 1], of any size; recordings: [N] at the model's sample rate; series:
+        [T, C]. The path of a file or of a folder, as a `pathlib.Path` where the model generates
+        text. A text for the model to continue.
+
+    Returns:
+      One dict for each row: "input", its name, and what the model says, such as "label" and
+      "probabilities". Inputs that cannot be used are left out, each with a warning.
+
+    Raises:
+      UserError: no input can be used.
+    """
+    found = self.read(self._request(inputs))
+    for line in found.skipped:
+      logging.warning("skipped %s", line)
+    return self.rows(found, self.raw(found))
+
+  def read(self, request: Request) -> Inputs:
+    """The rows that a request asks for.
+
+    Raises:
+      UserError: a part of the request has no meaning for this family, or no input can be used.
+    """
+    found = self.experiment.read(request, self.assets)
+    if not found.names:
+      more = len(found.skipped) - 3
+      lines = [*found.skipped[:3], *([f"and {more} more"] if more > 0 else [])]
+      names = [str(path) for path in request.paths]
+      raise UserError("--input: " + ("; ".join(lines) or f"{','.join(names)} holds no file"))
+    return found
+
+  def raw(self, inputs: Inputs) -> Any:
+    """What `Task.predict` gives for the rows, as NumPy arrays with the rows leading."""
+    return evaluate.predict(
+        self.experiment, self.program, self._options.parallelism, self.state, inputs.batch)
+
+  def generate(self, inputs: Inputs) -> Iterator[np.ndarray]:
+    """The tokens i32[rows, n] that continue the rows, as they come."""
+    return evaluate.generate(
+        self.experiment, self.program, self._options.parallelism, self.state, inputs.batch)
+
+  def rows(self, inputs: Inputs, predictions: Any) -> list[dict[str, Any]]:
+    """A dict for each row, of its name as "input" and of what was predicted."""
+    shown = self.experiment.show(inputs, predictions, self.assets)
+    return [{"input": name, **row} for name, row in zip(inputs.names, shown, strict=True)]
+
+  def _request(self, inputs: Any) -> Request:
+    one = isinstance(inputs, (str, os.PathLike)) or hasattr(inputs, "__array__")
+    given = [inputs] if one else list(inputs)
+    if not given:
+      raise UserError("there is nothing to predict for; give an array, a path or a text")
+    if not hasattr(self.experiment.task, "start"):  # the task generates no text
+      return Request(paths=[_path(x) if isinstance(x, (str, os.PathLike)) else np.asarray(x)
+                            for x in given])
+    texts = [x for x in given if isinstance(x, str)]
+    paths = [_path(x) for x in given if isinstance(x, os.PathLike)]
+    if len(texts) + len(paths) < len(given):
+      raise UserError(f"{self.config.family} reads text, not arrays; give a text, or the path of "
+                      "a file as a pathlib.Path")
+    if texts and paths:
+      raise UserError("texts and files do not go together; give either")
+    return Request(texts=texts, paths=paths)
+
+
+def load(
+    workdir: str | os.PathLike[str], step: str | int = "best", build: Build | None = None,
+) -> Run:
+  """Loads a run, for predictions on one device.
+
+      run = dljax.load("runs/lenet-digits")
+      run.predict("digits/")
+
+  Args:
+    workdir: the run's folder.
+    step: which checkpoint: "best" (the latest where nothing is monitored), "latest" or its step.
+    build: config -> experiment, as it was when the run was trained; by default that of
+      experiments.FAMILY, with FAMILY from the run's config.json.
 
   Raises:
-    UserError: there is no such checkpoint, or it does not fit the experiment.
+    UserError: the folder holds no run or no such checkpoint, or its family is not known.
   """
+  folder = Workdir(os.path.expanduser(workdir))
+  config = folder.read_config()
+  family, preset = config.get("family"), config.get("preset")
+  if build is None:
+    module = _experiment_module(folder, family)
+    build = module.build
+    known = preset in module.PRESETS
+    like = module.get_config(preset) if known else config_lib.base_config(family, preset)
+  else:
+    like = config_lib.base_config(family, preset)
+  config_lib.complete(config, like, folder.config_file)
+  config_lib.validate(config)
+  options = RunOptions(mesh=parallel.parse_mesh("data:1"), progress=False)
+  run = Run(build(config), folder, options, str(step))
+  run.restore()
+  return run
+
+
+def _path(path: str | os.PathLike[str]) -> str:
+  return os.path.expanduser(os.fspath(path))
+
+
+def _experiment_module(folder: Workdir, family: Any) -> ModuleType:
+  """The module experiments.FAMILY that lies beside this dljax; `UserError` where there is none."""
+  home = Path(__file__).absolute().parents[1] / "experiments"
+  mend = "or give the function that builds the experiment, dljax.load(workdir, build=build)"
+  spec = importlib.util.find_spec("experiments")
+  places = [*(spec.submodule_search_locations or [spec.origin])] if spec else []
+  if not home.is_dir() or not places:
+    raise UserError(f"there is no folder {home} with the experiments; install dljax whole, {mend}")
+  if not os.path.samefile(places[0], home):
+    raise UserError(f"{places[0]} hides dljax's own experiments, {home}; rename it, {mend}")
+  families = {path.stem for path in home.glob("*.py")} - {"__init__"}
+  if not isinstance(family, str) or family not in families:
+    raise errors.unknown(f"the family in {folder.config_file}", str(family), families)
+  return importlib.import_module(f"experiments.{family}")
+
+
+def _restore(
+    experiment: Experiment, folder: Workdir, options: RunOptions, which: str,
+) -> tuple[Program, int, TrainState]:
+  """The program, and the step and state that `which` (best, latest or a number) names."""
   with Checkpointer(folder.checkpoints, assets=folder.data, read_only=True) as checkpointer:
     host = checkpointer.host()
     if host is None:

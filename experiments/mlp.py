@@ -10,6 +10,7 @@ Test accuracy, one seed each, on two shared CPU cores:
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_collections
@@ -19,6 +20,7 @@ from flax import linen as nn
 from dljax import errors, launch, optim
 from dljax.recipes import common, image_classification
 from dljax.config import base_config
+from dljax.data import inputs
 from dljax.data.image import xor
 from dljax.errors import UserError
 from dljax.models import mlp
@@ -84,22 +86,23 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 
 def _read_points(request: Request, assets: Assets) -> Inputs:
-  """Points from .npy files of shape [n, 2] or [2]."""
+  """Points from .npy files or arrays of shape [n, 2] or [2]."""
   del assets
   common.check_request(request, "mlp", ["paths"])
   points, names, skipped = [], [], []
-  for path in request.paths:
+  for name, source in inputs.each(request.paths, lambda path: [path]):
     try:
-      found = np.atleast_2d(np.load(path)).astype(np.float32)
+      found = np.load(source) if isinstance(source, Path) else source
+      found = np.atleast_2d(found).astype(np.float32)
       if found.ndim != 2 or found.shape[1] != 2:
         raise ValueError(f"has shape {found.shape}, not [n, 2]")
     except FileNotFoundError:
-      raise UserError(f"--input: there is no {path}") from None
+      raise UserError(f"--input: there is no {name}") from None
     except (OSError, EOFError, TypeError, ValueError) as error:
-      skipped.append(f"{path}: {error}")
+      skipped.append(f"{name}: {error}")
       continue
     points.append(found)
-    names += [f"{path}[{i}]" for i in range(len(found))]
+    names += [f"{name}[{i}]" for i in range(len(found))]
   image = np.concatenate(points) if points else np.zeros((0, 2), np.float32)
   ids = np.arange(len(image), dtype=np.int32)
   batch = {"image": image, "mask": np.ones(len(image), np.float32), "id": ids}

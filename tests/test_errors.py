@@ -1,4 +1,7 @@
-"""Unknown names: the nearest ones are offered, or else all."""
+"""Unknown names are answered by the nearest ones, and errors by one line and an exit status."""
+
+import os
+import signal
 
 import pytest
 
@@ -21,3 +24,28 @@ def test_an_unknown_name_gets_the_nearest(name, mend):
   with pytest.raises(errors.UserError) as error:
     errors.choose("--x", name, TABLE)
   assert str(error.value) == f"--x: there is no {name!r}; {mend}"
+
+
+def _raise(error):
+  raise error
+
+
+@pytest.mark.parametrize("run, status, line", [
+    (lambda: 0, errors.DONE, ""),
+    (lambda: 1, errors.FAILED, ""),
+    (lambda: _raise(errors.UserError("--x=3: must be 2")), errors.BAD_INPUT, "error: --x=3: must be 2\n"),
+    (lambda: _raise(errors.RunError("disk full")), errors.FAILED, "error: disk full\n"),
+    (lambda: _raise(errors.Preempted("stopped after step 3")), errors.PREEMPTED, "stopped after step 3\n"),
+    (lambda: _raise(KeyboardInterrupt), errors.PREEMPTED, "nothing is saved\n"),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM) or 0, errors.PREEMPTED, "nothing is saved\n"),
+])
+def test_every_end_has_its_status_and_at_most_one_line(capsys, run, status, line):
+  before = signal.getsignal(signal.SIGTERM)
+  assert errors.exit_status(run, "nothing is saved") == status
+  assert tuple(capsys.readouterr()) == ("", line)
+  assert signal.getsignal(signal.SIGTERM) == before
+  with pytest.raises(SystemExit) as end:
+    errors.exit_with(run, "nothing is saved")
+  assert end.value.code == status
+  with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
+    errors.exit_status(lambda: 1 // 0, "")

@@ -12,7 +12,7 @@ from absl import logging
 
 from dljax import errors
 from dljax.errors import DONE, UserError
-from dljax.launch import configs, evaluate, flags, predict, train
+from dljax.launch import configs, flags, train
 from dljax.launch.configs import GetConfig
 from dljax.train import parallel
 from dljax.train.experiment import Experiment
@@ -70,11 +70,15 @@ def _run(
     return dry_run.dry_run(experiment, options, values.topology)
   parallel.initialize()
   errors.end_as_ctrl_c()  # jax.distributed takes SIGTERM for itself
+  if values.mode == "train":
+    return train.train(experiment, folder, options)
+  from dljax import runs  # pylint: disable=g-import-not-at-top
+  from dljax.launch import evaluate, predict  # pylint: disable=g-import-not-at-top
+
+  run = runs.Run(experiment, folder, options, values.step)
   if values.mode == "eval":
-    return evaluate.evaluate(experiment, folder, options, values.step)
-  if values.mode == "predict":
-    return predict.predict(experiment, folder, options, values)
-  return train.train(experiment, folder, options)
+    return evaluate.evaluate(run, options.parallelism)
+  return predict.predict(run, values)
 
 
 def _use_data_dir(path: str) -> None:

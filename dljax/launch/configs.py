@@ -55,10 +55,7 @@ def _as_it_ran(
     raise UserError(
         f"--workdir={folder.path} holds a run of {ran}; use python -m experiments.{ran}")
   like = get_config(preset) if preset in presets else config_lib.base_config(family, preset)
-  config_lib.add_later_fields(config, like)
-  if lacks := sorted(config_lib.flatten(like).keys() - config_lib.flatten(config).keys()):
-    raise UserError(f"{folder.config_file} lacks {', '.join(lacks[:3])}; restore it from a copy, "
-                    "or train again in another --workdir")
+  config_lib.complete(config, like, folder.config_file)
   config_lib.apply_overrides(config, overrides, like)
   config_lib.validate(config)
   return config

@@ -3,24 +3,23 @@
 import jax
 from absl import logging
 
-from dljax import runs
 from dljax.errors import DONE, RunError
 from dljax.launch import tables
+from dljax.runs import Run
 from dljax.train.evaluate import Evaluator, evaluate as evaluate_splits
-from dljax.train.experiment import Experiment
-from dljax.train.program import RunOptions
-from dljax.train.workdir import Workdir, write_json
+from dljax.train.parallel import Mode
+from dljax.train.workdir import write_json
 
 
-def evaluate(experiment: Experiment, folder: Workdir, options: RunOptions, which: str) -> int:
-  """Evaluates a checkpoint of the run: best, latest or a number; gives the exit status."""
-  program, step, state = runs.restore(experiment, folder, options, which)
-  evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
-  if assets := folder.read_assets():
-    experiment.data.restore(assets)
-  found, findings = evaluate_splits(experiment, evaluator, state.variables, state.rng, assets)
+def evaluate(run: Run, parallelism: Mode) -> int:
+  """Evaluates the run's checkpoint on all splits; gives the exit status."""
+  experiment, folder = run.experiment, run.folder
+  program, step, state = run.restore()
+  evaluator = Evaluator(experiment.task, parallelism, program.mesh)
+  found, findings = evaluate_splits(
+      experiment, evaluator, state.variables, state.rng, run.assets)
   if jax.process_index() == 0:
-    print(f"{experiment.config.family} {experiment.config.preset}: checkpoint {step}")
+    print(f"{run.config.family} {run.config.preset}: checkpoint {step}")
     tables.show(tables.metrics(found))
     entries = {"checkpoint": step, "metrics": found}
     if experiment.data.corruptions:

@@ -66,7 +66,7 @@ def test_presets_build_without_data(preset, count, windows, monkeypatch):
   experiment = build(config)
   shapes = {key: spec.shape[1:] for key, spec in experiment.data.batch_spec.items()}
   channels = len(config.data.channels)
-  assert shapes == {"window": (windows[0], channels), "horizon": (windows[1], channels), "mask": (),
+  assert shapes == {"window": (windows[0], channels), "horizon": (windows[1], channels), "mask": (), "id": (),
                     "covariates": (sum(windows), 4)}
   state = jax.eval_shape(experiment.task.init, jax.random.key(0), experiment.data.batch_spec)
   assert parameter_count(state["params"]) == count

@@ -18,12 +18,13 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from dljax.data import ragged, sources, splits
+from dljax.data import inputs, ragged, sources, splits
 from dljax.data.audio import features
 from dljax.data.pipeline import PADDING, HostBatch, Pipeline
 from dljax.errors import UserError
@@ -110,12 +111,15 @@ def tokenize(text: str, alphabet: str) -> np.ndarray:
   return np.array(tokens, np.int32)
 
 
-def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
+def encode(
+    paths: Sequence[str | np.ndarray], config: Any,
+) -> tuple[HostBatch, list[str], list[str]]:
   """Reads recordings as evaluation would.
 
   Args:
-    paths: WAV files, or folders, which are searched for them to the bottom. Other sample rates are
-      resampled, with a warning; of stereo the mean is taken.
+    paths: WAV files, or folders, which are searched for them to the bottom; or arrays of samples
+      [N] or [N, channels] at `config.sample_rate`, integers or floats in [-1, 1]. Files of another
+      sample rate are resampled, with a warning; of stereo the mean is taken.
     config: `config.data`.
 
   Returns:
@@ -127,21 +131,34 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
   """
   recordings = AudioSet(config)
   found, names, skipped = [], [], []
-  for path in splits.find_files(paths, "a WAV file, or a folder of them", ".wav"):
+  mend = "a WAV file, or a folder of them"
+  for name, source in inputs.each(paths, lambda path: splits.find_files([path], mend, ".wav")):
     try:
-      sound, rate = features.read_wav(path.read_bytes())
+      if isinstance(source, Path):
+        sound, rate = features.read_wav(source.read_bytes())
+      else:
+        sound, rate = _check_samples(source), config.sample_rate
     except (ValueError, OSError) as e:
-      skipped.append(f"{path}: {e}")
+      skipped.append(f"{name}: {e}")
       continue
     if rate != config.sample_rate:
-      _log.warning("%s has %d samples a second, and was resampled to %d", path, rate, config.sample_rate)
+      _log.warning(
+          "%s has %d samples a second, and was resampled to %d", name, rate, config.sample_rate)
     found.append(recordings.features(sound, rate))
-    names.append(str(path))
+    names.append(name)
   length = np.array([len(sound) for sound in found], np.int32)
   longest = -(-int(length.max(initial=1)) // FRAMES) * FRAMES
   none = np.empty((0, longest, config.num_mels), np.float32)
   return {"features": ragged.pad(found, longest) if found else none, "length": length,
           "mask": np.ones(len(found), np.float32), "id": np.arange(len(found), dtype=np.int32)}, names, skipped
+
+
+def _check_samples(array: np.ndarray) -> np.ndarray:
+  if array.ndim not in (1, 2):
+    raise ValueError(f"an array of shape {array.shape} is no recording; give [N] or [N, channels]")
+  if array.dtype.kind not in "iuf":
+    raise ValueError(f"{array.dtype} is no type of samples; give integers or floats in [-1, 1]")
+  return features.to_mono(array)
 
 
 @dataclasses.dataclass(frozen=True)

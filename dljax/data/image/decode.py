@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dljax.data import sources
+from dljax.data import inputs, sources
 from dljax.data.image import augment, png
 from dljax.data.pipeline import HostBatch
 from dljax.data.splits import find_files, need
@@ -79,14 +79,14 @@ def fit(image: np.ndarray, config: Any) -> np.ndarray:
 
 
 def encode(
-    paths: Sequence[str], config: Any, background: int = 0,
+    paths: Sequence[str | np.ndarray], config: Any, background: int = 0,
 ) -> tuple[HostBatch, list[str], list[str]]:
   """Reads images as evaluation would.
 
   Args:
     paths: image files, folders (searched to the bottom, "2.png" before "10.png"), or .npy files
       that hold an image [h, w] or [h, w, C], or a stack [n, h, w, C] or [n, h, w] (a last axis of
-      1, 3 or 4 is taken for channels), uint8 or float in [0, 1].
+      1, 3 or 4 is taken for channels), uint8 or float in [0, 1]; or such arrays themselves.
     config: `config.data`.
     background: what shows through where an image is transparent, grey from 0 to 255.
 
@@ -98,17 +98,17 @@ def encode(
     UserError: a path does not exist.
   """
   images, sizes, names, skipped = [], [], [], []
-  for path in find_files(paths, "an image file, a folder or a .npy file"):
+  mend = "an image file, a folder or a .npy file"
+  for name, source in inputs.each(paths, lambda path: find_files([path], mend)):
     try:
-      stack = load_npy(path, config.image_shape[-1]) if path.suffix == ".npy" else [
-          decode_image(path.read_bytes(), config.image_shape[-1], background)]
+      stack = _read_stack(source, config.image_shape[-1], background)
       fitted = [fit(image, config) for image in stack]
     except Exception as e:  # Pillow raises many kinds for a broken file
-      skipped.append(f"{path}: {(str(e) or type(e).__name__).splitlines()[0]}")
+      skipped.append(f"{name}: {(str(e) or type(e).__name__).splitlines()[0]}")
       continue
     images += fitted
     sizes += [image.shape[:2] for image in stack]
-    names += [str(path)] if len(fitted) == 1 else [f"{path}[{i}]" for i in range(len(fitted))]
+    names += [name] if len(fitted) == 1 else [f"{name}[{i}]" for i in range(len(fitted))]
   stacked = np.stack(images) if images else np.empty((0, *config.image_shape), np.uint8)
   batch = {"image": augment.normalise(stacked, config.mean, config.std),
            "mask": np.ones(len(names), np.float32), "id": np.arange(len(names), dtype=np.int32),
@@ -116,20 +116,30 @@ def encode(
   return batch, names, skipped
 
 
-def load_npy(path: Path, channels: int) -> list[np.ndarray]:
-  """The images uint8[h, w, channels] of a .npy file; see `encode`.
+def _read_stack(
+    source: Path | np.ndarray, channels: int, background: int,
+) -> list[np.ndarray]:
+  """The images uint8[h, w, channels] of a file or an array; see `encode`.
 
   Raises:
     ValueError: it holds no image.
     OSError and the like: it cannot be read.
   """
-  array = np.load(path, allow_pickle=False)
+  if isinstance(source, np.ndarray):
+    return _check_stack(source, channels)
+  if source.suffix == ".npy":
+    return _check_stack(np.load(source, allow_pickle=False), channels)
+  return [decode_image(source.read_bytes(), channels, background)]
+
+
+def _check_stack(array: np.ndarray, channels: int) -> list[np.ndarray]:
   if array.ndim == 2:
     array = array[None, ..., None]
   elif array.ndim == 3:
     array = array[None] if array.shape[-1] in (1, 3, 4) else array[..., None]
   if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
-    raise ValueError(f"an array of shape {array.shape} is no image; give [h, w], [h, w, C] or [n, h, w, C]")
+    raise ValueError(f"an array of shape {array.shape} is no image; give [h, w], [h, w, C] or "
+                     "[n, h, w, C]")
   if np.issubdtype(array.dtype, np.floating):
     if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
       raise ValueError("values outside [0, 1]; scale them, or give uint8")

@@ -27,7 +27,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from dljax.data import sources, splits
+from dljax.data import inputs, sources, splits
 from dljax.data.series import table
 from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline, Plan
 from dljax.errors import UserError, unknown
@@ -301,11 +301,15 @@ def _finish_train(examples: _Windows, plan: Plan) -> HostBatch:
   return batch
 
 
-def encode(paths: Sequence[str], config: Any, normaliser: Normaliser) -> tuple[HostBatch, list[str], list[str]]:
+def encode(
+    paths: Sequence[str | np.ndarray], config: Any, normaliser: Normaliser,
+) -> tuple[HostBatch, list[str], list[str]]:
   """The last window of each of the user's series, to forecast what comes after its end.
 
   Args:
-    paths: .csv files, or folders of them.
+    paths: .csv files, or folders of them; or arrays [T, C] or [n, T, C] of the data's units, one
+      row a step, for a model that reads no calendar. An array has no times: its last row counts as
+      the start of 1970.
     config: `config.data`.
     normaliser: as it was fitted in training.
 
@@ -319,22 +323,55 @@ def encode(paths: Sequence[str], config: Any, normaliser: Normaliser) -> tuple[H
   """
   validate(config)
   windows, calendars, times, names, skipped = [], [], [], [], []
-  for path in splits.find_files(paths, "a .csv file or a folder of them", ".csv"):
+  mend = "a .csv file or a folder of them"
+  for name, source in inputs.each(paths, lambda path: splits.find_files([path], mend, ".csv")):
     try:
-      series = table.read_csv(path, config.time, config.channels).checked(config.missing)
-      normaliser.check(series)
-      if len(series.times) < config.window:
-        raise UserError(f"{path}: has {len(series.times)} rows, but the model needs a window of {config.window}; give "
-                        "a longer series")
+      read = _read_series(name, source, config, normaliser)
     except UserError as e:
       skipped.append(str(e))
       continue
-    ahead = series.times[-1] + series.step * np.arange(1, config.horizon + 1)
-    windows.append(fill_forward(normaliser(series.values))[-config.window:])
-    calendars.append(covariates(np.concatenate([series.times[-config.window:], ahead]), config.covariates))
-    times.append(np.stack(np.divmod(ahead, DAY), axis=-1).astype(np.int32))
-    names.append(str(path))
+    for series in read:
+      ahead = series.times[-1] + series.step * np.arange(1, config.horizon + 1)
+      windows.append(fill_forward(normaliser(series.values))[-config.window:])
+      calendars.append(covariates(
+          np.concatenate([series.times[-config.window:], ahead]), config.covariates))
+      times.append(np.stack(np.divmod(ahead, DAY), axis=-1).astype(np.int32))
+      names.append(series.name)
   stack = lambda arrays: np.stack(arrays) if arrays else np.zeros(0)  # without rows nothing is forecast
   batch = {"window": stack(windows), "time": stack(times), "mask": np.ones(len(names), np.float32),
            "id": np.arange(len(names), dtype=np.int32)}
   return {**batch, "covariates": stack(calendars)} if config.covariates else batch, names, skipped
+
+
+def _read_series(
+    name: str, source: Path | np.ndarray, config: Any, normaliser: Normaliser,
+) -> list[table.Series]:
+  """The series of a file or an array, of the model's channels and steps, no shorter than a window."""
+  if isinstance(source, Path):
+    found = [table.read_csv(source, config.time, config.channels)]
+  else:
+    found = _as_series(name, source, config, normaliser)
+  found = [series.checked(config.missing) for series in found]
+  for series in found:
+    normaliser.check(series)
+    if len(series.times) < config.window:
+      raise UserError(f"{series.name}: has {len(series.times)} rows, but the model needs a window "
+                      f"of {config.window}; give a longer series")
+  return found
+
+
+def _as_series(
+    name: str, array: np.ndarray, config: Any, normaliser: Normaliser,
+) -> list[table.Series]:
+  if config.covariates:
+    raise UserError(f"{name}: the model also reads the calendar ({', '.join(config.covariates)}), "
+                    "which an array does not have; give a .csv file")
+  channels = normaliser.channels
+  if array.ndim not in (2, 3) or array.shape[-1] != len(channels) or array.dtype.kind not in "iuf":
+    raise UserError(f"{name}: {array.dtype} of shape {array.shape} is no series; give numbers "
+                    f"[T, {len(channels)}] or [n, T, {len(channels)}], the channels being "
+                    f"{', '.join(channels)}")
+  times = normaliser.step * np.arange(1 - array.shape[-2], 1)
+  stack = {name: array} if array.ndim == 2 else {f"{name}[{i}]": x for i, x in enumerate(array)}
+  return [table.Series(each, channels, times, values.astype(np.float64))
+          for each, values in stack.items()]

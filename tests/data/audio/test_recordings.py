@@ -113,6 +113,21 @@ def test_encode_says_what_it_skipped_and_resampled(tmp_path, caplog):
   assert not names and len(skipped) == 1 and batch["features"].shape[0] == 0
 
 
+def test_an_array_of_samples_stands_in_place_of_a_file(tmp_path):
+  samples = (tone() * 32767).astype(np.int16)
+  (tmp_path / "a.wav").write_bytes(wav(samples))
+  expected = recordings.encode([str(tmp_path / "a.wav")], config())[0]["features"][0]
+  given = [samples, samples / 32768, np.stack([samples, samples], axis=-1)]
+  batch, names, skipped = recordings.encode(given, config())
+  assert names == ["array 0", "array 1", "array 2"] and not skipped
+  for found in batch["features"]:
+    np.testing.assert_array_equal(found, expected)
+  wrong = [np.zeros((2, 2, 2)), np.zeros(3, bool), np.array([np.nan]), np.zeros(0)]
+  _, names, skipped = recordings.encode(wrong, config())
+  assert not names and [line.partition(": ")[2][:12] for line in skipped] == [
+      "an array of ", "bool is no t", "sample 0 is ", "holds no sou"]
+
+
 # --- Text and config --------------------------------------------------------------------------------------
 
 

@@ -354,6 +354,27 @@ def test_no_usable_series_gives_no_rows(tmp_path):
     windows.encode([str(tmp_path / "gone.csv")], config("x.csv"), NORMALISER)
 
 
+def test_an_array_stands_in_place_of_a_file():
+  made = config("x.csv")
+  made.covariates = ()
+  batch, names, skipped = windows.encode([VALUES, np.stack([VALUES, VALUES[5:]][:1])], made, NORMALISER)
+  assert names == ["array 0", "array 1[0]"] and not skipped
+  for window in batch["window"]:
+    np.testing.assert_allclose(window, (VALUES[-12:] - [5, 4]) / [3, 2], atol=1e-6)
+  np.testing.assert_array_equal(batch["time"][0] @ [windows.DAY, 1], HOUR * np.arange(1, 5))
+  holes = VALUES.copy()
+  holes[-1, 0] = np.nan
+  _, names, skipped = windows.encode([VALUES[:11], VALUES[:, :1], holes], made, NORMALISER)
+  assert not names
+  assert [line.partition(", but")[0] for line in skipped] == [
+      "array 0: has 11 rows", "array 1: float64 of shape (200, 1) is no series; give numbers [T, 2] or [n, T, 2], the "
+      "channels being a, b", skipped[2]] and skipped[2].startswith("array 2: row 200")
+  made.covariates = ("hour_of_day",)
+  _, _, skipped = windows.encode([VALUES], made, NORMALISER)
+  assert skipped == ["array 0: the model also reads the calendar (hour_of_day), which an array does not have; give a "
+                     ".csv file"]
+
+
 # --- Sets -------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,26 @@
+"""What a user asks predictions for: files, folders, and arrays that stand in place of files."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def each(
+    inputs: Sequence[str | np.ndarray], files: Callable[[Path], Iterable[Path]],
+) -> Iterator[tuple[str, Path | np.ndarray]]:
+  """The single inputs, each with its name: a file's path, or "array 0" for the first array.
+
+  Args:
+    inputs: paths of files and folders, or arrays.
+    files: the path of a file or folder -> the files that it stands for; raises `UserError` where it
+      does not exist.
+  """
+  arrays = 0
+  for given in inputs:
+    if isinstance(given, np.ndarray):
+      yield f"array {arrays}", given
+      arrays += 1
+    else:
+      for path in files(Path(given)):
+        yield str(path), path

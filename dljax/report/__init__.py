@@ -1,0 +1,18 @@
+"""Pictures of a run: learning curves, confusion matrices, grids of images.
+
+Every function that draws gives a `matplotlib.figure.Figure` and never touches pyplot, whose global
+state no two threads can share. A notebook shows them after `%matplotlib inline`.
+"""
+
+from dljax.report.classification import calibration, confusion_matrix
+from dljax.report.common import DPI, picture, save
+from dljax.report.curves import TITLES, learning_curves, read_metrics, relative_bars, strengths
+from dljax.report.images import heat_maps, image_grid
+from dljax.report.scenes import class_colors, class_map, detections, segmentations
+from dljax.report.sequences import alignments, forecasts, surprise
+
+__all__ = [
+    "DPI", "TITLES", "alignments", "calibration", "class_colors", "class_map", "confusion_matrix",
+    "detections", "forecasts", "heat_maps", "image_grid", "learning_curves", "picture",
+    "read_metrics", "relative_bars", "save", "segmentations", "strengths", "surprise",
+]

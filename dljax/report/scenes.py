@@ -1,0 +1,136 @@
+"""Images with what was found in them: boxes of objects, classes of pixels."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dljax.report import common
+from dljax.report.common import COLORS, INK, MORE_COLORS
+
+MAX_LEGEND = 20  # classes that a legend names at most
+
+
+def detections(
+    images: Sequence[np.ndarray], truths: Sequence[Mapping[str, np.ndarray]],
+    found: Sequence[Mapping[str, np.ndarray]], class_names: Sequence[str], *, columns: int = 4,
+    caption: str = "",
+) -> Any:
+  """Images with the boxes of the objects that are there, and of those that were found.
+
+  Args:
+    images: each [H, W, 1] (shown in grey) or [H, W, 3], shown as `image_grid` does.
+    truths: for each image, "boxes" [m, 4] as (x0, y0, x1, y1) in pixels.
+    found: for each image, "boxes" [d, 4], "labels" i[d] and "scores" [d]; label and score stand at
+      the box.
+    class_names: of the labels.
+    columns: images in a row.
+    caption: stands above all.
+
+  Returns:
+    The figure.
+  """
+  from matplotlib.patches import Rectangle
+
+  columns = max(1, min(columns, len(images)))
+  figure, panels = common.panels(columns, max(1, math.ceil(len(images) / columns)), 2.6, 2.6)
+  truth_color, found_color = MORE_COLORS[1], COLORS["validation"]
+  for axes in panels:
+    axes.set_axis_off()
+  for axes, image, truth, detected in zip(panels, images, truths, found):
+    axes.imshow(common.stretch(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+    def draw(box: np.ndarray, color: str, axes: Any = axes, **style: Any) -> None:
+      x0, y0, x1, y1 = map(float, box)
+      axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=color,
+                               **style))
+
+    for box in truth["boxes"]:
+      draw(box, truth_color, linewidth=2.5)
+    for box, label, score in zip(detected["boxes"], detected["labels"], detected["scores"]):
+      draw(box, found_color, linewidth=1, linestyle="--")
+      axes.text(float(box[0]), float(box[1]),
+                f"{common.shorten(str(class_names[label]))} {score:.0%}", fontsize=6,
+                color="white", va="bottom", clip_on=True,
+                bbox={"facecolor": found_color, "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  figure.legend(handles=[common.patch(truth_color, "truth"), common.patch(found_color, "found")],
+                loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+  return figure
+
+
+def segmentations(
+    images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]],
+    class_names: Sequence[str], *, caption: str = "",
+) -> Any:
+  """Images, and the classes of their pixels laid over them in colours.
+
+  Args:
+    images: each [H, W], [H, W, 1] or [H, W, 3], shown as `image_grid` does.
+    maps: name, such as "truth" -> the classes i[H, W] of each image. The first class, the ground,
+      is left in grey; a negative pixel has no class and is white.
+    class_names: of all classes.
+    caption: stands above all.
+
+  Returns:
+    The figure: a column for each image, itself first, then its maps. The legend has the classes
+    that occur.
+  """
+  figure, panels = common.panels(len(images), 1 + len(maps), 1.8, 1.8)
+  colors = class_colors(len(class_names))
+  occur = set()
+  for axes in panels:
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+  for i, image in enumerate(images):
+    image = common.stretch(image)
+    image = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=-1)
+    panels[i].imshow(image, interpolation="nearest")
+    for row, (name, values) in enumerate(maps.items(), 1):
+      axes, classes = panels[row * len(images) + i], np.asarray(values[i], int)
+      grey = image.mean(axis=-1, keepdims=True)
+      tinted = np.where(classes[..., None] > 0,
+                        0.35 * grey + 0.65 * colors[np.maximum(classes, 0)] / 255, grey)
+      axes.imshow(np.where(classes[..., None] < 0, 1, tinted), interpolation="nearest")
+      if i == 0:
+        axes.set_ylabel(name, fontsize=10, color=INK)
+      occur |= set(np.unique(classes[classes > 0]).tolist())
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  handles = [common.patch(colors[c] / 255, common.shorten(str(class_names[c])))
+             for c in sorted(occur)[:MAX_LEGEND]]
+  if handles:
+    figure.legend(handles=handles, loc="outside lower center",
+                  ncols=min(len(handles), 3 * len(images)), frameon=False, fontsize=9,
+                  columnspacing=1, handlelength=1)
+  return figure
+
+
+def class_colors(count: int) -> np.ndarray:
+  """u8[count, 3]: a colour for each class of pixels; the first, the ground, is black."""
+  import matplotlib
+
+  table = np.concatenate([matplotlib.colormaps[name].colors
+                          for name in ("tab10", "tab20b", "tab20c")])
+  # Neighbours differ most by the golden ratio.
+  rest = matplotlib.colormaps["hsv"](np.arange(count) * 0.618 % 1)[:, :3]
+  return np.round(255 * np.concatenate([np.zeros((1, 3)), table, rest])[:count]).astype(np.uint8)
+
+
+def class_map(classes: np.ndarray) -> Any:
+  """A picture whose pixels hold the numbers of their classes and show their colours; 255 is white.
+
+  Args:
+    classes: u8[H, W].
+
+  Returns:
+    The `PIL.Image.Image`, with a palette.
+  """
+  from PIL import Image
+
+  picture = Image.fromarray(classes).convert("P")
+  picture.putpalette(np.concatenate([class_colors(255),
+                                     np.full((1, 3), 255)]).astype(np.uint8).tobytes())
+  return picture

@@ -1,0 +1,156 @@
+"""Sequences: forecasts of series, texts token by token, recordings and their symbols."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dljax.report import common
+from dljax.report.common import COLORS, INK, MORE_COLORS
+
+
+def alignments(
+    features: Sequence[np.ndarray], probabilities: Sequence[np.ndarray], symbols: Sequence[str],
+    titles: Sequence[str],
+) -> Any:
+  """The features of recordings, and below them the probability of each symbol over time.
+
+  Args:
+    features: each [t, F], drawn with the lowest band below.
+    probabilities: each [T, V]. Symbol 0, the blank, is a thin line; the others are drawn and named
+      if they are the most probable anywhere.
+    symbols: V symbols.
+    titles: one for each recording.
+
+  Returns:
+    The figure: a pair of panels for each recording.
+  """
+  figure = common.blank(9, 2.6 * len(features) + 0.4)
+  panels = figure.subplots(2 * len(features), 1, squeeze=False,
+                           height_ratios=[3, 2] * len(features))[:, 0]
+  colors = [COLORS["test"], COLORS["validation"], *MORE_COLORS]
+  for upper, lower, bands, shares, title in zip(panels[::2], panels[1::2], features, probabilities,
+                                                titles):
+    upper.imshow(np.asarray(bands).T, origin="lower", aspect="auto", cmap="magma",
+                 interpolation="nearest")
+    upper.set(xticks=[], yticks=[])
+    upper.set_title("\n".join(common.shorten(line, 110) for line in title.split("\n")), fontsize=8,
+                    color=INK, loc="left", family="monospace")
+    times = np.arange(len(shares))
+    guess = np.argmax(shares, axis=1)
+    lower.plot(times, shares[:, 0], color=COLORS["train"], linewidth=0.7, linestyle=":")
+    for i, symbol in enumerate(sorted(set(guess.tolist()) - {0})):
+      lower.plot(times, shares[:, symbol], color=colors[i % len(colors)], linewidth=1.2)
+    start = 0
+    for symbol, run in itertools.groupby(guess.tolist()):
+      end = start + len(list(run))
+      if symbol:
+        at = start + int(np.argmax(shares[start:end, symbol]))
+        lower.text(at, 1.04, symbols[symbol].replace(" ", "␣"), ha="center", fontsize=8, color=INK)
+      start = end
+    lower.set_xlim(-0.5, max(len(shares), 1) - 0.5)
+    lower.set_ylim(0, 1.25)
+    lower.set(xticks=[], yticks=[0, 1])
+    lower.tick_params(labelsize=8, colors=INK)
+    lower.spines[["top", "right"]].set_visible(False)
+  return figure
+
+
+def surprise(
+    pieces: Sequence[str], bits: Sequence[float], *, columns: int = 92, lines: int = 26,
+) -> Any:
+  """A text on a ground that is the darker, the less each token was expected.
+
+  Args:
+    pieces: the text of each token; the end of a line is drawn as an arrow.
+    bits: -log2 of the probability that each token had.
+    columns, lines: how many characters are drawn at most; a longer line goes on in the next.
+
+  Returns:
+    The figure.
+  """
+  ground, texts, line, column = np.full((lines, columns), np.nan), [], 0, 0
+  for character, value in ((c, b) for piece, b in zip(pieces, bits) for c in piece):
+    if column == columns:
+      line, column = line + 1, 0
+    if line == lines:
+      break
+    ground[line, column] = value
+    if character == "\n":
+      texts.append((column, line, "↵"))
+      line, column = line + 1, 0
+    else:
+      if character.isprintable() and character != " ":
+        texts.append((column, line, character))
+      column += 1
+  ground = ground[:max(line + (column > 0), 1)]
+  figure = common.blank(10.5, 0.2 * len(ground) + 0.9)
+  axes = figure.add_subplot()
+  image = axes.imshow(ground, cmap="OrRd", vmin=0, vmax=8, aspect="auto", interpolation="nearest")
+  for x, y, character in texts:
+    color = "white" if ground[y, x] > 5 else INK
+    # Whatever a text holds is no formula.
+    axes.text(x, y, character, ha="center", va="center_baseline", fontsize=8, family="monospace",
+              color=color, parse_math=False)
+  axes.set(xticks=[], yticks=[])
+  axes.spines[:].set_visible(False)
+  bar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.4, aspect=40, pad=0.02,
+                        extend="max")
+  bar.set_label("bits of a token", fontsize=9)
+  bar.ax.tick_params(labelsize=8)
+  bar.outline.set_visible(False)
+  return figure
+
+
+def forecasts(
+    rows: Mapping[str, Mapping[str, np.ndarray]], channels: Sequence[str], *, band: str = "",
+    caption: str = "",
+) -> Any:
+  """Forecasts of time series, each after the window that it was made from.
+
+  Args:
+    rows: title -> "window" [W, C], "forecast" [H, C], and where they are known "truth" [H, C] and
+      the limits "low" and "high" [H, C] of a band. What is NaN is left out.
+    channels: C names.
+    band: what the band is, for the legend.
+    caption: stands above all.
+
+  Returns:
+    The figure: a row of panels for each title, a column for each channel. At most twice the
+    horizon is shown of the window.
+  """
+  figure, panels = common.panels(len(channels), len(rows), max(2.6, 7.0 / len(channels)), 1.9)
+  handles = {}
+  for r, (title, fields) in enumerate(rows.items()):
+    horizon = len(fields["forecast"])
+    shown = min(len(fields["window"]), 2 * horizon)
+    before, after = np.arange(1 - shown, 1), np.arange(1, 1 + horizon)
+    for c, name in enumerate(channels):
+      axes = panels[r * len(channels) + c]
+      past = np.asarray(fields["window"])[-shown:, c]
+      handles["window"], = axes.plot(before, past, color=COLORS["train"], linewidth=1.2,
+                                     label="window")
+      if "low" in fields:
+        handles["band"] = axes.fill_between(after, fields["low"][:, c], fields["high"][:, c],
+                                            color=COLORS["test"], alpha=0.25, linewidth=0,
+                                            label=band)
+      if "truth" in fields:
+        handles["truth"], = axes.plot(after, fields["truth"][:, c], color=INK, linewidth=1.2,
+                                      label="truth")
+      handles["forecast"], = axes.plot(after, fields["forecast"][:, c], color=COLORS["validation"],
+                                       linewidth=1.5, label="forecast")
+      axes.axvline(0.5, color=INK, linewidth=0.6, linestyle=":")
+      axes.set_title(f"{common.shorten(str(name), 24)}\n{title}" if len(channels) > 1 else title,
+                     fontsize=9, color=INK)
+      axes.tick_params(labelsize=8, colors=INK)
+      axes.grid(alpha=0.25, linewidth=0.6)
+      axes.spines[["top", "right"]].set_visible(False)
+      if r == len(rows) - 1:
+        axes.set_xlabel("steps ahead", fontsize=9)
+  if caption:
+    figure.suptitle(caption, fontsize=12, color=INK)
+  figure.legend(handles=[handles[name] for name in ("window", "truth", "forecast", "band")
+                         if name in handles], loc="outside lower center", ncols=4, frameon=False,
+                fontsize=9)
+  return figure

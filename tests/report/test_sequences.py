@@ -1,0 +1,62 @@
+"""Forecasts, texts and recordings: everything stands at its time."""
+
+import numpy as np
+
+from dljax import report
+
+
+def test_forecasts_stand_after_their_window_and_beside_the_truth():
+  draw = np.random.default_rng(0)
+  fields = {"window": draw.normal(size=(9, 2)), "forecast": draw.normal(size=(3, 2)),
+            "truth": draw.normal(size=(3, 2)), "low": np.full((3, 2), -2.0),
+            "high": np.full((3, 2), 2.0)}
+  fields["truth"][1, 1] = np.nan
+  figure = report.forecasts({"best": fields, "worst": fields}, ["load", "price"],
+                            band="0.1 to 0.9 quantile")
+  assert [axes.get_title() for axes in figure.axes] == ["load\nbest", "price\nbest", "load\nworst",
+                                                        "price\nworst"]
+  for i, axes in enumerate(figure.axes):
+    window, truth, forecast = axes.lines[:3]
+    np.testing.assert_array_equal(window.get_xdata(), np.arange(-5, 1))  # twice the horizon
+    np.testing.assert_array_equal(window.get_ydata(), fields["window"][-6:, i % 2])
+    for line, name in (truth, "truth"), (forecast, "forecast"):
+      np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+      np.testing.assert_array_equal(line.get_ydata(), fields[name][:, i % 2])
+    band = axes.collections[0].get_paths()[0].get_extents()
+    np.testing.assert_allclose(band.get_points(), [[1, -2], [3, 2]])
+  assert [text.get_text() for text in figure.legends[0].texts] == ["window", "truth", "forecast",
+                                                                   "0.1 to 0.9 quantile"]
+  plain = report.forecasts({"from now": {name: fields[name] for name in ("window", "forecast")}},
+                           ["load", "price"])
+  assert [text.get_text() for text in plain.legends[0].texts] == ["window", "forecast"]
+  picture = report.picture(plain)
+  assert picture.mode == "RGB" and min(picture.size) > 200 and len(np.unique(picture)) > 3
+
+
+def test_alignments_name_each_run_of_a_symbol_at_its_peak():
+  shares = np.full((8, 3), 0.1)
+  path = [(0, 0.9), (1, 0.5), (1, 0.8), (0, 0.9), (1, 0.9), (2, 0.6), (2, 0.5), (0, 0.9)]
+  for frame, (symbol, share) in enumerate(path):
+    shares[frame, symbol] = share
+  figure = report.alignments([np.eye(16, 4)] * 2, [shares, shares[:0]], ["", "a", " "],
+                             ["said: aa \nread: aa ", "nothing"])
+  upper, lower = figure.axes[:2]
+  assert upper.images[0].get_array().shape == (4, 16)
+  assert [(text.get_position()[0], text.get_text())
+          for text in lower.texts] == [(2, "a"), (4, "a"), (5, "␣")]
+  assert len(lower.lines) == 3 and not figure.axes[3].texts
+  assert upper.get_title(loc="left") == "said: aa \nread: aa "
+  figure.draw_without_rendering()
+
+
+def test_a_text_stands_on_the_bits_that_it_took():
+  figure = report.surprise(["ab", "c d", "\n", "$x$"], [1.0, 2.0, 3.0, 9.0], columns=4, lines=3)
+  axes = figure.axes[0]
+  np.testing.assert_array_equal(axes.images[0].get_array().filled(-1),
+                                [[1, 1, 2, 2], [2, 3, -1, -1], [9, 9, 9, -1]])
+  assert [text.get_text() for text in axes.texts] == ["a", "b", "c", "d", "↵", "$", "x", "$"]
+  assert axes.texts[-1].get_color() == "white" and axes.texts[0].get_color() != "white"
+  figure.draw_without_rendering()
+  longer = report.surprise(["abcdefgh\n"] * 5, [1.0] * 5, columns=4, lines=3)
+  assert longer.axes[0].images[0].get_array().shape == (3, 4)
+  assert report.surprise([], []).axes[0].images[0].get_array().shape == (1, 92)
