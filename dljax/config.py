@@ -1,5 +1,6 @@
 """The config of an experiment: the fields that all share, and overrides from the command line."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +11,8 @@ from dljax.errors import UserError, unknown
 
 _FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, or none
 _MOST_STEPS = 2**31 - 1  # the step is an int32
-# Fields that came after the first runs, and the values with which they do nothing.
-LATER_FIELDS: Mapping[str, Any] = {
-    "init.source": "", "init.format": "", "init.new_head": False, "eval.corruptions": "", "data.per_class": 0,
-    "data.background": 0, "data.groups": ()}
+# What decides the training: these groups, these fields of other groups, and all fields of no group.
+_TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -25,10 +24,12 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
     total_steps: updates of the parameters.
     batch_size: examples per update, over all devices and micro-batches.
     eval_batch_size: the same for evaluation and prediction.
-    log_every, eval_every, checkpoint_every: in steps.
-    keep_checkpoints: how many of the newest, beside the best.
+    log_every, eval_every, checkpoint_every: intervals in steps.
+    full_eval_every: the interval, in steps, of evaluations with whole-set metrics (average precision, error rates);
+      0 has them in every evaluation if the monitor is one of them, else only at the end.
+    keep_checkpoints: the number of newest checkpoints to keep besides the best.
     accumulation: micro-batches per update.
-    ema_decay: of the average of the parameters that evaluation uses; 0 is off.
+    ema_decay: the decay of the averages of parameters and batch statistics that evaluation uses; 0 is off.
     monitor: "split/metric" that decides which checkpoint is best, early stopping and plateau; "" for none.
     early_stopping_patience: evaluations without improvement after which to stop; 0 is off.
     init.source: weights to start from: the workdir of a run (its best checkpoint), a .safetensors file, a folder
@@ -37,6 +38,8 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
     init.new_head: start the head afresh even if init.source is for as many classes, which may be others.
     eval.corruptions: what to disturb the test images with in a final evaluation: "all", names with commas between,
       or "" for nothing.
+    eval.examples: the number of examples that whole-set metrics are computed over, a sample fixed by the seed; 0 takes
+      all.
 
   Args:
     family: the name of the experiment's file.
@@ -53,57 +56,41 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
       "log_every": 20,
       "eval_every": 200,
       "checkpoint_every": 200,
+      "full_eval_every": 0,
       "keep_checkpoints": 2,
       "accumulation": 1,
       "ema_decay": 0.0,
       "monitor": "",
       "early_stopping_patience": 0,
       "init": {"source": "", "format": "", "new_head": False},
-      "eval": {"corruptions": ""},
+      "eval": {"corruptions": "", "examples": 0},
   })
   config.update(fields)
   return config
 
 
-def add_later_fields(config: ml_collections.ConfigDict, like: ml_collections.ConfigDict) -> None:
-  """Gives the config of an old run the fields that `like` has by now, with the values that change nothing."""
-  old, new = flatten(config), flatten(like)
-  for name, value in LATER_FIELDS.items():
-    if name in new and name not in old:
-      group, _, field = name.partition(".")
-      if group not in config:
-        config[group] = ml_collections.ConfigDict()
-      if isinstance(config[group], ml_collections.ConfigDict):
-        config[group][field] = value
+def decides_training(field: str) -> bool:
+  """Whether a field, such as "optimizer.learning_rate", has a part in what is trained.
+
+  Groups other than those of `_TRAINING` say what is done with the trained network.
+  """
+  group, dot, _ = field.partition(".")
+  return not dot or group in _TRAINING or field in _TRAINING
 
 
-def complete(
+def check_complete(
     config: ml_collections.ConfigDict, like: ml_collections.ConfigDict, file: str | os.PathLike[str],
 ) -> None:
-  """Gives the config of an old run the fields of `like` that are newer; `file` is where it stands.
-
-  Raises:
-    UserError: other fields of `like` are missing.
-  """
-  add_later_fields(config, like)
+  """Raises a `UserError` if the config of a run, stored in `file`, lacks fields of `like`."""
   if lacks := sorted(flatten(like).keys() - flatten(config).keys()):
     raise UserError(f"{file} lacks {', '.join(lacks[:3])}; restore it from a copy, or train again "
                     "in another --workdir")
 
 
 def identity(config: ml_collections.ConfigDict) -> str:
-  """A text that two configs share if they train alike; of the later fields only what is not as it was before them."""
-  rest = config.copy_and_resolve_references()
-  rest.unlock()
-  for group in ("eval", "sampling"):
-    if group in rest:
-      del rest[group]
-  fields = flatten(rest)
-  for name, value in LATER_FIELDS.items():
-    if fields.get(name) == value:
-      group, _, field = name.partition(".")
-      del rest[group][field]
-  return rest.to_json(sort_keys=True)
+  """A text that two configs share if they train alike."""
+  fields = {name: value for name, value in flatten(config).items() if decides_training(name)}
+  return json.dumps(fields, sort_keys=True)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -114,6 +101,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"--config.{field}={config[field]}: must be at least 1")
   if config.total_steps > _MOST_STEPS:
     raise UserError(f"--config.total_steps={config.total_steps}: must be at most {_MOST_STEPS}")
+  for field in ("full_eval_every", "eval.examples"):
+    if (value := flatten(config)[field]) < 0:
+      raise UserError(f"--config.{field}={value}: must be at least 0")
   if not 0 <= config.ema_decay < 1:
     raise UserError(f"--config.ema_decay={config.ema_decay}: must be at least 0 and below 1; 0 is off")
   if config.early_stopping_patience < 0:

@@ -33,15 +33,19 @@ Rules, with gradient g, `**` and sqrt elementwise, and `momentum`, `b1`, `b2`, `
 
 Path patterns (`freeze`, `learning_rates`) are globs over the whole path of a parameter, such as
 "stage1/conv1/kernel": `*` matches any text, slashes included, `?` one character, `[ab]` a set. So
-"stage1/*" is a whole module and "*/bias" every bias. For a task with several players (a GAN) the
-path starts inside the player's own parameters.
+"stage1/*" is a whole module and "*/bias" every bias.
+
+A task with several players (a GAN) has an optimizer for each, `config.optimizers.<player>`. The
+paths in its patterns begin with the player ("critic/conv1/*"). A player that moves n times a step
+walks through its schedule n times as fast. What is done on a plateau is the same for all players.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,14 +130,51 @@ def default_config(name: str = "adamw") -> ml_collections.ConfigDict:
   return config
 
 
+def player_configs(
+    config: ml_collections.ConfigDict, players: Sequence[str],
+) -> dict[str, ml_collections.ConfigDict]:
+  """Each player's optimizer config: `config.optimizer` of one player, else `config.optimizers.<player>`.
+
+  Args:
+    config: the experiment's config.
+    players: see `tasks.base.Task`.
+
+  Raises:
+    UserError: the players differ in what they do on a plateau.
+  """
+  names = list(dict.fromkeys(players))
+  if len(names) == 1:
+    return {names[0]: config.optimizer}
+  if set(config.optimizers) != set(names):
+    raise ValueError(f"config.optimizers has {sorted(config.optimizers)}, the task's players are {sorted(names)}")
+  configs = {name: config.optimizers[name] for name in names}
+  for field in ("plateau_factor", "plateau_patience", "plateau_min_delta"):
+    if len({player[field] for player in configs.values()}) > 1:
+      raise UserError(f"--config.optimizers.{names[-1]}.{field}={configs[names[-1]][field]}: all players share the "
+                      "monitored metric, so give each of them the same value")
+  return configs
+
+
+@contextlib.contextmanager
+def _flags_of(player: str) -> Iterator[None]:
+  """Makes the errors inside name the flags of `player`, where there are several."""
+  try:
+    yield
+  except UserError as error:
+    if not player:
+      raise
+    raise UserError(str(error).replace("--config.optimizer", f"--config.optimizers.{player}", 1)) from None
+
+
 def make_optimizer(
-    config: ml_collections.ConfigDict, total_steps: int,
+    config: ml_collections.ConfigDict, total_steps: int, player: str = "",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer and its learning rate.
 
   Args:
     config: as `default_config` makes it.
     total_steps: updates in the whole run.
+    player: whose parameters it updates, where there are several players; the paths begin with it.
 
   Returns:
     An optimizer whose updates are added to the parameters (`update` needs them as its third argument),
@@ -142,9 +183,10 @@ def make_optimizer(
   Raises:
     UserError: an unknown name, or a value out of range.
   """
-  _check(config)
-  schedule = make_schedule(config, total_steps)
-  chain = []
+  with _flags_of(player):
+    _check(config)
+    schedule = make_schedule(config, total_steps)
+  chain, prefix = [], f"{player}/" if player else ""
   if config.clip_norm:
     chain.append(optax.clip_by_global_norm(config.clip_norm))
   if config.l2:
@@ -155,12 +197,12 @@ def make_optimizer(
   if config.name == "lamb":
     chain.append(optax.scale_by_trust_ratio())
   if config.learning_rates:
-    chain.append(_scale_by_path(_factors(config)))
+    chain.append(_scale_by_path(_factors(config), prefix))
   chain.append(optax.scale_by_learning_rate(schedule))
   tx = optax.chain(*chain)
   if config.freeze:
-    frozen = lambda name, _: "frozen" if _matches(name, config.freeze) else "trained"
-    tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, lambda p: _map_by_name(frozen, p))
+    label = lambda name, _: "frozen" if _matches(prefix + name, config.freeze) else "trained"
+    tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, lambda p: _map_by_name(label, p))
   return tx, schedule
 
 
@@ -214,19 +256,24 @@ def _one_cycle(p: jax.Array, end: float) -> jax.Array:
   return jnp.where(p < rise, blend(start, 1.0, p / rise), blend(1.0, end, (p - rise) / (1 - rise)))
 
 
-def check_patterns(config: ml_collections.ConfigDict, *params: PyTree) -> None:
+def check_patterns(config: ml_collections.ConfigDict, params: PyTree, player: str = "") -> None:
   """Refuses path patterns that match nothing; to be called once the parameters' paths are known.
 
   Args:
     config: as `default_config` makes it.
-    *params: the parameters (or their specifications) of each player.
+    params: the parameters (or their specifications) that it updates.
+    player: see `make_optimizer`.
 
   Raises:
-    UserError: a pattern matches no parameter of any player, or nothing is left to train.
+    UserError: a pattern matches no parameter, or nothing is left to train.
   """
+  with _flags_of(player):
+    _check_patterns(config, params, f"{player}/" if player else "")
+
+
+def _check_patterns(config: ml_collections.ConfigDict, params: PyTree, prefix: str) -> None:
   names: list[str] = []
-  for tree in params:
-    _map_by_name(lambda name, _: names.append(name), tree)
+  _map_by_name(lambda name, _: names.append(prefix + name), params)
   patterns = [("freeze", p) for p in config.freeze] + [("learning_rates", p) for p, _ in _factors(config)]
   for field, pattern in patterns:
     if not any(_matches(name, [pattern]) for name in names):
@@ -342,9 +389,10 @@ def _orthogonalize_kernels() -> optax.GradientTransformation:
   return optax.stateless(lambda updates, _: _map_by_name(orthogonalize, updates))
 
 
-def _scale_by_path(factors: list[tuple[str, float]]) -> optax.GradientTransformation:
+def _scale_by_path(factors: list[tuple[str, float]], prefix: str) -> optax.GradientTransformation:
   def scale(name: str, x: jax.Array) -> jax.Array:
-    return x * next((factor for pattern, factor in factors if _matches(name, [pattern])), 1.0)
+    own = (factor for pattern, factor in factors if _matches(prefix + name, [pattern]))
+    return x * next(own, 1.0)
 
   return optax.stateless(lambda updates, _: _map_by_name(scale, updates))
 

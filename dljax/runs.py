@@ -189,7 +189,7 @@ def load(
     like = module.get_config(preset) if known else config_lib.base_config(family, preset)
   else:
     like = config_lib.base_config(family, preset)
-  config_lib.complete(config, like, folder.config_file)
+  config_lib.check_complete(config, like, folder.config_file)
   config_lib.validate(config)
   options = RunOptions(mesh=parallel.parse_mesh("data:1"), progress=False)
   run = Run(build(config), folder, options, str(step))

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from dljax import errors
+from dljax.errors import RunError, UserError
 
 TABLE = {"resnet18": 1, "resnet50": 2, "vit_b16": 3}
 
@@ -24,6 +25,23 @@ def test_an_unknown_name_gets_the_nearest(name, mend):
   with pytest.raises(errors.UserError) as error:
     errors.choose("--x", name, TABLE)
   assert str(error.value) == f"--x: there is no {name!r}; {mend}"
+
+
+def test_a_command_gives_sigterm_back_its_handler():
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for error in (None, UserError("a"), RunError("b"), KeyboardInterrupt()):
+      def run(error=error):
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        if error is not None:
+          raise error
+        return 0
+
+      errors.exit_status(run, "stopped")
+      assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _raise(error):

@@ -24,7 +24,7 @@ from dljax import errors
 from dljax.data import sources
 from dljax.train.workdir import Workdir
 from experiments import lenet, mlp
-from tests.command import Outcome, refuse, run
+from tests.command import Outcome, plain_pictures, refuse, run
 
 ROOT = Path(__file__).parents[1]
 # The monitored metric soon reaches 1, so that the best checkpoint is not the last.
@@ -33,6 +33,12 @@ SMALL = ("--config.model.widths=32", "--config.log_every=4", "--config.eval_ever
          "--config.monitor=validation/top_5_accuracy")
 STEPS = 24
 pytestmark = pytest.mark.usefixtures("_digits")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plain_pictures():
+  with plain_pictures():
+    yield
 
 
 @pytest.fixture(scope="module")

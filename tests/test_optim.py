@@ -204,6 +204,7 @@ def test_newton_schulz_nearly_orthogonalises():
     inside = u.T @ np.asarray(optim.newton_schulz(jnp.asarray(x))) @ vt.T
     assert np.all((np.diag(inside) > 0.68) & (np.diag(inside) < 1.14))
     np.testing.assert_allclose(inside - np.diag(np.diag(inside)), 0.0, atol=1e-10)
+    np.testing.assert_array_equal(optim.newton_schulz(jnp.zeros(shape)), 0)  # a kernel without a gradient stays
 
 
 # Schedules.
@@ -480,6 +481,8 @@ def test_tracker_survives_json_in_the_middle_of_a_plateau():
     ({"decay_boundaries": ("half",), "schedule": "step"}, "decay_boundaries=('half',): must be"),
     ({"decay_boundaries": (0.1, 0.5), "schedule": "step", "warmup_fraction": 0.2},
      "decay_boundaries=(0.1, 0.5): must lie after the warm-up, which ends at 0.2"),
+    ({"decay_boundaries": (0.2, 0.5), "schedule": "step", "warmup_fraction": 0.2},
+     "decay_boundaries=(0.2, 0.5): must lie after the warm-up, which ends at 0.2"),
     ({"decay_factor": 0.0}, "decay_factor=0.0: must be above 0 and at most 1"),
     ({"clip_norm": -1.0}, "clip_norm=-1.0: must be at least 0; 0 is off"),
     ({"weight_decay": -1.0}, "weight_decay=-1.0: must be at least 0; 0 is off"),

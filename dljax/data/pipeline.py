@@ -3,7 +3,7 @@
 Training reads the infinite stream of examples that is made of one permutation per epoch, laid end
 to end: global batch s is elements [s B, (s + 1) B), so that every example is seen once per epoch
 whatever the batch size. Evaluation reads in order, and pads and masks the last batch. A host takes
-rows [host::hosts] of the global batch. Whatever is random in a batch is drawn for the global batch
+the block of rows that its devices hold. Whatever is random in a batch is drawn for the global batch
 and then sliced (`Plan.rng`), so that neither hosts nor threads change which examples, how
 augmented, make up batch s.
 
@@ -37,10 +37,23 @@ class Pipeline(Protocol):
   Attributes:
     num_examples: in the split, over all hosts; after `open`.
     num_batches: of one pass, rounded down for training and up for evaluation; after `open`.
+    num_sample_batches: how many batches of a pass hold the sample, and come first; 0 without `sample`.
   """
 
   num_examples: int
   num_batches: int
+  num_sample_batches: int
+
+  def sample(self, count: int, seed: int) -> None:
+    """Lets a pass begin with `count` examples that `seed` draws, in batches of their own; before `open`.
+
+    Args:
+      count: the number of examples; 0 leaves the pass as it is, and so does more than there are.
+      seed: the run's seed.
+
+    Raises:
+      UserError: the split has to be read in order.
+    """
 
   def open(self) -> bool:
     """Finds and reads the data if it is not open, and says whether it was not.
@@ -69,6 +82,11 @@ def opened(*pipelines: Pipeline) -> Iterator[None]:
 def rng(seed: int, step: int, name: str) -> np.random.Generator:
   """The generator of everything that `name` draws in `step`."""
   return np.random.default_rng([seed, step, zlib.crc32(name.encode())])
+
+
+def host_rows(batch_size: int, host: int, hosts: int) -> np.ndarray:
+  """The rows of a global batch that host number `host` of `hosts` gives, i64[batch_size / hosts]."""
+  return np.arange(batch_size // hosts * host, batch_size // hosts * (host + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +148,10 @@ class IndexedPipeline:
     self._examples: Examples | None = None
     self._lock = threading.RLock()
     self._permutation = functools.lru_cache(maxsize=2)(self._permute)
+    self._sample, self._sample_seed = 0, 0
+
+  def sample(self, count: int, seed: int) -> None:
+    self._sample, self._sample_seed = count, seed
 
   def open(self) -> bool:
     with self._lock:
@@ -160,7 +182,21 @@ class IndexedPipeline:
   @property
   def num_batches(self) -> int:
     n = self.num_examples
-    return n // self.batch_size if self.train else -(-n // self.batch_size)
+    if self.train:
+      return n // self.batch_size
+    return sum(-(-len(part) // self.batch_size) for part in self.parts(n))
+
+  @property
+  def num_sample_batches(self) -> int:
+    parts = self.parts(self.num_examples)
+    return -(-len(parts[0]) // self.batch_size) if len(parts) > 1 else 0
+
+  def parts(self, num_examples: int) -> list[np.ndarray]:
+    """The examples of a pass of evaluation: all, i64[n], or the sample and the rest, each in ascending order."""
+    if not 0 < self._sample < num_examples:
+      return [np.arange(num_examples)]
+    order = rng(self._sample_seed, 0, "sample").permutation(num_examples)
+    return [np.sort(order[:self._sample]), np.sort(order[self._sample:])]
 
   def batch(self, step: int, finish: Callable[[Examples, Plan], HostBatch] | None = None) -> HostBatch:
     """See `Pipeline.batch`; `finish` takes the place of the pipeline's own."""
@@ -180,11 +216,13 @@ class IndexedPipeline:
           self._permutation(epoch, num_examples)[max(start - epoch * num_examples, 0):end - epoch * num_examples]
           for epoch in range(start // num_examples, (end - 1) // num_examples + 1)])
     else:
-      if not 0 <= start < num_examples:
-        raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} at a time")
-      indices = np.arange(start, end)
-      indices[indices >= num_examples] = PADDING
-    return Plan(self.seed, step, indices, np.arange(self._host, self.batch_size, self._hosts))
+      size = self.batch_size
+      order = np.concatenate([
+          np.append(part, np.full(-len(part) % size, PADDING)) for part in self.parts(num_examples)])
+      if not 0 <= start < len(order):
+        raise IndexError(f"batch {step} of a pass over {num_examples} examples, {size} at a time")
+      indices = order[start:end]
+    return Plan(self.seed, step, indices, host_rows(self.batch_size, self._host, self._hosts))
 
   def _permute(self, epoch: int, num_examples: int) -> np.ndarray:
     return rng(self.seed, epoch, "order").permutation(num_examples)
@@ -206,7 +244,7 @@ class Reprocessed:
 
   def __init__(self, pipeline: IndexedPipeline, finish: Callable[[Examples, Plan], HostBatch]):
     self._pipeline, self._finish = pipeline, finish
-    self.open, self.close = pipeline.open, pipeline.close
+    self.open, self.close, self.sample = pipeline.open, pipeline.close, pipeline.sample
 
   @property
   def num_examples(self) -> int:
@@ -215,6 +253,10 @@ class Reprocessed:
   @property
   def num_batches(self) -> int:
     return self._pipeline.num_batches
+
+  @property
+  def num_sample_batches(self) -> int:
+    return self._pipeline.num_sample_batches
 
   def batch(self, step: int) -> HostBatch:
     return self._pipeline.batch(step, self._finish)

@@ -18,7 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from dljax.data.pipeline import PADDING, Examples, HostBatch, IndexedPipeline, Plan, rng
+from dljax.data.pipeline import (
+    PADDING, Examples, HostBatch, IndexedPipeline, Plan, host_rows, rng)
 from dljax.errors import UserError
 
 MAX_BUCKETS = 8
@@ -166,7 +167,7 @@ class RaggedPipeline(IndexedPipeline):
     if not self.train and not (window == 0 and step >= 0):
       raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} at a time")
     indices, ends = self._windows(window, num_examples)
-    rows = np.arange(self._host, self.batch_size, self._hosts)
+    rows = host_rows(self.batch_size, self._host, self._hosts)
     return RaggedPlan(self.seed, step, indices[place], rows, int(ends[place]))
 
   def padding(self, passes: int = 1) -> float:
@@ -178,27 +179,28 @@ class RaggedPipeline(IndexedPipeline):
 
   def _batches_of_window(self, num_examples: int) -> int:
     if not self.train:
-      return -(-num_examples // self.batch_size)
+      return sum(-(-len(part) // self.batch_size) for part in self.parts(num_examples))
     return min(num_examples // self.batch_size, WINDOW)
 
   def _sort(self, window: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """The batches of a window: (i64[k, B] examples, i64[k] what they are padded to)."""
     size, batches = self.batch_size, self._batches_of_window(num_examples)
     if self.train:
-      indices = np.concatenate([super(RaggedPipeline, self).plan(window * batches + i, num_examples).indices
-                                for i in range(batches)])
+      parts = [np.concatenate([super(RaggedPipeline, self).plan(window * batches + i, num_examples).indices
+                               for i in range(batches)])]
     else:
-      indices = np.arange(num_examples)
+      parts = self.parts(num_examples)
     lengths, ends = np.append(np.asarray(self._opened().lengths), 0), np.asarray(self._ends)  # the last of `PADDING`
-    bucket = np.searchsorted(ends, lengths[indices])
-    made, rest = [], indices[:0]
-    for i in range(len(ends)):
-      members = np.concatenate([rest, indices[bucket == i]])
-      if i == len(ends) - 1:
-        members = np.append(members, np.full(-len(members) % size, PADDING))
-      full = len(members) // size * size
-      made.append(members[:full].reshape(-1, size))
-      rest = members[full:]
+    made = []
+    for indices in parts:
+      bucket, rest = np.searchsorted(ends, lengths[indices]), indices[:0]
+      for i in range(len(ends)):
+        members = np.concatenate([rest, indices[bucket == i]])
+        if i == len(ends) - 1:
+          members = np.append(members, np.full(-len(members) % size, PADDING))
+        full = len(members) // size * size
+        made.append(members[:full].reshape(-1, size))
+        rest = members[full:]
     made = np.concatenate(made)
     padded = ends[np.searchsorted(ends, lengths[made].max(axis=1))]
     order = rng(self.seed, window, "buckets").permutation(batches) if self.train else np.arange(batches)

@@ -55,7 +55,7 @@ def _as_it_ran(
     raise UserError(
         f"--workdir={folder.path} holds a run of {ran}; use python -m experiments.{ran}")
   like = get_config(preset) if preset in presets else config_lib.base_config(family, preset)
-  config_lib.complete(config, like, folder.config_file)
+  config_lib.check_complete(config, like, folder.config_file)
   config_lib.apply_overrides(config, overrides, like)
   config_lib.validate(config)
   return config

@@ -15,7 +15,7 @@ def evaluate(run: Run, parallelism: Mode) -> int:
   """Evaluates the run's checkpoint on all splits; gives the exit status."""
   experiment, folder = run.experiment, run.folder
   program, step, state = run.restore()
-  evaluator = Evaluator(experiment.task, parallelism, program.mesh)
+  evaluator = Evaluator(experiment.task, parallelism, program.mesh, experiment.data.context)
   found, findings = evaluate_splits(
       experiment, evaluator, state.variables, state.rng, run.assets)
   if jax.process_index() == 0:

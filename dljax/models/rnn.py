@@ -160,15 +160,21 @@ class LanguageModel(nn.Module):
     return Stack(self.cell, self.hidden_size, self.num_layers, False, between, self.variational, self.weight_dropout,
                  self.layer_norm, self.embed_dim if self.tied else None, self.dtype, self.remat, **options)
 
-  def initial_carry(self, batch: int) -> Carry:
-    """What a text begins with: zeros, f32[B, H] each."""
+  def init_cache(self, batch: int, length: int) -> Carry:
+    """The state before a text: zeros, f32[B, H] each, whatever the length."""
+    del length
     return self.stack(parent=None).initial_carry(batch)
 
   @nn.compact
   def __call__(
-      self, tokens: jax.Array, carry: Carry | None = None, length: jax.Array | None = None, train: bool = False,
+      self, tokens: jax.Array, cache: Carry | None = None, length: jax.Array | None = None,
+      train: bool = False,
   ) -> dict[str, Any]:
-    """i32[B, L], the carry of the text before and lengths -> "logits" f32[B, L, V] of what is next, and "carry"."""
+    """Reads i32[B, L] tokens after the text whose states are in `cache`; without one, from the start.
+
+    Returns:
+      "logits" f32[B, L, V] of the next token, and "cache", the states after each row's `length`.
+    """
     init = lambda *args: nn.initializers.uniform(0.2)(*args) - 0.1  # Zaremba et al., section 4.1
     drop = nn.Dropout(self.dropout, broadcast_dims=(1,) if self.variational else (), deterministic=not train)
     embed = nn.Embed(self.vocab_size, self.embed_dim, embedding_init=init, dtype=self.dtype, name="embed")
@@ -176,14 +182,14 @@ class LanguageModel(nn.Module):
     if train and self.embed_dropout:
       words = nn.Dropout(self.embed_dropout, deterministic=False)(jnp.ones((len(x), self.vocab_size), x.dtype))
       x = x * jnp.take_along_axis(words, tokens, 1)[..., None]
-    x, carry = self.stack(name="rnn")(drop(x), length, carry, train)
+    x, cache = self.stack(name="rnn")(drop(x), length, cache, train)
     x = drop(x)
     if self.tied:
       logits = dense(x, embed.embedding.T.astype(x.dtype))
       logits = logits + self.param("head_bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)
     else:
       logits = nn.Dense(self.vocab_size, kernel_init=init, dtype=self.dtype, dot_general=dot_general, name="head")(x)
-    return {"logits": logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), "carry": carry}
+    return {"logits": logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), "cache": cache}
 
 
 class Forecaster(nn.Module):

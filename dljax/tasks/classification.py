@@ -9,7 +9,7 @@ Dimensions: B batch, C classes.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +21,9 @@ import numpy as np
 from dljax import report
 from dljax.errors import UserError, unknown
 from dljax.tasks import scores
-from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import (
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    at_least_float32)
 
 CRITERIA = ("softmax", "perceptron")
 MAX_CONFUSION_CLASSES = 200  # beyond, the matrix is a large array to add up and nothing to look at
@@ -31,7 +33,7 @@ MAX_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(TaskBase):
   """Gives each image one of `num_classes` labels.
 
   Batches have image [B, ...], label i32[B] and mask f32[B]; where labels were mixed also mix_label
@@ -44,7 +46,7 @@ class Classification:
     criterion: "softmax" (cross-entropy) or "perceptron" (best logit less true logit, whose gradient
       is Rosenblatt's rule: nothing where the guess is right, else away from the guess and towards
       the truth).
-    players: one, all parameters.
+    groups: names of the batch fields "host/group/NAME", whose values evaluation tells apart.
 
   Raises:
     UserError: an unknown criterion, or a label smoothing that is out of range or without meaning.
@@ -54,7 +56,9 @@ class Classification:
   num_classes: int
   label_smoothing: float = 0.0
   criterion: str = "softmax"
-  players: tuple[str, ...] = (ALL,)
+  groups: tuple[str, ...] = ()
+
+  evaluate_reads = ("image", "label")
 
   def __post_init__(self):
     if self.criterion not in CRITERIA:
@@ -82,7 +86,9 @@ class Classification:
     `MAX_CONFUSION_CLASSES`; its count is that of each row, so that sum / count are rates by truth.
     """
     del player  # one player: all parameters
-    logits, model_state = self._logits(params, model_state, batch, rng, train)
+    logits, model_state = self.apply(
+        params, model_state, batch, rng, train, batch["image"], batch["mask"])
+    logits = at_least_float32(logits)
     label, mask = batch["label"], batch["mask"].astype(logits.dtype)
 
     losses = self._criterion(logits, label)
@@ -107,21 +113,26 @@ class Classification:
       metrics["confusion_matrix"] = matrix, rows
     return LossOutput(loss=total / examples, metrics=metrics, model_state=model_state)
 
-  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+  def predict(
+      self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
+  ) -> PyTree:
     """{"probabilities": f32[B, C]}, the softmax of the logits.
 
     A perceptron's logits were not trained as log probabilities: their order counts, no more.
     """
-    del rng  # nothing is sampled
+    del rng, context  # nothing is drawn
     logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
     return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
 
-  def summarize(self, sums: Sums) -> Mapping[str, float]:
-    """The means loss, accuracy and top_5_accuracy; NaN where nothing was counted."""
-    return {
-        name: float(total) / float(count) if count else math.nan
-        for name, (total, count) in sums.items() if np.ndim(total) == 0
-    }
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    goals = {"loss": MIN, "accuracy": MAX, "macro_f1": MAX}
+    if self.num_classes > 5:
+      goals["top_5_accuracy"] = MAX
+    if self.criterion == "softmax":
+      goals["calibration_error"] = MIN
+    return goals | {f"worst_{group}_accuracy": MAX for group in self.groups}
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
@@ -146,27 +157,16 @@ class Classification:
         for name, p, r, f, n in zip(names, by_class.precision, by_class.recall, by_class.f1, by_class.support)]}
     if self.criterion == "softmax":  # a perceptron's probabilities mean nothing
       metrics["calibration_error"] = tally.calibration.error()
-      figures["calibration"] = report.calibration(
+      figures["calibration"] = functools.partial(
+          report.calibration,
           tally.calibration.count, tally.calibration.confidence, tally.calibration.right)
     for group, table in tally.groups().items():
       metrics[f"worst_{group}_accuracy"] = min(row["accuracy"] for row in table)
       tables[f"group_{group}"] = table
     if "confusion_matrix" in sums:
-      figures["confusion_matrix"] = report.confusion_matrix(np.asarray(sums["confusion_matrix"][0]), names)
+      figures["confusion_matrix"] = functools.partial(
+          report.confusion_matrix, np.asarray(sums["confusion_matrix"][0]), names)
     return Findings(metrics, figures, tables)
-
-  def _logits(
-      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, train: bool,
-  ) -> tuple[Array, PyTree]:
-    """Logits [B, C] of at least float32, and the new model state."""
-    variables = {"params": params, **model_state}
-    if train:
-      logits, model_state = self.model.apply(
-          variables, batch["image"], batch["mask"], train=True, rngs={"dropout": rng},
-          mutable=list(model_state))
-    else:
-      logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), model_state
 
   def _criterion(self, logits: Array, label: Array) -> Array:
     """The loss of each example, [B], for logits [B, C] and label i32[B]."""
@@ -254,7 +254,7 @@ class _Tally:
 
 
 def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str]) -> Any:
-  """A grid of the wrong guesses, or of the least sure right ones; None without images."""
+  """Draws a grid of the wrong guesses, or of the least sure right ones; None without images."""
   worst = []  # (right, margin, image, title) of the MAX_PICTURED worst so far
   seen = wrong = 0
   for predictions, batch in rows:
@@ -282,4 +282,5 @@ def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: l
     caption = f"{wrong:,} of {seen:,} images wrong{shown}"
   else:
     caption = f"All {seen:,} images right, the least sure"
-  return report.image_grid([row[2] for row in worst], [row[3] for row in worst], caption=caption)
+  return functools.partial(
+      report.image_grid, [row[2] for row in worst], [row[3] for row in worst], caption=caption)

@@ -22,7 +22,9 @@ import numpy as np
 from dljax import report
 from dljax.errors import UserError
 from dljax.tasks import boxes as box_lib
-from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import (
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    at_least_float32)
 from dljax.tasks.classification import class_names
 
 MAX_PICTURED = 8
@@ -31,7 +33,7 @@ METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar
 
 
 @dataclasses.dataclass(frozen=True)
-class Detection:
+class Detection(TaskBase):
   """Finds objects of `num_classes` kinds.
 
   Batches have image [B, H, W, C], boxes f32[B, M, 4] as (x0, y0, x1, y1) in pixels, box_label i32[B, M], box_mask
@@ -49,7 +51,6 @@ class Detection:
     nms_threshold: IoU above which of two detections of a class the lesser is dropped.
     candidates: most of a level that come before suppression.
     max_detections: D.
-    players: one, all parameters.
 
   Raises:
     UserError: values out of range.
@@ -65,7 +66,8 @@ class Detection:
   nms_threshold: float = 0.5
   candidates: int = 1000
   max_detections: int = 100
-  players: tuple[str, ...] = (ALL,)
+
+  evaluate_reads = ("image", "boxes", "box_label", "box_mask")
 
   def __post_init__(self):
     for name in ("alpha", "score_threshold", "nms_threshold"):
@@ -92,13 +94,9 @@ class Detection:
   ) -> LossOutput:
     """See `Task.loss`. Metrics, each per anchor that holds an object: loss, classification_loss, box_loss."""
     del player  # one player: all parameters
-    variables = {"params": params, **model_state}
-    if train:
-      output, model_state = self.model.apply(
-          variables, batch["image"], batch["mask"], train=True, rngs={"dropout": rng}, mutable=list(model_state))
-    else:
-      output = self.model.apply(variables, batch["image"], batch["mask"], train=False)
-    logits, code = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (output["logits"], output["boxes"]))
+    output, model_state = self.apply(
+        params, model_state, batch, rng, train, batch["image"], batch["mask"])
+    logits, code = at_least_float32(output["logits"]), at_least_float32(output["boxes"])
 
     matches = self._match(batch)  # [B, N]
     row = jnp.maximum(matches, 0)
@@ -116,7 +114,9 @@ class Detection:
     metrics = {"loss": (total, count), "classification_loss": (classification, count), "box_loss": (box, count)}
     return LossOutput(loss=total / jnp.maximum(denominators["positives"], 1), metrics=metrics, model_state=model_state)
 
-  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+  def predict(
+      self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
+  ) -> PyTree:
     """The detections of each image, the surest first.
 
     Where the batch says by place f32[B, 4], a box, where in the image a picture lies, and by size f32[B, 2] how wide
@@ -126,7 +126,7 @@ class Detection:
       boxes f32[B, D, 4] (x0, y0, x1, y1) in pixels, scores f32[B, D], labels i32[B, D] and valid bool[B, D], false
       where there were no more.
     """
-    del rng  # nothing is sampled
+    del rng, context  # nothing is drawn
     output = self.model.apply(variables, batch["image"], batch["mask"], train=False)
     height, width = batch["image"].shape[1:3]
     grids = self.model.grids(height, width)
@@ -154,6 +154,12 @@ class Detection:
         boxes, jnp.where(scores > self.score_threshold, scores, -jnp.inf), labels,
         count=self.max_detections, threshold=self.nms_threshold)
     return {"boxes": boxes[kept], "scores": jnp.where(valid, scores[kept], 0), "labels": labels[kept], "valid": valid}
+
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    losses = ("loss", "classification_loss", "box_loss")
+    return dict.fromkeys(losses, MIN) | dict.fromkeys(METRICS, MAX)
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
     """The means, as the loss has them: the whole where no anchor held an object."""
@@ -186,8 +192,8 @@ class Detection:
         worst.append((count_mistakes(truth, sure), -len(worst), batch["image"][i].copy(), truth, sure))
       worst = sorted(worst, key=lambda row: row[:2], reverse=True)[:MAX_PICTURED]
     metrics, table = average_precision(images, truths, found, names, crowds)
-    figure = report.detections(
-        [row[2] for row in worst], [row[3] for row in worst], [row[4] for row in worst], names,
+    figure = functools.partial(
+        report.detections, [row[2] for row in worst], [row[3] for row in worst], [row[4] for row in worst], names,
         caption="Images with the most mistakes") if worst else None
     return Findings(metrics, {"detections": figure} if worst else {}, {"classes": table})
 

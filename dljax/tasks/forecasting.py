@@ -8,6 +8,7 @@ Dimensions: B batch, W window, H horizon, C channels, K covariates, Q quantiles.
 """
 
 import dataclasses
+import functools
 import datetime
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,9 @@ import numpy as np
 
 from dljax import report
 from dljax.errors import UserError
-from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import (
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    at_least_float32, ratio)
 
 MEDIAN = 0.5
 MAX_KEPT = 512  # windows among which the one of median error is looked for
@@ -27,7 +30,7 @@ MAX_PICTURED_CHANNELS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecasting:
+class Forecasting(TaskBase):
   """Forecasts the H rows after a window.
 
   Batches have window [B, W, C], horizon [B, H, C] with NaN where a value is missing, mask f32[B], and where there are
@@ -37,7 +40,6 @@ class Forecasting:
     model: called as `model(window, covariates, train=...)`, gives {"logits": [B, H, C], or with quantiles
       [B, H, C, Q]}.
     quantiles: which to forecast, rising, the median among them; () forecasts the mean, by the squared error.
-    players: one, all parameters.
 
   Raises:
     UserError: quantiles out of order or range, or without the median.
@@ -45,7 +47,8 @@ class Forecasting:
 
   model: nn.Module
   quantiles: tuple[float, ...] = ()
-  players: tuple[str, ...] = (ALL,)
+
+  evaluate_reads = ("window", "horizon")
 
   def __post_init__(self):
     q, flag = self.quantiles, f"--config.model.quantiles={','.join(map(str, self.quantiles))}"
@@ -72,13 +75,9 @@ class Forecasting:
     coverage counts the values from the lowest quantile to the highest.
     """
     del player  # one player: all parameters
-    variables, inputs = {"params": params, **model_state}, (batch["window"], batch.get("covariates"))
-    if train:
-      out, model_state = self.model.apply(
-          variables, *inputs, train=True, rngs={"dropout": rng}, mutable=list(model_state))
-    else:
-      out = self.model.apply(variables, *inputs, train=False)
-    logits = out["logits"].astype(jnp.promote_types(out["logits"].dtype, jnp.float32))
+    out, model_state = self.apply(
+        params, model_state, batch, rng, train, batch["window"], batch.get("covariates"))
+    logits = at_least_float32(out["logits"])
     known = _known(batch)
     truth = jnp.where(known, batch["horizon"], 0)  # a NaN would reach the gradient, whatever it is multiplied by
     error = jnp.where(known, truth - self._point(logits), 0)  # [B, H, C]
@@ -98,18 +97,25 @@ class Forecasting:
       metrics["coverage"] = by_channel(inside & known), count
     return LossOutput(loss=total / jnp.maximum(denominators["values"], 1), metrics=metrics, model_state=model_state)
 
-  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+  def predict(
+      self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
+  ) -> PyTree:
     """{"forecast": f32[B, H, C], "quantiles": f32[B, H, C, Q] if any} of normalised values, and the batch's time."""
-    del rng  # nothing is sampled
+    del rng, context  # nothing is drawn
     logits = self.model.apply(variables, batch["window"], batch.get("covariates"), train=False)["logits"]
     logits = logits.astype(jnp.float32)
     predictions = {"forecast": self._point(logits)} | ({"quantiles": logits} if self.quantiles else {})
     return predictions | ({"time": batch["time"]} if "time" in batch else {})
 
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    goals = dict.fromkeys(("loss", "mse", "mae", "mse_in_units", "mae_in_units"), MIN)
+    return goals | ({"coverage": MAX} if len(self.quantiles) > 1 else {})
+
   def summarize(self, sums: Sums) -> Mapping[str, float]:
     """The means loss, mse, mae and coverage over all values of all channels; NaN where nothing was counted."""
-    mean = lambda total, count: float(np.sum(total)) / float(np.sum(count)) if np.sum(count) else math.nan
-    return {name: mean(*pair) for name, pair in sums.items()}
+    return {name: ratio(np.sum(total), np.sum(count)) for name, (total, count) in sums.items()}
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
@@ -126,24 +132,24 @@ class Forecasting:
     channels, mean, std = _units(assets, len(np.atleast_1d(sums["mse"][0])))
     squares, count = (np.asarray(x, np.float64) for x in sums["mse"])
     sizes = np.asarray(sums["mae"][0], np.float64)
-    divide = lambda total, by: float(total / by) if by else math.nan
     metrics, table = {}, []
     for c, name in enumerate(channels):
       table.append({
-          "channel": name, "mse": divide(squares[c], count[c]), "mae": divide(sizes[c], count[c]),
-          "mse_in_units": divide(squares[c] * std[c] ** 2, count[c]),
-          "mae_in_units": divide(sizes[c] * std[c], count[c]),
-          **({"coverage": divide(sums["coverage"][0][c], count[c])} if "coverage" in sums else {})})
-    metrics["mse_in_units"] = divide(squares @ std**2, count.sum())
-    metrics["mae_in_units"] = divide(sizes @ std, count.sum())
-    steps = [{"step": h + 1, "mse": divide(square, n), "mae": divide(size, n)}
+          "channel": name, "mse": ratio(squares[c], count[c]), "mae": ratio(sizes[c], count[c]),
+          "mse_in_units": ratio(squares[c] * std[c] ** 2, count[c]),
+          "mae_in_units": ratio(sizes[c] * std[c], count[c]),
+          **({"coverage": ratio(sums["coverage"][0][c], count[c])} if "coverage" in sums else {})})
+    metrics["mse_in_units"] = ratio(squares @ std**2, count.sum())
+    metrics["mae_in_units"] = ratio(sizes @ std, count.sum())
+    steps = [{"step": h + 1, "mse": ratio(square, n), "mae": ratio(size, n)}
              for h, (square, size, n) in enumerate(zip(*tally.steps))]
     figures = {}
     if picked := tally.pick():
       shown = slice(MAX_PICTURED_CHANNELS)
       scale = lambda x: x[:, shown] * std[shown] + mean[shown]
       panels = {title: {name: scale(x) for name, x in fields.items()} for title, fields in picked.items()}
-      figures["forecasts"] = report.forecasts(panels, channels[shown], band=self.band)
+      figures["forecasts"] = functools.partial(
+          report.forecasts, panels, channels[shown], band=self.band)
     return Findings(metrics, figures, {"channels": table, "steps": steps})
 
   def _point(self, logits: Array) -> Array:

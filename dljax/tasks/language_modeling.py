@@ -3,14 +3,11 @@
 The loss is the cross-entropy of each token given those before it, in nats per token, computed in float32. Per character
 and per byte it is in bits; these and the perplexity come from sums over a whole split.
 
-Sampling: temperature, then the `top_k` most probable tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"),
-then of these the fewest that hold `top_p` of the probability (Holtzman et al. 2020, "The Curious Case of Neural Text
-Degeneration").
-
-Dimensions: B batch, L tokens to be predicted, P tokens of the longest prompt, V vocabulary, N tokens to be written.
+Dimensions: B batch, L tokens to be predicted, P tokens of the longest prompt, V vocabulary, N tokens to be generated.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,75 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dljax import report
-from dljax.errors import UserError
-from dljax.tasks.base import ALL, CARRY, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks import decoding
+from dljax.tasks.base import (
+    ALL, CARRY, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    at_least_float32)
+from dljax.tasks.decoding import CACHE, Sampling
 
 MAX_PICTURED = 2000  # tokens, of which as many are drawn as there is room for
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How a text is continued.
-
-  Attributes:
-    max_new_tokens: N.
-    temperature: what the logits are divided by; 0 always takes the most probable token.
-    top_k: how many of the most probable tokens may be drawn; 0 is all.
-    top_p: the share of the probability from which tokens may be drawn; 1 is all.
-    seed: another one draws another text, for the same prompt and the same run.
-
-  Raises:
-    UserError: a value out of range.
-  """
-
-  max_new_tokens: int = 400
-  temperature: float = 0.8
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-
-  def __post_init__(self):
-    for field, valid, mend in (
-        ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-        ("temperature", 0 <= self.temperature < math.inf, "must be at least 0; 0 takes the most probable token"),
-        ("top_k", self.top_k >= 0, "must be at least 0; 0 is all"),
-        ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1; 1 is all"),
-        ("seed", 0 <= self.seed < 2**32, "must be from 0 to 2^32 - 1")):
-      if not valid:
-        raise UserError(f"--config.sampling.{field}={getattr(self, field)}: {mend}")
-
-  def filter(self, logits: Array) -> Array:
-    """Logits [..., V] of the tokens that may be drawn, divided by the temperature; -inf for the rest."""
-    logits = logits / self.temperature
-    if 0 < self.top_k < logits.shape[-1]:
-      least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-      logits = jnp.where(logits < least, -jnp.inf, logits)
-    if self.top_p < 1:
-      ordered = -jnp.sort(-logits, axis=-1)
-      p = jax.nn.softmax(ordered, axis=-1)
-      needed = jnp.cumsum(p, axis=-1) - p < self.top_p  # of those before it: the first always is
-      least = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
-      logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
-
-  def draw(self, logits: Array, rng: Array, example: Array, place: Array) -> Array:
-    """A token for each row, i32[B], a function of (rng, seed, example, place) and its logits alone.
-
-    Args:
-      logits: f32[B, V].
-      rng: a key.
-      example: i32[B].
-      place: i32[B], how many tokens were written before.
-    """
-    if self.temperature == 0:
-      return jnp.argmax(logits, axis=-1)
-    rng = jax.random.fold_in(rng, self.seed)
-    keys = jax.vmap(lambda e, n: jax.random.fold_in(jax.random.fold_in(rng, e), n))(example, place)
-    return jax.vmap(jax.random.categorical)(keys, self.filter(logits))
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModeling:
+class LanguageModeling(TaskBase):
   """Predicts each token from those before it.
 
   Batches have tokens i32[B, L]; targets i32[B, L], what follows each of them, and target_weight f32[B, L], 0 where that
@@ -98,27 +37,26 @@ class LanguageModeling:
   (`stateful`) have no padding.
 
   Attributes:
-    model: called as `model(tokens, carry=None, length=None, train=...)` gives {"logits": [B, L, V], "carry": ...}:
-      what it has to know of these tokens to read on, a tree of [B, ...]; None stands for zeros.
+    model: called as `model(tokens, cache=None, length=None, train=...)`, gives {"logits": [B, L, V], "cache": ...}; see
+      `decoding`. Without a cache it reads from the start.
     stateful: whether a batch goes on where the one before ended, as long as its rows are not reset.
     sampling: how `predict` continues a prompt.
     spell: the text of each of some tokens i32[n], for the picture of an evaluation; None draws none.
-    players: one, all parameters.
   """
 
   model: nn.Module
   stateful: bool = False
   sampling: Sampling = Sampling()
   spell: Callable[[np.ndarray], Sequence[str]] | None = None
-  players: tuple[str, ...] = (ALL,)
+
+  evaluate_reads = ("targets", "length")
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
     tokens = batch["tokens"][:, :1]
     variables = dict(self.model.init({"params": rng}, tokens, train=False))
     if self.stateful:
-      carry = jax.eval_shape(lambda: self.model.apply(variables, tokens, train=False)[CARRY])
-      variables[CARRY] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
+      variables[CARRY] = self.model.init_cache(*tokens.shape)
     return variables
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
@@ -138,16 +76,13 @@ class LanguageModeling:
     inputs, targets = batch["tokens"], batch["targets"]
     # Whole windows are read without asking of each step whether it is padding, which costs time.
     length = None if train and self.stateful else batch["length"]
-    kwargs = {"carry": model_state.get(CARRY), "length": length, "train": train}
-    if train:
-      out, rest = self.model.apply(
-          {"params": params, **rest}, inputs, **kwargs, rngs={"dropout": rng}, mutable=list(rest))
-    else:
-      out = self.model.apply({"params": params, **rest}, inputs, **kwargs)
+    out, rest = self.apply(
+        params, rest, batch, rng, train, inputs, cache=model_state.get(CARRY), length=length)
     if self.stateful:
-      rest = {**rest, CARRY: jax.tree.map(lambda new, old: new.astype(old.dtype), out[CARRY], model_state[CARRY])}
+      rest = {**rest, CARRY: jax.tree.map(
+          lambda new, old: new.astype(old.dtype), out[CACHE], model_state[CARRY])}
 
-    logits = out["logits"].astype(jnp.promote_types(out["logits"].dtype, jnp.float32))
+    logits = at_least_float32(out["logits"])
     predicted = batch["target_weight"].astype(logits.dtype)
     total = jnp.sum(_nats(logits, targets) * predicted)
     count = jnp.sum(predicted)
@@ -161,7 +96,9 @@ class LanguageModeling:
       metrics["padding"] = positions - jnp.sum(batch["length"]), positions
     return LossOutput(loss=total / jnp.maximum(denominators["tokens"], 1), metrics=metrics, model_state=rest)
 
-  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+  def predict(
+      self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
+  ) -> PyTree:
     """Continues prompts: prompt i32[B, P], length i32[B] and id i32[B] give {"tokens": i32[B, N]}.
 
     Each row depends on the prompt, `rng` and id alone. The batches of an evaluation, which have no prompt, give the
@@ -172,35 +109,32 @@ class LanguageModeling:
         return {}
       rest = {k: v for k, v in variables.items() if k != CARRY}
       out = self.model.apply(
-          rest, batch["tokens"], carry=variables.get(CARRY), length=batch["length"], train=False)
+          rest, batch["tokens"], cache=variables.get(CARRY), length=batch["length"], train=False)
       return {"nats": _nats(out["logits"].astype(jnp.float32), batch["targets"])}
-    tokens, _ = self.advance(variables, self.start(variables, batch), rng, self.sampling.max_new_tokens)
+    text = self.start(variables, batch)
+    tokens, _ = self.advance(variables, text, rng, self.sampling.max_new_tokens)
     return {"tokens": tokens}
 
   def start(self, variables: Variables, batch: Batch) -> PyTree:
-    """Reads prompts (see `predict`): what `advance` continues, a tree of [B, ...]."""
-    length = batch["length"]
-    out = self.model.apply(variables, batch["prompt"], length=length, train=False)
-    last = jnp.maximum(length - 1, 0)[:, None, None]
-    logits = jnp.take_along_axis(out["logits"], last, axis=1)[:, 0].astype(jnp.float32)
-    return {"logits": logits, CARRY: out[CARRY], "id": batch["id"], "place": jnp.zeros_like(batch["id"])}
+    """Reads the prompts of `predict`; see `decoding.start`."""
+    return decoding.start(self.model, variables, batch, self.sampling.max_new_tokens)
 
-  def advance(self, variables: Variables, text: PyTree, rng: Array, count: int) -> tuple[Array, PyTree]:
-    """Writes `count` tokens: (i32[B, count], what to continue from). Twice 5 tokens are the same as once 10."""
+  def advance(
+      self, variables: Variables, text: PyTree, rng: Array, count: int,
+  ) -> tuple[Array, PyTree]:
+    """Generates `count` tokens; see `decoding.advance`."""
+    return decoding.advance(self.model, variables, self.sampling, text, rng, count)
 
-    def write(text, _):
-      token = self.sampling.draw(text["logits"], rng, text["id"], text["place"])
-      out = self.model.apply(variables, token[:, None], carry=text[CARRY], train=False)
-      carry = jax.tree.map(lambda new, old: new.astype(old.dtype), out[CARRY], text[CARRY])
-      return {"logits": out["logits"][:, 0].astype(jnp.float32), CARRY: carry, "id": text["id"],
-              "place": text["place"] + 1}, token.astype(jnp.int32)
-
-    text, tokens = jax.lax.scan(write, text, length=count)
-    return tokens.T, text
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    names = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
+    names += () if self.stateful else ("padding",)
+    return dict.fromkeys(names, MIN) | {"accuracy": MAX}
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
     """The means, and the perplexity; NaN where nothing was counted."""
-    means = {name: float(total) / float(count) if count else math.nan for name, (total, count) in sums.items()}
+    means = super().summarize(sums)
     with np.errstate(over="ignore"):
       return {**means, "perplexity": float(np.exp(means["loss"]))}
 
@@ -222,7 +156,8 @@ class LanguageModeling:
       return Findings()
     _, tokens, nats = zip(*parts)
     return Findings(figures={
-        "surprise": report.surprise(self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))})
+        "surprise": functools.partial(
+            report.surprise, self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))})
 
 
 def _nats(logits: Array, targets: Array) -> Array:

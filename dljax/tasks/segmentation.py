@@ -9,6 +9,7 @@ Dimensions: B batch, H height, W width of the image, h, w of the logits, K class
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,7 +23,9 @@ from dljax import report
 from dljax.errors import UserError
 from dljax.models.unet import crop
 from dljax.tasks import scores
-from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import (
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    at_least_float32, ratio)
 from dljax.tasks.classification import class_names
 
 MAX_CLASSES = 255  # a class is a byte, and one is left for none
@@ -34,7 +37,7 @@ LEAST_SHARE = 0.001  # of an image, from which on a class is listed
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation:
+class Segmentation(TaskBase):
   """Gives each pixel one of `num_classes` labels.
 
   Batches have image [B, H, W, C], segmentation i32[B, H, W], negative where a pixel has no class, and mask f32[B].
@@ -46,7 +49,6 @@ class Segmentation:
     num_classes: K.
     cross_entropy_weight, dice_weight: of the two parts of the loss.
     ground: whether the first class, the ground, counts in the mean IoU and in Dice.
-    players: one, all parameters.
 
   Raises:
     UserError: values out of range.
@@ -57,7 +59,8 @@ class Segmentation:
   cross_entropy_weight: float = 1.0
   dice_weight: float = 0.0
   ground: bool = True
-  players: tuple[str, ...] = (ALL,)
+
+  evaluate_reads = ("image", "segmentation")
 
   def __post_init__(self):
     weights = {name: getattr(self, name) for name in ("cross_entropy_weight", "dice_weight")}
@@ -88,13 +91,9 @@ class Segmentation:
     of each row. All these are whole numbers, so that their sums are exact.
     """
     del player  # one player: all parameters
-    variables = {"params": params, **model_state}
-    if train:
-      logits, model_state = self.model.apply(
-          variables, batch["image"], batch["mask"], train=True, rngs={"dropout": rng}, mutable=list(model_state))
-    else:
-      logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits, model_state = self.apply(
+        params, model_state, batch, rng, train, batch["image"], batch["mask"])
+    logits = at_least_float32(logits)
     target = self._target(batch)  # [B, h, w]
     known = target >= 0
     classes = jnp.arange(self.num_classes)
@@ -124,25 +123,34 @@ class Segmentation:
       metrics["confusion_matrix"] = matrix, jnp.broadcast_to(matrix.sum(axis=1, keepdims=True), matrix.shape)
     return LossOutput(loss=loss, metrics=metrics, model_state=model_state)
 
-  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+  def predict(
+      self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
+  ) -> PyTree:
     """{"classes": u8[B, h, w]}, the most probable class of each pixel."""
-    del rng  # nothing is sampled
+    del rng, context  # nothing is drawn
     logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
     return {"classes": jnp.argmax(logits, axis=-1).astype(jnp.uint8)}
+
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    goals = {"loss": MIN, "pixel_accuracy": MAX, "mean_iou": MAX}
+    if self.cross_entropy_weight and self.dice_weight:
+      goals |= {"cross_entropy_loss": MIN, "dice_loss": MIN}
+    return goals
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
     """The loss and its parts, where there are two; pixel_accuracy; mean_iou. NaN where nothing was counted.
 
     mean_iou is the mean over the classes that are, or were found, anywhere.
     """
-    mean = lambda name: float(sums[name][0]) / float(sums[name][1]) if sums[name][1] else math.nan
     weights = {"cross_entropy_loss": self.cross_entropy_weight, "dice_loss": self.dice_weight}
-    parts = {name: mean(name) for name, weight in weights.items() if weight}
+    parts = {name: ratio(*sums[name]) for name, weight in weights.items() if weight}
     loss = sum(weights[name] * value for name, value in parts.items())
     intersection, union = (np.asarray(x, np.float64)[self._first:] for x in sums["iou"])
     there = union > 0
     mean_iou = float(np.mean(intersection[there] / union[there])) if there.any() else math.nan
-    return {"loss": loss, **(parts if len(parts) > 1 else {}), "pixel_accuracy": mean("pixel_accuracy"),
+    return {"loss": loss, **(parts if len(parts) > 1 else {}), "pixel_accuracy": ratio(*sums["pixel_accuracy"]),
             "mean_iou": mean_iou}
 
   def evaluate(
@@ -171,11 +179,12 @@ class Segmentation:
       for i, row in enumerate(table):
         row |= {"precision": float(by_class.precision[i]), "recall": float(by_class.recall[i]),
                 "f1": float(by_class.f1[i]), "support": int(by_class.support[i])}
-      figures["confusion_matrix"] = report.confusion_matrix(matrix, names, per_cent=True)
+      figures["confusion_matrix"] = functools.partial(
+          report.confusion_matrix, matrix, names, per_cent=True)
     if worst:
       _, _, images, truths, found = zip(*worst)
-      figures["segmentations"] = report.segmentations(
-          images, {"truth": truths, "found": found}, names, caption="Images with the most wrong pixels")
+      figures["segmentations"] = functools.partial(
+          report.segmentations, images, {"truth": truths, "found": found}, names, caption="Images with the most wrong pixels")
     return Findings({}, figures, {"classes": table})
 
   @property

@@ -12,10 +12,11 @@ Dimensions: `B` batch, `T` frames of the network's output, `U` characters, `V` v
 """
 
 import dataclasses
+import functools
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,8 @@ import numpy as np
 from dljax import report
 from dljax.errors import UserError
 from dljax.ops import ctc
-from dljax.tasks.base import ALL, Array, Batch, Findings, LossOutput, PyTree, Sums, Variables
+from dljax.tasks.base import (
+    ALL, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables)
 
 BLANK = 0
 MAX_PICTURED = 4
@@ -35,7 +37,7 @@ MAX_BEAM = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Transcription:
+class Transcription(TaskBase):
   """Gives each recording a text.
 
   Batches have features f32[B, t, F], length i32[B], tokens i32[B, U], token_length i32[B] and mask f32[B]; see
@@ -46,7 +48,6 @@ class Transcription:
       `model.output_length` says what of a recording's frames is left.
     alphabet: V - 1 characters; label 0 is the blank.
     beam: W, of texts; 1 decodes greedily.
-    players: one, all parameters.
 
   Raises:
     UserError: a beam out of range.
@@ -55,7 +56,8 @@ class Transcription:
   model: nn.Module
   alphabet: str
   beam: int = 1
-  players: tuple[str, ...] = (ALL,)
+
+  evaluate_reads = ("features", "length", "tokens", "token_length")
 
   def __post_init__(self):
     check_beam(self.beam)
@@ -74,12 +76,8 @@ class Transcription:
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss, -log p of a text in nats; too_short, the share of recordings left out."""
     del player  # one player: all parameters
-    variables = {"params": params, **model_state}
-    if train:
-      out, model_state = self.model.apply(
-          variables, batch["features"], batch["length"], train=True, rngs={"dropout": rng}, mutable=list(model_state))
-    else:
-      out = self.model.apply(variables, batch["features"], batch["length"], train=False)
+    out, model_state = self.apply(
+        params, model_state, batch, rng, train, batch["features"], batch["length"])
     losses = ctc.ctc_loss(out["logits"], out["length"], batch["tokens"], batch["token_length"], blank=BLANK)
     fits = self._fits(batch)
     total, count = jnp.sum(jnp.where(fits, losses, 0)), jnp.sum(fits, dtype=losses.dtype)
@@ -88,17 +86,21 @@ class Transcription:
         loss=total / jnp.maximum(denominators["utterances"], 1), model_state=model_state,
         metrics={"loss": (total, count), "too_short": (there - count, there)})
 
-  def predict(self, variables: Variables, batch: Batch, rng: Array) -> PyTree:
+  def predict(
+      self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
+  ) -> PyTree:
     """{"log_probs": f32[B, T, V], "length": i32[B]}; texts are read from them on the host."""
-    del rng  # nothing is sampled
+    del rng, context  # nothing is drawn
     out = self.model.apply(variables, batch["features"], batch["length"], train=False)
     logits = out["logits"]
     return {"log_probs": jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))),
             "length": out["length"]}
 
-  def summarize(self, sums: Sums) -> Mapping[str, float]:
-    """The mean loss, and too_short. NaN where nothing was counted."""
-    return {name: float(total) / float(count) if count else math.nan for name, (total, count) in sums.items()}
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    return dict.fromkeys(
+        ("loss", "too_short", "word_error_rate", "character_error_rate"), MIN)
 
   def evaluate(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
@@ -126,8 +128,8 @@ class Transcription:
              for truth, text in zip(truths, found)]
     table.sort(key=lambda row: -row["character_error_rate"])
     features, log_probs, of_truth, of_found = zip(*(entry[2] for entry in sorted(worst, reverse=True)))
-    figure = report.alignments(
-        features, [np.exp(x) for x in log_probs], ["", *self.alphabet],
+    figure = functools.partial(
+        report.alignments, features, [np.exp(x) for x in log_probs], ["", *self.alphabet],
         [f"said: {truth}\nread: {text}" for truth, text in zip(of_truth, of_found)])
     return Findings(rates, {"alignments": figure}, {"transcripts": table[:MAX_LISTED]})
 

@@ -34,7 +34,7 @@ from absl import logging
 
 from dljax.errors import RunError, UserError
 from dljax.train import parallel
-from dljax.train.state import path_name
+from dljax.train.state import FORMAT, check_format, path_name
 
 MANIFEST = "manifest.json"
 _NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
@@ -251,6 +251,7 @@ class Checkpointer:
   def _finalize(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
     directory = self._path(step)
     manifest = {
+        "format": FORMAT,
         "step": step,
         "host": host,
         "leaves": leaves,
@@ -319,15 +320,18 @@ class Checkpointer:
             f"{new} here; use the config that it was saved with")
 
   def _manifest(self, step: int) -> dict[str, Any] | None:
-    """The manifest of a step, or None if it is missing, damaged or another step's."""
+    """The manifest of a step, or None if it is missing, damaged or another step's; `UserError` on another format."""
+    manifest = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
       data = (self._path(step) / MANIFEST).read_bytes()
-      manifest = json.loads(data)
-      del manifest["sha256"]
+      read = json.loads(data)
+      del read["sha256"]
       # Compared as bytes, so that no flipped bit is harmless enough to pass.
-      if _sealed(manifest) == data and manifest["step"] == step:
-        return manifest
-    return None
+      if _sealed(read) == data and read["step"] == step:
+        manifest = read
+    if manifest is not None:
+      check_format(manifest, self._path(step) / MANIFEST)
+    return manifest
 
   def _numbered(self) -> list[int]:
     """The decimal directories, whatever is in them, ascending."""

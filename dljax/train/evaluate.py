@@ -1,7 +1,9 @@
 """One pass over a split: summed metrics, and predictions for the metrics of whole sets."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,16 +24,27 @@ CHUNK = 8  # tokens that `generate` writes at once
 
 
 class Evaluator:
-  """Evaluates a task's variables on any split; compiles once for sums, and once with predictions."""
+  """Evaluates a task's variables on any split; compiles once for sums, and once with predictions.
 
-  def __init__(self, task: Task, mode: parallel.Mode, mesh: jax.sharding.Mesh):
+  Args:
+    task: gives the loss and the predictions.
+    mode: "jit" or "pmap".
+    mesh: the devices.
+    context: () -> the host arrays of `Data.context`, for `Task.context`.
+  """
+
+  def __init__(
+      self, task: Task, mode: parallel.Mode, mesh: jax.sharding.Mesh,
+      context: Callable[[], Mapping[str, Any]] = dict,
+  ):
     self._task = task
     self._mode = mode
     self._mesh = mesh
+    self._context = Context(task, mode, mesh, context)
     self._steps = {
         predictions: parallel.compile_step(
             step.make_eval_step(task, predictions=predictions), mode, mesh,
-            inputs=("state", "shared", "batch"), outputs=("shared", "batch", "state"))
+            inputs=("state", "shared", "batch", "shared"), outputs=("shared", "batch", "state"))
         for predictions in (False, True)
     }
 
@@ -47,39 +60,54 @@ class Evaluator:
     """What `sums` would give, found by tracing alone."""
     batch = {k: v for k, v in pipeline.batch(0).items() if not k.startswith(parallel.HOST)}
     variables = join_carry(variables, self._carry(variables, batch))
-    sums, *_ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng, batch)
+    sums, *_ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng, batch, {})
     return list(self._task.summarize(jax.tree.map(lambda x: np.zeros(x.shape), sums)))
 
   def full(
       self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str, assets: Mapping[str, Any],
   ) -> Findings:
-    """What there is to say of the split; all its metrics, summed ones included."""
+    """The findings about the split; all its metrics, summed ones included.
+
+    Where the pipeline has a sample, the findings are about the sample, and the summed metrics about all.
+    """
     sums: dict[str, Any] = {}
-    with contextlib.closing(self._batches(variables, rng, pipeline, name, sums, predictions=True)) as rows:
+    whole, sampled = range(pipeline.num_batches), pipeline.num_sample_batches
+    first = whole[:sampled] if sampled else whole
+    batches = self._batches(variables, rng, pipeline, name, sums, predictions=True, steps=first)
+    with contextlib.closing(batches) as rows:
       found = self._task.evaluate(rows, sums, assets)
       for _ in rows:  # a task need not look at every row
         pass
+    if sampled:
+      rest = self._batches(variables, rng, pipeline, name, sums, predictions=False, steps=whole[sampled:])
+      collections.deque(rest, maxlen=0)
     return dataclasses.replace(found, metrics={**self._task.summarize(sums), **found.metrics})
 
   def _batches(
       self, variables, rng, pipeline: Pipeline, name: str, sums: dict[str, Any], *, predictions: bool,
+      steps: range | None = None,
   ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Runs the split; adds to `sums`, in float64; yields (predictions, host batch) without padding.
+    """Runs the split, or the batches `steps` of it; adds to `sums`, in float64; yields (predictions, host batch) without padding.
 
     A recurrent carry begins as zeros, whatever training has left in it, and goes from batch to batch.
     """
     carry = None
+    context = self._context(variables, rng) if predictions else {}
     load = lambda i: (batch := pipeline.batch(i), parallel.put_batch(batch, self._mode, self._mesh))
-    with contextlib.closing(prefetch(load, range(pipeline.num_batches))) as batches:
-      for batch, on_device in metrics.progress(batches, f"evaluate {name}", pipeline.num_batches):
+    steps = range(pipeline.num_batches) if steps is None else steps
+    with contextlib.closing(prefetch(load, steps)) as batches:
+      for batch, on_device in metrics.progress(batches, f"evaluate {name}", len(steps)):
         if carry is None:
           carry = parallel.zero_rows(self._carry(variables, batch, jax.process_count()), self._mesh)
-        new, predicted, carry = self._steps[predictions](join_carry(variables, carry), rng, on_device)
+        new, predicted, carry = self._steps[predictions](
+            join_carry(variables, carry), rng, on_device, context)
         new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
         for key, pair in new.items():
           sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
         if predictions:
-          rows, host = parallel.rows_to_host(predicted, self._mode), parallel.gather_hosts(batch)
+          rows = parallel.rows_to_host(predicted, self._mode)
+          host = parallel.gather_hosts(
+              {k: v for k, v in batch.items() if k.startswith(parallel.HOST) or k in (*self._task.evaluate_reads, "mask")})
           real = np.asarray(host["mask"]) > 0
           yield jax.tree.map(lambda x: x[real], (rows, host))
 
@@ -92,6 +120,42 @@ class Evaluator:
     return split_carry(dict(jax.eval_shape(self._task.init, jax.random.key(0), spec)))[1]
 
 
+class Context:
+  """Computes what `Task.context` gives, once for each pass over the rows.
+
+  Args:
+    task: gives the context.
+    mode: "jit" or "pmap".
+    mesh: the devices.
+    inputs: () -> the host arrays of `Data.context`.
+  """
+
+  def __init__(
+      self, task: Task, mode: parallel.Mode, mesh: jax.sharding.Mesh,
+      inputs: Callable[[], Mapping[str, Any]],
+  ):
+    self._inputs = inputs
+    self._step = step.make_context_step(task)
+    self._compiled = parallel.compile_step(
+        self._step, mode, mesh, inputs=("state", "shared", "shared"), outputs=("shared",))
+
+  def __call__(self, variables: Mapping[str, Any], rng: jax.Array) -> Any:
+    """The context of these variables, the same on every device; {} where the task has none."""
+    variables, _ = split_carry(variables)
+    inputs = {name: np.asarray(x) for name, x in self._inputs().items()}
+    context, = jax.eval_shape(self._step, variables, rng, inputs)
+    if not jax.tree.leaves(context):
+      return context
+    return self._compiled(variables, rng, inputs)[0]
+
+
+def draw_samples(experiment: Experiment) -> None:
+  """Gives every evaluation the sample that `config.eval.examples` asks for; before the data is opened."""
+  config = experiment.config
+  for pipeline in experiment.data.evals.values():
+    pipeline.sample(config.eval.examples, config.seed)
+
+
 def evaluate(
     experiment: Experiment, evaluator: Evaluator, variables: Mapping[str, Any], rng: jax.Array,
     assets: Mapping[str, Any],
@@ -102,6 +166,7 @@ def evaluate(
   not open.
   """
   metrics_of, findings = {}, Findings()
+  draw_samples(experiment)
   passes = [pipeline for passes in experiment.data.corruptions.values() for pipeline in passes.values()]
   with opened(*experiment.data.evals.values(), *passes):
     for split, pipeline in experiment.data.evals.items():
@@ -115,7 +180,7 @@ def evaluate(
                        for name in experiment.data.corruptions} for metric in list(table[0])[2:]}
     findings = dataclasses.replace(
         findings, tables={**findings.tables, "corruptions": table},
-        figures={**findings.figures, "corruptions": report.strengths(curves, metrics_of["test"])})
+        figures={**findings.figures, "corruptions": functools.partial(report.strengths, curves, metrics_of["test"])})
   return metrics_of, findings
 
 
@@ -132,14 +197,15 @@ def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state
   size = experiment.config.eval_batch_size
   run = parallel.compile_step(
       step.make_predict_step(experiment.task), mode, program.mesh,
-      inputs=("state", "shared", "batch"), outputs=("batch",))
+      inputs=("state", "shared", "batch", "shared"), outputs=("batch",))
   variables, _ = split_carry(state.variables)  # what training has left in the carry is no prediction's past
+  context = Context(experiment.task, mode, program.mesh, experiment.data.context)(variables, state.rng)
   fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
   count = len(next(iter(fields.values())))
   parts = []
   for start in metrics.progress(range(0, count, size), "predict"):
     rows = {k: v[start:start + size] for k, v in fields.items()}
-    out, = run(variables, state.rng, _put_padded(rows, size, mode, program.mesh))
+    out, = run(variables, state.rng, _put_padded(rows, size, mode, program.mesh), context)
     parts.append(jax.tree.map(lambda x: x[:min(size, count - start)], parallel.rows_to_host(out, mode)))
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
@@ -163,7 +229,7 @@ def generate(
     state: gives the variables.
     batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
   """
-  start, advance = step.make_continue_steps(experiment.task, CHUNK)
+  start, advance = step.make_generate_steps(experiment.task, CHUNK)
   start = parallel.compile_step(start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",))
   advance = parallel.compile_step(
       advance, mode, program.mesh, inputs=("state", "shared", "batch"), outputs=("batch", "batch"))

@@ -7,18 +7,19 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from dljax import optim, report
-from dljax.data.pipeline import opened
+from dljax.data.pipeline import Pipeline, opened
 from dljax.errors import Preempted, RunError, UserError, unknown
 from dljax.interop import variants
+from dljax.tasks.base import MAX
 from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import Evaluator, evaluate, prefetch
+from dljax.train.evaluate import Evaluator, draw_samples, evaluate, prefetch
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import StopSignals
@@ -52,15 +53,17 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
     weights()  # which may be bad input, to be told before anything is written
   if assets := folder.read_assets():
     experiment.data.restore(assets)
+  draw_samples(experiment)
   with opened(experiment.data.train, *experiment.data.evals.values()):
-    evaluator = Evaluator(experiment.task, options.parallelism, program.mesh)
-    if experiment.monitor:
-      _check_monitor(experiment, evaluator, program)
+    evaluator = Evaluator(
+        experiment.task, options.parallelism, program.mesh, experiment.data.context)
+    whole_sets = _every_evaluation_is_full(experiment, evaluator, program)
     _acquire(folder)
     try:
       checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
       with StopSignals() as signals, checkpointer:
-        return _Run(experiment, folder, options, program, weights, evaluator, checkpointer, signals).run()
+        return _Run(
+            experiment, folder, options, program, weights, evaluator, checkpointer, signals, whole_sets).run()
     finally:
       folder.release()
 
@@ -77,14 +80,20 @@ def _acquire(folder: Workdir) -> None:
     raise error or UserError(f"--workdir={folder.path} cannot be used; the first host says why")
 
 
-def _check_monitor(experiment: Experiment, evaluator: Evaluator, program: Program) -> None:
-  state = program.abstract_state
-  known = [f"{split}/{name}" for split, pipeline in experiment.data.evals.items() if split != "test"
-           for name in evaluator.metric_names(state.variables, state.rng, pipeline)]
+def _every_evaluation_is_full(experiment: Experiment, evaluator: Evaluator, program: Program) -> bool:
+  """Whether the monitor is a whole-set metric that no interval is set for; `UserError` if there is no such monitor."""
+  if not experiment.monitor:
+    return False
+  known = [f"{split}/{name}" for split in experiment.data.evals if split != "test"
+           for name in experiment.task.goals]
   if not known:
     raise UserError(f"--config.monitor={experiment.monitor}: there is no split but test; write --config.monitor=")
   if experiment.monitor not in known:
     raise unknown("--config.monitor", experiment.monitor, known)
+  split, _, metric = experiment.monitor.partition("/")
+  state = program.abstract_state
+  summed = evaluator.metric_names(state.variables, state.rng, experiment.data.evals[split])
+  return metric not in summed and not experiment.config.full_eval_every
 
 
 class _Run:
@@ -93,11 +102,14 @@ class _Run:
   def __init__(
       self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program,
       weights: Callable[[], pretrained.Weights], evaluator: Evaluator, checkpointer: Checkpointer, signals: StopSignals,
+      whole_sets: bool,
   ):
     self.experiment, self.config, self.options = experiment, experiment.config, options
     self.folder, self.program, self.weights, self.evaluator = folder, program, weights, evaluator
     self.checkpointer, self.signals = checkpointer, signals
+    self.whole_sets = whole_sets  # whether every evaluation has whole-set metrics
     self.tracker = optim.Tracker()  # of the monitored metric
+    self.optimizer, *_ = optim.player_configs(self.config, experiment.task.players).values()
     self.seconds, self.started = 0.0, time.monotonic()  # of earlier calls; the start of this one
 
   def run(self) -> TrainState:
@@ -141,7 +153,7 @@ class _Run:
     lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
     log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
     running = collections.deque()  # a small result of each step that may not be done yet
-    due = lambda every: done % every == 0 or done == config.total_steps
+    due = lambda every: every and done % every == 0 or done == config.total_steps
     with contextlib.closing(prefetch(load, range(start, config.total_steps))) as batches, contextlib.closing(log):
       for done, batch in enumerate(batches, start + 1):
         self.signals.wait_for_step = True
@@ -154,12 +166,13 @@ class _Run:
         # failed, the one below says so.
         stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(
             self.signals.received or self.checkpointer.failed)
-        if not (stopping or due(config.eval_every) or due(config.checkpoint_every)):
+        evaluating = due(config.eval_every) or due(config.full_eval_every)
+        if not (stopping or evaluating or due(config.checkpoint_every)):
           continue
 
         with log.paused(out):  # every step until here is done and good
           tracker = self.tracker
-          if due(config.eval_every):
+          if evaluating:
             self._evaluate(state, done, writer)
             lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
           is_best = self.tracker.best_step != tracker.best_step
@@ -186,13 +199,24 @@ class _Run:
     values = {}
     for split, pipeline in self.experiment.data.evals.items():
       if split != "test":
-        found = self.evaluator.sums(state.variables, state.rng, pipeline, split)
+        found = self._metrics(state, pipeline, split, step)
         writer.write(step, split, found)
         values |= {f"{split}/{name}": value for name, value in found.items()}
     monitor = self.experiment.monitor
-    if monitor:
-      higher = not metrics.lower_is_better(monitor)
-      self.tracker = optim.track(self.config.optimizer, self.tracker, step, values[monitor], higher)
+    if monitor in values:  # a whole-set metric is not in every evaluation
+      goal = self.experiment.task.goals[monitor.partition("/")[2]]
+      value = parallel.of_first_host(values[monitor])
+      self.tracker = optim.track(self.optimizer, self.tracker, step, value, goal == MAX)
+
+  def _metrics(
+      self, state: TrainState, pipeline: Pipeline, split: str, step: int,
+  ) -> Mapping[str, float]:
+    """The metrics of a split: the summed ones, and if they are due those of the whole set."""
+    every = self.config.full_eval_every
+    if not (self.whole_sets or every and step % every == 0):
+      return self.evaluator.sums(state.variables, state.rng, pipeline, split)
+    assets = self.folder.read_assets()
+    return self.evaluator.full(state.variables, state.rng, pipeline, split, assets).metrics
 
   def _report(self, state: TrainState) -> None:
     """The metrics of the best state on every split, the pictures, and result.json."""
@@ -209,7 +233,7 @@ class _Run:
     if jax.process_index() != 0:
       return
     rows = report.read_metrics(self.folder.metrics_file)
-    figures = {**findings.figures, "learning_curves": report.learning_curves(rows)}
+    figures = {**findings.figures, "learning_curves": lambda: report.learning_curves(rows)}
     self.folder.write_findings(dataclasses.replace(findings, figures=figures))
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     write_json(self.folder.result_file, {

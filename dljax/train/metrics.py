@@ -20,14 +20,6 @@ from dljax.train.experiment import Experiment
 from dljax.train.state import NOT_FAILED
 from dljax.train.workdir import read_json, write_json
 
-# Of these, less is better; of all other metrics, more.
-_LOWER_IS_BETTER = ("loss", "perplexity", "error", "mse", "mae", "bits_per", "distance")
-
-
-def lower_is_better(metric: str) -> bool:
-  """Whether a smaller value of the metric ("validation/loss") is the better one."""
-  return any(word in metric.rpartition("/")[2] for word in _LOWER_IS_BETTER)
-
 
 class MetricWriter:
   """Writes each logged point to metrics.jsonl, to TensorBoard and, if asked, to Weights & Biases.

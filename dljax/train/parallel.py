@@ -106,13 +106,22 @@ def make_mesh(sizes: Mapping[str, int], mode: Mode = "jit", devices: Sequence[An
   return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
-  """Raises a UserError unless every device gets the same number of rows of every micro-batch."""
+def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1, parts: int = 1) -> None:
+  """Raises a UserError unless every device gets the same number of rows of every micro-batch and part.
+
+  Args:
+    flag: names the batch size in the message.
+    batch_size: the number of rows over all devices.
+    mesh: the devices.
+    accumulation: the number of micro-batches.
+    parts: the number of parts that the players' turns read, `Task.own_rows`.
+  """
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-  if batch_size % (shards * accumulation):
-    micro = f" times {accumulation} micro-batches" if accumulation > 1 else ""
-    raise UserError(f"{flag}={batch_size} does not divide over {shards} devices{micro}; "
-                    f"choose a multiple of {shards * accumulation}")
+  if batch_size % (shards * accumulation * parts):
+    cuts = [f"{shards} devices"]
+    cuts += [f"{accumulation} micro-batches"] * (accumulation > 1) + [f"{parts} parts of a batch"] * (parts > 1)
+    raise UserError(f"{flag}={batch_size} does not divide over {' times '.join(cuts)}; "
+                    f"choose a multiple of {shards * accumulation * parts}")
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -180,6 +189,8 @@ def compile_step(
   Returns:
     The compiled function. It has `.lower(*arguments)` too, for abstract arguments.
   """
+  if mode == "pmap" and "batch" not in inputs:
+    return jax.jit(step)  # of what every device holds, nothing is mapped
   if mode == "pmap":
     return _Mapped(step, mesh, inputs, outputs, donate)
 
@@ -200,17 +211,20 @@ class _Mapped:
   """A step compiled by pmap. A carry within a state has no axis of devices outside of it, as nothing of a state has."""
 
   def __init__(self, step, mesh: Mesh, inputs: Sequence[Role], outputs: Sequence[Role], donate: Sequence[int]):
-    def mapped(*args):
-      *args, carries = args
+    def mapped(states, shared, batches, carries):
+      values = {"state": iter(states), "shared": iter(shared), "batch": iter(batches)}
+      args = [next(values[role]) for role in inputs]
       with collectives.axis_context(_PMAP_AXIS):
         carries, results = _split_carries(step(*_join_carries(args, carries)), outputs)
       return *results, carries
 
     axes = {"batch": 0, "state": None, "shared": None}
     self._mesh, self._inputs = mesh, inputs
+    # An argument without an array, such as an empty context, would shift pmap's axes: one argument for each role.
     self._step = jax.pmap(
-        mapped, axis_name=_PMAP_AXIS, in_axes=(*(axes[r] for r in inputs), 0),
-        out_axes=(*(axes[r] for r in outputs), 0), devices=list(mesh.devices.flat), donate_argnums=tuple(donate))
+        mapped, axis_name=_PMAP_AXIS, in_axes=(None, None, 0, 0),
+        out_axes=(*(axes[r] for r in outputs), 0), devices=list(mesh.devices.flat),
+        donate_argnums=tuple({("state", "shared", "batch").index(inputs[i]) for i in donate}))
 
   def __call__(self, *args):
     *results, carries = self._step(*self._arguments(args))
@@ -221,7 +235,9 @@ class _Mapped:
 
   def _arguments(self, args):
     carries, args = _split_carries(args, self._inputs)
-    return *args, jax.tree.map(lambda x: _split_devices(x, self._mesh), carries)
+    of_role = lambda role: [x for x, own in zip(args, self._inputs, strict=True) if own == role]
+    carries = jax.tree.map(lambda x: _split_devices(x, self._mesh), carries)
+    return of_role("state"), of_role("shared"), of_role("batch"), carries
 
 
 def _split_carries(args: Sequence[Any], roles: Sequence[Role]) -> tuple[list[Any], list[Any]]:
@@ -358,6 +374,14 @@ def state_to_host(state: TrainState, mesh: Mesh) -> Any:
   if jax.process_count() > 1:
     state = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(state)
   return jax.tree.map(np.asarray, state)
+
+
+def of_first_host(value: float) -> float:
+  """The first host's number on every host: what is decided by it is decided alike."""
+  if jax.process_count() == 1:
+    return value
+  words = np.frombuffer(np.float64(value).tobytes(), np.uint32)  # arrays on devices may know no float64
+  return float(np.frombuffer(np.asarray(_multihost().broadcast_one_to_all(words)).tobytes(), np.float64)[0])
 
 
 def any_host(flag: bool) -> bool:

@@ -27,7 +27,7 @@ from dljax.interop import files, folder, hub, variants
 from dljax.tasks.base import CARRY
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
-from dljax.train.state import TrainState, split_carry
+from dljax.train.state import TrainState, averaged, split_carry
 from dljax.train.workdir import Workdir
 
 
@@ -53,8 +53,9 @@ class Weights:
     flat |= {path: jax.device_put(array, flat[path].sharding) for path, array in self.arrays.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
     params = variables.pop("params")
-    ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-    return state.replace(params=params, model_state=state.model_state | variables, ema=ema)
+    model_state = state.model_state | variables
+    ema = jax.tree.map(jnp.copy, averaged(params, model_state)) if state.ema else {}
+    return state.replace(params=params, model_state=model_state, ema=ema)
 
 
 def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
@@ -207,15 +208,18 @@ def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
     restored = checkpointer.restore_arrays(_of_evaluation, best if best in checkpointer.steps() else None)
   if restored is None:
     raise UserError(f"{path} holds no intact checkpoint; train there first")
-  ours = {}
-  for name, array in restored.state.items():
-    part, _, rest = name.partition("/")
-    ours[rest if part == "model_state" else f"params/{rest}"] = array
-  return restored.step, ours
+  return restored.step, {_variable(name): array for name, array in restored.state.items()}
 
 
 def _of_evaluation(names: Iterable[str]) -> list[str]:
-  names = list(names)
-  params = "ema/" if any(name.startswith("ema/") for name in names) else "params/"
-  return [name for name in names
-          if name.startswith((params, "model_state/")) and not name.startswith(f"model_state/{CARRY}/")]
+  """Those arrays of a state that evaluation uses: of each variable its average, where there is one."""
+  chosen = {}
+  for name in sorted(names, key=lambda name: name.startswith("ema/")):  # an average replaces what came before
+    if name.startswith(("params/", "model_state/", "ema/")) and not name.startswith(f"model_state/{CARRY}/"):
+      chosen[_variable(name)] = name
+  return list(chosen.values())
+
+
+def _variable(name: str) -> str:
+  """"params/x" for "params/x" and "ema/params/x", "batch_stats/x" for "model_state/batch_stats/x"."""
+  return name.removeprefix("model_state/").removeprefix("ema/")

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from dljax import optim
+from dljax.errors import UserError
+from dljax.tasks.base import CARRY, Task
 from dljax.train import flops, parallel, step
 from dljax.train.experiment import Experiment
 from dljax.train.state import TrainState, create_state, player_params
@@ -47,18 +50,28 @@ class Program:
     mode = self._mode = options.parallelism
     self._batch_spec = experiment.data.batch_spec
     self.mesh = parallel.make_mesh(options.mesh, mode, devices)
-    parallel.check_batch_size("--config.batch_size", config.batch_size, self.mesh, config.accumulation)
+    parallel.check_batch_size(
+        "--config.batch_size", config.batch_size, self.mesh, config.accumulation, experiment.task.own_rows)
     parallel.check_batch_size("--config.eval_batch_size", config.eval_batch_size, self.mesh)
-    players = experiment.task.players
-    # A player that moves n times a step walks through its schedule n times as fast.
-    tx = {p: optim.make_optimizer(config.optimizer, config.total_steps * players.count(p))[0] for p in set(players)}
-    schedule = optim.make_schedule(config.optimizer, config.total_steps)
+    task = experiment.task
+    _check_rows(task, config)
+    optimizers = optim.player_configs(config, task.players)
+    several = len(optimizers) > 1
+    made = {
+        player: optim.make_optimizer(
+            own, config.total_steps * task.players.count(player), player if several else "")
+        for player, own in optimizers.items()}
+    tx, schedules = ({player: pair[i] for player, pair in made.items()} for i in range(2))
     self._create = lambda: create_state(
-        experiment.task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
+        task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
     self.abstract_state = parallel.abstract_state(self._create, self.mesh)
-    optim.check_patterns(config.optimizer, *(player_params(self.abstract_state.params, p) for p in tx))
+    for player, own in optimizers.items():
+      optim.check_patterns(
+          own, player_params(self.abstract_state.params, player), player if several else "")
+    if task.own_rows > 1 and CARRY in self.abstract_state.model_state:
+      raise ValueError("a task with a recurrent carry reads the whole batch in every turn: own_rows must be 1")
     train_step = step.make_train_step(
-        experiment.task, tx, schedule, accumulation=config.accumulation, ema_decay=config.ema_decay)
+        task, tx, schedules, accumulation=config.accumulation, ema_decay=config.ema_decay)
     self.train_step = parallel.compile_step(
         train_step, mode, self.mesh, inputs=("state", "batch", "shared"), outputs=("state", "shared"), donate=(0,))
 
@@ -79,3 +92,13 @@ class Program:
 
   def _abstract_scale(self) -> jax.ShapeDtypeStruct:
     return parallel.abstract_shared(np.float32(1), self.mesh)
+
+
+def _check_rows(task: Task, config: ml_collections.ConfigDict) -> None:
+  """Refuses what a task whose rows see each other, or have a part of their own, cannot do."""
+  if task.couples_rows and config.accumulation > 1:
+    raise UserError(f"--config.accumulation={config.accumulation}: the rows of a batch see each other here, and "
+                    "micro-batches would part them; set it to 1")
+  most = max(map(task.players.count, task.players))
+  if 1 < task.own_rows < most:
+    raise ValueError(f"own_rows is {task.own_rows}, too few parts for a player with {most} turns")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -10,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dljax.errors import UserError
 from dljax.tasks.base import ALL, CARRY, Batch, Task
 
+FORMAT = 2  # of a run's files: what config.json and the manifests of checkpoints say
 NOT_FAILED = -1
+BATCH_STATS = "batch_stats"  # the collection of BatchNorm's running statistics
+# The keys of initial parameters and of evaluation: steps fold 0 to 2^31 - 1 into the run's key.
+INIT, EVALUATION = 2**31, 2**31 + 1
 
 
 @flax.struct.dataclass
@@ -26,7 +32,7 @@ class TrainState:
       from batch to batch, one row for each row of the batch.
     opt_state: player -> optimizer state.
     rng: u32[2], key data of the run's seed; constant. Every draw folds in the step and a name.
-    ema: exponential moving average of the parameters, or {} where it is off.
+    ema: exponential moving averages by collection, {"params": ..., "batch_stats": ...}, or {} where they are off.
     failed_step: i32[], the first step whose loss or gradient was not finite, else `NOT_FAILED`.
   """
 
@@ -40,8 +46,8 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What evaluation and prediction use: the EMA parameters wherever EMA is on; of a carry only that there is one."""
-    return {"params": self.ema or self.params, **self.model_state}
+    """What evaluation and prediction use: the averages wherever EMA is on; of a carry only that there is one."""
+    return {"params": self.params, **self.model_state, **self.ema}
 
 
 def player_params(params: Any, player: str) -> Any:
@@ -52,6 +58,25 @@ def player_params(params: Any, player: str) -> Any:
 def replace_player_params(params: Any, player: str, new: Any) -> Any:
   """`params` with the part of `player` replaced."""
   return new if player == ALL else {**params, player: new}
+
+
+def averaged(params: Any, model_state: Any) -> dict[str, Any]:
+  """The collections that EMA averages: the parameters and the batch statistics.
+
+  What else the model keeps (a carry, the vectors of power iterations, counters) has no meaningful
+  average: evaluation uses its newest value.
+  """
+  return {"params": params, **{k: v for k, v in model_state.items() if k == BATCH_STATS}}
+
+
+def average(old: Any, new: Any, decay: jax.Array) -> Any:
+  """`decay` of the old averages and the rest of the new values; what is not floating is the new value."""
+  def mix(e: jax.Array, x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return e + (1 - decay).astype(x.dtype) * (x - e)
+
+  return jax.tree.map(mix, old, new)
 
 
 def split_carry(tree: Any) -> tuple[Any, dict[str, Any]]:
@@ -83,7 +108,7 @@ def create_state(
     ema: whether to keep an average of the parameters.
   """
   key = jax.random.key(seed)
-  params_key = jax.random.fold_in(key, 0x1417)  # apart from the steps, which fold in 0, 1, 2, ...
+  params_key = jax.random.fold_in(key, INIT)
   batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}
   variables = dict(task.init(params_key, batch))
   params = variables.pop("params")
@@ -93,9 +118,17 @@ def create_state(
       model_state=variables,
       opt_state={player: tx[player].init(player_params(params, player)) for player in dict.fromkeys(task.players)},
       rng=jax.random.key_data(key),
-      ema=jax.tree.map(jnp.copy, params) if ema else {},
+      ema=jax.tree.map(jnp.copy, averaged(params, variables)) if ema else {},
       failed_step=jnp.full((), NOT_FAILED, jnp.int32),
   )
+
+
+def check_format(stored: Mapping[str, Any], path: Path) -> None:
+  """Raises a `UserError` unless what was read from `path` says that its run has this version's format."""
+  found = stored.get("format", 1)
+  if found != FORMAT:
+    raise UserError(f"{path}: this run has format {found}, and this version of dljax reads format {FORMAT}; use the "
+                    "version that wrote it, or train again in another --workdir")
 
 
 def path_name(path: tuple[Any, ...]) -> str:

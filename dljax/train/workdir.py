@@ -15,13 +15,13 @@ from typing import Any
 import ml_collections
 
 from dljax import report
-from dljax.config import LATER_FIELDS, flatten
+from dljax.config import decides_training, flatten
 from dljax.errors import UserError, writing
 from dljax.tasks.base import Findings
+from dljax.train.state import FORMAT, check_format
 
-# A run may continue with other values of these; of nothing else.
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "eval.corruptions",
-               *(f"sampling.{field}" for field in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")))
+# Of the fields that decide the training, a run may continue with other values of these alone.
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "full_eval_every")
 _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
@@ -97,17 +97,16 @@ class Workdir:
       return
     if resume == "never":
       raise UserError(f"--resume=never: {where} holds a run; name another --workdir, or delete it to start afresh")
-    self._check_same(read_json(self.config_file, config=dict)["config"], config)
+    self._check_same(self._read_config(), config)
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     # Through JSON, where a tuple is a list.
-    jsonable = lambda value: json.loads(json.dumps(value))
-    new = flatten(jsonable(config.to_dict()))
-    old = {key: jsonable(value) for key, value in LATER_FIELDS.items() if key in new} | flatten(old)
+    new, old = flatten(json.loads(json.dumps(config.to_dict()))), flatten(old)
     differ = [
         f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
         for key in sorted(old.keys() | new.keys())
-        if key not in _MAY_CHANGE and (key not in old or key not in new or old[key] != new[key])
+        if decides_training(key) and key not in _MAY_CHANGE
+        and (key not in old or key not in new or old[key] != new[key])
     ]
     if differ:
       raise UserError(f"--workdir={self.path} holds a run with a different config: {'; '.join(differ)}; name "
@@ -152,6 +151,7 @@ class Workdir:
     """
     self.result_file.unlink(missing_ok=True)
     write_json(self.config_file, {
+        "format": FORMAT,
         "config": config.to_dict(),
         "command": sys.argv,
         "git_commit": _git_commit(),
@@ -171,14 +171,20 @@ class Workdir:
     """
     if not self.config_file.exists():
       raise UserError(f"--workdir={self.path} holds no run; name the folder of one, or train first")
-    return ml_collections.ConfigDict(_with_tuples(read_json(self.config_file, config=dict)["config"]))
+    return ml_collections.ConfigDict(_with_tuples(self._read_config()))
+
+  def _read_config(self) -> dict[str, Any]:
+    """config.json's config as JSON has it; `UserError` where the run is of another format."""
+    stored = read_json(self.config_file, config=dict)
+    check_format(stored, self.config_file)
+    return stored["config"]
 
   def write_findings(self, findings: Findings) -> None:
     """Writes figures/*.png and tables/*.csv; `RunError` where that fails."""
     with writing(self.figures):
       self.figures.mkdir(exist_ok=True)
-      for stem, figure in findings.figures.items():
-        report.save(figure, self.figures / f"{stem}.png")
+      for stem, draw in findings.figures.items():
+        report.save(draw(), self.figures / f"{stem}.png")
     with writing(self.tables):
       self.tables.mkdir(exist_ok=True)
       for stem, rows in findings.tables.items():

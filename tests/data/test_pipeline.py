@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dljax.data.pipeline import PADDING, IndexedPipeline, InMemory, Streaming
+from dljax.data.pipeline import PADDING, IndexedPipeline, InMemory, Streaming, rng
 from dljax.errors import UserError
 
 
@@ -45,6 +45,11 @@ def test_batch_is_a_function_of_seed_and_step():
   assert make(seed=2, train=True).batch(0)["x"].tolist() != later[0]
 
 
+def test_every_name_seed_and_step_has_draws_of_its_own():
+  draws = {rng(seed, step, name).random() for seed in (0, 1) for step in (0, 1) for name in ("flip", "pad_crop")}
+  assert len(draws) == 8
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_out_the_global_batch(train, hosts):
@@ -52,7 +57,7 @@ def test_hosts_share_out_the_global_batch(train, hosts):
   parts = [make(train=train, host=host, hosts=hosts) for host in range(hosts)]
   assert {p.num_batches for p in parts} == {whole.num_batches}
   for step in range(3):
-    joined = np.stack([p.batch(step)["host/id"] for p in parts], axis=1).ravel()
+    joined = np.concatenate([p.batch(step)["host/id"] for p in parts])
     np.testing.assert_array_equal(joined, whole.batch(step)["host/id"])
 
 

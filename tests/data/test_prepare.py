@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 
+from dljax import downloads
 from dljax.data import prepare, sources
 from dljax.data.datasets import DOWNLOADED
 from dljax.data.image import labelled
@@ -123,6 +124,23 @@ def test_cifar_from_files_at_hand(name, tmp_path, monkeypatch):
   assert sources.open_dataset(name).features["label"].names[7] == "class7"
 
 
+@pytest.mark.parametrize("member", ["../outside", "a/../../outside", "link"])
+def test_an_archive_writes_nothing_outside_of_its_folder(member, tmp_path):
+  from dljax.data.datasets import stock
+
+  folder = tmp_path / "files"
+  folder.mkdir()
+  with tarfile.open(folder / "set.tar.gz", "w:gz") as archive:
+    entry = tarfile.TarInfo(member)
+    if member == "link":
+      entry.type, entry.linkname = tarfile.SYMTYPE, "../../outside"
+    archive.addfile(entry, io.BytesIO())
+  with pytest.raises(tarfile.FilterError):
+    stock._LocalFiles(folder).download_and_extract("https://example.com/set.tar.gz")
+  assert {path.name for path in tmp_path.iterdir()} == {"files"}
+  assert not (folder / "outside").exists() and not (folder / "set" / "link").is_symlink()
+
+
 def test_stock_builders_keep_names_versions_features_and_checksums():
   from tensorflow_datasets.datasets.tiny_shakespeare import tiny_shakespeare_dataset_builder as tiny_shakespeare
   from tensorflow_datasets.image_classification import cifar, mnist
@@ -201,6 +219,13 @@ def test_download_goes_on_where_the_connection_broke(server, tmp_path, honours_r
     prepare.fetch(server.url + "big", tmp_path / "big", len(data))  # sent from the start: not appended
   assert (tmp_path / "big").read_bytes() == data
   assert not (tmp_path / "big.part").exists()
+
+
+def test_a_download_may_break_off_as_often_as_it_brings_something(server, tmp_path):
+  data = RNG.bytes(10_000 * (downloads.ATTEMPTS + 2))
+  server.files, server.budget = {"big": data}, 10_000
+  prepare.fetch(server.url + "big", tmp_path / "big", len(data))
+  assert (tmp_path / "big").read_bytes() == data
 
 
 def test_a_second_run_resumes_the_first(server, tmp_path):

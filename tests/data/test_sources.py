@@ -141,3 +141,13 @@ def test_configs_have_to_be_chosen(digits_dir, tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   with pytest.raises(UserError, match="choose pair/by_writer or pair/stratified"):
     sources.open_dataset("pair")
+
+
+def test_the_newest_version_is_the_largest_number(tmp_path):
+  for version in ("9.0.0", "10.0.0", "2.11.3"):
+    (tmp_path / "set" / version).mkdir(parents=True)
+    (tmp_path / "set" / version / "features.json").touch()
+  (tmp_path / "set" / "11.0.0").mkdir()  # was not finished
+  assert sources.find("set", tmp_path).name == "10.0.0"
+  assert sources.find("set:9.0.0", tmp_path).name == "9.0.0"
+  assert sources.find("set:1.0.0", tmp_path) is None

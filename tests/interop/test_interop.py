@@ -14,7 +14,7 @@ import safetensors.numpy
 from flax import linen as nn
 
 from dljax import interop
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError
 from dljax.interop import folder, table, variants
 from dljax.interop.table import LINEAR, SAME, Layout, Table, concatenate, layer
 from dljax.models import deepspeech, efficientnet, lenet, mlp, resnet, retinanet, rnn, unet, vgg, vit
@@ -90,6 +90,15 @@ def test_load_is_the_inverse_of_dump_for_other_sizes_and_channels(model, image, 
   jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+def test_weights_are_recognised_by_their_names(source):
+  tensors = interop.dump(VIT, random_variables(VIT, np.zeros((1, 4, 4, 3))), source)
+  assert interop.recognise(VIT, tensors) == source
+  assert interop.recognise(VIT, {"params/head/bias": np.zeros(3)}) == interop.OURS
+  with pytest.raises(UserError, match="the first names are: other"):
+    interop.recognise(VIT, {"other": np.zeros(3)})
+
+
 def test_every_tensor_has_one_name():
   model = resnet.VARIANTS["resnet50"](num_classes=10)
   variables = random_variables(model, np.zeros((1, 32, 32, 3)))
@@ -120,6 +129,26 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path, name):
   (tmp_path / name).write_bytes(b"")
   with pytest.raises(UserError, match="is a pickle.*safetensors.torch.save_file"):
     interop.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("start", [b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"])
+def test_pickles_are_known_by_their_first_bytes(tmp_path, start):
+  (tmp_path / "net.safetensors").write_bytes(start + bytes(20))
+  with pytest.raises(UserError, match="is a pickle"):
+    interop.read(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: folder.write_folder(path, {}, {}), lambda path: folder.write_file(path, {})])
+def test_nothing_is_left_of_what_could_not_be_written(tmp_path, monkeypatch, write):
+  def fail(tensors, path, **_):
+    path.write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+  with pytest.raises(RunError, match="No space left on device"):
+    write(tmp_path / "out")
+  assert not list(tmp_path.iterdir())
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """`python -m dljax.interop`: weights in and out, and how bad input ends."""
 
+import functools
 import hashlib
 import http.server
 import json
@@ -29,6 +30,7 @@ RESNET = resnet.VARIANTS["resnet18"](num_classes=7, width=4)
 LENET = lenet.VARIANTS["lenet5"](num_classes=10)
 
 
+@functools.cache
 def _tensors(model=RESNET, source="torchvision", shape=(1, 32, 32, 3)):
   return interop.dump(model, random_variables(model, np.zeros(shape)), source)
 

@@ -11,6 +11,7 @@ import pytest
 from dljax.errors import UserError
 from dljax.models import alexnet
 from dljax.train.state import parameter_count
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 COUNTS = {"alexnet": 61_100_840, "alexnet_2012": 60_965_224}
@@ -113,7 +114,7 @@ def test_the_network_of_2012_is_the_papers_written_in_numpy():
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 9])
 def test_response_normalisation_is_the_papers_formula(channels):
   a = 100 * _images(3, channels=channels)
-  np.testing.assert_allclose(alexnet.local_response_norm(a), _normalise(a.astype(np.float64)), rtol=1e-5)
+  np.testing.assert_allclose(jax.jit(alexnet.local_response_norm)(a), _normalise(a.astype(np.float64)), rtol=1e-5)
 
 
 def test_initialisation():
@@ -139,8 +140,13 @@ def test_images_that_are_too_small_are_refused_with_the_smallest_size(stem, smal
       run(*size)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name == "alexnet" else []) for name in alexnet.VARIANTS])
+@pytest.mark.parametrize("name", alexnet.VARIANTS)
+def test_remat_only_recomputes(name):
+  assert_remat_only_recomputes(functools.partial(_tiny, name), _images(28))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", alexnet.VARIANTS)
 def test_remat_changes_no_gradient(name):
   with jax.enable_x64(True):
     x, grads = _images(28, dtype=np.float64), []
@@ -159,11 +165,12 @@ def test_remat_changes_no_gradient(name):
 def test_units_are_dropped_in_training_only():
   model, x = _tiny(), _images(28)
   variables = random_variables(model, x)
-  run = jax.jit(functools.partial(model.apply, train=True))
-  one, other = (run(variables, x, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1))
+  off = _tiny(dropout=0.0)
+  run = jax.jit(lambda key: (model.apply(variables, x, train=True, rngs={"dropout": key}), model.apply(variables, x),
+                             off.apply(variables, x, train=True)))
+  (one, evaluated, off), (other, _, _) = run(jax.random.key(0)), run(jax.random.key(1))
   assert np.abs(one - other).max() > 0
-  off = jax.jit(lambda: _tiny(dropout=0.0).apply(variables, x, train=True))()
-  np.testing.assert_allclose(jax.jit(model.apply)(variables, x), off, rtol=1e-5)
+  np.testing.assert_allclose(evaluated, off, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", alexnet.VARIANTS)

@@ -1,5 +1,7 @@
 """Deep Speech 2: parameter counts, lengths, and that padding changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from dljax.models import deepspeech
 from dljax.train.state import parameter_count
 from tests.fixtures import formula
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 # (labels, bands) -> parameters, by hand: kernels and norms, two GRUs in each layer, the head.
@@ -35,6 +38,15 @@ def test_parameter_counts(name):
   model = deepspeech.VARIANTS[name](vocab_size=labels)
   shapes = jax.eval_shape(model.init, jax.random.key(0), _features(bands=bands))
   assert parameter_count(shapes["params"]) == count
+
+
+def test_a_last_odd_frame_is_heard():
+  """Of 5 frames a stride of 2 makes 3, of which the last has but one to see; of 3 of these 5 it makes 2."""
+  layer, x = deepspeech._Convolution(2, (3, 3), (2, 2), jnp.float32), np.ones((2, 5, 4, 1), np.float32)
+  variables = layer.init(jax.random.key(0), x, np.array([5, 3]), False)
+  variables["params"]["conv"]["kernel"] = jnp.abs(variables["params"]["conv"]["kernel"])
+  y = layer.apply(variables, x, np.array([5, 3]), False)
+  np.testing.assert_array_equal((y > 0).all(axis=(2, 3)), [[True, True, True], [True, True, False]])
 
 
 @pytest.mark.parametrize("name", deepspeech.VARIANTS)
@@ -86,6 +98,11 @@ def test_every_frame_hears_the_whole_recording_and_no_padding():
   assert np.abs(grad[1, :13]).max(axis=1).min() > 0 and not np.asarray(grad[1, 13:]).any()
 
 
+def test_remat_only_recomputes():
+  assert_remat_only_recomputes(functools.partial(_tiny, dropout=0.2), _features(2, 10))
+
+
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   features, grads = _features(2, 10), []
   for remat in (False, True):

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dljax.errors import UserError
 from dljax.models import efficientnet
 from dljax.models.layers import StochasticDepth
 from dljax.train.state import parameter_count
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 COUNTS = {
@@ -64,13 +66,17 @@ def test_stochastic_depth_keeps_the_mean_and_leaves_out_whole_rows():
 def test_blocks_and_units_are_dropped_in_training_only():
   x = _images(16)
   variables = random_variables(_tiny(), x)
-  for on in ({"dropout": 0.0, "stochastic_depth": 0.9}, {"stochastic_depth": 0.0, "dropout": 0.9}):
-    run = jax.jit(lambda key, on=on: _tiny(**on).apply(
-        variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0])
-    assert len({np.asarray(run(jax.random.key(i))).tobytes() for i in range(8)}) > 1
-  still = jax.jit(lambda key: _tiny(dropout=0.0, stochastic_depth=0.0).apply(
-      variables, x, train=True, mutable=["batch_stats"])[0])
-  np.testing.assert_array_equal(still(jax.random.key(0)), still(jax.random.key(1)))
+  forms = ({"dropout": 0.0, "stochastic_depth": 0.9}, {"stochastic_depth": 0.0, "dropout": 0.9},
+           {"stochastic_depth": 0.0, "dropout": 0.0})
+  run = jax.jit(lambda key: [_tiny(**on).apply(
+      variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0] for on in forms])
+  blocks, units, neither = zip(*(map(np.asarray, run(jax.random.key(i))) for i in range(8)))
+  assert len({y.tobytes() for y in blocks}) > 1 and len({y.tobytes() for y in units}) > 1
+  assert len({y.tobytes() for y in neither}) == 1
+
+
+def test_remat_only_recomputes():
+  assert_remat_only_recomputes(_tiny, _images(8))
 
 
 @pytest.mark.slow
@@ -96,11 +102,17 @@ def test_padding_rows_do_not_reach_the_others():
   x, model = _images(8, batch=6), _tiny(dropout=0.0, stochastic_depth=0.0)
   variables = random_variables(model, x)
   run = jax.jit(lambda x, mask: model.apply(variables, x, mask, train=True, mutable=["batch_stats"]))
-  mask = np.array([1, 1, 0, 1, 0, 1], np.float32)
+  mask = np.array([1, 0, 0, 1, 0, 1], np.float32)
   padded, state = run(x, mask)
-  alone, alone_state = run(x[mask > 0], np.ones(4, np.float32))
-  np.testing.assert_allclose(padded[mask > 0], alone, rtol=1e-4, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, alone_state)
+  # The rows that count, twice, have the moments that they have once, and go through the same program.
+  alone, alone_state = run(np.tile(x[mask > 0], (2, 1, 1, 1)), np.ones(6, np.float32))
+  np.testing.assert_allclose(padded[mask > 0], alone[:3], rtol=1e-4, atol=1e-5)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(alone_state), strict=True):
+    if path[-1].key == "mean":  # running variances are those of samples, which depend on how many there are
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  filled, filled_state = run(np.where(mask[:, None, None, None] > 0, x, np.float32(9)), mask)
+  np.testing.assert_allclose(filled[mask > 0], alone[:3], rtol=1e-4, atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, filled_state)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -108,3 +120,18 @@ def test_computes_in_dtype_with_float32_parameters(dtype):
   logits, variables = jax.eval_shape(_tiny(dtype=dtype).init_with_output, jax.random.key(0), _images(8))
   assert logits.dtype == dtype
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_stochastic_depth_grows_with_depth():
+  rates = []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, StochasticDepth) and context.method_name == "__call__":
+      rates.append(context.module.rate)
+    return call(*args, **kwargs)
+
+  model = efficientnet.VARIANTS["efficientnet_nano"](num_classes=3, stochastic_depth=0.7)
+  with nn.intercept_methods(note):
+    jax.eval_shape(model.init, jax.random.key(0), _images(16))
+  # Blocks 1, 3 and 5 of the six change the width, so that they have no shortcut.
+  np.testing.assert_allclose(rates, [0.7 * i / 6 for i in (0, 2, 4)])

@@ -72,27 +72,35 @@ def _step(params, batch_stats, x, mask, cotangent, dtype):
   return y, stats, dx, collectives.psum(grads)
 
 
-def _run(mode, x, mask, cotangent, variables):
-  step = functools.partial(_step, dtype=x.dtype)
-  args = (variables["params"], variables["batch_stats"])
-  if mode == "one device":
-    return jax.jit(step)(*args, x, mask, cotangent)
-  devices = jax.devices()[:4]
-  if mode == "jit":
-    sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
-    put = lambda a: None if a is None else jax.device_put(a, sharding)
-    y, *rest = jax.jit(step)(*args, put(x), put(mask), put(cotangent))
-    assert len(y.sharding.device_set) == 4
-    return (y, *rest)
-  split = lambda a: None if a is None else a.reshape(4, 2, *a.shape[1:])
+@functools.cache
+def _compiled(mode, dtype, masked):
+  """`_step` for one device or any sharding, or for each of four devices."""
+  step = functools.partial(_step, dtype=dtype)
+  if mode != "pmap":
+    return jax.jit(step)
 
   def shard(*shard_args):
     with collectives.axis_context("devices"):
       return step(*shard_args)
 
-  in_axes = (None, None, 0, None if mask is None else 0, 0)
-  y, stats, dx, grads = jax.pmap(shard, "devices", in_axes=in_axes, devices=devices)(
-      *args, split(x), split(mask), split(cotangent))
+  in_axes = (None, None, 0, 0 if masked else None, 0)
+  return jax.pmap(shard, "devices", in_axes=in_axes, devices=jax.devices()[:4])
+
+
+def _run(mode, x, mask, cotangent, variables):
+  step = _compiled("pmap" if mode == "pmap" else "jit", x.dtype, mask is not None)
+  args = (variables["params"], variables["batch_stats"])
+  if mode == "one device":
+    return step(*args, x, mask, cotangent)
+  devices = jax.devices()[:4]
+  if mode == "jit":
+    sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+    put = lambda a: None if a is None else jax.device_put(a, sharding)
+    y, *rest = step(*args, put(x), put(mask), put(cotangent))
+    assert len(y.sharding.device_set) == 4
+    return (y, *rest)
+  split = lambda a: None if a is None else a.reshape(4, 2, *a.shape[1:])
+  y, stats, dx, grads = step(*args, split(x), split(mask), split(cotangent))
   for leaf in jax.tree.leaves((stats, grads)):  # every device holds the same
     np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
   join = lambda a: a.reshape(-1, *a.shape[2:])

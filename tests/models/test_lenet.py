@@ -1,5 +1,7 @@
 """LeNet-5."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from dljax.errors import UserError
 from dljax.models import lenet
 from dljax.train.state import parameter_count
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 
@@ -30,7 +33,8 @@ def test_28_pixels_are_32_with_a_margin_of_zeros():
   small = _images(28)
   variables = random_variables(model, small)
   large = np.pad(small, ((0, 0), (2, 2), (2, 2), (0, 0)))
-  np.testing.assert_array_equal(model.apply(variables, small), model.apply(variables, large))
+  both = jax.jit(lambda v: (model.apply(v, small), model.apply(v, large)))
+  np.testing.assert_array_equal(*both(variables))
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
@@ -46,13 +50,23 @@ def test_pooling_is_over_2x2_squares(pool):
   model = lenet.LeNet5(num_classes=10, pool=pool)
   x = _images(32)
   variables = random_variables(model, x)
-  _, state = model.apply(
-      variables, x, capture_intermediates=lambda m, _: m.name == "c3", mutable=["intermediates"])
-  s2 = Unpooled().apply({"params": {"c1": variables["params"]["c1"]}}, x)
-  c3 = nn.Conv(16, (5, 5), padding="VALID").apply({"params": variables["params"]["c3"]}, s2)
+
+  @jax.jit
+  def run(variables):
+    _, state = model.apply(
+        variables, x, capture_intermediates=lambda m, _: m.name == "c3", mutable=["intermediates"])
+    s2 = Unpooled().apply({"params": {"c1": variables["params"]["c1"]}}, x)
+    return state, nn.Conv(16, (5, 5), padding="VALID").apply({"params": variables["params"]["c3"]}, s2)
+
+  state, c3 = run(variables)
   np.testing.assert_allclose(state["intermediates"]["c3"]["__call__"][0], c3, rtol=1e-4, atol=1e-5)
 
 
+def test_remat_only_recomputes():
+  assert_remat_only_recomputes(functools.partial(lenet.LeNet5, num_classes=10), _images(28))
+
+
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   x = _images(28)
   grads = []

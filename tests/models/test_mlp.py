@@ -1,5 +1,7 @@
 """The multilayer perceptron and Rosenblatt's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from dljax.models import mlp
 from dljax.train.state import parameter_count
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 
@@ -39,6 +42,12 @@ def test_the_perceptron_rule_is_the_gradient_of_the_perceptron_criterion():
     np.testing.assert_allclose(change, want, atol=1e-6)
 
 
+def test_remat_only_recomputes():
+  assert_remat_only_recomputes(
+      functools.partial(mlp.MLP, num_classes=3, widths=(8, 6), dropout=0.5), np.ones((4, 7, 7, 1), np.float32))
+
+
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   x = np.random.RandomState(0).normal(size=(4, 7, 7, 1)).astype(np.float32)
   grads = []

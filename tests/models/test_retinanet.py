@@ -10,6 +10,7 @@ import pytest
 from dljax.models import resnet, retinanet
 from dljax.tasks import boxes
 from dljax.train.state import parameter_count
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 # At 91 classes; torchvision's own numbers of parameters are the first two.
@@ -94,7 +95,7 @@ def test_each_level_knows_what_the_coarser_ones_see():
   for name in ("output0", "output1"):  # hand on what they are given
     params[name] = {"kernel": np.zeros((3, 3, 2, 2), np.float32), "bias": np.zeros(2, np.float32)}
     params[name]["kernel"][1, 1] = np.eye(2)
-  fine, coarse = pyramid.apply(variables, stages)
+  fine, coarse = jax.jit(pyramid.apply)(variables, stages)
   np.testing.assert_allclose(fine, np.repeat(np.repeat(coarse, 2, axis=1), 2, axis=2), rtol=1e-5)
   assert np.std(coarse) > 0.1
 
@@ -104,33 +105,43 @@ def test_the_first_extra_level_is_made_of_the_stage_or_of_its_level(of_stage):
   pyramid = retinanet.FeaturePyramid(width=2, extra_levels=2, extra_of_stage=of_stage, conv=retinanet.Conv)
   stages = [_images(8, 6, channels=3), _images(4, 3, channels=5)]
   variables = random_variables(pyramid, stages)
-  before = pyramid.apply(variables, stages)
+  run = jax.jit(pyramid.apply)
+  before = run(variables, stages)
   variables["params"]["output1"] = jax.tree.map(np.zeros_like, variables["params"]["output1"])
-  after = pyramid.apply(variables, stages)
+  after = run(variables, stages)
   assert [x.shape[1:3] for x in after] == [(8, 6), (4, 3), (2, 2), (1, 1)]
   assert [np.array_equal(*pair) for pair in zip(before, after)] == [True, False, of_stage, of_stage]
+
+
+def test_the_second_extra_level_sees_what_the_first_has_above_zero():
+  pyramid = retinanet.FeaturePyramid(width=2, extra_levels=2, extra_of_stage=True, conv=retinanet.Conv)
+  variables = random_variables(pyramid, [_images(4, 4, channels=3)])
+  variables["params"]["extra0"]["bias"] -= 100
+  *_, last = jax.jit(pyramid.apply)(variables, [_images(4, 4, channels=3)])
+  np.testing.assert_array_equal(last[0, 0, 0], variables["params"]["extra1"]["bias"])
 
 
 def test_normalised_heads_do_not_depend_on_the_scale_of_their_kernels():
   head = retinanet.Head(depth=2, outputs=3, num_anchors=2, bias=0.0, norm_groups=2, conv=retinanet.Conv)
   levels = [_images(4, 4, channels=4), _images(2, 2, channels=4)]
   variables = random_variables(head, levels)
-  before = head.apply(variables, levels)
+  run = jax.jit(head.apply)
+  before = run(variables, levels)
   variables["params"]["conv1"]["kernel"] *= 3
-  np.testing.assert_allclose(head.apply(variables, levels), before, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(run(variables, levels), before, rtol=1e-3, atol=1e-4)
   assert "bias" not in variables["params"]["conv0"]
 
 
 def test_odd_sizes_take_the_cell_that_they_lie_in():
   x = np.arange(6.0).reshape(1, 2, 3, 1)
   expected = x[:, [0, 0, 1]][:, :, [0, 0, 1, 1, 2]]  # rows 0, 2/3, 4/3 and columns 0, 3/5, ... of the coarse grid
-  np.testing.assert_array_equal(retinanet._upsample(jnp.asarray(x), (1, 3, 5, 1)), expected)
+  np.testing.assert_array_equal(jax.jit(retinanet._upsample, static_argnums=1)(x, (1, 3, 5, 1)), expected)
 
 
 def test_all_begins_as_background():
-  model = _tiny()
-  variables = jax.jit(model.init)(jax.random.key(0), _images(16, 16))
-  probability = jax.nn.sigmoid(model.apply(variables, _images(16, 16))["logits"])
+  model = _tiny(stage_sizes=(1, 1))
+  logits = jax.jit(lambda key: model.init_with_output(key, _images(16, 16))[0]["logits"])(jax.random.key(0))
+  probability = jax.jit(jax.nn.sigmoid)(logits)
   np.testing.assert_allclose(probability, retinanet.PRIOR, rtol=0.1)
 
 
@@ -163,8 +174,12 @@ def test_padding_rows_do_not_reach_the_others():
   run = jax.jit(lambda x, mask: model.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]["logits"])
   mask = np.array([1, 0, 1, 0], np.float32)
   padded = run(x, mask)[mask > 0]
-  np.testing.assert_allclose(padded, run(x[mask > 0], np.ones(2, np.float32)), rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(padded, run(x[[0, 2, 0, 2]], np.ones(4, np.float32))[:2], rtol=1e-3, atol=1e-4)
   assert np.abs(padded - run(x, np.ones(4, np.float32))[mask > 0]).max() > 1e-2
+
+
+def test_remat_only_recomputes():
+  assert_remat_only_recomputes(_tiny, _images(8, 8))
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Recurrent models: counts, what is dropped, carries, padding, and what becomes of gradients over long sequences."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,10 +78,10 @@ def test_a_text_in_two_parts_is_the_text_and_sees_no_future(tied):
   variables = random_variables(model, TOKENS)
   apply = jax.jit(model.apply)
   whole = apply(variables, TOKENS)
-  first = apply(variables, TOKENS[:, :2], model.initial_carry(3))
-  second = apply(variables, TOKENS[:, 2:], first["carry"])
+  first = apply(variables, TOKENS[:, :2], model.init_cache(3, 2))
+  second = apply(variables, TOKENS[:, 2:], first["cache"])
   np.testing.assert_allclose(jnp.concatenate([first["logits"], second["logits"]], 1), whole["logits"], 1e-5, 1e-6)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), second["carry"], whole["carry"])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), second["cache"], whole["cache"])
   other = TOKENS.copy()
   other[:, 3] = (other[:, 3] + 1) % 7
   difference = np.abs(apply(variables, other)["logits"] - whole["logits"]).max((0, 2))
@@ -96,7 +94,7 @@ def test_tied_embeddings_are_one_matrix_and_take_both_gradients():
   assert set(variables["params"]) == {"embed", "rnn", "head_bias"}
   assert variables["params"]["rnn"]["l0"]["weight_hh"].shape == (6, 18)  # the last layer has the embedding's width
   loss = lambda v: jnp.sum(model.apply(v, TOKENS[:, :1] * 0)["logits"][..., 3])
-  grad = jax.grad(loss)(variables)["params"]["embed"]["embedding"]
+  grad = jax.jit(jax.grad(loss))(variables)["params"]["embed"]["embedding"]
   assert np.any(grad[0]) and np.any(grad[3]) and not np.any(grad[5])  # as a word, as a class, not at all
 
 
@@ -106,11 +104,12 @@ def test_variational_dropout_drops_the_same_values_in_all_steps():
     # A layer that hands its input on, so that the next one's input shows the mask.
     stack = rnn.Stack("relu", 32, 2, dropout=0.5, variational=variational)
     one = {"weight_ih": np.eye(32), "weight_hh": np.zeros((32, 32)), "bias_ih": np.zeros(32), "bias_hh": np.zeros(32)}
-    y, _ = stack.apply({"params": {"l0": one, "l1": one}}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    run = jax.jit(lambda params, stack=stack: (
+        stack.apply(params, x, train=True, rngs={"dropout": jax.random.key(0)})[0], stack.apply(params, x)[0]))
+    y, plain = map(np.asarray, run({"params": {"l0": one, "l1": one}}))
     assert set(np.unique(y)) == {0.0, 2.0} and 0.4 < np.mean(y == 0) < 0.6
     assert np.all(y == y[:, :1]) == variational
     assert np.any(y[0] != y[1])  # rows have masks of their own
-    plain, _ = stack.apply({"params": {"l0": one, "l1": one}}, x)
     np.testing.assert_array_equal(plain, x)
 
 
@@ -120,8 +119,9 @@ def test_weight_dropout_drops_recurrent_weights_for_the_whole_sequence():
   zeros = np.zeros(64, np.float32)
   params = {"weight_ih": np.eye(64), "weight_hh": 0.75 * np.eye(64), "bias_ih": zeros, "bias_hh": zeros}
   x = np.concatenate([np.ones((2, 1, 64)), np.zeros((2, 5, 64))], 1).astype(np.float32)
-  run = lambda key: stack.apply({"params": {"l0": params}}, x, train=True, rngs={"dropout": jax.random.key(key)})[0]
-  y = run(0)
+  run = jax.jit(
+      lambda key: stack.apply({"params": {"l0": params}}, x, train=True, rngs={"dropout": jax.random.key(key)})[0])
+  y = np.asarray(run(0))
   np.testing.assert_allclose(y[:, 1:], np.broadcast_to(np.round(y[:1, 1:2]), y[:, 1:].shape), atol=1e-5)
   assert 0.6 < np.mean(y[0, 1]) < 0.9 and np.all(y[:, 0] == 1)
   assert np.any(run(1) != y)
@@ -135,11 +135,14 @@ def test_a_dropped_word_is_gone_wherever_it_stands_in_the_row():
   layer = {"weight_ih": np.eye(4), "weight_hh": np.zeros((4, 4)), "bias_ih": zeros, "bias_hh": zeros}
   params = {"embed": {"embedding": np.ones((50, 4))}, "rnn": {"l0": layer},
             "head": {"kernel": np.full((4, 50), 0.25), "bias": np.zeros(50)}}
-  logits = model.apply({"params": params}, tokens, train=True, rngs={"dropout": jax.random.key(0)})["logits"][..., 0]
+  run = jax.jit(lambda params: (
+      model.apply({"params": params}, tokens, train=True, rngs={"dropout": jax.random.key(0)})["logits"][..., 0],
+      model.apply({"params": params}, tokens)["logits"]))
+  logits, plain = map(np.asarray, run(params))
   assert set(np.unique(logits)) == {0.0, 2.0} and 0.3 < np.mean(logits == 0) < 0.7
   np.testing.assert_array_equal(logits[:, :50], logits[:, 50:])
   assert np.any(logits[0] != logits[1])
-  np.testing.assert_array_equal(model.apply({"params": params}, tokens)["logits"], 1)
+  np.testing.assert_array_equal(plain, 1)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -189,17 +192,19 @@ def test_forecasts_follow_the_level_and_the_covariates():
   assert not np.any(change[:2]) and np.all(change[2:] > 1e-4)
   plain = rnn.Forecaster(4, "gru", 8, relative="no")
   variables = random_variables(plain, window)
-  y = plain.apply(variables, window)["logits"]
-  assert y.shape == (2, 4, 2) and np.abs(plain.apply(variables, window + 5)["logits"] - y - 5).max() > 1
+  apply = jax.jit(plain.apply)
+  y = apply(variables, window)["logits"]
+  assert y.shape == (2, 4, 2) and np.abs(apply(variables, window + 5)["logits"] - y - 5).max() > 1
 
 
 def test_a_forecaster_begins_by_repeating_the_last_season():
   model, window = rnn.Forecaster(5, hidden_size=8, relative="season", season=3), _x(2, 6, 2)
-  y, variables = model.init_with_output(jax.random.key(0), window)
+  y, variables = jax.jit(model.init_with_output)(jax.random.key(0), window)
   np.testing.assert_array_equal(y["logits"], window[:, [3, 4, 5, 3, 4]])
   trained = jax.tree.map(lambda x: x + 0.1, variables)
-  y = model.apply(trained, window)["logits"]
-  np.testing.assert_allclose(model.apply(trained, window + 5)["logits"], y + 5, atol=1e-4)
+  apply = jax.jit(model.apply)
+  y = apply(trained, window)["logits"]
+  np.testing.assert_allclose(apply(trained, window + 5)["logits"], y + 5, atol=1e-4)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,13 +1,18 @@
 """The vision transformer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from dljax.errors import UserError
 from dljax.models import vit
+from dljax.models.layers import StochasticDepth
 from dljax.train.state import parameter_count
+from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
 
 COUNTS = {
@@ -97,16 +102,37 @@ def test_unknown_forms_are_refused(field):
     jax.eval_shape(_tiny(**{field: "none"}).init, jax.random.key(0), _images(8))
 
 
+def test_scores_are_divided_by_the_root_of_the_head_size():
+  """With all weights w of query and key equal, q and k are w times the sums s of the normalised tokens."""
+  x, w = np.random.default_rng(0).normal(size=(1, 5, 8)).astype(np.float32), 0.3
+  block = vit.Block(num_heads=2, mlp_dim=8, dropout=0.0, drop_rate=0.0, dtype=jnp.float32)
+  variables = jax.tree.map(np.asarray, block.init(jax.random.key(0), x, False))
+  params = variables["params"]
+  params["norm1"] = {"scale": np.linspace(-1, 2, 8), "bias": np.full(8, 0.1)}
+  params["qkv"] = {name: np.full_like(value, w * (name == "kernel")) for name, value in params["qkv"].items()}
+  _, state = block.apply(variables, x, False, mutable=["intermediates"])
+  s = nn.LayerNorm(epsilon=1e-6).apply({"params": params["norm1"]}, x).sum(axis=-1)[0]
+  expected = jax.nn.softmax(w**2 * np.sqrt(8 / 2) * s[:, None] * s)
+  for attention in state["intermediates"]["attention"][0][0]:
+    np.testing.assert_allclose(attention, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kwargs", [{"dropout": 0.5}, {"stochastic_depth": 0.5}])
 def test_units_and_blocks_are_dropped_in_training_only(kwargs):
   x, model = _images(8), _tiny(**kwargs)
   variables = random_variables(model, x)
-  run = jax.jit(lambda key: model.apply(variables, x, train=True, rngs={"dropout": key}))
-  assert len({np.asarray(run(jax.random.key(i))).tobytes() for i in range(8)}) > 1
-  off = jax.jit(lambda: _tiny().apply(variables, x, train=True))()
-  np.testing.assert_allclose(jax.jit(model.apply)(variables, x), off, rtol=1e-5)
+  run = jax.jit(lambda key: (model.apply(variables, x, train=True, rngs={"dropout": key}), model.apply(variables, x),
+                             _tiny().apply(variables, x, train=True)))
+  dropped, evaluated, off = zip(*(map(np.asarray, run(jax.random.key(i))) for i in range(8)))
+  assert len({y.tobytes() for y in dropped}) > 1
+  np.testing.assert_allclose(evaluated, off, rtol=1e-5)
 
 
+def test_remat_only_recomputes():
+  assert_remat_only_recomputes(functools.partial(_tiny, dropout=0.2, stochastic_depth=0.1), _images(8))
+
+
+@pytest.mark.slow
 def test_remat_changes_no_gradient():
   with jax.enable_x64(True):
     x, results = _images(8, dtype=np.float64), []
@@ -125,3 +151,17 @@ def test_computes_in_dtype_with_float32_parameters(dtype):
   logits, variables = jax.eval_shape(_tiny(dtype=dtype).init_with_output, jax.random.key(0), _images(8))
   assert logits.dtype == dtype
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_stochastic_depth_grows_with_depth():
+  rates = []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, StochasticDepth) and context.method_name == "__call__":
+      rates.append(context.module.rate)
+    return call(*args, **kwargs)
+
+  model = _tiny(num_layers=4, stochastic_depth=0.3)
+  with nn.intercept_methods(note):
+    jax.eval_shape(model.init, jax.random.key(0), _images(8))
+  np.testing.assert_allclose(rates, np.repeat([0, 0.1, 0.2, 0.3], 2))  # attention and perceptron of each block

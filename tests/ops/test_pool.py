@@ -31,39 +31,59 @@ def _image(size, dtype=jnp.float32, ties=True):
   return jnp.asarray(values, dtype)
 
 
-@pytest.mark.parametrize("size, window, strides, padding", WINDOWS)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _value_and_gradient(pool, window, strides, padding, x):
+  y, pull = jax.vjp(lambda x: pool(x, window, strides, padding), x)
+  return y, *pull(jnp.arange(y.size, dtype=x.dtype).reshape(y.shape) % 32 + 1)  # small integers: exact sums
+
+
+# In bfloat16 the quick tests take tiles that leave a rest, overlap, gaps with padding, and no window.
+@pytest.mark.parametrize("dtype, size, window, strides, padding", [
+    *((jnp.float32, *form) for form in WINDOWS),
+    *(pytest.param(jnp.bfloat16, *form, marks=[] if i in (1, 4, 7, 9) else pytest.mark.slow)
+      for i, form in enumerate(WINDOWS))])
 @pytest.mark.parametrize("ties", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_value_and_gradient_are_the_native_ones(size, window, strides, padding, ties, dtype):
+def test_value_and_gradient_are_the_native_ones(ties, dtype, size, window, strides, padding):
   x = _image(size, dtype, ties)
   found = []
   for pool in (max_pool, nn.max_pool):
-    y, pull = jax.vjp(lambda x, pool=pool: pool(x, window, strides, padding), x)
-    found.append((y, *pull(jnp.arange(y.size, dtype=dtype).reshape(y.shape) % 32 + 1)))  # small integers: exact sums
+    found.append(_value_and_gradient(pool, window, strides, padding, x))
   for ours, native in zip(*found):
     assert ours.dtype == native.dtype
     np.testing.assert_array_equal(ours, native)
 
 
-@pytest.mark.parametrize("size, window, strides, padding", [WINDOWS[0], WINDOWS[1], WINDOWS[4]])
+@pytest.mark.parametrize("size, window, strides, padding", [
+    pytest.param(*WINDOWS[0], marks=pytest.mark.slow), WINDOWS[1], WINDOWS[4]])
 def test_other_derivatives_are_the_native_ones(size, window, strides, padding):
   x = _image(size, ties=False)
   found = []
   for pool in (max_pool, nn.max_pool):
-    f = lambda x, pool=pool: jnp.sum(jnp.sin(pool(x, window, strides, padding)))
-    penalty = lambda x, f=f: jnp.sum(jax.grad(f)(x)**2)
-    found.append((jax.jvp(f, (x,), (x,)), jax.jit(jax.grad(penalty))(x),
-                  jax.vmap(jax.grad(f))(jnp.stack([x, -x])), jax.grad(jax.checkpoint(f))(x)))
+
+    @jax.jit
+    def derivatives(x, pool=pool):
+      f = lambda x: jnp.sum(jnp.sin(pool(x, window, strides, padding)))
+      penalty = lambda x: jnp.sum(jax.grad(f)(x)**2)
+      return (jax.jvp(f, (x,), (x,)), jax.grad(penalty)(x), jax.vmap(jax.grad(f))(jnp.stack([x, -x])),
+              jax.grad(jax.checkpoint(f))(x))
+
+    found.append(derivatives(x))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *found)
 
 
 @pytest.mark.parametrize("window, strides, padding", [((2, 2), (2, 2), "VALID"), ((3, 3), (2, 2), ((1, 1), (1, 1)))])
 def test_a_nan_is_the_maximum_and_takes_the_gradient(window, strides, padding):
   x = _image((4, 4)).at[0, 1, 0, 0].set(jnp.nan)
-  y, pull = jax.vjp(lambda x: max_pool(x, window, strides, padding), x)
-  np.testing.assert_array_equal(jnp.isnan(y), jnp.isnan(nn.max_pool(x, window, strides, padding)))
-  assert jnp.isnan(y[0, 0, 0, 0])
-  assert pull(jnp.ones_like(y))[0][0, 1, 0, 0] == jnp.isnan(y).sum()
+
+  @jax.jit
+  def run(x):
+    y, pull = jax.vjp(lambda x: max_pool(x, window, strides, padding), x)
+    return y, nn.max_pool(x, window, strides, padding), *pull(jnp.ones_like(y))
+
+  y, native, grad = map(np.asarray, run(x))
+  np.testing.assert_array_equal(np.isnan(y), np.isnan(native))
+  assert np.isnan(y[0, 0, 0, 0])
+  assert grad[0, 1, 0, 0] == np.isnan(y).sum()
 
 
 @pytest.mark.parametrize("window, padding", [((2, 2), "VALID"), ((3, 3), "SAME")])
@@ -93,6 +113,6 @@ def test_adaptive_pooling_is_the_mean_of_the_windows_that_torch_has(size, out, d
   expected = np.array([
       [wide[:, window(i, size[0], out[0]), window(j, size[1], out[1])].mean((1, 2)) for j in range(out[1])]
       for i in range(out[0])]).transpose(2, 0, 1, 3)
-  y = adaptive_avg_pool(x, out)
+  y = jax.jit(adaptive_avg_pool, static_argnums=1)(x, out)
   assert y.dtype == dtype
   np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=1e-6 if dtype == jnp.float32 else 0.03)

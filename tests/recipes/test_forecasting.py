@@ -184,3 +184,9 @@ def test_a_run_without_its_normaliser_is_refused(trained, tmp_path):
   experiment = build(get_config("temperatures"))
   with pytest.raises(UserError, match="data/normaliser.json is missing there; restore it"):
     experiment.read(Request(paths=[str(write(tmp_path / "long.csv", 480))]), {})
+
+
+def test_etth1_has_the_literatures_months():
+  """12, 4 and 4 months of 30 days, hour by hour (Zhou et al. 2021)."""
+  data = get_config("etth1").data
+  assert (data.train, data.validation, data.test) == (8640, 2880, 2880)

@@ -201,3 +201,9 @@ def test_presets_are_what_they_say():
   spec = rnn.build(config).data.batch_spec
   assert spec["tokens"].shape == (config.batch_size, config.data.length) and spec["tokens"].dtype == np.int32
   assert rnn.build(config).task.stateful and not rnn.build(rnn.get_config("lm1b")).task.stateful
+
+
+def test_a_text_ends_at_its_first_end():
+  experiment = rnn.build(rnn.get_config("pydoc"))  # bytes, and 256 the end
+  texts = [[104, 105, 256, 106, 256], [104, 105, 106, 107, 108]]
+  assert [row["text"] for row in experiment.decode({"tokens": np.array(texts)}, {})] == ["hi", "hijkl"]

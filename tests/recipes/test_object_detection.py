@@ -15,6 +15,7 @@ from dljax.data import sources
 from dljax.errors import UserError
 from dljax.models import resnet
 from dljax.models import retinanet as models
+from dljax.recipes import object_detection
 from dljax.tasks import detection
 from dljax.train.experiment import Inputs, Request
 from dljax.train.state import parameter_count
@@ -218,3 +219,11 @@ def test_bad_fields_are_named(field, value, message):
   with pytest.raises(UserError, match=message) as error:
     retinanet.build(config)
   assert f"--config.model.{field}" in str(error.value)
+
+
+def test_the_users_images_have_a_place_and_a_size(tmp_path):
+  Image.fromarray(np.zeros((100, 192), np.uint8)).save(tmp_path / "wide.png")
+  config = retinanet.get_config("digit_scenes").data  # 96 x 96 pixels
+  batch, _, _ = object_detection._encode(config, [str(tmp_path / "wide.png")], {})
+  np.testing.assert_array_equal(batch["size"], [[192, 100]])  # width, height
+  np.testing.assert_array_equal(batch["place"], [[0, 23, 96, 73]])

@@ -32,6 +32,18 @@ def test_the_config_reaches_the_model_the_task_and_the_data():
   assert parameter_count(shapes["params"]) > 30_000_000
 
 
+def test_the_users_recordings_are_decoded_by_the_beam():
+  """Two frames that are blank with 0.6 each: the surest path says nothing, but all that say "A" are surer together."""
+  config = deepspeech.get_config("morse")
+  log_probs = np.full((1, 2, 1 + len(config.data.alphabet)), -np.inf)
+  log_probs[..., 0], log_probs[..., 1 + config.data.alphabet.index("A")] = np.log(0.6), np.log(0.4)
+  for beam, text in ((1, ""), (4, "A")):
+    config.model.beam = beam
+    row, = deepspeech.build(config).decode(
+        {"log_probs": log_probs, "length": np.array([2])}, {"alphabet": list(config.data.alphabet)})
+    assert row == {"text": text}
+
+
 @pytest.mark.parametrize("argument, words", [
     ("--config.model.beam=0", "from 1"), ("--config.model.dropout=1.0", "below 1"),
     ("--config.model.variant=deepspeech3", "did you mean deepspeech2"), ("--config.data.hop=0.0", "one sample"),

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -118,6 +119,13 @@ def test_matching_equals_a_loop_and_padding_matches_nothing():
   np.testing.assert_array_equal(match(anchors, boxes, np.zeros(10, np.float32)), box_lib.BACKGROUND)
 
 
+def test_an_overlap_of_just_a_threshold_is_enough():
+  """IoUs of 1, 1/2, 1/4 and 1/8 exactly; the first anchor is the object's best, so that none of the others is forced."""
+  anchors = np.array([[0., 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 1], [0, 0, 2, 1]])
+  found = box_lib.match(anchors, anchors[:1], np.ones(1), foreground=0.5, background=0.25)
+  np.testing.assert_array_equal(found, [0, 0, box_lib.IGNORED, box_lib.BACKGROUND])
+
+
 def test_a_box_that_no_anchor_meets_takes_none():
   anchors = np.array([[0., 0, 4, 4], [4, 0, 8, 4]])
   far = np.array([[50., 50, 60, 60]])
@@ -139,6 +147,13 @@ def test_suppression_equals_a_greedy_loop_for_each_class(seed):
   np.testing.assert_array_equal(few[valid], expected[:5])
   together, valid = suppress(boxes, scores, np.zeros_like(labels), count=60, threshold=0.3)
   assert len(together[valid]) < len(expected)
+
+
+def test_suppression_spares_an_overlap_of_just_the_threshold():
+  boxes = jnp.array([[0., 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 2.5]])  # IoUs of 1/2 and 5/8 with the first
+  kept, valid = box_lib.suppress(boxes, jnp.array([0.9, 0.8, 0.7]), jnp.zeros(3, int), count=3, threshold=0.5)
+  np.testing.assert_array_equal(kept[:2], [0, 1])
+  np.testing.assert_array_equal(valid, [True, True, False])
 
 
 def test_a_box_without_area_is_taken_once():

@@ -52,6 +52,7 @@ def make_batch(size=12, num_classes=NUM_CLASSES, seed=0, **more):
       "image": jnp.asarray(rng.normal(size=(size, num_classes)), jnp.float32),
       "label": jnp.asarray(rng.integers(num_classes, size=size), jnp.int32),
       "mask": jnp.ones(size),
+      "id": jnp.arange(size),
       **more,
   }
 
@@ -155,6 +156,10 @@ def test_perceptron_learns_from_zero_weights():
   np.testing.assert_allclose(grads["Dense_0"]["bias"], [0.5, -0.5])  # only the second is wrong: guessed 0
 
 
+def test_of_equal_logits_the_lower_class_comes_first():
+  np.testing.assert_array_equal(classification._rank(jnp.zeros((7, 7)), jnp.arange(7)), np.arange(7))
+
+
 def test_top_5_accuracy_by_hand():
   batch = make_batch(4) | {
       "image": jnp.tile(jnp.arange(7.)[::-1], (4, 1)), "label": jnp.array([0, 4, 5, 6])}
@@ -169,7 +174,8 @@ def test_padding_never_changes_a_result(train):
   task = Classification(Linear(), NUM_CLASSES, label_smoothing=0.1)
   batch = make_batch(5)
   params = task.init(jax.random.key(1), batch)["params"]
-  rubbish = {"image": 1e3 * jnp.ones((3, NUM_CLASSES)), "label": jnp.array([0, -1, 6]), "mask": jnp.zeros(3)}
+  rubbish = {"image": 1e3 * jnp.ones((3, NUM_CLASSES)), "label": jnp.array([0, -1, 6]), "mask": jnp.zeros(3),
+             "id": jnp.zeros(3, jnp.int32)}
   padded = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, rubbish)
   bare, full = (run(task, b, params=params, train=train) for b in (batch, padded))
   assert ("confusion_matrix" in bare.metrics) != train
@@ -276,7 +282,7 @@ def test_evaluate_draws_the_confusion_matrix_and_the_mistakes(wrong):
   for c, row in enumerate(found.tables["classes"]):
     expected = sklearn.metrics.precision_recall_fscore_support(labels, guess, labels=[c], zero_division=0)
     assert [row[k] for k in ("precision", "recall", "f1", "support")] == [pytest.approx(x[0]) for x in expected]
-  titles = [axes.get_title() for axes in figures["mistakes"].axes if axes.images]
+  titles = [axes.get_title() for axes in figures["mistakes"]().axes if axes.images]
   expected = min(wrong or 100, classification.MAX_PICTURED)
   assert len(titles) == expected
   if wrong:  # the surest of the wrong guesses leads

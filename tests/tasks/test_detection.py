@@ -51,7 +51,8 @@ def make_batch(size=3, seed=0, objects=4, **more):
   boxes = np.concatenate([corner, corner + draw.uniform(6, 14, (size, objects, 2))], axis=-1)
   batch = {
       "image": draw.normal(size=(size, SIZE, SIZE, 1)), "boxes": boxes,
-      "box_mask": (np.arange(objects) < np.arange(1, size + 1)[:, None]).astype(np.float32), "mask": np.ones(size)}
+      "box_mask": (np.arange(objects) < np.arange(1, size + 1)[:, None]).astype(np.float32), "mask": np.ones(size),
+      "id": np.arange(size, dtype=np.int32)}
   batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()}
   return {**batch, "box_label": jnp.asarray(draw.integers(K, size=(size, objects)), jnp.int32), **more}
 
@@ -231,6 +232,17 @@ def test_predictions_are_suppressed_within_a_class_and_cut_by_score():
   np.testing.assert_allclose(out["boxes"][0, :2], [box, box], atol=1e-4)
 
 
+def test_a_score_of_just_the_threshold_is_no_detection():
+  batch = apart(make_batch(1))
+  logits = np.full((1, N, K), -9.0, np.float32)
+  logits[0, 3, 0], logits[0, 30, 0] = 0, 1e-3  # scores of 1/2 exactly, and just above
+  outputs = {"logits": jnp.asarray(logits), "boxes": jnp.zeros((1, N, 4))}
+  task = Detection(Fixed(), K, ANCHORS, score_threshold=0.5, max_detections=2)
+  out = jax.jit(task.predict)({"params": outputs}, batch, None)
+  np.testing.assert_array_equal(out["valid"][0], [True, False])
+  assert out["scores"][0, 0] > 0.5
+
+
 def test_candidates_of_every_level_come_before_suppression():
   batch = apart(make_batch(1))
   logits = np.tile(np.linspace(0, 2, N)[:, None], (1, 1, K)).astype(np.float32)
@@ -338,6 +350,7 @@ def test_mistakes_are_misses_and_false_alarms():
   assert count([], []) == 2
   assert count(truth["boxes"], [0, 0]) == 2  # one missed, one of the wrong class
   assert count([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [0, 0, 1]) == 1  # found twice
+  assert count([[0, 0, 10, 5], [20, 20, 30, 30]], [0, 1]) == 0  # an IoU of 1/2 is enough
 
 
 def test_the_images_with_the_most_mistakes_are_pictured(monkeypatch):
@@ -349,6 +362,10 @@ def test_the_images_with_the_most_mistakes_are_pictured(monkeypatch):
            "valid": np.zeros((4, 1), bool)}
   Detection(Fixed(), K, ANCHORS).evaluate(iter([(empty, batch)]), {}, {})
   assert [len(truth["boxes"]) for truth in drawn["truths"]] == [4, 3]
+  assert not any(len(found["boxes"]) for found in drawn["found"])
+  just = {**empty, "scores": np.full((4, 1), detection.SHOWN_SCORE), "valid": np.ones((4, 1), bool)}
+  Detection(Fixed(), K, ANCHORS).evaluate(iter([(just, batch)]), {}, {})
+  assert [len(found["boxes"]) for found in drawn["found"]] == [1, 1]
 
 
 def test_the_picture_has_a_box_for_each_object_and_each_detection():
@@ -357,6 +374,7 @@ def test_the_picture_has_a_box_for_each_object_and_each_detection():
   figure = report.detections([np.zeros((10, 10, 1)), np.zeros((10, 10, 3))], [truth, truth], [found, found], "ab")
   panel = figure.axes[0]
   assert len(panel.patches) == 3
+  assert panel.patches[0].get_bbox().extents.tolist() == [0.5, 1.5, 7.5, 8.5]  # pixel 0 is drawn from -0.5 to 0.5
   assert [text.get_text() for text in panel.texts] == ["b 90%", "a 60%"]
 
 
@@ -367,6 +385,8 @@ def test_decode_lists_what_is_sure():
   assert row["objects"] == "dog (90%), cat (60%)"
   assert row["detections"]["2"] == {"label": "cat", "score": 0.6, "box": [4.0, 5.0, 6.0, 7.0]}
   json.dumps(row)
+  predictions["scores"][:] = detection.SHOWN_SCORE  # is enough
+  assert len(next(detection.decode(predictions, {}))["detections"]) == 3
   predictions["valid"][:] = False
   assert next(detection.decode(predictions, {}))["objects"] == "none"
 

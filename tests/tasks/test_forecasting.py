@@ -43,7 +43,8 @@ def make_batch(size=5, seed=0, missing=0.2, channels=C, **more):
   horizon = draw.normal(size=(size, H, channels))
   horizon[draw.random(horizon.shape) < missing] = np.nan
   return {"window": jnp.asarray(draw.normal(size=(size, W, channels)), jnp.float32),
-          "horizon": jnp.asarray(horizon, jnp.float32), "mask": jnp.ones(size), **more}
+          "horizon": jnp.asarray(horizon, jnp.float32), "mask": jnp.ones(size),
+          "id": jnp.arange(size), **more}
 
 
 def run(task, batch, *, params=None, denominators=None, train=False):
@@ -104,6 +105,13 @@ def test_the_pinball_loss_is_that_of_scikit_learn():
   error = truth[known] - found[known]
   assert summary["mse"] == pytest.approx(np.mean((error - 0.2)**2), rel=1e-5)  # of the median
   assert summary["coverage"] == pytest.approx(np.mean((-1 <= error) & (error <= 0.9)))
+
+
+def test_a_truth_at_either_end_of_the_band_is_covered():
+  batch = make_batch(missing=0.0)
+  for shifts in ((0.0, 1.0, 2.0), (-2.0, -1.0, 0.0)):
+    task = Forecasting(Fixed(shifts), (0.1, 0.5, 0.9))
+    assert task.summarize(run(task, {**batch, "horizon": batch["window"][:, -H:]}).metrics)["coverage"] == 1
 
 
 def test_what_the_pinball_loss_is_least_for_are_the_quantiles():
@@ -199,7 +207,9 @@ def test_pictured_are_the_windows_of_least_median_and_largest_error(monkeypatch,
   batches = [make_batch(seed=seed) for seed in range(7)]
   batches[2]["horizon"] = batches[2]["horizon"].at[jnp.array([1, 3])].set(np.nan)  # nothing to be right or wrong about
   found = evaluated(Forecasting(Fixed()), batches, ASSETS)
-  assert set(found.figures) == {"forecasts"} and shown["channels"] == ["a", "b", "c"] and shown["band"] == ""
+  assert set(found.figures) == {"forecasts"}
+  found.figures["forecasts"]()
+  assert shown["channels"] == ["a", "b", "c"] and shown["band"] == ""
   truths, guesses = (np.concatenate([np.asarray(b[name], np.float64)[:, -H:] for b in batches])
                      for name in ("horizon", "window"))
   errors = np.array([np.mean((t - g)[~np.isnan(t)]**2) if not np.isnan(t).all() else np.nan

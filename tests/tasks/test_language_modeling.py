@@ -16,6 +16,7 @@ from dljax.errors import UserError
 from dljax.tasks.language_modeling import LanguageModeling, Sampling
 from dljax.train import parallel
 from dljax.train.evaluate import Evaluator, predict, generate
+from dljax.train.step import evaluation_key
 from dljax.train.program import Program, RunOptions
 from tests.train import toys
 
@@ -30,9 +31,9 @@ class Tiny(nn.Module):
   dtype: object = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens, carry=None, length=None, train=False):
+  def __call__(self, tokens, cache=None, length=None, train=False):
     x = nn.Embed(self.vocab_size, WIDTH, dtype=self.dtype, name="embed")(tokens)
-    carry = jnp.zeros((len(tokens), WIDTH), self.dtype) if carry is None else carry
+    cache = self.init_cache(*tokens.shape) if cache is None else cache
     valid = jnp.arange(tokens.shape[1]) < (tokens.shape[1] if length is None else length[:, None])
     valid = jnp.broadcast_to(valid, tokens.shape)
 
@@ -41,8 +42,11 @@ class Tiny(nn.Module):
       state = jnp.where(valid[:, None], jnp.tanh(0.7 * state + x), state)
       return state, state
 
-    carry, h = jax.lax.scan(read, carry, (x.swapaxes(0, 1), valid.T))
-    return {"logits": nn.Dense(self.vocab_size, dtype=self.dtype, name="head")(3 * h.swapaxes(0, 1)), "carry": carry}
+    cache, h = jax.lax.scan(read, cache, (x.swapaxes(0, 1), valid.T))
+    return {"logits": nn.Dense(self.vocab_size, dtype=self.dtype, name="head")(3 * h.swapaxes(0, 1)), "cache": cache}
+
+  def init_cache(self, batch, length):
+    return jnp.zeros((batch, WIDTH), self.dtype)
 
 
 TASK = LanguageModeling(Tiny(), stateful=True)
@@ -60,14 +64,15 @@ def _batch(rows=4, length=6, seed=0, lengths=None, **fields):
   lengths = np.full(rows, length, np.int32) if lengths is None else np.array(lengths, np.int32)
   weight = np.arange(length) < lengths[:, None]
   return {"tokens": text[:, :-1], "targets": text[:, 1:], "target_weight": weight.astype(np.float32),
-          "length": lengths, "mask": (lengths > 0).astype(np.float32), **fields}
+          "length": lengths, "mask": (lengths > 0).astype(np.float32),
+          "id": np.arange(rows, dtype=np.int32), **fields}
 
 
 def _nll(batch, carry=None):
   """[B, L], by hand."""
   out = Tiny().apply({"params": _params()}, batch["tokens"], carry)
   log_p = jax.nn.log_softmax(out["logits"], axis=-1)
-  return np.asarray(-np.take_along_axis(np.asarray(log_p), batch["targets"][..., None], axis=-1)[..., 0]), out["carry"]
+  return np.asarray(-np.take_along_axis(np.asarray(log_p), batch["targets"][..., None], axis=-1)[..., 0]), out["cache"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -297,7 +302,7 @@ def test_documents_have_the_same_sums_whatever_the_buckets_and_few_programs():
 
 def test_temperature_zero_takes_the_most_probable_token():
   logits = jax.random.normal(jax.random.key(0), (3, 9))
-  draw = Sampling(temperature=0).draw(logits, jax.random.key(1), jnp.arange(3), jnp.zeros(3, int))
+  draw = Sampling(temperature=0).draw(logits, jax.random.key(1), {"id": jnp.arange(3), "place": jnp.zeros(3, int)})
   np.testing.assert_array_equal(draw, np.argmax(logits, axis=-1))
 
 
@@ -305,6 +310,7 @@ def test_top_k_and_top_p_leave_the_most_probable_tokens():
   logits = jnp.log(jnp.array([[0.4, 0.05, 0.3, 0.25], [0.05, 0.9, 0.03, 0.02]]))
   kept = lambda **kwargs: np.isfinite(Sampling(temperature=1, **kwargs).filter(logits)).tolist()
   assert kept() == [[True] * 4] * 2
+  assert kept(top_k=1) == [[True, False, False, False], [False, True, False, False]]
   assert kept(top_k=2) == [[True, False, True, False], [True, True, False, False]]
   assert kept(top_p=0.5) == [[True, False, True, False], [False, True, False, False]]
   assert kept(top_p=0.75) == [[True, False, True, True], [False, True, False, False]]
@@ -315,11 +321,19 @@ def test_top_k_and_top_p_leave_the_most_probable_tokens():
 
 def test_drawn_tokens_follow_the_probabilities():
   logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+  rows = {"id": jnp.arange(4000), "place": jnp.zeros(4000, int)}
   draw = lambda t: np.bincount(Sampling(temperature=t).draw(
-      jnp.tile(logits, (4000, 1)), jax.random.key(0), jnp.arange(4000), jnp.zeros(4000, int)), minlength=3) / 4000
+      jnp.tile(logits, (4000, 1)), jax.random.key(0), rows), minlength=3) / 4000
   np.testing.assert_allclose(draw(1.0), [0.5, 0.3, 0.2], atol=0.03)
   sharp = np.array([0.5, 0.3, 0.2])**2
   np.testing.assert_allclose(draw(0.5), sharp / sharp.sum(), atol=0.03)
+
+
+def test_no_two_examples_or_places_share_a_draw():
+  """Of 4096 tokens that are equally probable 64 draws rarely meet; by example + place there would be 15 of them."""
+  example, place = map(jnp.asarray, np.divmod(np.arange(64), 8))
+  draw = Sampling(temperature=1).draw(jnp.zeros((64, 4096)), jax.random.key(0), example, place)
+  assert len(np.unique(draw)) > 60
 
 
 @pytest.mark.parametrize("field, value", [
@@ -359,6 +373,13 @@ def test_a_prompt_is_continued_by_the_models_own_tokens():
       tokens[0, place] = token
 
 
+def test_what_follows_a_prompt_is_predicted_by_its_last_token():
+  prompts = {**_prompts([ROWS[2]] * 3), "length": np.array([1, 3, 5], np.int32)}
+  logits = jax.jit(TASK.start)({"params": _params()}, prompts)["logits"]
+  whole = jax.jit(Tiny().apply)({"params": _params()}, jnp.array([ROWS[2]]))["logits"][0]
+  np.testing.assert_allclose(logits, whole[np.array([0, 2, 4])], rtol=1e-5)
+
+
 def test_a_continuation_depends_on_prompt_seed_and_id_alone():
   together = _write(_prompts(ROWS))
   assert together.shape == (3, 12) and together.dtype == np.int32
@@ -378,7 +399,7 @@ def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
   state = program.init_state().replace(params=jax.device_put(_params(), parallel.put_shared(0, program.mesh).sharding))
   expected = np.asarray(task.predict(
-      {"params": _params()}, _prompts(ROWS), jax.random.wrap_key_data(np.asarray(state.rng)))["tokens"])
+      {"params": _params()}, _prompts(ROWS), evaluation_key(np.asarray(state.rng)))["tokens"])
   at_once = predict(experiment, program, mode, state, _prompts(ROWS))["tokens"]
   parts = list(generate(experiment, program, mode, state, _prompts(ROWS)))
   np.testing.assert_array_equal(at_once, expected)

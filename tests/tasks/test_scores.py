@@ -66,6 +66,12 @@ def test_calibration_error_by_hand():
   assert scores.Calibration.of(np.full(10, 0.5), np.arange(10) < 5).error() == pytest.approx(0)
 
 
+def test_a_confidence_on_an_edge_lies_in_the_bin_below():
+  found = scores.Calibration.of(np.array([0, 0.25, 0.5, 0.75, 1, 0.26]), np.ones(6), bins=4)
+  np.testing.assert_array_equal(found.count, [2, 2, 1, 1])
+  np.testing.assert_allclose(found.confidence, [0.25, 0.76, 0.75, 1])
+
+
 def test_accuracy_by_group():
   right = np.array([1, 0, 1, 1, 0, 0], bool)
   assert scores.by_group(np.array(["b", "b", "a", "b", "c", "c"]), right) == [

@@ -43,6 +43,7 @@ def make_batch(size=6, height=5, width=7, seed=0, **more):
       "image": jnp.asarray(rng.normal(size=(size, height, width, K)), jnp.float32),
       "segmentation": jnp.asarray(rng.integers(-1, K, (size, height, width)), jnp.int32),  # a fifth has no class
       "mask": jnp.ones(size),
+      "id": jnp.arange(size),
       **more,
   }
 
@@ -238,6 +239,10 @@ def test_predict_gives_the_most_probable_class_and_decode_its_share():
     assert row["found"].count("%") == len(shares) - ("ground" in shares) and "ground" not in row["found"]
   nothing, = segmentation.decode({"classes": np.zeros((1, 9, 9), np.uint8)}, {"classes": names})
   assert nothing == {"found": "none", "shares": {"ground": 1.0}}
+  few = np.zeros((1, 40, 50), np.uint8)
+  few[0, 0, :3] = 1, 1, 2  # 0.1 % is the least that is listed
+  row, = segmentation.decode({"classes": few}, {"classes": names})
+  assert row["shares"] == {"ground": 0.9985, "cat": 0.001} and row["found"] == "cat (0.1%)"
 
 
 def test_the_images_with_the_most_wrong_pixels_are_drawn():
@@ -250,7 +255,7 @@ def test_the_images_with_the_most_wrong_pixels_are_drawn():
   task = Segmentation(Fixed(), 2)
   rows = [({"classes": found[i:i + 4]}, {"image": images[i:i + 4], "segmentation": truth[i:i + 4]})
           for i in range(0, count, 4)]
-  figure = task.evaluate(iter(rows), {"iou": (np.ones(2), np.ones(2))}, {}).figures["segmentations"]
+  figure = task.evaluate(iter(rows), {"iou": (np.ones(2), np.ones(2))}, {}).figures["segmentations"]()
   drawn = [axes.images[0].get_array() for axes in figure.axes]
   assert len(drawn) == 3 * segmentation.MAX_PICTURED
   wrong = [int((np.ptp(tinted, axis=-1) > 0.1).sum()) for tinted in drawn[2 * segmentation.MAX_PICTURED:]]

@@ -33,7 +33,8 @@ def _batch():
   return {
       "features": formula.noise("features", (5, 12, 4)), "length": np.array([12, 9, 6, 8, 0], np.int32),
       "tokens": np.array([[1, 2, 2, 3], [2, 3, 0, 0], [2, 2, 2, 0], [0] * 4, [0] * 4], np.int32),
-      "token_length": np.array([4, 2, 3, 0, 0], np.int32), "mask": np.array([1, 1, 1, 1, 0], np.float32)}
+      "token_length": np.array([4, 2, 3, 0, 0], np.int32), "mask": np.array([1, 1, 1, 1, 0], np.float32),
+      "id": np.array([0, 1, 2, 3, 0], np.int32)}
 
 
 def _task_and_variables(**kwargs):
@@ -178,9 +179,9 @@ def test_error_rates_are_of_the_whole_set(beam):
   assert findings.metrics["word_error_rate"] == pytest.approx((0 + 1 + 2 + 1 + 1) / (2 + 2 + 2 + 0 + 1))
   table = findings.tables["transcripts"]
   assert len(table) == 5 and {"truth": "ab ba", "found": "ab ba", "character_error_rate": 0.0} == table[-1]
-  titles = [axes.get_title(loc="left") for axes in findings.figures["alignments"].axes[::2]]
+  titles = [axes.get_title(loc="left") for axes in findings.figures["alignments"]().axes[::2]]
   assert len(titles) == transcription.MAX_PICTURED and "said: ab ba\nread: ab ba" not in titles
-  findings.figures["alignments"].draw_without_rendering()
+  findings.figures["alignments"]().draw_without_rendering()
 
 
 def test_without_rows_there_are_no_rates():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dljax import report
-from dljax.tasks.base import ALL, Findings, LossOutput
+from dljax.tasks.base import LossOutput, TaskBase
 from dljax.train import flops, inspect, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, predict
@@ -39,11 +39,10 @@ class Recurrent(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class NextNumber:
+class NextNumber(TaskBase):
   """Batches have x [B, LENGTH + 1], reset and mask [B]."""
 
   model: nn.Module = Recurrent()
-  players: tuple[str, ...] = (ALL,)
 
   def init(self, rng, batch):
     carry = {"h": jnp.zeros((len(batch["x"]), WIDTH)), "seen": jnp.zeros(len(batch["x"]), jnp.int32)}
@@ -59,15 +58,9 @@ class NextNumber:
         loss=jnp.sum(losses) / denominators["rows"], metrics={"loss": (jnp.sum(losses), jnp.sum(batch["mask"]))},
         model_state={**model_state, "carry": carry})
 
-  def predict(self, variables, batch, rng):
+  def predict(self, variables, batch, rng, context=None):
     carry = variables.get("carry") or self.init(jax.random.key(0), batch)["carry"]
     return {"guess": self.model.apply({"params": variables["params"]}, batch["x"], carry)[0]}
-
-  def summarize(self, sums):
-    return {name: float(total / count) if count else np.nan for name, (total, count) in sums.items()}
-
-  def evaluate(self, rows, sums, assets):
-    return Findings()
 
 
 def _numbers(rows=toys.BATCH_SIZE, length=200):

@@ -22,6 +22,7 @@ class _Collects(toys.Formula):
   """Notes the rows that a whole-set metric would see."""
 
   seen: list = []
+  evaluate_reads = ("x",)
 
   def evaluate(self, rows, sums, assets):
     rows = list(rows)

@@ -195,7 +195,7 @@ def test_a_module_may_be_asked_for_a_size_outside_of_apply():
 def _task_and_spec(variant="resnet20", rows=32):
   task = Classification(resnet.VARIANTS[variant](num_classes=10), 10)
   ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  spec = {"image": _f32(rows, 32, 32, 3), "label": ints, "mask": _f32(rows), "host/name": ints}
+  spec = {"image": _f32(rows, 32, 32, 3), "label": ints, "mask": _f32(rows), "id": ints, "host/name": ints}
   return task, spec
 
 

@@ -146,11 +146,3 @@ def test_weights_and_biases_continues_the_run_of_a_workdir_and_of_no_other(tmp_p
   first, again, of_other, afresh = wandb.ids
   assert first == again and len({first, of_other, afresh}) == 3
   assert wandb.logged[:2] == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.5})]
-
-
-@pytest.mark.parametrize("metric, lower", [
-    ("validation/loss", True), ("validation/perplexity", True), ("test/word_error_rate", True),
-    ("validation/accuracy", False), ("validation/top_5_accuracy", False), ("loss_free/mean_iou", False),
-])
-def test_which_metrics_are_better_when_lower(metric, lower):
-  assert metrics.lower_is_better(metric) == lower

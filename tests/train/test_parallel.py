@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
 from dljax.ops import collectives
-from dljax.tasks.base import LossOutput
+from dljax.tasks.base import LossOutput, dropout_key
 from dljax.train import inspect, parallel
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.program import Program, RunOptions
@@ -73,7 +73,7 @@ class _Draws(toys.Formula):
 
   def loss(self, params, model_state, batch, rng, *, denominators, train, player):
     ones = jnp.ones((len(batch["mask"]), 32))
-    kept = nn.Dropout(0.5, deterministic=False).apply({}, ones, rngs={"dropout": rng}) > 0
+    kept = nn.Dropout(0.5, deterministic=False).apply({}, ones, rngs={"dropout": dropout_key(rng, batch)}) > 0
     drawn = jnp.zeros((4, *kept.shape)).at[collectives.axis_index()].set(kept)
     return LossOutput(loss=params["w"], metrics={"drawn": (drawn, jnp.ones(()))}, model_state=model_state)
 

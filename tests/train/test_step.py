@@ -39,7 +39,7 @@ def test_the_average_of_the_parameters_by_hand_and_evaluation_uses_it():
     decay = min(0.5, (1 + step) / (10 + step))  # the ramp ends at step 8
     average = decay * average + (1 - decay) * w
   np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
-  np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+  np.testing.assert_allclose(state.ema["params"]["w"], average, rtol=1e-5)
 
   evaluator = Evaluator(task, "jit", program.mesh)
   placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, program.abstract_state)
@@ -75,29 +75,30 @@ def test_players_move_in_turn_against_each_others_newest_parameters(mode):
   task = toys.Formula(
       params={player: {"w": w} for player, w in start.items()}, rows=rows,
       players=("critic", "critic", "generator"))
-  steps = 4
+  steps, rates = 4, {"critic": 0.1, "generator": 0.05}
   experiment = toys.formula_experiment(
       task, toys.Scripted(lambda step: _rows()), total_steps=steps,
-      optimizer={"name": "momentum", "learning_rate": 0.1, "momentum": 0.5, "schedule": "linear"})
+      optimizers={player: {"name": "momentum", "learning_rate": rate, "momentum": 0.5, "schedule": "linear"}
+                  for player, rate in rates.items()})
   state, outs, _ = toys.train(experiment, steps, parallelism=mode)
 
   w, memory, turns = dict(start), dict.fromkeys(start, 0.0), dict.fromkeys(start, 0)
   for step in range(steps):
-    squared_norm, losses = 0.0, {}
+    losses, norms, shares = {}, {}, {}
     for player in task.players:
       if player == "critic":
         gradient = w["critic"] - 2 * w["generator"]
       else:
         gradient = w["generator"] + w["critic"]
-      losses[player] = gradient**2 / 2
-      squared_norm += gradient**2
+      losses[player], norms[player] = gradient**2 / 2, abs(gradient)
       memory[player] = 0.5 * memory[player] + gradient
-      share = turns[player] / (steps * task.players.count(player))  # each walks once through the schedule
-      w[player] -= 0.1 * (1 - share) * memory[player]
+      shares[player] = turns[player] / (steps * task.players.count(player))  # each walks once through the schedule
+      w[player] -= rates[player] * (1 - shares[player]) * memory[player]
       turns[player] += 1
-    assert outs[step]["loss"] == pytest.approx(losses["generator"], rel=1e-4)
-    assert outs[step]["gradient_norm"] == pytest.approx(np.sqrt(squared_norm), rel=1e-4)
-    assert outs[step]["learning_rate"] == pytest.approx(0.1 * (1 - step / steps))
+    for player, rate in rates.items():
+      assert outs[step][f"{player}_loss"] == pytest.approx(losses[player], rel=1e-4)
+      assert outs[step][f"{player}_gradient_norm"] == pytest.approx(norms[player], rel=1e-4)
+      assert outs[step][f"{player}_learning_rate"] == pytest.approx(rate * (1 - shares[player]))
     found = task.summarize(outs[step]["sums"])
     assert found == {f"{player}_loss": pytest.approx(loss, rel=1e-4) for player, loss in losses.items()}
   for player in w:
@@ -172,9 +173,24 @@ def test_a_player_that_went_wrong_takes_back_the_others_turns():
 
   task = toys.Formula(
       params={"critic": {"w": 0.0}, "generator": {"w": 0.0}}, rows=rows, players=("critic", "generator"))
-  state, (out,), _ = toys.train(toys.formula_experiment(task, toys.Scripted(lambda step: _rows())), 1)
+  experiment = toys.formula_experiment(
+      task, toys.Scripted(lambda step: _rows()), optimizers=dict.fromkeys(task.players, {}))
+  state, (out,), _ = toys.train(experiment, 1)
   assert int(out["failed_step"]) == 1
   assert float(state.params["critic"]["w"]) == 0
+
+
+def test_every_players_loss_has_to_be_finite():
+  """The first player's loss is infinite, with a gradient of 0: neither the norm nor the other's loss says so."""
+  def rows(params, batch, train, player):
+    loss = jnp.full_like(batch["x"], jnp.inf) if player == "critic" else batch["x"]
+    return jax.lax.stop_gradient(loss) + 0 * params[player]["w"]
+
+  task = toys.Formula(
+      params={"critic": {"w": 0.0}, "generator": {"w": 0.0}}, rows=rows, players=("critic", "generator"))
+  _, (out,), _ = toys.train(toys.formula_experiment(task, toys.Scripted(lambda step: _rows())), 1)
+  assert out["gradient_norm"] == 0
+  assert int(out["failed_step"]) == 1
 
 
 def test_padding_alone_is_no_step_to_learn_from():

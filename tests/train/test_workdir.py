@@ -68,9 +68,17 @@ def test_a_field_that_one_of_the_two_lacks_is_a_difference(begun):
     begun.check(_config(extra=3), "auto")
 
 
+def test_json_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch):
+  order, replace = [], os.replace
+  monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.fstat(descriptor).st_ino))
+  monkeypatch.setattr(os, "replace", lambda old, new: (order.append("replaced"), replace(old, new)))
+  write_json(tmp_path / "a.json", {"x": 1})
+  assert order == [(tmp_path / "a.json").stat().st_ino, "replaced"] and read_json(tmp_path / "a.json") == {"x": 1}
+
+
 def test_figures_and_tables_are_written_beside_each_other(begun):
   begun.write_findings(Findings(tables={"classes": [{"class": "a, b", "f1": 0.5}, {"class": "c", "f1": 1.0}], "none": []},
-                                figures={"grid": report.image_grid([np.eye(2)])}))
+                                figures={"grid": lambda: report.image_grid([np.eye(2)])}))
   assert (begun.tables / "classes.csv").read_text().splitlines() == ["class,f1", '"a, b",0.5', "c,1.0"]
   assert (begun.tables / "none.csv").exists() and (begun.figures / "grid.png").stat().st_size > 100
   (begun.tables / "classes.csv").unlink()

@@ -20,7 +20,7 @@ from dljax.data.splits import Data
 from dljax.models.layers import BatchNorm
 from dljax.models.mlp import MLP
 from dljax.models.resnet import BasicBlock, ResNet
-from dljax.tasks.base import ALL, Findings, LossOutput
+from dljax.tasks.base import ALL, MIN, LossOutput, TaskBase
 from dljax.train import parallel
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program, RunOptions
@@ -35,7 +35,7 @@ MESHES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Formula:
+class Formula(TaskBase):
   """A task given by a formula.
 
   Attributes:
@@ -62,15 +62,13 @@ class Formula:
     share = sums[0] / denominators["examples"]
     return LossOutput(loss=share, metrics={f"{player}_loss": sums}, model_state=model_state)
 
-  def predict(self, variables, batch, rng):
-    del rng
+  @property
+  def goals(self):
+    return {f"{player}_loss": MIN for player in self.players}
+
+  def predict(self, variables, batch, rng, context=None):
+    del rng, context
     return {"loss": self.rows(variables["params"], batch, False, self.players[0])}
-
-  def summarize(self, sums):
-    return {name: float(total / count) if count else np.nan for name, (total, count) in sums.items()}
-
-  def evaluate(self, rows, sums, assets):
-    return Findings()
 
 
 class ConvNet(nn.Module):
@@ -105,11 +103,15 @@ def tiny_mlp(**fields: Any) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Scripted:
-  """A pipeline of given batches: step -> batch."""
+  """A pipeline of given batches: step -> batch, whose rows are numbered where it does not say how."""
 
   make: Callable[[int], Mapping[str, np.ndarray]]
   num_batches: int = 1
   num_examples: int = BATCH_SIZE
+  num_sample_batches: int = 0
+
+  def sample(self, count, seed):
+    pass
 
   def open(self):
     pass
@@ -118,7 +120,8 @@ class Scripted:
     pass
 
   def batch(self, step):
-    return dict(self.make(step))
+    batch = dict(self.make(step))
+    return {"id": np.arange(len(batch["mask"]), dtype=np.int32), **batch}
 
 
 def uneven_mask(step: int) -> np.ndarray:
@@ -131,11 +134,19 @@ def formula_experiment(
     task: Any, train: Scripted, evals: Mapping[str, Scripted] | None = None, **fields: Any,
 ) -> Experiment:
   """An experiment of a toy task; `fields` are config fields, "optimizer" a mapping of overrides."""
-  optimizer = optim.default_config("sgd")
-  optimizer.update({"schedule": "constant", "warmup_fraction": 0.0, **fields.pop("optimizer", {})})
+  def optimizer(overrides):
+    made = optim.default_config("sgd")
+    made.update({"schedule": "constant", "warmup_fraction": 0.0, **overrides})
+    return made
+
+  optimizers = {player: optimizer(own) for player, own in fields.pop("optimizers", {}).items()}
+  if optimizers:
+    fields["optimizers"] = ml_collections.ConfigDict(optimizers)
+  else:
+    fields["optimizer"] = optimizer(fields.pop("optimizer", {}))
   config = base_config(
-      "toy", "toy", batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE, optimizer=optimizer,
-      model=ml_collections.ConfigDict(), data=ml_collections.ConfigDict(), **fields)
+      "toy", "toy", batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE, model=ml_collections.ConfigDict(),
+      data=ml_collections.ConfigDict(), **fields)
   spec = {k: jax.ShapeDtypeStruct(np.shape(v), np.asarray(v).dtype) for k, v in train.batch(0).items()
           if not k.startswith(parallel.HOST)}
   data = Data(name="toy", train=train, evals=evals or {}, batch_spec=spec, fingerprint=lambda: "toy")

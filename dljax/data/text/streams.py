@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dljax.data import ragged
-from dljax.data.pipeline import PADDING, HostBatch, rng
+from dljax.data.pipeline import PADDING, HostBatch, host_rows, rng
 from dljax.data.text import tokenize
 from dljax.errors import UserError
 
@@ -45,6 +45,14 @@ class Streams:
     self._host, self._hosts = host, hosts
     self._text: tokenize.Encoded | None = None
     self._lock = threading.RLock()
+
+  num_sample_batches = 0
+
+  def sample(self, count: int, seed: int) -> None:
+    del seed
+    if count:
+      raise UserError(f"--config.eval.examples={count}: a text is read from its start to its end; "
+                      "set it to 0")
 
   def open(self) -> bool:
     with self._lock:
@@ -78,7 +86,7 @@ class Streams:
 
   def batch(self, step: int) -> HostBatch:
     targets, length, windows = self._targets(), self._length, self.num_batches
-    rows = np.arange(self._host, self._size, self._hosts)
+    rows = host_rows(self._size, self._host, self._hosts)
     epoch, window = divmod(step, windows)
     if self._train:
       spare = targets - windows * length * self._size

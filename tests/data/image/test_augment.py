@@ -45,6 +45,12 @@ def test_resize_of_a_plane_is_a_plane():
   assert augment.resize(ramp, 7, 5).shape == (7, 5, 1)
 
 
+def test_resize_is_bilinear():
+  """Between the centres of two pixels the values lie on a line, and beyond them they stay."""
+  step = np.array([40, 40, 200, 200], np.uint8)[None, :, None]
+  np.testing.assert_array_equal(augment.resize(step, 1, 8)[0, :, 0], [40, 40, 40, 80, 160, 200, 200, 200])
+
+
 def test_centre_crop_takes_the_centre():
   picture = np.zeros((20, 40, 3), np.uint8)
   picture[5:15, 15:25] = 255

@@ -77,6 +77,11 @@ def test_what_is_hidden_is_a_square():
   assert (hidden.any(axis=1).sum(axis=1) == 5).all() and len({h.tobytes() for h in hidden}) > 5
 
 
+def test_every_place_may_be_hidden():
+  hidden = corrupt.corrupt(np.zeros((200, 4, 4, 1), np.uint8), "occlusion", 3, 0, np.arange(200))[..., 0] > 0
+  assert hidden[0].sum() == 4 and len({h.tobytes() for h in hidden}) == 9
+
+
 def test_names():
   assert corrupt.parse("") == []
   assert corrupt.parse("all") == list(corrupt.CORRUPTIONS)

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from PIL import Image
 
 from dljax.data import sources
 from dljax.data.image import augment, decode, labelled
-from dljax.data.pipeline import InMemory, Streaming
+from dljax.data.pipeline import InMemory, Plan, Streaming
 from dljax.errors import UserError
 
 EVERYTHING = {"pad_crop": 2, "flip": True, "color_jitter": 0.4, "cutout": 3, "randaugment_layers": 2,
@@ -132,6 +133,17 @@ def test_the_same_example_is_augmented_differently_in_the_next_epoch(digits):
   assert 0.01 < same < 0.2  # 1 of 25 shifts, and some that move only black
 
 
+def test_pad_and_crop_draws_every_shift(digits):
+  """A point in the middle gets to each of the 5 x 5 places around it, about equally often."""
+  digits.pad_crop = 2
+  plan, rows = Plan(0, 0, np.arange(2000), np.arange(2000)), np.arange(2000)
+  points = np.zeros((2000, 8, 8, 1), np.uint8)
+  points[:, 4, 4] = 1
+  seen = labelled.ImageSet(digits).augment(points, plan, rows).sum(axis=0)[..., 0]
+  assert seen.sum() == 2000 and np.count_nonzero(seen) == 25
+  assert seen[2:7, 2:7].min() > 40
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_is_with_the_next_row_of_the_global_batch(digits, kind):
   plain = build(digits)
@@ -191,7 +203,7 @@ def test_evaluation_pass(digits):
   hosts = [build(digits, host=host, hosts=2).evals["test"] for host in range(2)]
   for part in hosts:
     part.open()
-  joined = np.stack([part.batch(7)["image"] for part in hosts], axis=1).reshape(batches[-1]["image"].shape)
+  joined = np.concatenate([part.batch(7)["image"] for part in hosts])
   np.testing.assert_array_equal(joined, batches[-1]["image"])
 
 
@@ -339,6 +351,26 @@ def test_encode_npy_of_every_shape(digits, tmp_path):
       np.testing.assert_allclose(row, expected, atol=1e-6)
 
 
+class Opener:
+  """Unpickled, it makes the file `path`."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return open, (self.path, "w")
+
+
+def test_reading_npy_runs_no_code(digits, tmp_path):
+  for name in ("array", "bare"):
+    trap = Opener(str(tmp_path / f"made-by-{name}"))
+    with open(tmp_path / f"{name}.npy", "wb") as file:
+      pickle.dump(trap, file) if name == "bare" else np.save(file, np.array([trap], object), allow_pickle=True)
+    batch, names, skipped = labelled.encode([str(tmp_path / f"{name}.npy")], digits)
+    assert not names and not len(batch["image"]) and len(skipped) == 1
+    assert not (tmp_path / f"made-by-{name}").exists()
+
+
 def test_encode_skips_what_it_cannot_read_and_says_so(digits, tmp_path):
   (tmp_path / "a.png").write_bytes(b"\x89PNG no")
   (tmp_path / "notes.txt").write_text("hello")
@@ -407,14 +439,15 @@ def photos(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [0, labelled.MEMORY_LIMIT], ids=["streamed", "in memory"])
-def test_labels_out_of_range_are_told(digits, monkeypatch, limit):
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range_are_told(digits, monkeypatch, limit, label):
   monkeypatch.setattr(labelled, "MEMORY_LIMIT", limit)
   getitem = sources.Records.__getitem__
   unlabelled = lambda records, indices: [
-      {**record, "label": [-1 if i == 7 else record["label"][0]]} for i, record in zip(indices, getitem(records, indices))]
+      {**record, "label": [label if i == 7 else record["label"][0]]} for i, record in zip(indices, getitem(records, indices))]
   monkeypatch.setattr(sources.Records, "__getitem__", unlabelled)
   test = build(digits).evals["test"]
-  with pytest.raises(UserError, match="--config.data.test='test': example 7 has the label -1, outside of 0 to 9"):
+  with pytest.raises(UserError, match=f"--config.data.test='test': example 7 has the label {label}, outside of 0 to 9"):
     test.open()
     test.batch(0)
   test.close()

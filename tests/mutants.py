@@ -1,0 +1,503 @@
+"""Mutants: lines changed on purpose, each of which some test must notice. No part of the suite.
+
+    python -m tests.mutants [--only=NAME] [--room=ROOM] [--list]
+
+Each mutant changes one line to what a slip of the hand would make of it, most of them without any
+error: only a number is wrong then. The line is changed in a copy of the tree, in which its nearest
+tests run. A mutant that they pass has survived, and the exit status is 1.
+
+`tests/test_mutants.py`, which is part of the suite, checks that every line is still there.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600  # seconds that pytest may take for the tests of one mutant
+PROCESSES = 2
+COPIED = ("dljax", "experiments", "tests", "setup.cfg", "pyproject.toml", "README.md")
+ROOMS = ("models", "ops", "tasks", "data", "recipes", "optim", "train", "interop", "report",
+         "launch")
+# What serves the command line counts as one room.
+_OF_LAUNCH = ("launch", "errors", "config", "downloads", "runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  """One line changed.
+
+  Attributes:
+    name: a name that no other mutant has.
+    file: the path from the root of the repository.
+    old: a part of the file that occurs once.
+    new: what takes its place.
+    tests: the nearest tests, as pytest names them.
+  """
+
+  name: str
+  file: str
+  old: str
+  new: str
+  tests: tuple[str, ...]
+
+  @property
+  def room(self) -> str:
+    """The part of dljax that the file belongs to, one of `ROOMS`."""
+    part = Path(self.file).parts[1].removesuffix(".py")
+    return "launch" if part in _OF_LAUNCH else part
+
+  def mutate(self, text: str) -> str:
+    """The file's text with the change; raises `ValueError` unless `old` occurs exactly once."""
+    if (count := text.count(self.old)) != 1:
+      raise ValueError(f"{self.name}: {self.old!r} occurs {count} times in {self.file}; mend the "
+                       "list in tests/mutants.py")
+    return text.replace(self.old, self.new)
+
+
+MUTANTS = (
+    # models
+    Mutant(
+        "bn_biased_running_variance", "dljax/models/layers.py",
+        "unbiased = var * (count / jnp.maximum(count - 1, 1))",
+        "unbiased = var",
+        ("tests/models/test_layers.py::test_equals_flax_but_for_the_unbiased_running_variance",)),
+    Mutant(
+        "stochastic_depth_scale", "dljax/models/layers.py",
+        "jnp.where(kept, x / keep, 0)",
+        "jnp.where(kept, x, 0)",
+        ("tests/models/test_efficientnet.py::"
+         "test_stochastic_depth_keeps_the_mean_and_leaves_out_whole_rows",)),
+    Mutant(
+        "vit_attention_scale", "dljax/models/vit.py",
+        "query * query.shape[-1]**-0.5",
+        "query * width**-0.5",
+        ("tests/models/test_vit.py::test_scores_are_divided_by_the_root_of_the_head_size",)),
+    Mutant(
+        "deepspeech_length_down", "dljax/models/deepspeech.py",
+        "length = -(-length // self.stride[0])",
+        "length = length // self.stride[0]",
+        ("tests/models/test_deepspeech.py::test_a_last_odd_frame_is_heard",)),
+    Mutant(
+        "pyramid_relu", "dljax/models/retinanet.py",
+        "nn.relu(levels[-1]) if i else",
+        "levels[-1] if i else",
+        ("tests/models/test_retinanet.py::"
+         "test_the_second_extra_level_sees_what_the_first_has_above_zero",)),
+    # ops
+    Mutant(
+        "ctc_cotangent", "dljax/ops/ctc.py",
+        "(jnp.exp(log_p) - share) * g[:, None, None], 0)",
+        "(jnp.exp(log_p) - share), 0)",
+        ("tests/ops/test_ctc.py::test_the_gradient_is_that_of_the_loss",)),
+    Mutant(
+        "max_pool_nan", "dljax/ops/pool.py",
+        "better = (value > best) | (value != value)",
+        "better = value > best",
+        ("tests/ops/test_pool.py::test_a_nan_is_the_maximum_and_takes_the_gradient",)),
+    Mutant(
+        "axis_stays", "dljax/ops/collectives.py",
+        "_axis_name.reset(token)",
+        "pass",
+        ("tests/ops/test_collectives.py::test_a_sum_over_rows_is_that_over_all_devices",
+         "tests/ops/test_collectives.py::test_outside_of_a_context_nothing_happens",)),
+    Mutant(
+        "recurrence_held_gradient", "dljax/ops/recurrence.py",
+        "dold = _select(valid, dold, held)",
+        "dold = _select(valid, dold, dold)",
+        ("tests/ops/test_recurrence.py::test_the_gradient_passes_through_padding",)),
+    Mutant(
+        "winograd_padding", "dljax/ops/conv.py",
+        "all(p <= 2 for pair in self.padding for p in pair))",
+        "all(p <= 3 for pair in self.padding for p in pair))",
+        ("tests/ops/test_conv.py::"
+         "test_a_form_takes_no_more_padding_than_its_gradient_can_take_away",)),
+    # tasks
+    Mutant(
+        "box_match_threshold", "dljax/tasks/boxes.py",
+        "value >= foreground",
+        "value > foreground",
+        ("tests/tasks/test_boxes.py::test_an_overlap_of_just_a_threshold_is_enough",)),
+    Mutant(
+        "suppression_threshold", "dljax/tasks/boxes.py",
+        "boxes) > threshold)",
+        "boxes) >= threshold)",
+        ("tests/tasks/test_boxes.py::test_suppression_spares_an_overlap_of_just_the_threshold",)),
+    Mutant(
+        "score_threshold", "dljax/tasks/detection.py",
+        "scores > self.score_threshold",
+        "scores >= self.score_threshold",
+        ("tests/tasks/test_detection.py::test_a_score_of_just_the_threshold_is_no_detection",)),
+    Mutant(
+        "calibration_edge", "dljax/tasks/scores.py",
+        "np.ceil(confidence * bins).astype(int) - 1",
+        "np.floor(confidence * bins).astype(int)",
+        ("tests/tasks/test_scores.py::test_a_confidence_on_an_edge_lies_in_the_bin_below",)),
+    Mutant(
+        "sampling_key", "dljax/tasks/language_modeling.py",
+        "jax.random.fold_in(jax.random.fold_in(rng, e), n)",
+        "jax.random.fold_in(rng, e + n)",
+        ("tests/tasks/test_language_modeling.py::test_no_two_examples_or_places_share_a_draw",)),
+    Mutant(
+        "mistake_threshold", "dljax/tasks/detection.py",
+        "overlap.max() >= threshold",
+        "overlap.max() > threshold",
+        ("tests/tasks/test_detection.py::test_mistakes_are_misses_and_false_alarms",)),
+    Mutant(
+        "dice_of_void", "dljax/tasks/segmentation.py",
+        "jnp.where(known[..., None], jnp.exp(log_p), 0)",
+        "jnp.exp(log_p)",
+        ("tests/tasks/test_segmentation.py::"
+         "test_padding_and_pixels_without_a_class_never_change_a_result",)),
+    Mutant(
+        "rank_of_ties", "dljax/tasks/classification.py",
+        "jnp.arange(logits.shape[-1]) >= label[:, None]",
+        "jnp.arange(logits.shape[-1]) <= label[:, None]",
+        ("tests/tasks/test_classification.py::test_of_equal_logits_the_lower_class_comes_first",)),
+    Mutant(
+        "last_prompt_token", "dljax/tasks/language_modeling.py",
+        "last = jnp.maximum(length - 1, 0)",
+        "last = jnp.maximum(length - 2, 0)",
+        ("tests/tasks/test_language_modeling.py::"
+         "test_what_follows_a_prompt_is_predicted_by_its_last_token",)),
+    # data
+    Mutant(
+        "npy_pickle", "dljax/data/image/labelled.py",
+        "allow_pickle=False",
+        "allow_pickle=True",
+        ("tests/data/image/test_labelled.py::test_reading_npy_runs_no_code",)),
+    Mutant(
+        "tar_filter", "dljax/data/datasets/stock.py",
+        'filter="data"',
+        'filter="fully_trusted"',
+        ("tests/data/test_prepare.py::test_an_archive_writes_nothing_outside_of_its_folder",)),
+    Mutant(
+        "pad_crop_last_shift", "dljax/data/image/labelled.py",
+        "integers(-config.pad_crop, config.pad_crop + 1, (2, size))",
+        "integers(-config.pad_crop, config.pad_crop, (2, size))",
+        ("tests/data/image/test_labelled.py::test_pad_and_crop_draws_every_shift",)),
+    Mutant(
+        "bicubic", "dljax/data/image/augment.py",
+        "Image.Resampling.BILINEAR, box=box",
+        "Image.Resampling.BICUBIC, box=box",
+        ("tests/data/image/test_augment.py::test_resize_is_bilinear",)),
+    Mutant(
+        "scene_last_shift", "dljax/data/image/scenes.py",
+        "draw.integers(-config.shift, config.shift + 1, (size, 2))",
+        "draw.integers(-config.shift, config.shift, (size, 2))",
+        ("tests/data/image/test_scenes.py::test_every_shift_is_drawn",)),
+    Mutant(
+        "rng_name", "dljax/data/pipeline.py",
+        "[seed, step, zlib.crc32(name.encode())]",
+        "[seed, step, 0]",
+        ("tests/data/test_pipeline.py::test_every_name_seed_and_step_has_draws_of_its_own",)),
+    Mutant(
+        "normaliser_sees_all", "dljax/data/series/windows.py",
+        "values=series.values[:config.train]",
+        "values=series.values[:config.train + config.validation]",
+        ("tests/data/series/test_windows.py::"
+         "test_the_normaliser_is_that_of_the_training_rows_without_the_missing_ones",)),
+    Mutant(
+        "stream_spare", "dljax/data/text/corpus.py",
+        "integers(spare + 1)",
+        "integers(max(spare, 1))",
+        ("tests/data/text/test_corpus.py::test_every_token_is_some_epochs_first_or_last",)),
+    # recipes
+    Mutant(
+        "size_order", "dljax/recipes/object_detection.py",
+        "size[:, ::-1].astype(np.float32)",
+        "size.astype(np.float32)",
+        ("tests/recipes/test_object_detection.py::"
+         "test_the_users_images_have_a_place_and_a_size",)),
+    Mutant(
+        "pet_values", "dljax/recipes/semantic_segmentation.py",
+        '"mask_values": (2, 1, 3)',
+        '"mask_values": (1, 2, 3)',
+        ("tests/recipes/test_semantic_segmentation.py::"
+         "test_the_preset_of_pets_has_the_papers_widths",)),
+    Mutant(
+        "speech_decode_beam", "dljax/recipes/speech.py",
+        "functools.partial(transcription.decode, beam=config.model.beam)",
+        "functools.partial(transcription.decode, beam=1)",
+        ("tests/recipes/test_speech.py::test_the_users_recordings_are_decoded_by_the_beam",)),
+    Mutant(
+        "label_smoothing_lost", "dljax/recipes/image_classification.py",
+        "label_smoothing=config.model.label_smoothing,\n",
+        "label_smoothing=0.0,\n",
+        ("tests/recipes/test_image_classification.py::"
+         "test_the_label_smoothing_reaches_the_task",)),
+    Mutant(
+        "cifar_validation_leak", "dljax/recipes/image_classification.py",
+        '"std": (0.2470, 0.2435, 0.2616), "train": "train[:90%]", "validation": "train[90%:]"',
+        '"std": (0.2470, 0.2435, 0.2616), "train": "train[:90%]", "validation": "test"',
+        ("tests/recipes/test_image_classification.py::"
+         "test_the_splits_of_a_set_are_three_and_share_no_example",)),
+    # optim
+    Mutant(
+        "gain_margin", "dljax/optim.py",
+        "gain > margin",
+        "gain >= margin",
+        ("tests/test_optim.py::test_plateau_counts_exactly",)),
+    Mutant(
+        "plateau_patience", "dljax/optim.py",
+        "tracker.plateau_stale < config.plateau_patience",
+        "tracker.plateau_stale <= config.plateau_patience",
+        ("tests/test_optim.py::test_plateau_counts_exactly",)),
+    Mutant(
+        "step_boundary", "dljax/optim.py",
+        "k >= boundaries",
+        "k > boundaries",
+        ("tests/test_optim.py::test_schedule_is_its_closed_form",)),
+    Mutant(
+        "newton_schulz_epsilon", "dljax/optim.py",
+        "(jnp.linalg.norm(wide) + 1e-7)",
+        "jnp.linalg.norm(wide)",
+        ("tests/test_optim.py::test_newton_schulz_nearly_orthogonalises",)),
+    Mutant(
+        "infinite_best", "dljax/optim.py",
+        "math.isfinite(value) and gain",
+        "not math.isnan(value) and gain",
+        ("tests/test_optim.py::test_values_that_are_not_finite_are_never_best",)),
+    # train
+    Mutant(
+        "last_players_loss", "dljax/train/step.py",
+        "finite = jnp.isfinite(out.loss) if turn == 0 else finite & jnp.isfinite(out.loss)",
+        "finite = jnp.isfinite(out.loss)",
+        ("tests/train/test_step.py::test_every_players_loss_has_to_be_finite",)),
+    Mutant(
+        "payload_fsync", "dljax/train/checkpoint.py",
+        "        os.fsync(file.fileno())\n        digest",
+        "        digest",
+        ("tests/train/test_checkpoint.py::test_the_payload_is_durable_before_the_manifest",)),
+    Mutant(
+        "manifest_fsync", "dljax/train/checkpoint.py",
+        "    file.flush()\n    os.fsync(file.fileno())\n",
+        "    file.flush()\n",
+        ("tests/train/test_checkpoint.py::test_the_payload_is_durable_before_the_manifest",)),
+    Mutant(
+        "checkpoints_directory_fsync", "dljax/train/checkpoint.py",
+        "  _fsync_directory(path.parent.parent)\n",
+        "",
+        ("tests/train/test_checkpoint.py::test_the_payload_is_durable_before_the_manifest",)),
+    Mutant(
+        "json_fsync", "dljax/train/workdir.py",
+        "      file.flush()\n      os.fsync(file.fileno())\n",
+        "      file.flush()\n",
+        ("tests/train/test_workdir.py::"
+         "test_json_is_on_the_disk_before_it_takes_the_place_of_the_old",)),
+    Mutant(
+        "sums_in_float32", "dljax/train/evaluate.py",
+        "np.asarray(x, np.float64), new)",
+        "np.asarray(x, np.float32), new)",
+        ("tests/train/test_evaluate.py::test_sums_of_many_batches_lose_no_digits",)),
+    Mutant(
+        "kept_steps", "dljax/train/checkpoint.py",
+        "steps[:-self._keep]",
+        "steps[:-self._keep - 1]",
+        ("tests/train/test_checkpoint.py::test_the_best_step_outlives_the_newest",)),
+    Mutant(
+        "ema_ramp", "dljax/train/step.py",
+        "(1 + state.step) / (10 + state.step)",
+        "(1 + state.step) / (11 + state.step)",
+        ("tests/train/test_step.py::"
+         "test_the_average_of_the_parameters_by_hand_and_evaluation_uses_it",)),
+    # interop
+    Mutant(
+        "conv_layout", "dljax/interop/table.py",
+        "x.transpose(3, 2, 0, 1))  # OIHW",
+        "x.transpose(3, 2, 1, 0))  # OIHW",
+        ("tests/interop/test_interop.py::"
+         "test_load_is_the_inverse_of_dump_for_other_sizes_and_channels",)),
+    Mutant(
+        "pickle_archive", "dljax/interop/__init__.py",
+        'start == b"PK\\3\\4" or ',
+        "",
+        ("tests/interop/test_interop.py::test_pickles_are_known_by_their_first_bytes",)),
+    Mutant(
+        "hub_checksum", "dljax/interop/hub.py",
+        'downloads.sha256(path) != entry["sha256"]',
+        "not downloads.sha256(path)",
+        ("tests/interop/test_main.py::test_what_the_hub_cannot_give_is_told_in_one_line",)),
+    Mutant(
+        "recognise_least", "dljax/interop/__init__.py",
+        "max(common, key=common.get)",
+        "min(common, key=common.get)",
+        ("tests/interop/test_interop.py::test_weights_are_recognised_by_their_names",)),
+    Mutant(
+        "temporary_stays", "dljax/interop/folder.py",
+        "temporary.unlink(missing_ok=True)",
+        "pass",
+        ("tests/interop/test_interop.py::test_nothing_is_left_of_what_could_not_be_written",)),
+    # report
+    Mutant(
+        "confusion_axis", "dljax/report.py",
+        "matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)",
+        "matrix / np.maximum(matrix.sum(axis=0, keepdims=True), 1)",
+        ("tests/test_report.py::test_confusion_matrix_writes_counts_and_colours_by_truth",)),
+    Mutant(
+        "moving_average_end", "dljax/report.py",
+        "np.minimum(index + width + 1, len(values))",
+        "np.minimum(index + width, len(values))",
+        ("tests/test_report.py::test_the_moving_average_keeps_a_line_and_calms_noise",)),
+    Mutant(
+        "alignment_peak", "dljax/report.py",
+        "at = start + int(np.argmax(shares[start:end, symbol]))",
+        "at = int(np.argmax(shares[start:end, symbol]))",
+        ("tests/test_report.py::test_alignments_name_each_run_of_a_symbol_at_its_peak",)),
+    Mutant(
+        "forecast_past", "dljax/report.py",
+        '["window"])[-shown:, c]',
+        '["window"])[:shown, c]',
+        ("tests/test_report.py::test_forecasts_stand_after_their_window_and_beside_the_truth",)),
+    Mutant(
+        "box_half_pixel", "dljax/report.py",
+        "Rectangle((x0 - 0.5, y0 - 0.5)",
+        "Rectangle((x0, y0)",
+        ("tests/tasks/test_detection.py::"
+         "test_the_picture_has_a_box_for_each_object_and_each_detection",)),
+    # launch
+    Mutant(
+        "ema_of_one", "dljax/config.py",
+        "not 0 <= config.ema_decay < 1",
+        "not 0 <= config.ema_decay <= 1",
+        ("tests/test_config.py::test_a_shared_field_out_of_range_is_refused",)),
+    Mutant(
+        "download_never_rests", "dljax/downloads.py",
+        "idle = 0 if part.exists() and part.stat().st_size > done else idle + 1",
+        "idle = idle + 1",
+        ("tests/data/test_prepare.py::"
+         "test_a_download_may_break_off_as_often_as_it_brings_something",)),
+    Mutant(
+        "full_download_appended", "dljax/downloads.py",
+        "      done = 0  # the server sends everything again",
+        "      pass",
+        ("tests/data/test_prepare.py::test_download_goes_on_where_the_connection_broke",)),
+    Mutant(
+        "term_handler", "dljax/errors.py",
+        "    signal.signal(signal.SIGTERM, handler)",
+        "    pass",
+        ("tests/test_errors.py::test_a_command_gives_sigterm_back_its_handler",)),
+    Mutant(
+        "output_probe_stays", "dljax/launch/output.py",
+        "  if new:\n    place.unlink",
+        "  if not new:\n    place.unlink",
+        ("tests/test_output.py::test_a_place_is_tried_without_leaving_or_changing_anything",)),
+)
+
+
+def _copy(tree: Path) -> None:
+  """Copies what the tests need into the new folder `tree`."""
+  tree.mkdir()
+  for name in COPIED:
+    if (ROOT / name).is_dir():
+      shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+      shutil.copy2(ROOT / name, tree / name)
+
+
+def _pytest(tree: Path, tests: Sequence[str]) -> tuple[str, str]:
+  """Runs tests in a copy of the tree.
+
+  Returns:
+    "passed", "failed" or what else has happened, and the end of what pytest printed.
+  """
+  # No bytecode: Python would take that of a file with the same size and second for the mutant's.
+  environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+  command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider",
+             "-m", "slow or not slow"]
+  try:
+    done = subprocess.run([*command, *tests], cwd=tree, env=environment, capture_output=True,
+                          text=True, timeout=LIMIT, check=False)
+  except subprocess.TimeoutExpired:
+    return f"no end within {LIMIT} s", ""
+  verdicts = {0: "passed", 1: "failed"}
+  verdict = verdicts.get(done.returncode, f"pytest ended with {done.returncode}")
+  return verdict, done.stdout[-3000:]
+
+
+def _judge(mutant: Mutant, tree: Path) -> str:
+  """"killed", or why not; the copy `tree` is afterwards as it was before."""
+  path = tree / mutant.file
+  text = path.read_text()
+  path.write_text(mutant.mutate(text))
+  try:
+    verdict, _ = _pytest(tree, mutant.tests)
+  finally:
+    path.write_text(text)
+  return {"failed": "killed", "passed": "SURVIVED"}.get(verdict, verdict)
+
+
+def _show(chosen: Sequence[Mutant], verdicts: Sequence[str]) -> None:
+  """A table by room, and each mutant that was not killed."""
+  print(f"\n{'room':8} {'mutants':>7} {'killed':>7}")
+  for room in ROOMS:
+    found = [verdict for mutant, verdict in zip(chosen, verdicts) if mutant.room == room]
+    if found:
+      print(f"{room:8} {len(found):7} {found.count('killed'):7}")
+  print(f"{'all':8} {len(verdicts):7} {verdicts.count('killed'):7}")
+  for mutant, verdict in zip(chosen, verdicts):
+    if verdict != "killed":
+      print(f"\n{mutant.name}: {verdict}\n  {mutant.file}\n  - {mutant.old.strip()}"
+            f"\n  + {mutant.new.strip()}")
+
+
+def main() -> int:
+  """The command line.
+
+  Returns:
+    The exit status: 0 where all were killed, 1 where one was not or the tests fail without any
+    mutant. Bad flags end with 2.
+  """
+  parser = argparse.ArgumentParser(
+      prog="python -m tests.mutants", description=__doc__, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--only", action="append", default=[], metavar="NAME",
+                      help="this mutant; may be repeated")
+  parser.add_argument("--room", choices=ROOMS, help="those of one room")
+  parser.add_argument("--list", action="store_true", help="name them, and run nothing")
+  args = parser.parse_args()
+  if unknown := set(args.only) - {mutant.name for mutant in MUTANTS}:
+    parser.error(f"there is no mutant {', '.join(sorted(unknown))}; see --list")
+  chosen = [mutant for mutant in MUTANTS
+            if (not args.only or mutant.name in args.only) and args.room in (None, mutant.room)]
+  if args.list:
+    print("\n".join(f"{mutant.room:8} {mutant.name:28} {mutant.file}" for mutant in chosen))
+    return 0
+  for mutant in chosen:
+    mutant.mutate((ROOT / mutant.file).read_text())  # an old list fails before anything runs
+  with tempfile.TemporaryDirectory(prefix="dljax-mutants-") as folder:
+    trees = queue.SimpleQueue()
+    for i in range(PROCESSES):
+      _copy(tree := Path(folder, str(i)))
+      trees.put(tree)
+    tests = sorted({test for mutant in chosen for test in mutant.tests})
+    verdict, output = _pytest(tree, tests)
+    if verdict != "passed":
+      print(f"{output}\nwithout a mutant the tests do not pass: {verdict}", file=sys.stderr)
+      return 1
+
+    def run(mutant: Mutant) -> str:
+      tree = trees.get()
+      try:
+        found = _judge(mutant, tree)
+      finally:
+        trees.put(tree)
+      print(f"{mutant.room:8} {mutant.name:28} {found}", flush=True)
+      return found
+
+    with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
+      verdicts = list(pool.map(run, chosen))
+  _show(chosen, verdicts)
+  return int(verdicts != ["killed"] * len(verdicts))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,89 @@
+"""What a task draws by row is the same under every mode, mesh, accumulation and evaluation batch size."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dljax.tasks.base import dropout_key, named_key, row_keys
+from dljax.train.state import EVALUATION, INIT
+from tests.train import rows
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """Training in float64 and evaluation on one device, in one piece."""
+  with jax.enable_x64(True):
+    state, outs = rows.trained("jit", "data:1")
+  return state, outs, rows.evaluated("jit", "data:1", 8)
+
+
+def _losses(outs):
+  return np.array([[float(out["critic_loss"]), float(out["generator_loss"])] for out in outs])
+
+
+@pytest.mark.parametrize("mode, mesh, accumulation", [
+    ("jit", "data:4", 1), ("pmap", "data:4", 1), ("jit", "data:2,fsdp:2", 1), ("jit", "data:1", 4),
+    ("jit", "data:4", 2), ("pmap", "data:4", 2)])
+def test_a_step_draws_by_row(alone, mode, mesh, accumulation):
+  state, outs, _ = alone
+  with jax.enable_x64(True):
+    other, other_outs = rows.trained(mode, mesh, accumulation)
+  np.testing.assert_allclose(_losses(other_outs), _losses(outs), rtol=1e-12)
+  gap = rows.toys.difference(
+      (state.params, state.opt_state, state.ema), (other.params, other.opt_state, other.ema))
+  assert gap < 1e-12
+
+
+@pytest.mark.parametrize("mode, mesh, batch_size", [
+    ("jit", "data:4", 32), ("pmap", "data:4", 8), ("jit", "data:2,fsdp:2", 8), ("jit", "data:1", 50)])
+def test_an_evaluation_draws_by_row(alone, mode, mesh, batch_size):
+  _, _, (metrics, predictions) = alone
+  other, other_predictions = rows.evaluated(mode, mesh, batch_size)
+  assert other == pytest.approx(metrics, rel=1e-6)
+  np.testing.assert_allclose(other_predictions, predictions, rtol=1e-6, atol=1e-6)
+
+
+def test_draws_differ_by_row_step_turn_player_and_purpose(alone):
+  _, outs, (metrics, predictions) = alone
+  assert len(np.unique(predictions.round(6), axis=0)) == rows.EXAMPLES
+  assert len(np.unique(_losses(outs).round(9))) == 4
+  key, batch = jax.random.key(0), {"id": np.arange(5, dtype=np.int32)}
+  keys = [*row_keys(key, batch), named_key(key, "a"), named_key(key, "b"), dropout_key(key, batch)]
+  keys += [jax.random.fold_in(key, number) for number in (INIT, EVALUATION)]
+  second = {"id": np.arange(1, 5, dtype=np.int32)}
+  keys.append(dropout_key(key, second))
+  assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == len(keys)
+  assert {INIT, EVALUATION}.isdisjoint(range(2**31))
+
+
+def test_two_processes_draw_what_one_draws(alone):
+  state, outs, (metrics, predictions) = alone
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  env = {**os.environ, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
+         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+  both = [subprocess.Popen(
+      [sys.executable, "-m", "tests.train.rows"], cwd=ROOT, env={**env, "JAX_PROCESS_ID": str(index)},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for index in range(2)]
+  try:
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0][1] + said[1][1]
+  finally:
+    for process in both:
+      process.kill()
+  found = json.loads(next(line for line in said[0][0].splitlines() if line.startswith("{")))
+  assert found["metrics"] == pytest.approx(metrics, rel=1e-6)
+  np.testing.assert_allclose(found["predictions"], predictions, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(found["losses"], _losses(outs), rtol=1e-12)
+  for one, other in zip(jax.tree.leaves(state.params), found["parameters"], strict=True):
+    np.testing.assert_allclose(other, one.ravel(), rtol=1e-12)
