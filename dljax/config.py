@@ -30,6 +30,8 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
     keep_checkpoints: the number of newest checkpoints to keep besides the best.
     accumulation: micro-batches per update.
     ema_decay: the decay of the averages of parameters and batch statistics that evaluation uses; 0 is off.
+    shard_above: bytes from which on the mesh axis fsdp splits an array that no rule of its family
+      names; smaller arrays lie whole on every device.
     monitor: "split/metric" that decides which checkpoint is best, early stopping and plateau; "" for none.
     early_stopping_patience: evaluations without improvement after which to stop; 0 is off.
     init.source: weights to start from: the workdir of a run (its best checkpoint), a .safetensors file, a folder
@@ -60,6 +62,7 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
       "keep_checkpoints": 2,
       "accumulation": 1,
       "ema_decay": 0.0,
+      "shard_above": 4 * 2**20,
       "monitor": "",
       "early_stopping_patience": 0,
       "init": {"source": "", "format": "", "new_head": False},
@@ -106,6 +109,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"--config.{field}={value}: must be at least 0")
   if not 0 <= config.ema_decay < 1:
     raise UserError(f"--config.ema_decay={config.ema_decay}: must be at least 0 and below 1; 0 is off")
+  if config.shard_above < 0:
+    raise UserError(f"--config.shard_above={config.shard_above}: must be at least 0 bytes; "
+                    "0 splits arrays of any size")
   if config.early_stopping_patience < 0:
     raise UserError(f"--config.early_stopping_patience={config.early_stopping_patience}: must be at least 0; 0 is off")
   if config.early_stopping_patience and not config.monitor:

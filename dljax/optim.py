@@ -168,6 +168,7 @@ def _flags_of(player: str) -> Iterator[None]:
 
 def make_optimizer(
     config: ml_collections.ConfigDict, total_steps: int, player: str = "",
+    input_dimensions: Sequence[tuple[str, int]] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer and its learning rate.
 
@@ -175,6 +176,9 @@ def make_optimizer(
     config: as `default_config` makes it.
     total_steps: updates in the whole run.
     player: whose parameters it updates, where there are several players; the paths begin with it.
+    input_dimensions: (pattern of a kernel's path, how many of its leading dimensions are inputs),
+      which muon needs to read a kernel as a matrix; of other kernels all but the last are. See
+      `tasks.base.input_dimensions`.
 
   Returns:
     An optimizer whose updates are added to the parameters (`update` needs them as its third argument),
@@ -191,7 +195,7 @@ def make_optimizer(
     chain.append(optax.clip_by_global_norm(config.clip_norm))
   if config.l2:
     chain.append(optax.add_decayed_weights(config.l2, mask=decay_mask))
-  chain.append(_rule(config))
+  chain.append(_rule(config, input_dimensions))
   if config.weight_decay:
     chain.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
   if config.name == "lamb":
@@ -330,7 +334,9 @@ def track(
   return dataclasses.replace(tracker, plateau_stale=0, lr_scale=tracker.lr_scale * config.plateau_factor)
 
 
-def _rule(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def _rule(
+    config: ml_collections.ConfigDict, input_dimensions: Sequence[tuple[str, int]],
+) -> optax.GradientTransformation:
   """gradient -> direction, before decay and learning rate."""
   adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
   match config.name:
@@ -352,7 +358,8 @@ def _rule(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     case "muon":
       # Not optax.contrib.muon: it corrects the two terms of Nesterov's sum by unequal bias factors, which
       # the published rule does not, and takes kernels of rank 2 only.
-      orthogonal = optax.chain(optax.trace(config.momentum, nesterov=True), _orthogonalize_kernels())
+      orthogonal = optax.chain(
+          optax.trace(config.momentum, nesterov=True), _orthogonalize_kernels(input_dimensions))
       label = lambda name, x: "muon" if name.split("/")[-1] == "kernel" and x.ndim >= 2 else "adam"
       return optax.partition({"muon": orthogonal, "adam": adam}, lambda p: _map_by_name(label, p))
   raise unknown("--config.optimizer.name", config.name, OPTIMIZERS)
@@ -373,15 +380,18 @@ def newton_schulz(x: jax.Array) -> jax.Array:
   return wide.T if x.shape[0] > x.shape[1] else wide
 
 
-def _orthogonalize_kernels() -> optax.GradientTransformation:
+def _orthogonalize_kernels(
+    input_dimensions: Sequence[tuple[str, int]],
+) -> optax.GradientTransformation:
   """Orthogonalises kernels, as matrices [fan_in, fan_out], and scales them by their shape.
 
-  The last axis is the output, all before it the input, as in Dense and Conv and the projection that
-  joins attention heads; except that query, key and value kernels are [input, heads, head size].
+  The last dimension is the output and all before it are the input, as in Dense and Conv and the
+  projection that joins attention heads; except where `input_dimensions` says otherwise, as for one
+  whose output is [heads, head size].
   """
   def orthogonalize(name: str, x: jax.Array) -> jax.Array:
-    splits_heads = name.split("/")[-2:-1] in (["query"], ["key"], ["value"])
-    fan_in = x.shape[0] if splits_heads else math.prod(x.shape[:-1])
+    inputs = next((n for pattern, n in input_dimensions if _matches(name, [pattern])), x.ndim - 1)
+    fan_in = math.prod(x.shape[:inputs])
     fan_out = x.size // fan_in
     matrix = newton_schulz(x.reshape(fan_in, fan_out))
     return (matrix * math.sqrt(max(1.0, fan_out / fan_in))).reshape(x.shape)

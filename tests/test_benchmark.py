@@ -4,9 +4,11 @@ import concurrent.futures
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -15,9 +17,10 @@ import numpy as np
 import pytest
 
 from dljax.errors import BAD_INPUT, FAILED, PREEMPTED, RunError
+from dljax.train import topology
 from experiments import mlp
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import engine
+from experiments.benchmark import engine, sharding
 from experiments.benchmark.measurement import Measurement, Settings, ratio
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +96,76 @@ def test_the_pipeline_takes_turns_with_the_step():
   found = engine.measure_pipeline(Settings(steps=2, repeats=2))
   assert [m.bound for m in found] == [20, 4] and all(m.at_least for m in found)
   assert len({m.details["step_seconds"] for m in found}) == 1, "both are held against the same turns"
+
+
+def test_a_blocks_share_is_that_of_the_blocks_that_one_network_has_more(monkeypatch):
+  """Of made-up programs, one for each mesh and number of blocks: a fixed part, and so much for each block."""
+  fixed, block = 7 * 2**20, {"fsdp:4,tensor:4": {"all-reduce": 300 * 2**20, "all-gather": 2 * 2**20},
+                             "fsdp:16": {"all-gather": 5, "collective-permute": 3, "reduce-scatter": 8}}
+  compiled = []
+
+  def program(experiment, options, devices):
+    mesh = ",".join(f"{axis}:{size}" for axis, size in options.mesh.items() if size > 1)
+    compiled.append((mesh, experiment.task.model.num_layers))
+    params = {"kernel": mock.Mock(size=8, sharding=types.SimpleNamespace(spec=("fsdp", None))),
+              "bias": mock.Mock(size=4, sharding=types.SimpleNamespace(spec=()))}
+    return mock.Mock(lower_train_step=lambda: compiled[-1],
+                     abstract_state=mock.Mock(params={"block0": params}))
+
+  def summary(lowered):
+    mesh, layers = lowered
+    return mock.Mock(collectives=[
+        mock.Mock(kind=kind, size=fixed + layers * size) for kind, size in block[mesh].items()])
+
+  monkeypatch.setattr(sharding.topology, "topology_devices", lambda name: [])
+  monkeypatch.setattr(sharding, "Program", program)
+  monkeypatch.setattr(sharding.topology, "compile_lowered", lambda lowered, name: lowered)
+  monkeypatch.setattr(sharding.inspect, "summarize_compiled", summary)
+  moved, scattered = sharding.measure_sharding(Settings())
+  assert compiled == [(mesh, layers) for mesh in block for layers in (2, 4)]
+  assert (moved.value, moved.bound) == (302, 440)
+  assert moved.details == {"all-reduce_bytes": 300 * 2**20, "all-gather_bytes": 2 * 2**20}
+  # Of a gradient of 8 numbers in bfloat16, 11 bytes are scattered where 15 should be.
+  assert scattered.value == pytest.approx(1 - 11 / 15) and scattered.bound == 0.15
+  assert scattered.details["gradient_bytes"] == 16
+
+
+def test_without_a_compiler_for_tpus_the_row_is_refused_or_left_out(monkeypatch):
+  monkeypatch.setattr(benchmark.topology, "missing_compiler", lambda name: "it is not installed; run: pip install x")
+  assert run("--rows=sharding") == (BAD_INPUT, "error: --rows=sharding: it is not installed; run: pip install x\n")
+  asked = mock.Mock(side_effect=KeyboardInterrupt)
+  with mock.patch.object(benchmark, "measure", asked), mock.patch.object(benchmark, "find_peers"):
+    _, err = run()
+  assert asked.call_args.args[0] == [row for row in benchmark.ROWS if row != "sharding"]
+  assert "sharding: left out, as it is not installed; run: pip install x" in err
+
+
+SMALL = """
+import json
+from dljax.train import topology
+devices = topology.topology_devices("v5e:2x2")
+from experiments import vit
+from experiments.benchmark import sharding
+config = vit.get_config("imagenet2012")
+config.model.update({"variant": "vit_s16", "dtype": "bfloat16"})
+config.data.image_shape, config.batch_size = (128, 128, 3), 64
+print(json.dumps(sharding._of_a_block(vit.build(config), "v5e:2x2", devices, "fsdp:2,tensor:2", (1, 2))))
+"""
+
+
+@pytest.mark.slow
+def test_devices_that_share_a_block_gather_no_activations():
+  """Only sums of activations, one after each of a block's two parts and before it on the way back."""
+  if missing := topology.missing_compiler("v5e:2x2"):
+    pytest.skip(missing)
+  done = subprocess.run([sys.executable, "-c", SMALL], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                        env={**os.environ, "JAX_OPTIMIZATION_LEVEL": "O0"}, check=True)
+  moved, gradient = json.loads(done.stdout)
+  activations = 32 * 64 * 384 * 2  # rows of a device, tokens, width, bfloat16
+  kernels = 12 * 384**2 * 2
+  assert gradient == kernels
+  assert sum(moved.values()) < 4.1 * activations + 2 * kernels, moved
+  assert moved.get("all-gather", 0) <= kernels, "half of each, on the way there and back"
 
 
 def test_the_command_prints_a_table_and_writes_json_and_a_step_moves_its_batch_and_nothing_else(tmp_path):

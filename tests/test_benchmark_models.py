@@ -1,10 +1,12 @@
 """The row "models" compares what it says it compares; fake sides answer for the real ones, which take minutes."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -14,7 +16,7 @@ from PIL import Image
 
 from dljax.errors import RunError, UserError
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import jax_worker, models, serve, tables, torch_worker
+from experiments.benchmark import jax_worker, models, peers, serve, tables, torch_worker
 from experiments.benchmark.cases import CASES
 from experiments.benchmark.measurement import Settings
 from tests.families import FAMILIES, ROOT
@@ -109,7 +111,7 @@ def test_all_turns_are_kept_and_all_sides_told_the_same(fake):
     assert side["job"]["case"] == "lenet" and side["job"]["turn_seconds"] == 1.0
     if name.startswith("torch"):
       assert side["job"]["batch"] == {"image": [2, 3, 3, 1], "label": [2]} and side["job"]["classes"] == 10
-      assert side["job"]["layout"] == name.split()[1]
+      assert side["job"]["layout"] == name.split()[1] and side["job"]["family"] == "lenet"
       assert side["job"]["threads"] == found["threads"]
       assert not side["job"]["accelerator"]
   assert case["peak_flops_per_second"] == 2 * 2048**3 / 2.0
@@ -299,9 +301,39 @@ def test_operators_that_torchvision_does_not_find_are_named_for_it(tmp_path):
 
 
 def test_every_family_has_a_case_and_every_case_a_network_of_the_peer():
-  assert {case.experiment.rpartition(".")[2] for case in CASES.values()} >= set(FAMILIES)
-  assert set(CASES) == set(torch_worker.NETWORKS)
-  assert {case.peer for case in CASES.values()} <= set(torch_worker.PACKAGES)
+  assert {case.family for case in CASES.values()} >= set(FAMILIES)
+  assert {(case.family, name) for name, case in CASES.items()} == set(_networks())
+  assert {case.peer for case in CASES.values()} <= set(peers.PACKAGES)
+
+
+def _networks():
+  """(family, case) of each entry of a NETWORKS of the peer, read without torch."""
+  for path in Path(peers.__file__).parent.glob("[!_]*.py"):
+    table, = (node.value for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)
+              and node.targets[0].id == "NETWORKS")
+    yield from ((path.stem, key.value) for key in table.keys)
+
+
+# What torch is to a peer's file that only builds a network and reads no number of it.
+TORCH = """
+class Module:
+  def __init__(self, *args, **kwargs): pass
+  def __getattr__(self, name): return Module
+def __getattr__(name): return Module
+"""
+
+
+def test_a_worker_imports_the_file_of_its_family_alone(tmp_path):
+  """Under another interpreter's packages, of which a class that takes anything stands for all of torch.nn."""
+  (tmp_path / "torch").mkdir()
+  (tmp_path / "torch" / "__init__.py").write_text("from torch import nn")
+  (tmp_path / "torch" / "nn.py").write_text(TORCH)
+  code = ("import sys; from experiments.benchmark.peers import rnn; model = rnn.NETWORKS['lstm'](9); "
+          "print(type(model).__name__, *sorted(vars(model)), *(m for m in sys.modules if '.peers.' in m))")
+  done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT,
+                        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=True)
+  assert done.stdout.split() == [
+      "LanguageModel", "carry", "decoder", "embedding", "rnn", "experiments.benchmark.peers.rnn"]
 
 
 BATCHES = {"mlp": (128, 28, 28, 1), "lenet": (128, 28, 28, 1), "lenet_max": (128, 28, 28, 1),

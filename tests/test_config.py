@@ -104,7 +104,8 @@ def test_what_cannot_be_set_is_not_suggested(name):
 @pytest.mark.parametrize("field, value", [
     *((field, 0) for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every",
                                "checkpoint_every", "keep_checkpoints", "accumulation")),
-    ("total_steps", 2**31), ("batch_size", -8), ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")),
+    ("total_steps", 2**31), ("batch_size", -8), ("shard_above", -1), ("ema_decay", 1.0),
+    ("ema_decay", -0.1), ("ema_decay", float("nan")),
     ("early_stopping_patience", -1), ("early_stopping_patience", 3),  # without a monitor
 ])
 def test_a_shared_field_out_of_range_is_refused(field, value):

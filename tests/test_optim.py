@@ -47,9 +47,9 @@ def _flatten(tree):
   return {f"{m}/{leaf}": np.asarray(x) for m, leaves in tree.items() for leaf, x in leaves.items()}
 
 
-def _train(config, params, steps=STEPS, gradient=_gradient):
+def _train(config, params, steps=STEPS, gradient=_gradient, input_dimensions=()):
   """(parameters after `steps` updates, optimizer state)."""
-  tx, _ = optim.make_optimizer(config, steps)
+  tx, _ = optim.make_optimizer(config, steps, input_dimensions)
   tree = _nest(params)
   state = tx.init(tree)
   for _ in range(steps):  # not compiled: single operations are cached over all tests, whole updates are not
@@ -189,12 +189,13 @@ def test_muon_reads_convolutions_and_head_projections_as_matrices():
   grad = np.random.default_rng(1).normal(size=(3, 2, 2, 5))
   direction = lambda name, shape: _train(
       _config("muon", learning_rate=1.0), {name: np.zeros(shape)}, 1, lambda _: {name: grad.reshape(shape)},
+      (("query/kernel", 1), ("joint/*", 1)),
   )[0][name].reshape(-1)
   as_matrix = direction("dense/kernel", (12, 5))
   np.testing.assert_allclose(direction("conv/kernel", (3, 2, 2, 5)), as_matrix, rtol=1e-9)
   np.testing.assert_allclose(direction("out/kernel", (3, 4, 5)), as_matrix, rtol=1e-9)
-  split = direction("query/kernel", (3, 4, 5))
-  np.testing.assert_allclose(split, direction("dense/kernel", (3, 20)), rtol=1e-9)
+  for name, shape in (("query/kernel", (3, 4, 5)), ("joint/kernel", (3, 2, 2, 5))):
+    np.testing.assert_allclose(direction(name, shape), direction("query/kernel", (3, 20)), rtol=1e-9)
 
 
 def test_newton_schulz_nearly_orthogonalises():

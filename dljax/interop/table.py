@@ -45,6 +45,25 @@ def flattened(channels: int, height: int, width: int) -> Layout:
       lambda x: x.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[1], -1))
 
 
+def joint_heads(parts: int, heads: int) -> tuple[Layout, Layout]:
+  """Kernel and bias of a projection to `parts` vectors a head, in the source one after another.
+
+  The kernel is [parts heads D', D] in the source and [D, heads, parts, D'] with us; the bias is
+  both without D.
+  """
+  return (
+      Layout(lambda x: x.reshape(parts, heads, -1, x.shape[1]).transpose(3, 1, 0, 2),
+             lambda x: x.transpose(2, 1, 3, 0).reshape(-1, x.shape[0])),
+      Layout(lambda x: x.reshape(parts, heads, -1).transpose(1, 0, 2),
+             lambda x: x.transpose(1, 0, 2).reshape(-1)))
+
+
+def merged_heads(heads: int) -> Layout:
+  """The projection that joins heads: [out, heads D'] in the source, [heads, D', out] with us."""
+  return Layout(lambda x: x.reshape(x.shape[0], heads, -1).transpose(1, 2, 0),
+                lambda x: x.transpose(2, 0, 1).reshape(x.shape[2], -1))
+
+
 # (our paths, the source's names, layout). A text where one array is meant, a tuple for several:
 #   ("params/out/kernel", "out.weight", LINEAR)                        one to one
 #   ("params/qkv/kernel", ("q.weight", "k.weight", "v.weight"), JOIN)  separate there, joint with us

@@ -12,11 +12,14 @@ The sizes Ti and S are of Touvron et al. 2021 (https://arxiv.org/abs/2012.12877)
   small networks learn faster.
 - `vit_nano` is no network of the paper's, but its blocks in a size for images of 16 to 32 pixels.
 
+The projection to queries, keys and values is one, whose kernel is [D, heads, 3, D / heads], heads
+first: devices that share a layer then hold whole heads, and attention moves nothing between them.
+
 Dimensions: `B` batch, `H` height, `W` width, `P` patch side, `N` tokens, `D` embedding.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,18 +55,21 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[B, N, D] -> [B, N, D]."""
     width = x.shape[-1]
-    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+    # DenseGeneral draws the kernel as one matrix [inputs, outputs], so that the fans are those of
+    # the matrix.
+    dense = functools.partial(
+        nn.DenseGeneral, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
     norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
     drop = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
-    qkv = dense(3 * width, name="qkv")(norm(name="norm1")(x))
-    qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, width // self.num_heads)
-    query, key, value = jnp.moveaxis(qkv, 2, 0)  # each [B, N, heads, D / heads]
+    heads = (self.num_heads, 3, width // self.num_heads)
+    qkv = dense(heads, name="qkv")(norm(name="norm1")(x))
+    query, key, value = jnp.moveaxis(qkv, 3, 0)  # each [B, N, heads, D / heads]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1]**-0.5, key)
     attention = nn.softmax(scores.astype(jnp.promote_types(self.dtype, jnp.float32))).astype(self.dtype)
     self.sow("intermediates", "attention", attention)  # [B, heads, N, N]; rows sum to 1
-    y = jnp.einsum("bhqk,bkhd->bqhd", attention, value).reshape(x.shape)
-    y = drop()(dense(width, name="project")(y))
+    y = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
+    y = drop()(dense(width, axis=(-2, -1), name="project")(y))
     x = x + StochasticDepth(self.drop_rate)(y, train)
 
     y = nn.gelu(dense(self.mlp_dim, name="mlp1")(norm(name="norm2")(x)), approximate=False)
@@ -214,3 +220,17 @@ VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
     "vit_l16": _vit(16, 1024, 24, 16),  # 304,326,632
     "vit_nano": _vit(4, 96, 6, 4),
 }
+
+# See `dljax.tasks.base.sharding_rules`. `tensor` cuts heads and hidden units: the first product of
+# a pair by columns, the second by rows, so that one sum over its devices ends each of them
+# (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3).
+SHARDING: Sequence[tuple[str, tuple[str | None, ...]]] = (
+    ("*/qkv/kernel", ("fsdp", "tensor", None, None)),
+    ("*/qkv/bias", ("tensor", None, None)),
+    ("*/project/kernel", ("tensor", None, "fsdp")),
+    ("*/mlp1/kernel", ("fsdp", "tensor")),
+    ("*/mlp1/bias", ("tensor",)),
+    ("*/mlp2/kernel", ("tensor", "fsdp")),
+)
+# See `dljax.tasks.base.input_dimensions`.
+INPUT_DIMENSIONS: Sequence[tuple[str, int]] = (("*/qkv/kernel", 1),)

@@ -6,6 +6,7 @@ module and never a loop: the engine (`dljax/train`) calls it from one pure train
 
 import dataclasses
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -234,3 +235,40 @@ def ratio(total: Any, count: Any) -> float:
 def at_least_float32(x: Array) -> Array:
   """`x` in its own precision, but in float32 where that is lower: losses are computed so."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def sharding_rules(task: Task) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+  """How parameters lie on a mesh: a task's `sharding`, or its model's SHARDING.
+
+  A model file may have a constant SHARDING, rules of (pattern, mesh axis of each dimension). The
+  pattern is a glob over the whole path of a parameter, as in `optimizer.freeze`: `*` matches any
+  text, slashes included, so that "*/qkv/kernel" holds in every block, and in a network that has
+  this one as its backbone under another name (whose file adds the backbone's rules to its own).
+  The first rule that matches counts. An axis is "fsdp", "tensor", or None where no device splits
+  the dimension.
+
+  Returns:
+    The rules; none for a task that has neither.
+  """
+  return _declared(task, "sharding", "SHARDING")
+
+
+def input_dimensions(task: Task) -> tuple[tuple[str, int], ...]:
+  """Which kernels have several output dimensions: as `sharding_rules`, from INPUT_DIMENSIONS.
+
+  A model file may have a constant INPUT_DIMENSIONS, rules of (pattern, number of leading
+  dimensions that are inputs); patterns are those of `sharding_rules`. Of other kernels all
+  dimensions but the last are inputs.
+
+  Returns:
+    The rules; none for a task that has neither.
+  """
+  return _declared(task, "input_dimensions", "INPUT_DIMENSIONS")
+
+
+def _declared(task: Task, attribute: str, constant: str) -> tuple[Any, ...]:
+  """What a task says itself, else what the file of its model's class says, else ()."""
+  if hasattr(task, attribute):
+    return tuple(getattr(task, attribute))
+  model = getattr(task, "model", None)
+  return tuple(getattr(sys.modules.get(type(model).__module__), constant, ()))

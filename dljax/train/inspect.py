@@ -92,12 +92,14 @@ def summarize_compiled(compiled: jax.stages.Compiled) -> CompiledSummary:
 
 
 # One instruction of XLA's text form:   ROOT %name = f32[8,128]{1,0:T(8,128)} opcode(%a, %b), attributes
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations|"
                      r"true_computation|false_computation)=\{?(%[\w.-]+(?:, %[\w.-]+)*)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
+_INTEGER = re.compile(r"[su]\d+\[\]")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,<=]*)\]")
 
 
@@ -106,6 +108,7 @@ class _Instruction:
   shape: str
   opcode: str
   rest: str  # operands and attributes
+  root: bool  # whether it is what its computation gives
 
   def operands(self) -> list[str]:
     depth, end = 1, 0
@@ -122,14 +125,21 @@ def _read_hlo(text: str) -> tuple[tuple[Collective, ...], int]:
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
       current = computations.setdefault(match[2], {})
+      # What a TPU calls a sum of which each device keeps its part.
+      scatters = match[2].startswith("all-reduce-scatter")
       entry = match[2] if match[1] else entry
     elif match := _INSTRUCTION.match(line):
-      current[match[1]] = _Instruction(match[2], match[3], match[4])
+      opcode = "reduce-scatter" if scatters and match[4] == "all-reduce" else match[4]
+      current[match[2]] = _Instruction(match[3], opcode, match[5], bool(match[1]))
 
-  counts, sizes, cycles = collections.Counter(), collections.Counter(), 0
+  counts, sizes, cycles, chains = collections.Counter(), collections.Counter(), 0, set()
   for instruction, scope, times, fused in _walk(computations, entry, 1, False):
     kind = instruction.opcode.removesuffix("-done")  # its pair, "-start", has other buffers in its result too
-    if kind in COLLECTIVES:
+    # A TPU spreads one collective over a chain of kernels, each of which names it.
+    link = _CHAIN.search(instruction.rest) if kind in COLLECTIVES else None
+    if kind in COLLECTIVES and not (link and link.groups() in chains):
+      if link:
+        chains.add(link.groups())
       inputs = [scope[name] for name in instruction.operands() if name in scope]
       if instruction.opcode != kind:
         inputs = [scope[name] for start in inputs for name in start.operands() if name in scope]
@@ -149,21 +159,83 @@ def _walk(
     yield instruction, scope, times, fused
     if instruction.opcode.endswith(("-done", "-update")):
       continue  # they name again what their "-start" calls
-    turns = _turns(computations, instruction) if instruction.opcode == "while" else 1
+    turns = _turns(computations, scope, instruction) if instruction.opcode == "while" else 1
     for called in _CALLED.findall(instruction.rest):
       for callee in re.findall(r"%([\w.-]+)", called):
         yield from _walk(computations, callee, times * turns, fused or instruction.opcode == "fusion")
 
 
-def _turns(computations: Mapping[str, dict[str, _Instruction]], loop: _Instruction) -> int:
-  """The length of a loop: what the compiler wrote beside it, else the bound of a scan's counter, else 1."""
+def _turns(
+    computations: Mapping[str, dict[str, _Instruction]], scope: Mapping[str, _Instruction],
+    loop: _Instruction,
+) -> int:
+  """The length of a loop: what the compiler wrote beside it, else what its counter says, else 1.
+
+  The counter may be of any integer type and start anywhere, and grow by more than 1: the loops
+  that overlap a product with the transfer of its parts do two parts a turn.
+  """
   if match := _TRIPS.search(loop.rest):
     return int(match[1])
-  condition = computations.get(re.search(r"condition=%([\w.-]+)", loop.rest)[1], {}).values()
-  bounds = [i.rest for i in condition if i.opcode == "constant" and i.shape.startswith("s32[]")]
-  if len(bounds) == 1 and any(i.opcode == "compare" and "direction=LT" in i.rest for i in condition):
-    return int(re.match(r"\d+", bounds[0])[0])
-  return 1
+  condition, body = (computations.get(re.search(rf"{part}=%([\w.-]+)", loop.rest)[1], {})
+                     for part in ("condition", "body"))
+  compare, following = _root(condition), _tuple(_root(body))
+  test = _unwrapped(computations, compare)
+  if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
+    return 1
+  start = _tuple(scope.get(loop.operands()[0]))
+  counter, bound = (condition.get(name) for name in compare.operands())
+  end, place = _constant(condition, bound, start, scope), _place(counter)
+  if end is None or place is None:
+    return 1
+  first = _constant(scope, scope.get(start[place]), None, {}) if start else None
+  grown = body.get(following[place]) if following else None
+  add = _unwrapped(computations, grown)
+  steps = [_constant(body, body.get(name), start, scope) for name in grown.operands()
+           if _place(body.get(name)) != place] if add and add.opcode == "add" else []
+  step = steps[0] if len(steps) == 1 and steps[0] else 1
+  return max(0, math.ceil((end - (first or 0)) / step))
+
+
+def _root(computation: Mapping[str, _Instruction]) -> _Instruction | None:
+  """The instruction whose value a computation gives."""
+  return next((i for i in computation.values() if i.root), None)
+
+
+def _tuple(instruction: _Instruction | None) -> list[str] | None:
+  """The elements' names, where an instruction makes a tuple."""
+  return instruction.operands() if instruction and instruction.opcode == "tuple" else None
+
+
+def _unwrapped(
+    computations: Mapping[str, dict[str, _Instruction]], instruction: _Instruction | None,
+) -> _Instruction | None:
+  """An instruction, or the one that a kernel wraps; its operands are those of the kernel."""
+  if instruction is not None and instruction.opcode == "fusion":
+    return _root(computations.get(re.search(r"calls=%([\w.-]+)", instruction.rest)[1], {}))
+  return instruction
+
+
+def _place(instruction: _Instruction | None) -> int | None:
+  """Which element of a loop's state an instruction reads; None where it is another instruction."""
+  if instruction is None or instruction.opcode != "get-tuple-element":
+    return None
+  return int(re.search(r"index=(\d+)", instruction.rest)[1])
+
+
+def _constant(
+    scope: Mapping[str, _Instruction], instruction: _Instruction | None, state: list[str] | None,
+    outside: Mapping[str, _Instruction],
+) -> int | None:
+  """An integer that an instruction of `scope` gives: itself, or through a loop's first state."""
+  while instruction is not None and instruction.opcode in ("copy", "bitcast"):
+    instruction = scope.get(instruction.operands()[0])
+  if instruction is None or not _INTEGER.match(instruction.shape):
+    return None
+  if instruction.opcode == "constant":
+    return int(re.match(r"-?\d+", instruction.rest)[0])
+  if (place := _place(instruction)) is not None and state:
+    return _constant(outside, outside.get(state[place]), None, {})
+  return None
 
 
 def _bytes(shape: str) -> int:

@@ -10,6 +10,8 @@ A step is a pure function; `compile_step` compiles it for many devices, one way 
 Under both the state has no device axis, so a checkpoint of one restores under the other.
 """
 
+import dataclasses
+import fnmatch
 import functools
 import glob
 import importlib.util
@@ -27,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from dljax.errors import UserError
 from dljax.ops import collectives
 from dljax.tasks.base import CARRY
-from dljax.train.state import TrainState, join_carry, split_carry
+from dljax.train.state import TrainState, join_carry, path_name, player_params, split_carry
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that split a batch
@@ -124,32 +126,110 @@ def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int =
                     f"choose a multiple of {shards * accumulation * parts}")
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-  """The sharding of each array of a TrainState (or of variables by collection), from its shape.
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+  """How parameters lie on a mesh.
 
-  `tensor` splits the last dimension of matrices and kernels, and `fsdp` the largest dimension that
-  is left and that it divides. A recurrent carry lies as the batch does. The rest of the model state, counters and
-  keys are the same everywhere.
+  Attributes:
+    rules: (pattern of a parameter's path, mesh axis of each dimension), the first that matches
+      counts; see `tasks.base.sharding_rules`.
+    above: bytes from which on `fsdp` splits an array without a rule.
+  """
+
+  rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+  above: int = 0
+
+  def spec(self, path: str, x: Any, mesh: Mesh) -> P:
+    """The mesh axes of each dimension of the parameter `x` (with a shape and dtype) at `path`.
+
+    A rule is obeyed whatever the array's size. Without one `fsdp` splits the largest dimension
+    that it divides; of a convolution's kernel (rank 4) the last, its output channels. Axes of one
+    device are left out.
+
+    Raises:
+      UserError: a rule is for another rank, or an axis does not divide the dimension that its rule
+        gives it.
+    """
+    for pattern, axes in self.rules:
+      if fnmatch.fnmatchcase(path, pattern):
+        self._check(pattern, axes, path, x.shape, mesh)
+        return P(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
+    size = mesh.shape["fsdp"]
+    if size == 1 or math.prod(x.shape) * x.dtype.itemsize < self.above:
+      return P()
+    dimensions = range(len(x.shape))[-1:] if len(x.shape) == 4 else range(len(x.shape))
+    divisible = [d for d in dimensions if x.shape[d] and x.shape[d] % size == 0]
+    if not divisible:
+      return P()
+    largest = max(divisible, key=lambda d: x.shape[d])
+    return P(*("fsdp" if d == largest else None for d in range(len(x.shape))))
+
+  def _check(
+      self, pattern: str, axes: Sequence[str | None], path: str, shape: tuple[int, ...], mesh: Mesh,
+  ) -> None:
+    if len(axes) != len(shape):
+      raise UserError(f"the sharding rule {pattern!r} has {len(axes)} dimensions and {path} has "
+                      f"{len(shape)}: give the rule one axis, or None, for each")
+    for dimension, axis in enumerate(axes):
+      if axis and shape[dimension] % mesh.shape[axis]:
+        size = mesh.shape[axis]
+        fitting = [n for n in range(1, size) if shape[dimension] % n == 0][-1]
+        raise UserError(f"--mesh={axis}:{size} does not divide dimension {dimension} of {path}, "
+                        f"which has {shape[dimension]} entries; choose {axis}:{fitting}, or "
+                        "another divisor of them")
+
+
+def state_shardings(state: Any, mesh: Mesh, sharding: Sharding) -> Any:
+  """The sharding of each array of a TrainState, or of variables by collection.
+
+  Parameters lie as `sharding` says, and so does what the optimizer and the EMA keep of each: an
+  array whose path ends with the parameter's and whose shape is the parameter's. A recurrent carry
+  lies as the batch does. All else (other model state, counters, keys, an optimizer's factored
+  moments) is the same everywhere.
+
+  Raises:
+    UserError: see `Sharding.spec`.
   """
   replicated = NamedSharding(mesh, P())
   if isinstance(state, TrainState):
-    shard = lambda tree: jax.tree.map(lambda x: NamedSharding(mesh, _spec(x.shape, mesh)), tree)
+    like = lambda tree, params: _like_params(tree, params, mesh, sharding)
     return state.replace(
-        step=replicated, rng=replicated, failed_step=replicated, model_state=state_shardings(state.model_state, mesh),
-        params=shard(state.params), opt_state=shard(state.opt_state), ema=shard(state.ema))
+        step=replicated, rng=replicated, failed_step=replicated,
+        model_state=state_shardings(state.model_state, mesh, sharding),
+        params=like(state.params, state.params),
+        opt_state={player: like(part, player_params(state.params, player))
+                   for player, part in state.opt_state.items()},
+        ema=like(state.ema, state.params))
   of = lambda name: batch_sharding(mesh) if name == CARRY else replicated
   return {name: jax.tree.map(lambda _: of(name), part) for name, part in state.items()}
 
 
-def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-  axes: list[str | None] = [None] * len(shape)
-  if mesh.shape["tensor"] > 1 and len(shape) > 1 and shape[-1] % mesh.shape["tensor"] == 0:
-    axes[-1] = "tensor"
-  if mesh.shape["fsdp"] > 1:
-    free = [d for d in range(len(shape)) if axes[d] is None and shape[d] and shape[d] % mesh.shape["fsdp"] == 0]
-    if free:
-      axes[max(free, key=lambda d: shape[d])] = "fsdp"
-  return P(*axes)
+def _like_params(tree: Any, params: Any, mesh: Mesh, sharding: Sharding) -> Any:
+  """The sharding of each array of `tree`: that of the parameter it belongs to, or whole."""
+  specs = {}
+  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+    specs[path_name(path)] = x.shape, NamedSharding(mesh, sharding.spec(path_name(path), x, mesh))
+  whole = NamedSharding(mesh, P())
+
+  def find(path, x):
+    for start in range(len(path)):  # the longest end first
+      shape, found = specs.get(path_name(path[start:]), (None, whole))
+      if shape == x.shape:
+        return found
+    return whole
+
+  return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def idle_axes(state: TrainState, mesh: Mesh) -> list[str]:
+  """The axes `fsdp` and `tensor`, where they have several devices and split no parameter.
+
+  Args:
+    state: with a sharding in each array, as `abstract_state` gives it.
+    mesh: the devices.
+  """
+  placed = {axis for x in jax.tree.leaves(state.params) for axis in x.sharding.spec}
+  return [axis for axis in AXES if axis != "data" and mesh.shape[axis] > 1 and axis not in placed]
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -157,24 +237,24 @@ def abstract(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def init_state(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+def init_state(create: Callable[[], TrainState], mesh: Mesh, sharding: Sharding) -> TrainState:
   """Runs the pure function `create` on the mesh; every device makes only what it holds."""
   # It runs once: on a CPU the random numbers of a resnet20 take 20 s to compile well, and 3 s like this.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   options = {"xla_backend_optimization_level": 1} if on_cpu else None
-  shardings = state_shardings(jax.eval_shape(create), mesh)
+  shardings = state_shardings(jax.eval_shape(create), mesh, sharding)
   return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
-def abstract_state(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+def abstract_state(create: Callable[[], TrainState], mesh: Mesh, sharding: Sharding) -> TrainState:
   """The shapes, dtypes and shardings of the state that `init_state` would make."""
   shapes = jax.eval_shape(create)
-  return abstract(shapes, state_shardings(shapes, mesh))
+  return abstract(shapes, state_shardings(shapes, mesh, sharding))
 
 
 def compile_step(
     step: Callable[..., Any], mode: Mode, mesh: Mesh, *, inputs: Sequence[Role], outputs: Sequence[Role],
-    donate: Sequence[int] = (),
+    donate: Sequence[int] = (), sharding: Sharding = Sharding(),
 ) -> Callable[..., Any]:
   """Compiles a pure step for the devices of `mesh`, as "jit" or as "pmap".
 
@@ -185,6 +265,7 @@ def compile_step(
     inputs: the role of each argument. Batches come from `put_batch`.
     outputs: the role of each result.
     donate: the arguments whose buffers the results take over.
+    sharding: how the parameters lie in a TrainState among the results.
 
   Returns:
     The compiled function. It has `.lower(*arguments)` too, for abstract arguments.
@@ -199,7 +280,8 @@ def compile_step(
   @functools.wraps(step)
   def constrained(*args):
     results = step(*args)
-    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, state_shardings(tree, mesh))
+    constrain = lambda tree: jax.lax.with_sharding_constraint(
+        tree, state_shardings(tree, mesh, sharding))
     return tuple(constrain(x) if r == "state" else x for x, r in zip(results, outputs, strict=True))
 
   return jax.jit(

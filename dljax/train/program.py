@@ -10,9 +10,10 @@ import numpy as np
 
 from dljax import optim
 from dljax.errors import UserError
-from dljax.tasks.base import CARRY, Task
+from dljax.tasks.base import CARRY, Task, input_dimensions, sharding_rules
 from dljax.train import flops, parallel, step
 from dljax.train.experiment import Experiment
+from dljax.train.metrics import say
 from dljax.train.state import TrainState, create_state, player_params
 
 
@@ -34,6 +35,12 @@ class RunOptions:
   resume: str = "auto"
   wandb: str = ""
   progress: bool = True
+
+
+_IDLE = {  # what the devices of an axis do that splits no parameter
+    "fsdp": "only share the batch, as those of data do; lower --config.shard_above to split "
+            "smaller arrays",
+    "tensor": "all do the same work, as its model has no rule for it; give them to data or fsdp"}
 
 
 class Program:
@@ -59,12 +66,17 @@ class Program:
     several = len(optimizers) > 1
     made = {
         player: optim.make_optimizer(
-            own, config.total_steps * task.players.count(player), player if several else "")
+            own, config.total_steps * task.players.count(player), player if several else "",
+            input_dimensions(task))
         for player, own in optimizers.items()}
     tx, schedules = ({player: pair[i] for player, pair in made.items()} for i in range(2))
     self._create = lambda: create_state(
         task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
-    self.abstract_state = parallel.abstract_state(self._create, self.mesh)
+    self._sharding = parallel.Sharding(sharding_rules(task), config.shard_above)
+    self.abstract_state = parallel.abstract_state(self._create, self.mesh, self._sharding)
+    for axis in parallel.idle_axes(self.abstract_state, self.mesh):
+      say(f"warning: --mesh={axis}:{self.mesh.shape[axis]} splits no parameter of {config.family}: "
+          f"its devices {_IDLE[axis]}")
     for player, own in optimizers.items():
       optim.check_patterns(
           own, player_params(self.abstract_state.params, player), player if several else "")
@@ -73,11 +85,12 @@ class Program:
     train_step = step.make_train_step(
         task, tx, schedules, accumulation=config.accumulation, ema_decay=config.ema_decay)
     self.train_step = parallel.compile_step(
-        train_step, mode, self.mesh, inputs=("state", "batch", "shared"), outputs=("state", "shared"), donate=(0,))
+        train_step, mode, self.mesh, inputs=("state", "batch", "shared"),
+        outputs=("state", "shared"), donate=(0,), sharding=self._sharding)
 
   def init_state(self) -> TrainState:
     """A fresh state on the mesh."""
-    return parallel.init_state(self._create, self.mesh)
+    return parallel.init_state(self._create, self.mesh, self._sharding)
 
   def lower_train_step(self) -> jax.stages.Lowered:
     """The train step, lowered for the mesh without data or state; `.compile()` does the rest."""

@@ -21,7 +21,7 @@ from dljax.tasks.base import Findings
 from dljax.train.state import FORMAT, check_format
 
 # Of the fields that decide the training, a run may continue with other values of these alone.
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "full_eval_every")
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "full_eval_every", "shard_above")
 _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 

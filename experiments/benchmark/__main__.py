@@ -21,8 +21,9 @@ from absl import flags
 
 from dljax import errors, report
 from dljax.errors import DONE, UserError, exit_with
+from dljax.train import topology
 from dljax.train.workdir import write_json
-from experiments.benchmark import engine, tables
+from experiments.benchmark import engine, sharding, tables
 from experiments.benchmark.cases import CASES
 from experiments.benchmark.measurement import Settings
 from experiments.benchmark.models import Peers, find_peers, measure_models
@@ -42,7 +43,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "A .json file for the numbers, besid
                               "with the same name; by default they are only shown.", flag_values=_FLAGS)
 _HELP = flags.DEFINE_bool("help", False, "Show this help.", flag_values=_FLAGS)
 
-MODELS = "models"
+MODELS, SHARDING = "models", "sharding"
 ROWS: Mapping[str, Callable[..., Any]] = {**engine.ROWS, MODELS: measure_models}
 
 
@@ -87,6 +88,11 @@ def _run(argv: Sequence[str]) -> int:
     print(_help())
     return DONE
   rows, cases = _ROWS.value or list(ROWS), _MODELS.value or list(CASES)
+  if SHARDING in rows and (missing := topology.missing_compiler(sharding.MACHINE)):
+    if _ROWS.value:
+      raise UserError(f"--rows={SHARDING}: {missing}")
+    print(f"{SHARDING}: left out, as {missing}", file=sys.stderr)
+    rows.remove(SHARDING)
   for row in rows:
     errors.choose("--rows", row, ROWS)
   for case in cases:

@@ -14,7 +14,8 @@ class Case:
   Attributes:
     experiment: the module that builds it, with `get_config` and `build`.
     arguments: of its command line: the preset, and what is changed.
-    peer: the package that has the same network; `torch_worker.NETWORKS` makes it, by the case's name.
+    peer: the package that has the same network; the NETWORKS of the family's file in `peers` makes
+      it, by the case's name.
     bound: the most that a train step or inference may take, as a multiple of the peer's, or None where they
       are only told.
     layouts: of the peer's memory, of which the faster counts.
@@ -25,6 +26,11 @@ class Case:
   peer: str
   bound: float | None
   layouts: tuple[str, ...] = ("contiguous", "channels_last")
+
+  @property
+  def family(self) -> str:
+    """The name of the experiment's file."""
+    return self.experiment.rpartition(".")[2]
 
 
 _LANGUAGE_MODEL = (

@@ -32,6 +32,7 @@ from dljax.train.program import Program
 from experiments import lenet, mlp, resnet
 from experiments.benchmark.bare_step import ONE_DEVICE, BareStep
 from experiments.benchmark.measurement import Measurement, Settings, ratio
+from experiments.benchmark.sharding import measure_sharding
 
 RUN_IN = 10  # steps after which a loop's prefetching and run-ahead are full, or drained
 
@@ -253,10 +254,12 @@ ROWS: Mapping[str, Callable[[Settings], list[Measurement]]] = {
     "transfers": measure_transfers,
     "memory": measure_memory,
     "pipeline": measure_pipeline,
+    "sharding": measure_sharding,
 }
 
 
 def measure_row(row: str, settings: Settings) -> tuple[str, list[Measurement]]:
   """The device's kind and the row's measurements, for a process of their own."""
   logging.set_verbosity(logging.WARNING)
-  return jax.devices()[0].device_kind, ROWS[row](settings)
+  found = ROWS[row](settings)  # it may restrict JAX to the CPU before that looks for devices
+  return jax.devices()[0].device_kind, found

@@ -220,8 +220,9 @@ class _Bench:
   def peer(self, case: str, layout: str, ours: Mapping[str, Any]) -> Worker:
     """`ours`: the facts of our side."""
     return self.start(
-        case, f"torch {layout}", (self.peers.python, PEER_WORKER), layout=layout, threads=self.threads,
-        accelerator=ours["platform"] != "cpu", batch=ours["batch"], classes=ours["classes"])
+        case, f"torch {layout}", (self.peers.python, PEER_WORKER), family=CASES[case].family,
+        layout=layout, threads=self.threads, accelerator=ours["platform"] != "cpu",
+        batch=ours["batch"], classes=ours["classes"])
 
   def take_turns(self, case: str, workers: Mapping[str, Worker]) -> dict[str, Any]:
     """Side -> its facts, "seconds" and "steps" (quantity -> of a step, and of a turn), "peak_bytes"."""

@@ -212,8 +212,8 @@ def test_rollout_of_a_vit_of_one_block_by_the_papers_equations(transformer):
   x = x + params["positions"]
   block = params["block0"]
   x = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * block["norm1"]["scale"] + block["norm1"]["bias"]
-  qkv = (x @ block["qkv"]["kernel"] + block["qkv"]["bias"]).reshape(2, -1, 3, 2, 4)
-  scores = np.exp(np.einsum("bqhd,bkhd->bhqk", qkv[:, :, 0], qkv[:, :, 1]) / np.sqrt(4))
+  qkv = np.einsum("bnw,whpd->bnhpd", x, block["qkv"]["kernel"]) + block["qkv"]["bias"]
+  scores = np.exp(np.einsum("bqhd,bkhd->bhqk", qkv[..., 0, :], qkv[..., 1, :]) / np.sqrt(4))
   attention = scores / scores.sum(-1, keepdims=True)
   flow = (attention.mean(axis=1) + np.eye(x.shape[1])) / 2
   found = jax.jit(functools.partial(explain.attention_rollout, task))(variables, batch)

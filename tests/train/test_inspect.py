@@ -158,6 +158,90 @@ def test_a_loop_length_that_the_compiler_wrote_wins():
   assert summary.collectives[-1] == Collective("collective-permute", 5, 5 * 8 * 4)
 
 
+# Shortened from a step for sixteen TPUs: a sum of parts by a ring, in a loop that does two parts a
+# turn, and an all-gather that a chain of two kernels carries.
+_WINDOWED = """HloModule jit_step, is_scheduled=true
+
+%add (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%x, %y)
+}
+
+%first (p: bf16[2,8]) -> bf16[32,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%second (q: bf16[2,8]) -> bf16[32,8] {
+  %q = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[32,8]{1,0} all-gather(%q), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.3 (r: bf16[32,8]) -> bf16[2,8] {
+  %r = bf16[32,8]{1,0} parameter(0)
+  %all-reduce.3 = bf16[32,8]{1,0} all-reduce(%r), channel_id=8, to_apply=%add
+  ROOT %own = bf16[2,8]{1,0} slice(%all-reduce.3), slice={[0:2], [0:8]}
+}
+
+%body (state: (bf16[2,8], u32[], u32[], u32[])) -> (bf16[2,8], u32[], u32[], u32[]) {
+  %state = (bf16[2,8]{1,0}, u32[], /*index=2*/u32[], u32[]) parameter(0)
+  %part = bf16[2,8]{1,0} get-tuple-element(%state), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  %two = u32[]{:T(128)} get-tuple-element(%state), index=2
+  %end = u32[]{:T(128)} get-tuple-element(%state), index=3
+  %permute-start = (bf16[2,8]{1,0}, bf16[2,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%part)
+  %permute-done = bf16[2,8]{1,0} collective-permute-done(%permute-start)
+  %later = u32[]{:T(128)} add(%i, %two)
+  ROOT %next = (bf16[2,8]{1,0}, u32[], u32[], u32[]) tuple(%permute-done, %later, /*index=2*/%two, %end)
+}
+
+%condition (state.1: (bf16[2,8], u32[], u32[], u32[])) -> pred[] {
+  %state.1 = (bf16[2,8]{1,0}, u32[], u32[], u32[]) parameter(0)
+  %count = u32[]{:T(128)} get-tuple-element(%state.1), index=1
+  %bound = u32[]{:T(128)} get-tuple-element(%state.1), index=3
+  ROOT %lt = pred[]{:T(512)} compare(%count, %bound), direction=LT
+}
+
+ENTRY %main (a: bf16[2,8]) -> bf16[2,8] {
+  %a = bf16[2,8]{1,0} parameter(0)
+  %one = u32[]{:T(128)} constant(1)
+  %copied = u32[]{:T(128)} copy(%one)
+  %stride = u32[]{:T(128)} constant(2)
+  %eight = u32[]{:T(128)} constant(8)
+  %fusion.1 = bf16[32,8]{1,0} fusion(%a), kind=kCustom, calls=%first
+  %fusion.2 = bf16[32,8]{1,0} fusion(%a), kind=kCustom, calls=%second
+  %fusion.3 = bf16[2,8]{1,0} fusion(%fusion.2), kind=kCustom, calls=%all-reduce-scatter.3
+  %start = (bf16[2,8]{1,0}, u32[], u32[], u32[]) tuple(%a, %copied, %stride, %eight)
+  %loop = (bf16[2,8]{1,0}, u32[], u32[], u32[]) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[2,8]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_a_ring_in_a_loop_a_chain_of_kernels_and_a_scattered_sum():
+  part = 2 * 8 * 2
+  assert inspect.summarize_compiled(_Compiled(_WINDOWED)).collectives == (
+      Collective("all-gather", 1, 16 * part),  # both kernels are one transfer
+      Collective("reduce-scatter", 1, 16 * part),
+      Collective("collective-permute", 4, 4 * part))  # 1, 3, 5, 7
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint32, jnp.int8])
+@pytest.mark.parametrize("first, end, step, turns", [(0, 8, 2, 4), (2, 12, 3, 4), (5, 20, 7, 3)])
+def test_a_compiled_loop_counts_by_its_stride(dtype, first, end, step, turns):
+  def body(x):
+    return jax.lax.while_loop(
+        lambda s: s[0] < dtype(end), lambda s: (s[0] + dtype(step), jax.lax.psum(jnp.sin(s[1]), "d")),
+        (dtype(first), x))[1]
+
+  compiled = _mapped(body, P("d")).lower(_f32(8, 8)).compile()
+  text = re.sub('"known_trip_count":{"n":"[0-9]+"}', "", compiled.as_text())  # which not every compiler writes
+  assert "while(" in text
+  assert inspect.summarize_compiled(_Compiled(text)).collectives == (
+      Collective("all-reduce", turns, turns * 2 * 8 * 4),)
+
+
 def test_units():
   assert inspect.format_bytes(0) == "0 B"
   assert inspect.format_bytes(1536) == "1.50 KiB"

@@ -1,5 +1,6 @@
 """The same numbers under jit, pmap and every mesh; who holds what; what is moved and what is refused."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,12 +17,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
+from dljax.models import vit
 from dljax.ops import collectives
-from dljax.tasks.base import LossOutput, dropout_key
+from dljax.tasks.base import LossOutput, dropout_key, input_dimensions, sharding_rules
 from dljax.train import inspect, parallel
 from dljax.train.checkpoint import Checkpointer
+from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
-from dljax.train.state import state_sha256
+from dljax.train.state import TrainState, state_sha256
 from tests.train import float64, toys
 
 ROOT = Path(__file__).parents[2]
@@ -54,13 +57,17 @@ def test_five_steps_are_the_same_in_float64(float64_differences, comparison):
 
 @functools.cache
 def _gradient(mode, mesh, model=toys.ConvNet, accumulation=1):
-  """Of one step in float32: what momentum remembers after it."""
+  """What momentum remembers in float32 after one step; after two of a transformer, whose head starts at zero."""
   experiment = toys.digits_experiment(model(), accumulation=accumulation)
-  return toys.train(experiment, 1, parallelism=mode, mesh=mesh).state.opt_state["all"][0].trace
+  steps = 2 if model is toys.tiny_vit else 1
+  return toys.train(experiment, steps, parallelism=mode, mesh=mesh).state.opt_state["all"][0].trace
 
 
-@pytest.mark.parametrize("model, accumulation", [(toys.ConvNet, 1), (toys.tiny_mlp, 4)])  # BatchNorm has its own batch
-@pytest.mark.parametrize("mode, mesh", [*MODES, ("jit", "data:2,fsdp:2")])
+@pytest.mark.parametrize("model, accumulation, mode, mesh", [
+    *((model, accumulation, *how) for how in (*MODES, ("jit", "data:2,fsdp:2"))
+      for model, accumulation in ((toys.ConvNet, 1), (toys.tiny_mlp, 4))),  # BatchNorm has its own batch
+    (toys.tiny_vit, 1, "jit", "fsdp:2,tensor:2"),
+])
 def test_a_gradient_is_the_same_in_float32(mode, mesh, model, accumulation):
   one, other = _gradient("jit", "data:1", model), _gradient(mode, mesh, model, accumulation)
   scale = max(np.max(np.abs(g)) for g in jax.tree.leaves(one))
@@ -114,15 +121,127 @@ def test_accumulation_moves_no_rows_between_devices():
 # Who holds what
 
 
-def test_fsdp_splits_the_largest_dimension_and_tensor_the_last():
-  mesh = parallel.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
-  spec = lambda *shape: parallel._spec(shape, mesh)
-  assert spec(3, 3, 64, 16) == P(None, None, "fsdp", "tensor")
-  assert spec(7, 6) == P(None, "tensor")
-  assert spec(8, 7) == P("fsdp", None)
-  assert spec(10) == P("fsdp")
-  assert spec(7) == P(None)
-  assert spec() == P()
+BOTH = toys.MESHES["fsdp:2,tensor:2"]
+RULES = (("*/qkv/kernel", ("fsdp", "tensor", None)), ("*/qkv/*", (None, None)), ("*/bias", ("tensor",)))
+
+
+def _spec(path, *shape, rules=RULES, above=0, mesh=BOTH):
+  array = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return parallel.Sharding(rules, above).spec(path, array, parallel.make_mesh(mesh))
+
+
+def test_the_first_rule_that_matches_a_path_places_its_axes_whatever_the_size():
+  assert _spec("block0/qkv/kernel", 8, 4, 3, above=10**9) == P("fsdp", "tensor", None)
+  assert _spec("backbone/block0/qkv/kernel", 8, 4, 3) == P("fsdp", "tensor", None)
+  assert _spec("block0/qkv/bias", 4, 4) == P(None, None)
+  assert _spec("block0/bias", 6) == P("tensor")
+  assert _spec("block0/qkv/kernel", 8, 4, 3, mesh=toys.MESHES["data:4"]) == P(None, None, None)
+  assert _spec("block0/qkv/kernel", 7, 4, 3, mesh=toys.MESHES["data:2,tensor:2"]) == P(None, "tensor", None)
+
+
+def test_without_a_rule_fsdp_splits_the_largest_dimension_that_it_divides():
+  assert _spec("kernel", 6, 8) == P(None, "fsdp")
+  assert _spec("kernel", 6, 9) == P("fsdp", None)
+  assert _spec("kernel", 6, 6, 4) == P("fsdp", None, None)
+  assert _spec("scale", 10) == P("fsdp")
+  for shape in ((7,), (7, 9), (0,), ()):
+    assert _spec("scale", *shape) == P()
+  assert _spec("conv/kernel", 3, 3, 64, 16) == P(None, None, None, "fsdp"), "output channels"
+  assert _spec("conv/kernel", 3, 3, 64, 15) == P()
+  assert _spec("kernel", 6, 8, mesh=toys.MESHES["data:2,tensor:2"]) == P(), "tensor needs a rule"
+
+
+def test_without_a_rule_only_large_arrays_are_split():
+  assert _spec("kernel", 8, 8, above=4 * 64) == P("fsdp", None)
+  assert _spec("kernel", 8, 8, above=4 * 64 + 1) == P()
+
+
+def test_what_is_kept_of_a_parameter_lies_as_it_does_and_all_else_is_whole():
+  like = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  params = {"block": {"qkv": {"kernel": like(8, 4, 3)}}, "kernel": like(4, 6), "qkv": {"kernel": like(8, 4, 3)}}
+  kept = {"mu": params, "row": {"kernel": like(4), "qkv": {"kernel": like(8)}}, "count": like()}
+  other = {"a": {"kernel": like(4, 6)}, "b": {"kernel": like(6, 4)}}
+  state = TrainState(
+      step=like(), params=params | other, model_state={"batch_stats": {"kernel": like(4, 6)}, "carry": like(8, 4)},
+      opt_state={"all": {"inner": (kept,)}, "b": {"nu": other["b"]}}, rng=like(2), ema=params, failed_step=like())
+  mesh = parallel.make_mesh(BOTH)
+  found = jax.tree.map(lambda s: s.spec, parallel.state_shardings(state, mesh, parallel.Sharding(RULES, 0)))
+  cut = {"block": {"qkv": {"kernel": P("fsdp", "tensor", None)}}, "kernel": P(None, "fsdp"),
+         "qkv": {"kernel": P("fsdp", None, None)}}  # "*/qkv" is below something
+  assert found.params == cut | {"a": {"kernel": P(None, "fsdp")}, "b": {"kernel": P("fsdp", None)}}
+  assert found.ema == cut
+  assert found.opt_state["all"]["inner"] == (
+      {"mu": cut, "row": {"kernel": P(), "qkv": {"kernel": P()}}, "count": P()},)
+  assert found.opt_state["b"] == {"nu": {"kernel": P("fsdp", None)}}, "a player's paths begin inside it"
+  assert found.model_state == {"batch_stats": {"kernel": P()}, "carry": P("fsdp")}
+  assert {found.step, found.rng, found.failed_step} == {P()}
+
+
+def test_the_rules_of_a_models_file_hold_in_the_state():
+  experiment = toys.digits_experiment(toys.tiny_vit(), optimizer={"name": "adamw"}, ema_decay=0.9)
+  state = Program(experiment, RunOptions(mesh=BOTH)).abstract_state
+  adam = state.opt_state["all"][0]
+  for tree in (state.params, state.ema, adam.mu, adam.nu):
+    block = tree["block0"]
+    assert block["qkv"]["kernel"].sharding.spec == P("fsdp", "tensor", None, None)
+    assert block["qkv"]["bias"].sharding.spec == P("tensor", None, None)
+    assert block["project"]["kernel"].sharding.spec == P("tensor", None, "fsdp")
+    assert block["mlp1"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert block["mlp1"]["bias"].sharding.spec == P("tensor")
+    assert block["mlp2"]["kernel"].sharding.spec == P("tensor", "fsdp")
+    assert block["mlp2"]["bias"].sharding.spec == P("fsdp")
+  assert adam.count.sharding.spec == P()
+
+
+@pytest.mark.parametrize("mesh, above, idle", [
+    ("data:4", 0, ""), ("data:2,fsdp:2", 0, ""), ("data:2,fsdp:2", 10**9, "fsdp:2"),
+    ("data:2,tensor:2", 0, "tensor:2")])
+def test_an_axis_that_places_nothing_is_a_warning_in_one_line(mesh, above, idle, capsys):
+  experiment = toys.digits_experiment(toys.tiny_mlp(), shard_above=above)
+  Program(experiment, RunOptions(mesh=toys.MESHES[mesh]))
+  err = capsys.readouterr().err
+  assert err.count("\n") == bool(idle)
+  assert not idle or f"warning: --mesh={idle} splits no parameter of toy" in err
+
+
+@pytest.mark.parametrize("fields, mesh, text", [
+    ({"embed_dim": 12, "num_heads": 3}, "data:2,tensor:2",
+     "--mesh=tensor:2 does not divide dimension 0 of block0/project/kernel, which has 3 entries; choose tensor:1, or"),
+    ({"embed_dim": 6}, "fsdp:4", "--mesh=fsdp:4 does not divide dimension 0 of block0/.*, which has 6 entries; "
+     "choose fsdp:3, or"),
+])
+def test_a_rule_that_does_not_divide_is_refused_before_anything_is_written(fields, mesh, text, tmp_path):
+  experiment = toys.digits_experiment(toys.tiny_vit().clone(**fields))
+  with pytest.raises(UserError, match=text) as error:
+    fit(experiment, tmp_path / "run", RunOptions(mesh=toys.MESHES[mesh]))
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_rule_for_another_rank_is_refused():
+  with pytest.raises(UserError, match="rule '\\*/bias' has 1 dimensions and block0/bias has 2"):
+    _spec("block0/bias", 4, 4)
+
+
+def test_a_task_may_have_rules_of_its_own():
+  task = dataclasses.replace(toys.digits_experiment(toys.tiny_vit()).task)
+  assert sharding_rules(task) == tuple(vit.SHARDING) and input_dimensions(task) == tuple(vit.INPUT_DIMENSIONS)
+  own = toys.Formula(params={"w": np.zeros((4, 4))}, rows=None)
+  assert sharding_rules(own) == input_dimensions(own) == ()
+  object.__setattr__(own, "sharding", [("w", (None, "fsdp"))])
+  program = Program(toys.formula_experiment(own, ONES), RunOptions(mesh=toys.MESHES["fsdp:4"]))
+  assert program.abstract_state.params["w"].sharding.spec == P(None, "fsdp")
+
+
+def test_muon_reads_a_joint_kernel_as_the_matrix_that_its_model_says():
+  """In the second step, as the head starts at zero and hides the blocks from the first."""
+  experiment = toys.digits_experiment(
+      toys.tiny_vit(), optimizer={"name": "muon", "momentum": 0.9, "learning_rate": 1.0, "schedule": "constant"})
+  program = Program(experiment, RunOptions(mesh=toys.MESHES["data:1"]))
+  before = jax.device_get(program.init_state().params["block0"]["qkv"]["kernel"])  # [8, 2, 3, 4]
+  after = toys.train(experiment, 2, mesh="data:1").state.params["block0"]["qkv"]["kernel"]
+  values = np.linalg.svd((after - before).reshape(8, 24), compute_uv=False) / np.sqrt(24 / 8)
+  assert 0.6 < values.max() < 1.2
 
 
 def test_sharded_state_takes_its_share_of_memory_and_stays_sharded():
@@ -140,9 +259,10 @@ def test_sharded_state_takes_its_share_of_memory_and_stays_sharded():
     assert array.sharding.is_equivalent_to(planned.sharding, array.ndim)
 
 
-@pytest.mark.parametrize("mode, mesh", MORE_MODES)
+@pytest.mark.parametrize("mode, mesh", [*MORE_MODES, ("jit", "fsdp:2,tensor:2")])
 def test_a_step_is_compiled_once_moves_nothing_but_the_batch_and_donates_the_state(mode, mesh, caplog):
-  experiment = toys.digits_experiment(toys.tiny_mlp(), mask=None, ema_decay=0.9)
+  model = toys.tiny_vit() if "tensor" in mesh else toys.tiny_mlp()
+  experiment = toys.digits_experiment(model, mask=None, ema_decay=0.9)
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
   state = parallel.step_state(program.init_state(), mode, program.mesh)
   scale = parallel.put_shared(np.float32(1), program.mesh)

@@ -20,6 +20,7 @@ from dljax.data.splits import Data
 from dljax.models.layers import BatchNorm
 from dljax.models.mlp import MLP
 from dljax.models.resnet import BasicBlock, ResNet
+from dljax.models.vit import ViT
 from dljax.tasks.base import ALL, MIN, LossOutput, TaskBase
 from dljax.train import parallel
 from dljax.train.experiment import Experiment
@@ -31,6 +32,8 @@ MESHES = {
     "data:4": {"data": 4, "fsdp": 1, "tensor": 1},
     "data:2,fsdp:2": {"data": 2, "fsdp": 2, "tensor": 1},
     "data:2,tensor:2": {"data": 2, "fsdp": 1, "tensor": 2},
+    "fsdp:4": {"data": 1, "fsdp": 4, "tensor": 1},
+    "fsdp:2,tensor:2": {"data": 1, "fsdp": 2, "tensor": 2},
 }
 
 
@@ -101,6 +104,11 @@ def tiny_mlp(**fields: Any) -> nn.Module:
   return MLP(num_classes=10, widths=(16, 16), **fields)
 
 
+def tiny_vit(**fields: Any) -> nn.Module:
+  """One block, which has a sharding rule for every kernel."""
+  return ViT(num_classes=10, patch_size=4, embed_dim=8, num_layers=1, num_heads=2, **fields)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scripted:
   """A pipeline of given batches: step -> batch, whose rows are numbered where it does not say how."""
@@ -146,7 +154,7 @@ def formula_experiment(
     fields["optimizer"] = optimizer(fields.pop("optimizer", {}))
   config = base_config(
       "toy", "toy", batch_size=BATCH_SIZE, eval_batch_size=BATCH_SIZE, model=ml_collections.ConfigDict(),
-      data=ml_collections.ConfigDict(), **fields)
+      data=ml_collections.ConfigDict(), **{"shard_above": 0, **fields})
   spec = {k: jax.ShapeDtypeStruct(np.shape(v), np.asarray(v).dtype) for k, v in train.batch(0).items()
           if not k.startswith(parallel.HOST)}
   data = Data(name="toy", train=train, evals=evals or {}, batch_spec=spec, fingerprint=lambda: "toy")
@@ -165,7 +173,7 @@ def digits_experiment(
   """`model` on augmented digits, with `mask(step)` over each training batch."""
   config = image_classification.config("toy", "toy", data="digits", variant="", optimizer="momentum")
   optimizer = fields.pop("optimizer", {})
-  config.update({"batch_size": BATCH_SIZE, "total_steps": 20, **fields})
+  config.update({"batch_size": BATCH_SIZE, "total_steps": 20, "shard_above": 0, **fields})
   config.optimizer.update({"learning_rate": 0.1, "warmup_fraction": 0.0, **optimizer})
   config.data.update({"pad_crop": 1, "flip": True})
   experiment = image_classification.build(config, model)
@@ -193,8 +201,8 @@ def train(
   state = program.init_state()
   if dtype:
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    state = jax.jit(
-        lambda s: jax.tree.map(cast, s), out_shardings=parallel.state_shardings(state, program.mesh))(state)
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+    state = jax.jit(lambda s: jax.tree.map(cast, s), out_shardings=shardings)(state)
   state, outs = parallel.step_state(state, parallelism, program.mesh), []
   for step in range(steps):
     batch = parallel.put_batch(experiment.data.train.batch(step), parallelism, program.mesh)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dljax.errors import UserError
-from dljax.interop.table import CONV, LINEAR, SAME, Table, layer, patches
+from dljax.interop.table import (
+    CONV, LINEAR, SAME, Table, joint_heads, layer, merged_heads, patches)
 from dljax.models import vit
 
 
@@ -17,13 +18,16 @@ def _torchvision(model: vit.ViT) -> Table:
   if model.pool != "token" or model.positions != "learned":
     raise UserError("torchvision's ViT has a class token and learned positions: use pool='token', positions='learned'")
   block, theirs = r"block(\d+)", r"encoder.layers.encoder_layer_\1"
+  joint_kernel, joint_bias = joint_heads(3, model.num_heads)
+  out, merged = f"{theirs}.self_attention.out_proj", merged_heads(model.num_heads)
   rules = [
       ("params/class_token", "class_token", SAME),
       ("params/positions", "encoder.pos_embedding", SAME),
       *layer("patches", "conv_proj", CONV),
-      (f"params/{block}/qkv/kernel", f"{theirs}.self_attention.in_proj_weight", LINEAR),
-      (f"params/{block}/qkv/bias", f"{theirs}.self_attention.in_proj_bias", SAME),
-      *layer(f"{block}/project", f"{theirs}.self_attention.out_proj", LINEAR),
+      (f"params/{block}/qkv/kernel", f"{theirs}.self_attention.in_proj_weight", joint_kernel),
+      (f"params/{block}/qkv/bias", f"{theirs}.self_attention.in_proj_bias", joint_bias),
+      (f"params/{block}/project/kernel", f"{out}.weight", merged),
+      (f"params/{block}/project/bias", f"{out}.bias", SAME),
       *layer(f"{block}/mlp1", f"{theirs}.mlp.0", LINEAR),
       *layer(f"{block}/mlp2", f"{theirs}.mlp.3", LINEAR),
       (rf"params/{block}/norm([12])/scale", rf"{theirs}.ln_\2.weight", SAME),
@@ -39,7 +43,12 @@ def _timm(model: vit.ViT) -> Table:
   if model.pool != "token" or model.positions != "learned":
     raise UserError("the table of timm's ViT is for a class token and learned positions: use pool='token', "
                     "positions='learned'")
-  names = {"qkv": "attn.qkv", "project": "attn.proj", "mlp1": "mlp.fc1", "mlp2": "mlp.fc2"}
+  layers = {
+      "qkv": ("attn.qkv", *joint_heads(3, model.num_heads)),
+      "project": ("attn.proj", merged_heads(model.num_heads), SAME),
+      "mlp1": ("mlp.fc1", LINEAR, SAME),
+      "mlp2": ("mlp.fc2", LINEAR, SAME),
+  }
   rules = [
       ("params/class_token", "cls_token", SAME),
       ("params/positions", "pos_embed", SAME),
@@ -50,8 +59,9 @@ def _timm(model: vit.ViT) -> Table:
       (r"params/block(\d+)/(norm[12])/scale", r"blocks.\1.\2.weight", SAME),
       (r"params/block(\d+)/(norm[12])/bias", r"blocks.\1.\2.bias", SAME),
   ]
-  for ours, theirs in names.items():
-    rules += layer(rf"block(\d+)/{ours}", rf"blocks.\1.{theirs}", LINEAR)
+  for ours, (theirs, kernel, bias) in layers.items():
+    rules += [(rf"params/block(\d+)/{ours}/kernel", rf"blocks.\1.{theirs}.weight", kernel),
+              (rf"params/block(\d+)/{ours}/bias", rf"blocks.\1.{theirs}.bias", bias)]
   return Table(rules, inputs=patches(model.patch_size, "patch_embed.proj.weight", "pos_embed"))
 
 

@@ -1,0 +1,50 @@
+"""The networks that the row "models" compares ours with, in PyTorch, and the packages that they need.
+
+One file a family, named as ours is, with a table NETWORKS: a case's name -> (number of classes ->
+module). The peer's interpreter imports the file of one case's family; it needs nothing of ours. A
+module may have a method `loss(batch)`; without one its loss is the cross-entropy of its output.
+"""
+
+import importlib
+import importlib.util
+import sys
+
+PACKAGES = ("torch", "torchvision", "timm")
+
+
+def import_torchvision():
+  """torchvision, also where its compiled operators are for another torch: no network here needs them."""
+  try:
+    return importlib.import_module("torchvision")
+  except RuntimeError as error:
+    if "operator torchvision::" not in str(error):
+      raise
+  import torch
+
+  # Its import asks for these two by name.
+  global _library  # the names live as long as it does
+  _library = torch.library.Library("torchvision", "DEF")
+  for name in ("nms", "qnms"):
+    _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+  for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+    del sys.modules[name]  # of the import that failed
+  return importlib.import_module("torchvision")
+
+
+def import_package(name):
+  """A package of `PACKAGES`; timm, where it is, imports torchvision itself, which therefore comes first."""
+  if name == "torchvision" or name == "timm" and importlib.util.find_spec(name):
+    import_torchvision()
+  return importlib.import_module(name)
+
+
+def find_packages():
+  """{"found": {package: version}, "missing": {package: why}}."""
+  found, missing = {}, {}
+  for name in PACKAGES:
+    try:
+      module = import_package(name)
+      found[name] = module.__version__
+    except Exception as error:  # a package that is broken is as good as none
+      missing[name] = " ".join(f"{error}".split()) or type(error).__name__
+  return {"found": found, "missing": missing}
