@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from unittest import mock
 
+from dljax.report import common
 from dljax import errors, launch, report
 
 
@@ -45,5 +46,5 @@ def plain_pictures() -> Iterator[None]:
   """Draws empty figures for those of a classifier: half of a short run's time, where no test looks at them."""
   with contextlib.ExitStack() as stack:
     for name in ("learning_curves", "confusion_matrix", "calibration", "image_grid"):
-      stack.enter_context(mock.patch.object(report, name, lambda *_, **__: report._figure(1, 1)))
+      stack.enter_context(mock.patch.object(report, name, lambda *_, **__: common.blank(1, 1)))
     yield

@@ -89,7 +89,7 @@ def test_the_memory_of_a_step_is_measured_and_reported():
   state = 2 * 4 * 11_689_512  # parameters and momentum
   assert found.details["reported_bytes"] > state
   assert found.details["growth_bytes"] >= found.details["first_step_growth_bytes"] > state
-  assert found.details["data_bytes"] == 3 * 4 * (32 * 32 * 3 * 4 + 4 + 4)
+  assert found.details["data_bytes"] == 3 * 4 * (32 * 32 * 3 * 4 + 4 + 4 + 4)
 
 
 def test_the_pipeline_takes_turns_with_the_step():
@@ -183,7 +183,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_step_moves_its_batch_a
     assert row["row"] == "transfers" and row["holds"]
     assert {"name", "what", "value", "bound", "at_least", "low", "high", "details"} < set(row)
     assert row["name"] in done.stdout
-  assert there["details"] == {"to_device_per_step": 3, "arrays_of_a_batch": 3}  # image, label, mask
+  assert there["details"] == {"to_device_per_step": 4, "arrays_of_a_batch": 4}  # image, label, mask, id
   assert there["value"] == 1
   assert back["value"] == 0
 

@@ -22,6 +22,7 @@ from PIL import Image
 from dljax import config as config_lib
 from dljax import errors
 from dljax.data import sources
+from dljax.train.state import FORMAT
 from dljax.train.workdir import Workdir
 from experiments import lenet, mlp
 from tests.command import Outcome, plain_pictures, refuse, run
@@ -29,7 +30,7 @@ from tests.command import Outcome, plain_pictures, refuse, run
 ROOT = Path(__file__).parents[1]
 # The monitored metric soon reaches 1, so that the best checkpoint is not the last.
 SMALL = ("--config.model.widths=32", "--config.log_every=4", "--config.eval_every=8",
-         "--config.checkpoint_every=8", "--config.optimizer.learning_rate=0.02",
+         "--config.checkpoint_every=8", "--config.optimizer.learning_rate=0.03",
          "--config.monitor=validation/top_5_accuracy")
 STEPS = 24
 pytestmark = pytest.mark.usefixtures("_digits")
@@ -327,14 +328,7 @@ def test_evaluation_under_corruptions(trained):
   assert "nothing to disturb" in refuse(mlp, "--preset=xor", "--dry_run", "--config.eval.corruptions=all")
 
 
-def test_a_run_from_before_a_field_was_there_is_used_as_it_ran(trained):
-  noted = _json(trained / "config.json")
-  del noted["config"]["eval"], noted["config"]["data"]["groups"]
-  (trained / "config.json").write_text(json.dumps(noted))
-  assert run(mlp, f"--workdir={trained}", "--mode=eval").status == 0
-  assert "finished" in _train(trained).out
-  assert "data.groups is [] there" in refuse(mlp, f"--workdir={trained}", f"--config.total_steps={STEPS}", *SMALL,
-                                             "--config.data.groups=label")
+def test_groups_are_told_apart_by_an_evaluation_that_asks_for_them(trained):
   outcome = run(mlp, f"--workdir={trained}", "--mode=eval", "--config.data.groups=label")
   metrics = _json(trained / "evaluation.json")["metrics"]["test"]
   with (trained / "tables" / "classes.csv").open() as file:
@@ -703,7 +697,7 @@ def test_a_damaged_config_is_named(trained):
     ({"family": "mlp", "preset": "new"}, "lacks accumulation"),
 ])
 def test_a_config_of_something_else_is_named(trained, config, word):
-  (trained / "config.json").write_text(json.dumps({"config": config}))
+  (trained / "config.json").write_text(json.dumps({"format": FORMAT, "config": config}))
   line = refuse(mlp, f"--workdir={trained}", "--mode=eval")
   assert str(trained) in line and word in line
 

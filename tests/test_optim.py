@@ -387,9 +387,11 @@ def test_check_patterns():
   optim.check_patterns(_config("sgd"), {})  # a model without parameters
   with pytest.raises(UserError, match="freeze: 'head' matches no parameter; the model has none; drop it"):
     optim.check_patterns(_config("sgd", freeze=("head",)), {})
-  # Several players: a pattern must match in one of them; shapes are enough.
+  # Of several players each has patterns of its own, which begin with its name; shapes are enough.
   shapes = jax.eval_shape(lambda: params)
-  optim.check_patterns(_config("sgd", freeze=("dense/*",)), {"dense": {"kernel": jnp.ones(2)}}, shapes)
+  optim.check_patterns(_config("sgd", freeze=("critic/wide/*",)), shapes, "critic")
+  with pytest.raises(UserError, match="--config.optimizers.critic.freeze: 'wide/x' matches no .* 'critic/"):
+    optim.check_patterns(_config("sgd", freeze=("wide/x",)), shapes, "critic")
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)

@@ -160,21 +160,15 @@ class LanguageModel(nn.Module):
     return Stack(self.cell, self.hidden_size, self.num_layers, False, between, self.variational, self.weight_dropout,
                  self.layer_norm, self.embed_dim if self.tied else None, self.dtype, self.remat, **options)
 
-  def init_cache(self, batch: int, length: int) -> Carry:
+  def init_cache(self, batch: int, length: int) -> Carry:  # pylint: disable=unused-argument
     """The state before a text: zeros, f32[B, H] each, whatever the length."""
-    del length
     return self.stack(parent=None).initial_carry(batch)
 
   @nn.compact
   def __call__(
-      self, tokens: jax.Array, cache: Carry | None = None, length: jax.Array | None = None,
-      train: bool = False,
+      self, tokens: jax.Array, cache: Carry | None = None, length: jax.Array | None = None, train: bool = False,
   ) -> dict[str, Any]:
-    """Reads i32[B, L] tokens after the text whose states are in `cache`; without one, from the start.
-
-    Returns:
-      "logits" f32[B, L, V] of the next token, and "cache", the states after each row's `length`.
-    """
+    """i32[B, L] tokens after those of `cache` -> "logits" f32[B, L, V] of the next, and "cache" after each `length`."""
     init = lambda *args: nn.initializers.uniform(0.2)(*args) - 0.1  # Zaremba et al., section 4.1
     drop = nn.Dropout(self.dropout, broadcast_dims=(1,) if self.variational else (), deterministic=not train)
     embed = nn.Embed(self.vocab_size, self.embed_dim, embedding_init=init, dtype=self.dtype, name="embed")

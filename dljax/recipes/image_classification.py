@@ -64,7 +64,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, criterion: str = 
       corruptions=corrupt.parse(config.eval.corruptions))
   task = classification.Classification(
       model=model, num_classes=config.data.num_classes, label_smoothing=config.model.label_smoothing,
-      criterion=criterion)
+      criterion=criterion, groups=tuple(config.data.groups))
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
       read=functools.partial(_read, config), show=_show)

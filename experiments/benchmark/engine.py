@@ -234,7 +234,7 @@ def measure_pipeline(settings: Settings) -> list[Measurement]:
     config = _digits(lenet, settings.steps, augment=True)
     config.data.update(augmentation)
     experiments[kind] = lenet.build(config)
-    experiments[kind].train.open()
+    experiments[kind].data.train.open()
   bare = _bare_step(experiments["not augmented"])
   for turn in range(settings.repeats):
     step_turns.append(bare.run(settings.steps))

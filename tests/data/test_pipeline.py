@@ -68,7 +68,7 @@ def test_id_is_the_global_row_in_training_and_the_example_in_evaluation():
       train = make(train=True, host=host, hosts=hosts)
       for step in (0, 5):
         batch = train.batch(step)
-        assert batch["id"].dtype == np.int32 and batch["id"].tolist() == list(range(4))[host::hosts]
+        assert batch["id"].dtype == np.int32 and batch["id"].tolist() == np.split(np.arange(4), hosts)[host].tolist()
         assert batch["mask"].tolist() == [1] * (4 // hosts)
   for size in (2, 4, 16):
     evaluation = make(batch_size=size)

@@ -76,6 +76,7 @@ def assert_sgd_step(
     model = build(dtype=jnp.float64)
     variables = jax.tree.map(np.float64, interop.load(model, formula.tensors(fixture), source))
     task, batch = make_task(model, image, fixture)
+    batch = {"id": np.arange(len(batch["mask"]), dtype=np.int32), **batch}
     config = optim.default_config("sgd")
     config.update({"learning_rate": formula.LEARNING_RATE, "schedule": "constant", "warmup_fraction": 0.0})
     tx, schedule = optim.make_optimizer(config, total_steps=1)
@@ -83,7 +84,7 @@ def assert_sgd_step(
     state = TrainState(
         step=np.int32(0), params=params, model_state=model_state, opt_state={ALL: tx.init(params)},
         rng=np.zeros(2, np.uint32), ema={}, failed_step=np.int32(NOT_FAILED))
-    step = jax.jit(make_train_step(task, {ALL: tx}, schedule), donate_argnums=0)
+    step = jax.jit(make_train_step(task, {ALL: tx}, {ALL: schedule}), donate_argnums=0)
     new, _ = step(state, batch, np.float64(1))
     old, new = (interop.dump(model, v, source) for v in (variables, {"params": new.params, **new.model_state}))
   ours = formula.sample(new[name] - old[name] for name in fixture["shapes"])

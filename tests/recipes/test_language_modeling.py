@@ -206,4 +206,4 @@ def test_presets_are_what_they_say():
 def test_a_text_ends_at_its_first_end():
   experiment = rnn.build(rnn.get_config("pydoc"))  # bytes, and 256 the end
   texts = [[104, 105, 256, 106, 256], [104, 105, 106, 107, 108]]
-  assert [row["text"] for row in experiment.decode({"tokens": np.array(texts)}, {})] == ["hi", "hijkl"]
+  assert [row["text"] for row in experiment.show(None, {"tokens": np.array(texts)}, {})] == ["hi", "hijkl"]

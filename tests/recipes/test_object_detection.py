@@ -223,7 +223,7 @@ def test_bad_fields_are_named(field, value, message):
 
 def test_the_users_images_have_a_place_and_a_size(tmp_path):
   Image.fromarray(np.zeros((100, 192), np.uint8)).save(tmp_path / "wide.png")
-  config = retinanet.get_config("digit_scenes").data  # 96 x 96 pixels
-  batch, _, _ = object_detection._encode(config, [str(tmp_path / "wide.png")], {})
+  experiment = retinanet.build(retinanet.get_config("digit_scenes"))  # 96 x 96 pixels
+  batch = experiment.read(Request(paths=[str(tmp_path / "wide.png")]), {}).batch
   np.testing.assert_array_equal(batch["size"], [[192, 100]])  # width, height
   np.testing.assert_array_equal(batch["place"], [[0, 23, 96, 73]])

@@ -39,8 +39,8 @@ def test_the_users_recordings_are_decoded_by_the_beam():
   log_probs[..., 0], log_probs[..., 1 + config.data.alphabet.index("A")] = np.log(0.6), np.log(0.4)
   for beam, text in ((1, ""), (4, "A")):
     config.model.beam = beam
-    row, = deepspeech.build(config).decode(
-        {"log_probs": log_probs, "length": np.array([2])}, {"alphabet": list(config.data.alphabet)})
+    row, = deepspeech.build(config).show(
+        None, {"log_probs": log_probs, "length": np.array([2])}, {"alphabet": list(config.data.alphabet)})
     assert row == {"text": text}
 
 

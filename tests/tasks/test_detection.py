@@ -360,11 +360,12 @@ def test_the_images_with_the_most_mistakes_are_pictured(monkeypatch):
   batch = jax.tree.map(np.asarray, apart(make_batch(4)))
   empty = {"boxes": np.zeros((4, 1, 4)), "labels": np.zeros((4, 1), int), "scores": np.ones((4, 1)),
            "valid": np.zeros((4, 1), bool)}
-  Detection(Fixed(), K, ANCHORS).evaluate(iter([(empty, batch)]), {}, {})
+  task = Detection(Fixed(), K, ANCHORS)
+  task.evaluate(iter([(empty, batch)]), {}, {}).figures["detections"]()
   assert [len(truth["boxes"]) for truth in drawn["truths"]] == [4, 3]
   assert not any(len(found["boxes"]) for found in drawn["found"])
   just = {**empty, "scores": np.full((4, 1), detection.SHOWN_SCORE), "valid": np.ones((4, 1), bool)}
-  Detection(Fixed(), K, ANCHORS).evaluate(iter([(just, batch)]), {}, {})
+  task.evaluate(iter([(just, batch)]), {}, {}).figures["detections"]()
   assert [len(found["boxes"]) for found in drawn["found"]] == [1, 1]
 
 

@@ -249,7 +249,8 @@ def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monke
   evaluator = Evaluator(task, "jit", parallel.make_mesh(toys.MESHES["data:1"], "jit"))
   variables = {"params": _params(tokenize.Bytes.size), "carry": jnp.zeros((16, WIDTH))}
   pipeline.open()
-  evaluator.full(variables, jax.random.key_data(jax.random.key(0)), pipeline, "validation", {})
+  rng = jax.random.key_data(jax.random.key(0))
+  evaluator.full(variables, rng, pipeline, "validation", {}).figures["surprise"]()
   (tokens, bits), = drawn
   text_bytes = corpus.split_text(play.read_text())["validation"].encode()
   first = -(-len(text_bytes) // rows)  # the stream that begins the text, whose state nothing comes before
@@ -332,7 +333,7 @@ def test_drawn_tokens_follow_the_probabilities():
 def test_no_two_examples_or_places_share_a_draw():
   """Of 4096 tokens that are equally probable 64 draws rarely meet; by example + place there would be 15 of them."""
   example, place = map(jnp.asarray, np.divmod(np.arange(64), 8))
-  draw = Sampling(temperature=1).draw(jnp.zeros((64, 4096)), jax.random.key(0), example, place)
+  draw = Sampling(temperature=1).draw(jnp.zeros((64, 4096)), jax.random.key(0), {"id": example, "place": place})
   assert len(np.unique(draw)) > 60
 
 

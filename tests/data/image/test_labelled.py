@@ -82,7 +82,7 @@ def test_batch_does_not_depend_on_hosts_or_on_where_examples_are(digits, options
         pipeline._examples = whole.train._examples
         batches.append(pipeline.batch(step))
       for key, value in expected.items():
-        joined = np.stack([batch[key] for batch in batches], axis=1).reshape(value.shape)
+        joined = np.concatenate([batch[key] for batch in batches])
         np.testing.assert_array_equal(joined, value)
   streamed.train.close()
 
@@ -366,7 +366,7 @@ def test_reading_npy_runs_no_code(digits, tmp_path):
     trap = Opener(str(tmp_path / f"made-by-{name}"))
     with open(tmp_path / f"{name}.npy", "wb") as file:
       pickle.dump(trap, file) if name == "bare" else np.save(file, np.array([trap], object), allow_pickle=True)
-    batch, names, skipped = labelled.encode([str(tmp_path / f"{name}.npy")], digits)
+    batch, names, skipped = decode.encode([str(tmp_path / f"{name}.npy")], digits)
     assert not names and not len(batch["image"]) and len(skipped) == 1
     assert not (tmp_path / f"made-by-{name}").exists()
 

@@ -9,6 +9,7 @@ import pytest
 
 from dljax.data import prepare, sources
 from dljax.data.text import corpus, tokenize
+from dljax.data.text import streams as streams_lib
 from dljax.data.datasets import pydoc
 from dljax.errors import UserError
 
@@ -128,7 +129,7 @@ def test_training_reads_parallel_streams_in_order_and_starts_each_epoch_anew(pla
 def test_every_token_is_some_epochs_first_or_last():
   """13 tokens, of which two streams of windows of 5 read 10 and predict as many: an epoch begins at 0, 1 or 2."""
   text = tokenize.Encoded(*np.arange(39).reshape(3, 13).astype(np.int32))
-  streams = corpus.Streams(lambda: (text, np.zeros(1, int)), batch_size=2, length=5, train=True, host=0, hosts=1)
+  streams = streams_lib.Streams(lambda: (text, np.zeros(1, int)), batch_size=2, length=5, train=True, host=0, hosts=1)
   streams.open()
   assert {int(streams.batch(epoch)["tokens"].min()) for epoch in range(40)} == {0, 1, 2}
 
