@@ -44,7 +44,7 @@ class Run:
   ):
     self.experiment, self.folder = experiment, folder
     self.config, self.model = experiment.config, experiment.task.model
-    self._options, self._which, self._restored = options, step, None
+    self._options, self._which, self._restored, self._predictor = options, step, None, None
     self.assets = folder.read_assets()
     if self.assets:
       experiment.data.restore(self.assets)
@@ -131,8 +131,10 @@ class Run:
 
   def raw(self, inputs: Inputs) -> Any:
     """What `Task.predict` gives for the rows, as NumPy arrays with the rows leading."""
-    return evaluate.predict(
-        self.experiment, self.program, self._options.parallelism, self.state, inputs.batch)
+    if self._predictor is None:
+      self._predictor = evaluate.Predictor(
+          self.experiment, self.program, self._options.parallelism)
+    return self._predictor(self.state, inputs.batch)
 
   def generate(self, inputs: Inputs) -> Iterator[np.ndarray]:
     """The tokens i32[rows, n] that continue the rows, as they come."""

@@ -5,7 +5,7 @@ state no two threads can share. A notebook shows them after `%matplotlib inline`
 """
 
 from dljax.report.classification import calibration, confusion_matrix
-from dljax.report.common import DPI, picture, save
+from dljax.report.common import DPI, picture, save, side_by_side
 from dljax.report.curves import TITLES, learning_curves, read_metrics, relative_bars, strengths
 from dljax.report.images import heat_maps, image_grid
 from dljax.report.scenes import class_colors, class_map, detections, segmentations
@@ -14,5 +14,6 @@ from dljax.report.sequences import alignments, forecasts, surprise
 __all__ = [
     "DPI", "TITLES", "alignments", "calibration", "class_colors", "class_map", "confusion_matrix",
     "detections", "forecasts", "heat_maps", "image_grid", "learning_curves", "picture",
-    "read_metrics", "relative_bars", "save", "segmentations", "strengths", "surprise",
+    "read_metrics", "relative_bars", "save", "segmentations", "side_by_side", "strengths",
+    "surprise",
 ]

@@ -1,7 +1,10 @@
 """What all pictures share: colours, empty figures and panels, and how a figure becomes a file."""
 
+import io
+import math
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ DPI = 150
 COLORS = {"train": "#6b7785", "validation": "#d1495b", "test": "#1f6f8b"}
 MORE_COLORS = ("#edae49", "#66a182", "#8d6a9f")
 INK = "#333333"
+MARGIN = 8  # pixels of white around a text, and between pictures side by side
 
 
 def picture(figure: Any) -> Any:
@@ -19,6 +23,38 @@ def picture(figure: Any) -> Any:
   figure.set_dpi(DPI)
   figure.canvas.draw()
   return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def side_by_side(pictures: Sequence[bytes]) -> bytes:
+  """Puts pictures into one, in rows and columns on white.
+
+  The grid is about as wide as it is high. Its cells are as large as the largest picture, and each
+  picture lies in the upper left corner of its cell.
+
+  Args:
+    pictures: one or more PNG files of any sizes, in reading order.
+
+  Returns:
+    A PNG file.
+  """
+  from PIL import Image
+
+  images = [Image.open(io.BytesIO(content)).convert("RGBA") for content in pictures]
+  width, height = (max(sides) + MARGIN for sides in zip(*(image.size for image in images)))
+
+  def unevenness(columns: int) -> float:
+    rows = math.ceil(len(images) / columns)
+    return abs(math.log(columns * width / (rows * height)))
+
+  columns = min(range(1, len(images) + 1), key=unevenness)
+  rows = math.ceil(len(images) / columns)
+  grid = Image.new("RGB", (columns * width - MARGIN, rows * height - MARGIN), "white")
+  for i, image in enumerate(images):
+    row, column = divmod(i, columns)
+    grid.paste(image, (column * width, row * height), image)  # what is transparent stays white
+  content = io.BytesIO()
+  grid.save(content, "PNG")
+  return content.getvalue()
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:

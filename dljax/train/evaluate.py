@@ -184,30 +184,42 @@ def evaluate(
   return metrics_of, findings
 
 
-def predict(experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch) -> Any:
-  """Predictions for any number of rows, as NumPy arrays.
+class Predictor:
+  """Predicts for any number of rows, as NumPy arrays; compiles once for each shape of a row.
 
   Args:
     experiment: gives the task and the batch size.
     program: gives the devices.
     mode: "jit" or "pmap".
-    state: gives the variables.
-    batch: rows as `Experiment.read` makes them; fields "host/..." are left out.
   """
-  size = experiment.config.eval_batch_size
-  run = parallel.compile_step(
-      step.make_predict_step(experiment.task), mode, program.mesh,
-      inputs=("state", "shared", "batch", "shared"), outputs=("batch",))
-  variables, _ = split_carry(state.variables)  # what training has left in the carry is no prediction's past
-  context = Context(experiment.task, mode, program.mesh, experiment.data.context)(variables, state.rng)
-  fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
-  count = len(next(iter(fields.values())))
-  parts = []
-  for start in metrics.progress(range(0, count, size), "predict"):
-    rows = {k: v[start:start + size] for k, v in fields.items()}
-    out, = run(variables, state.rng, _put_padded(rows, size, mode, program.mesh), context)
-    parts.append(jax.tree.map(lambda x: x[:min(size, count - start)], parallel.rows_to_host(out, mode)))
-  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+  def __init__(self, experiment: Experiment, program: Program, mode: parallel.Mode):
+    self._size, self._mode, self._mesh = experiment.config.eval_batch_size, mode, program.mesh
+    self._context = Context(experiment.task, mode, program.mesh, experiment.data.context)
+    self._step = parallel.compile_step(
+        step.make_predict_step(experiment.task), mode, program.mesh,
+        inputs=("state", "shared", "batch", "shared"), outputs=("batch",))
+
+  def __call__(self, state: TrainState, batch: Batch) -> Any:
+    """What `Task.predict` gives for the rows of `batch`.
+
+    Args:
+      state: gives the variables.
+      batch: rows as `Experiment.read` makes them; fields "host/..." are left out.
+    """
+    variables, _ = split_carry(state.variables)  # what training has left in the carry is no prediction's past
+    context = self._context(variables, state.rng)
+    fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
+    count, shards = len(fields["mask"]), parallel.count_shards(self._mesh)
+    size = min(self._size, -(-count // shards) * shards)
+    parts = []
+    for start in metrics.progress(range(0, count, size), "predict"):
+      rows = _put_padded(
+          {k: v[start:start + size] for k, v in fields.items()}, size, self._mode, self._mesh)
+      out, = self._step(variables, state.rng, rows, context)
+      real = min(size, count - start)
+      parts.append(jax.tree.map(lambda x: x[:real], parallel.rows_to_host(out, self._mode)))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
 def _put_padded(rows: Batch, size: int, mode: parallel.Mode, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -236,7 +248,7 @@ def generate(
   variables, _ = split_carry(state.variables)
   fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
   count, total = len(fields["mask"]), experiment.task.sampling.max_new_tokens
-  shards = int(np.prod([program.mesh.shape[axis] for axis in parallel.BATCH_AXES]))
+  shards = parallel.count_shards(program.mesh)
   text, = start(variables, _put_padded(fields, -(-count // shards) * shards, mode, program.mesh))
   for written in range(0, total, CHUNK):
     tokens, text = advance(variables, state.rng, text)

@@ -7,20 +7,21 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from dljax import optim, report
-from dljax.data.pipeline import Pipeline, opened
-from dljax.errors import Preempted, RunError, UserError, unknown
+from dljax.data.pipeline import opened
+from dljax.errors import Preempted, RunError, UserError
 from dljax.interop import variants
-from dljax.tasks.base import MAX
 from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, draw_samples, evaluate, prefetch
 from dljax.train.experiment import Experiment
+from dljax.train.monitor import Monitor
+from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import StopSignals
 from dljax.train.state import TrainState, parameter_count, state_sha256
@@ -57,13 +58,13 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   with opened(experiment.data.train, *experiment.data.evals.values()):
     evaluator = Evaluator(
         experiment.task, options.parallelism, program.mesh, experiment.data.context)
-    whole_sets = _every_evaluation_is_full(experiment, evaluator, program)
+    monitor = Monitor(experiment, program, evaluator, folder)
     _acquire(folder)
     try:
       checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
       with StopSignals() as signals, checkpointer:
         return _Run(
-            experiment, folder, options, program, weights, evaluator, checkpointer, signals, whole_sets).run()
+            experiment, folder, options, program, weights, evaluator, monitor, checkpointer, signals).run()
     finally:
       folder.release()
 
@@ -80,36 +81,17 @@ def _acquire(folder: Workdir) -> None:
     raise error or UserError(f"--workdir={folder.path} cannot be used; the first host says why")
 
 
-def _every_evaluation_is_full(experiment: Experiment, evaluator: Evaluator, program: Program) -> bool:
-  """Whether the monitor is a whole-set metric that no interval is set for; `UserError` if there is no such monitor."""
-  if not experiment.monitor:
-    return False
-  known = [f"{split}/{name}" for split in experiment.data.evals if split != "test"
-           for name in experiment.task.goals]
-  if not known:
-    raise UserError(f"--config.monitor={experiment.monitor}: there is no split but test; write --config.monitor=")
-  if experiment.monitor not in known:
-    raise unknown("--config.monitor", experiment.monitor, known)
-  split, _, metric = experiment.monitor.partition("/")
-  state = program.abstract_state
-  summed = evaluator.metric_names(state.variables, state.rng, experiment.data.evals[split])
-  return metric not in summed and not experiment.config.full_eval_every
-
-
 class _Run:
   """One call of `fit`, past all checks."""
 
   def __init__(
       self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program,
-      weights: Callable[[], pretrained.Weights], evaluator: Evaluator, checkpointer: Checkpointer, signals: StopSignals,
-      whole_sets: bool,
+      weights: Callable[[], pretrained.Weights], evaluator: Evaluator, monitor: Monitor,
+      checkpointer: Checkpointer, signals: StopSignals,
   ):
     self.experiment, self.config, self.options = experiment, experiment.config, options
     self.folder, self.program, self.weights, self.evaluator = folder, program, weights, evaluator
-    self.checkpointer, self.signals = checkpointer, signals
-    self.whole_sets = whole_sets  # whether every evaluation has whole-set metrics
-    self.tracker = optim.Tracker()  # of the monitored metric
-    self.optimizer, *_ = optim.player_configs(self.config, experiment.task.players).values()
+    self.monitor, self.checkpointer, self.signals = monitor, checkpointer, signals
     self.seconds, self.started = 0.0, time.monotonic()  # of earlier calls; the start of this one
 
   def run(self) -> TrainState:
@@ -121,7 +103,7 @@ class _Run:
     start = 0
     if restored is not None:
       start, state = restored.step, restored.state
-      self.tracker = optim.Tracker(**restored.host["tracker"])
+      self.monitor.tracker = optim.Tracker(**restored.host["tracker"])
       self.seconds = restored.host["seconds"]
       if self.folder.is_finished(total) and self.folder.result()["steps"] == start:
         return state
@@ -137,20 +119,23 @@ class _Run:
       if self.config.init.source:
         state = self.weights().put(state)
         metrics.say(self.weights().summary)
-    elif start < total and not self._exhausted:
+    elif start < total and not self.monitor.exhausted:
       metrics.say(f"continuing from step {start}")
-    with writer:
-      if not self._exhausted:  # as it is where a run stopped early and was cut off before its report
-        state = self._train(state, start, writer)
+    with writer, Preview(
+        self.experiment, self.program, self.options.parallelism, self.folder, writer) as preview:
+      if not self.monitor.exhausted:  # as it is where a run stopped early and was cut off before its report
+        state = self._train(state, start, writer, preview)
     self._report(state)
     return state
 
-  def _train(self, state: TrainState, start: int, writer: metrics.MetricWriter) -> TrainState:
+  def _train(
+      self, state: TrainState, start: int, writer: metrics.MetricWriter, preview: Preview,
+  ) -> TrainState:
     """Steps `start` to the end; logs, evaluates and saves on the way."""
     config, mode, mesh = self.config, self.options.parallelism, self.program.mesh
     state = parallel.step_state(state, mode, mesh)
     load = lambda step: parallel.put_batch(self.experiment.data.train.batch(step), mode, mesh)
-    lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
+    lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
     log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
     running = collections.deque()  # a small result of each step that may not be done yet
     due = lambda every: every and done % every == 0 or done == config.total_steps
@@ -171,60 +156,32 @@ class _Run:
           continue
 
         with log.paused(out):  # every step until here is done and good
-          tracker = self.tracker
+          tracker = self.monitor.tracker
           if evaluating:
-            self._evaluate(state, done, writer)
-            lr_scale = parallel.put_shared(np.float32(self.tracker.lr_scale), mesh)
-          is_best = self.tracker.best_step != tracker.best_step
-          if stopping or self._exhausted or is_best or due(config.checkpoint_every):
-            host = {"tracker": dataclasses.asdict(self.tracker), "best_step": self.tracker.best_step,
+            self.monitor.evaluate(state, done, writer)
+            preview.draw(done, state)
+            lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
+          is_best = self.monitor.tracker.best_step != tracker.best_step
+          if stopping or self.monitor.exhausted or is_best or due(config.checkpoint_every):
+            host = {"tracker": dataclasses.asdict(self.monitor.tracker), "best_step": self.monitor.tracker.best_step,
                     "seconds": self._seconds()}
             self.checkpointer.save(done, parallel.global_state(state, mode, mesh), host)
         if stopping:
           raise Preempted(f"stopped after step {done}; the same command continues from there")
-        if self._exhausted:
+        if self.monitor.exhausted:
           metrics.say(f"stopped early at step {done}: {self.experiment.monitor} has not improved in "
-                      f"{self.tracker.stale} evaluations")
+                      f"{self.monitor.tracker.stale} evaluations")
           break
     self.signals.wait_for_step = False
     return parallel.global_state(state, mode, mesh)
-
-  @property
-  def _exhausted(self) -> bool:
-    """Whether the monitored metric has not improved for as long as early stopping waits."""
-    return 0 < self.config.early_stopping_patience <= self.tracker.stale
-
-  def _evaluate(self, state: TrainState, step: int, writer: metrics.MetricWriter) -> None:
-    """Every split but test, and what the tracker makes of the monitored metric."""
-    values = {}
-    for split, pipeline in self.experiment.data.evals.items():
-      if split != "test":
-        found = self._metrics(state, pipeline, split, step)
-        writer.write(step, split, found)
-        values |= {f"{split}/{name}": value for name, value in found.items()}
-    monitor = self.experiment.monitor
-    if monitor in values:  # a whole-set metric is not in every evaluation
-      goal = self.experiment.task.goals[monitor.partition("/")[2]]
-      value = parallel.of_first_host(values[monitor])
-      self.tracker = optim.track(self.optimizer, self.tracker, step, value, goal == MAX)
-
-  def _metrics(
-      self, state: TrainState, pipeline: Pipeline, split: str, step: int,
-  ) -> Mapping[str, float]:
-    """The metrics of a split: the summed ones, and if they are due those of the whole set."""
-    every = self.config.full_eval_every
-    if not (self.whole_sets or every and step % every == 0):
-      return self.evaluator.sums(state.variables, state.rng, pipeline, split)
-    assets = self.folder.read_assets()
-    return self.evaluator.full(state.variables, state.rng, pipeline, split, assets).metrics
 
   def _report(self, state: TrainState) -> None:
     """The metrics of the best state on every split, the pictures, and result.json."""
     steps = checkpoint = int(state.step)
     variables = state.variables
-    if self.experiment.monitor and self.tracker.best_step not in (-1, steps):
+    if self.experiment.monitor and self.monitor.tracker.best_step not in (-1, steps):
       try:
-        best = self.checkpointer.restore(self.program.abstract_state, self.tracker.best_step)
+        best = self.checkpointer.restore(self.program.abstract_state, self.monitor.tracker.best_step)
         checkpoint, variables = best.step, best.state.variables
       except UserError as fault:  # damaged since
         metrics.say(f"warning: {fault}; the results are those of the last step")

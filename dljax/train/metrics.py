@@ -1,11 +1,13 @@
 """What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar."""
 
 import contextlib
+import io
 import json
 import os
 import socket
 import struct
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,6 +64,17 @@ class MetricWriter:
     if self._wandb:
       self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
+  def picture(self, step: int, name: str, png: bytes) -> None:
+    """Shows a picture, a PNG, under its name in TensorBoard and Weights & Biases; from any thread."""
+    if not self._files:
+      return
+    with writing(self._path):
+      self._files[1].picture(step, name, png)
+    if self._wandb:
+      from PIL import Image  # pylint: disable=g-import-not-at-top
+
+      self._wandb.log({name: _wandb_module().Image(Image.open(io.BytesIO(png)))}, step=step)
+
   def __enter__(self) -> "MetricWriter":
     if jax.process_index() != 0:
       return self
@@ -103,6 +116,7 @@ class _EventFile:
     from tensorboardX.proto import event_pb2, summary_pb2  # pylint: disable=g-import-not-at-top
 
     self._event, self._summary, self._checksum = event_pb2.Event, summary_pb2.Summary, record_writer.masked_crc32c
+    self._lock = threading.Lock()  # pictures come from another thread
     self._file = (workdir / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}").open("ab")
     self._record(file_version="brain.Event:2")
     # TensorBoard drops what earlier files hold from this step on.
@@ -112,11 +126,18 @@ class _EventFile:
     self._record(step=step, summary=self._summary(value=[
         self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
 
+  def picture(self, step: int, name: str, png: bytes) -> None:
+    width, height = struct.unpack(">II", png[16:24])  # where PNG has them
+    image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    self._record(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
+
   def _record(self, **fields: Any) -> None:
     data = self._event(wall_time=time.time(), **fields).SerializeToString()
     size = struct.pack("<Q", len(data))
-    self._file.write(b"".join(part + struct.pack("<I", self._checksum(part)) for part in (size, data)))
-    self._file.flush()
+    parts = b"".join(part + struct.pack("<I", self._checksum(part)) for part in (size, data))
+    with self._lock:
+      self._file.write(parts)
+      self._file.flush()
 
   def close(self) -> None:
     self._file.close()

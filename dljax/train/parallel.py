@@ -108,6 +108,11 @@ def make_mesh(sizes: Mapping[str, int], mode: Mode = "jit", devices: Sequence[An
   return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def count_shards(mesh: Mesh) -> int:
+  """The number of parts that the mesh cuts a batch into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1, parts: int = 1) -> None:
   """Raises a UserError unless every device gets the same number of rows of every micro-batch and part.
 
@@ -118,7 +123,7 @@ def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int =
     accumulation: the number of micro-batches.
     parts: the number of parts that the players' turns read, `Task.own_rows`.
   """
-  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  shards = count_shards(mesh)
   if batch_size % (shards * accumulation * parts):
     cuts = [f"{shards} devices"]
     cuts += [f"{accumulation} micro-batches"] * (accumulation > 1) + [f"{parts} parts of a batch"] * (parts > 1)

@@ -15,7 +15,7 @@ from dljax.data.text import corpus, streams, tokenize
 from dljax.errors import UserError
 from dljax.tasks.language_modeling import LanguageModeling, Sampling
 from dljax.train import parallel
-from dljax.train.evaluate import Evaluator, predict, generate
+from dljax.train.evaluate import Evaluator, Predictor, generate
 from dljax.train.step import evaluation_key
 from dljax.train.program import Program, RunOptions
 from tests.train import toys
@@ -401,7 +401,7 @@ def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
   state = program.init_state().replace(params=jax.device_put(_params(), parallel.put_shared(0, program.mesh).sharding))
   expected = np.asarray(task.predict(
       {"params": _params()}, _prompts(ROWS), evaluation_key(np.asarray(state.rng)))["tokens"])
-  at_once = predict(experiment, program, mode, state, _prompts(ROWS))["tokens"]
+  at_once = Predictor(experiment, program, mode)(state, _prompts(ROWS))["tokens"]
   parts = list(generate(experiment, program, mode, state, _prompts(ROWS)))
   np.testing.assert_array_equal(at_once, expected)
   assert [part.shape for part in parts] == [(3, 8), (3, 8), (3, 3)]

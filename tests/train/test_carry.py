@@ -13,7 +13,7 @@ from dljax import report
 from dljax.tasks.base import LossOutput, TaskBase
 from dljax.train import flops, inspect, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.evaluate import Evaluator, predict
+from dljax.train.evaluate import Evaluator, Predictor
 from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import state_sha256
@@ -58,7 +58,7 @@ class NextNumber(TaskBase):
         loss=jnp.sum(losses) / denominators["rows"], metrics={"loss": (jnp.sum(losses), jnp.sum(batch["mask"]))},
         model_state={**model_state, "carry": carry})
 
-  def predict(self, variables, batch, rng, context=None):
+  def Predictor(self, variables, batch)(rng, context=None):
     carry = variables.get("carry") or self.init(jax.random.key(0), batch)["carry"]
     return {"guess": self.model.apply({"params": variables["params"]}, batch["x"], carry)[0]}
 
@@ -199,7 +199,7 @@ def test_evaluation_starts_from_zeros_and_carries_over_its_batches(mode, mesh):
   one = {k: v[:5] for k, v in _windows(0).items()}
   guess, _ = experiment.task.model.apply(
       {"params": jax.tree.map(np.asarray, state.params)}, one["x"], jax.tree.map(lambda x: x[:5], zeros))
-  predicted = predict(experiment, program, mode, state, one)
+  predicted = Predictor(experiment, program, mode)(state, one)
   np.testing.assert_allclose(predicted["guess"], guess, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dljax.tasks.base import Findings
-from dljax.train.evaluate import Evaluator, predict, prefetch
+from dljax.train.evaluate import Evaluator, Predictor, prefetch
 from dljax.train.program import Program, RunOptions
 from tests.train import toys
 
@@ -78,7 +78,7 @@ def test_each_real_row_counts_once_and_comes_back_in_order(mode, mesh):
 def test_any_number_of_rows_is_predicted(mode, mesh, count):
   _, program, state = _evaluator(mode, mesh)
   batch = {"x": _x(range(count)), "mask": np.ones(count, np.float32), "host/name": np.array(["n"] * count)}
-  found = predict(EXPERIMENT, program, mode, state, batch)
+  found = Predictor(EXPERIMENT, program, mode)(state, batch)
   np.testing.assert_allclose(found["loss"], 2 * _x(range(count))**2, rtol=1e-6)
 
 
