@@ -56,12 +56,12 @@ class Program:
     config = experiment.config
     mode = self._mode = options.parallelism
     self._batch_spec = experiment.data.batch_spec
-    self.mesh = parallel.make_mesh(options.mesh, mode, devices)
-    parallel.check_batch_size(
-        "--config.batch_size", config.batch_size, self.mesh, config.accumulation, experiment.task.own_rows)
-    parallel.check_batch_size("--config.eval_batch_size", config.eval_batch_size, self.mesh)
     task = experiment.task
     _check_rows(task, config)
+    self.mesh = parallel.make_mesh(options.mesh, mode, devices)
+    parallel.check_batch_size(
+        "--config.batch_size", config.batch_size, self.mesh, config.accumulation, task.own_rows)
+    parallel.check_batch_size("--config.eval_batch_size", config.eval_batch_size, self.mesh)
     optimizers = optim.player_configs(config, task.players)
     several = len(optimizers) > 1
     made = {

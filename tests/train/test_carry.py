@@ -58,7 +58,7 @@ class NextNumber(TaskBase):
         loss=jnp.sum(losses) / denominators["rows"], metrics={"loss": (jnp.sum(losses), jnp.sum(batch["mask"]))},
         model_state={**model_state, "carry": carry})
 
-  def Predictor(self, variables, batch)(rng, context=None):
+  def predict(self, variables, batch, rng, context=None):
     carry = variables.get("carry") or self.init(jax.random.key(0), batch)["carry"]
     return {"guess": self.model.apply({"params": variables["params"]}, batch["x"], carry)[0]}
 
@@ -222,7 +222,7 @@ def test_a_run_that_is_resumed_ends_in_the_same_bits(mode, mesh, tmp_path, monke
 def test_a_carry_saved_by_one_mode_is_read_by_another(tmp_path):
   experiment = _experiment()
   saved, _, program = toys.train(experiment, 3, parallelism="pmap", mesh="data:4")
-  state = jax.device_put(saved, parallel.state_shardings(saved, program.mesh))
+  state = jax.device_put(saved, parallel.state_shardings(saved, program.mesh, parallel.Sharding((), 0)))
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(3, state, {})
   other = Program(experiment, RunOptions(mesh=toys.MESHES["data:2,fsdp:2"]))

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dljax.errors import UserError
 from dljax.train import checkpoint
 from dljax.train.checkpoint import Checkpointer, CheckpointError
-from dljax.train.state import TrainState, state_sha256
+from dljax.train.state import FORMAT, TrainState, state_sha256
 
 ROOT = Path(__file__).parents[2]
 _TX = optax.chain(
@@ -311,6 +311,22 @@ def test_a_step_asked_for_must_be_there_and_intact(saved):
       checkpointer.restore(ABSTRACT, 8)
   assert fault in str(error.value)
   assert _names(saved) == {"4", "8", "12"}
+
+
+@pytest.mark.parametrize("found", [1, FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused_and_stays(saved, found):
+  path = saved / "8" / "manifest.json"
+  manifest = json.loads(path.read_text())
+  del manifest["sha256"]
+  assert manifest.pop("format") == FORMAT
+  path.write_bytes(checkpoint._sealed(manifest if found == 1 else {**manifest, "format": found}))
+  before = path.read_bytes()
+  with Checkpointer(saved) as checkpointer:
+    for act in (lambda: checkpointer.restore(ABSTRACT), checkpointer.steps, checkpointer.host):
+      with pytest.raises(UserError, match=f"manifest.json: this run has format {found}, and this version of dljax "
+                                          f"reads format {FORMAT}; use the version that wrote it"):
+        act()
+  assert path.read_bytes() == before
 
 
 def test_read_only_moves_and_deletes_nothing(saved, caplog):

@@ -181,7 +181,7 @@ def test_the_rules_of_a_models_file_hold_in_the_state():
   experiment = toys.digits_experiment(toys.tiny_vit(), optimizer={"name": "adamw"}, ema_decay=0.9)
   state = Program(experiment, RunOptions(mesh=BOTH)).abstract_state
   adam = state.opt_state["all"][0]
-  for tree in (state.params, state.ema, adam.mu, adam.nu):
+  for tree in (state.params, state.ema["params"], adam.mu, adam.nu):
     block = tree["block0"]
     assert block["qkv"]["kernel"].sharding.spec == P("fsdp", "tensor", None, None)
     assert block["qkv"]["bias"].sharding.spec == P("tensor", None, None)

@@ -1,5 +1,6 @@
 """The pure step, against the same arithmetic done by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dljax.errors import UserError
 from dljax.train.evaluate import Evaluator
-from dljax.train.state import NOT_FAILED, state_sha256
+from dljax.train.state import NOT_FAILED, average, averaged, state_sha256
 from tests.train import toys
 
 MODES = ["jit", "pmap"]
@@ -212,3 +214,91 @@ def test_every_number_of_a_step_is_there():
   total, count = out["sums"]["loss"]
   assert count == 8  # uneven_mask's
   assert out["loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+# Rows of one's own, and rows that see each other
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_turns_of_a_player_read_their_own_rows(mode):
+  """Rows of even ids say 1 and those of odd ids 3; the critic moves twice, the generator once."""
+  def rows(params, batch, train, player):
+    return params[player]["w"] * batch["x"]  # the gradient is the mean of x over the rows that the turn reads
+
+  task = toys.Formula(
+      params={"critic": {"w": 0.0}, "generator": {"w": 0.0}}, rows=rows,
+      players=("critic", "generator", "critic"))
+  batch = {"x": np.where(np.arange(toys.BATCH_SIZE) % 2, 3, 1).astype(np.float32),
+           "mask": np.roll(np.ones(toys.BATCH_SIZE, np.float32) * (np.arange(toys.BATCH_SIZE) < 13), 1)}
+  optimizers = dict.fromkeys(("critic", "generator"), {"learning_rate": 1.0})
+  moved = {}
+  for parts in (1, 2):
+    part = dataclasses.replace(task)
+    object.__setattr__(part, "own_rows", parts)
+    experiment = toys.formula_experiment(part, toys.Scripted(lambda step: batch), optimizers=optimizers)
+    state, _, _ = toys.train(experiment, 1, parallelism=mode)
+    moved[parts] = {player: -float(state.params[player]["w"]) for player in state.params}
+  mean = (batch["x"] * batch["mask"]).sum() / batch["mask"].sum()
+  assert moved[1] == pytest.approx({"critic": 2 * mean, "generator": mean}, rel=1e-6)
+  assert moved[2] == pytest.approx({"critic": 1 + 3, "generator": 1}, rel=1e-6)
+
+
+def test_parts_and_micro_batches_that_a_task_cannot_have_are_refused():
+  task = toys.Formula(
+      params={"critic": {"w": 0.0}, "generator": {"w": 0.0}}, rows=None, players=("critic",) * 3 + ("generator",))
+  experiment = toys.formula_experiment(
+      task, toys.Scripted(lambda step: _rows()), optimizers=dict.fromkeys(task.players, {}), accumulation=4)
+  for field, value, error, message in (
+      ("own_rows", 2, ValueError, "own_rows is 2, too few parts for a player with 3 turns"),
+      ("own_rows", 4, UserError, "--config.batch_size=16 does not divide over 4 devices times 4 micro-batches times 4 "
+                                 "parts of a batch; choose a multiple of 64"),
+      ("couples_rows", True, UserError, "--config.accumulation=4: the rows of a batch see each other here")):
+    part = dataclasses.replace(task)
+    object.__setattr__(part, field, value)
+    with pytest.raises(error, match=message):
+      toys.train(dataclasses.replace(experiment, task=part), 0)
+
+
+# What is averaged
+
+
+def test_batch_statistics_are_averaged_and_counters_are_not():
+  old = {"params": {"w": jnp.array([1.0])}, "batch_stats": {"mean": jnp.array([2.0]), "count": jnp.array([3])}}
+  new = {"params": {"w": jnp.array([3.0])}, "batch_stats": {"mean": jnp.array([6.0]), "count": jnp.array([4])},
+         "spectral": {"u": jnp.array([9.0])}}
+  state = {k: v for k, v in new.items() if k != "params"}
+  found = average(old, averaged(new["params"], state), jnp.float32(0.75))
+  assert jax.tree.map(lambda x: x.tolist(), found) == {
+      "params": {"w": [1.5]}, "batch_stats": {"mean": [3.0], "count": [4]}}
+
+
+def test_evaluation_uses_the_averaged_statistics():
+  experiment = toys.digits_experiment(toys.ConvNet(), ema_decay=0.9)
+  start = toys.train(experiment, 0, mesh="data:1").state
+  state, _, _ = toys.train(experiment, 3, mesh="data:1")
+  expected = jax.tree.map(np.asarray, start.model_state["batch_stats"])
+  running = expected
+  for step in range(1, 4):
+    running = toys.train(experiment, step, mesh="data:1").state.model_state["batch_stats"]
+    decay = min(0.9, step / (9 + step))
+    expected = jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, expected, running)
+  assert toys.difference(state.variables["batch_stats"], expected) < 1e-5
+  assert toys.difference(state.variables["batch_stats"], running) > 0.01
+
+
+def test_a_players_optimizer_freezes_and_scales_by_paths_that_begin_with_the_player():
+  def rows(params, batch, train, player):
+    return sum(jax.tree.leaves(params[player])) * batch["x"]
+
+  task = toys.Formula(
+      params={"critic": {"a": 0.0, "b": 0.0}, "generator": {"a": 0.0, "b": 0.0}}, rows=rows,
+      players=("critic", "generator"))
+  experiment = toys.formula_experiment(task, toys.Scripted(lambda step: _rows()), optimizers={
+      "critic": {"learning_rate": 1.0, "freeze": ("critic/a",)},
+      "generator": {"learning_rate": 1.0, "learning_rates": ("generator/b=0.5",)}})
+  state, _, _ = toys.train(experiment, 1, mesh="data:1")
+  moved = jax.tree.map(lambda x: -float(x), state.params)
+  assert moved == {"critic": {"a": 0, "b": 1}, "generator": {"a": 1, "b": 0.5}}
+  experiment.config.optimizers.critic.plateau_factor = 0.5
+  with pytest.raises(UserError, match="--config.optimizers.generator.plateau_factor=1.0: all players share"):
+    toys.train(experiment, 0)
