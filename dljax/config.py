@@ -9,10 +9,41 @@ import ml_collections
 
 from dljax.errors import UserError, unknown
 
-_FROM_FLAGS = ("family", "preset", "seed")  # fields that have their own flag, or none
+_FROM_FLAGS = ("family", "preset", "task", "seed")  # fields that have their own flag, or none
 _MOST_STEPS = 2**31 - 1  # the step is an int32
 # What decides the training: these groups, these fields of other groups, and all fields of no group.
 _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
+
+
+class ModelConfig(ml_collections.ConfigDict):
+  """`config.model` of a family whose variants decide some of its fields.
+
+  Setting `variant` sets the fields that this variant decides; any of them can be set afterwards.
+  """
+
+  def __init__(
+      self, fields: Mapping[str, Any] | None = None,
+      variants: Mapping[str, Mapping[str, Any]] | None = None,
+  ):
+    """
+    Args:
+      fields: the model's fields with their values, `variant` among them.
+      variants: a variant's name -> the values of the fields that it decides.
+    """
+    object.__setattr__(self, "variants", {})  # none while the fields are filled in
+    super().__init__(fields)
+    object.__setattr__(self, "variants", variants or {})
+
+  def __setitem__(self, key: str, value: Any) -> None:
+    super().__setitem__(key, value)
+    if key == "variant":
+      for field, decided in self.variants.get(value, {}).items():
+        super().__setitem__(field, decided)
+
+  def copy_and_resolve_references(self, visit_map: Any = None) -> "ModelConfig":
+    copied = super().copy_and_resolve_references(visit_map)
+    object.__setattr__(copied, "variants", self.variants)
+    return copied
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
@@ -20,6 +51,7 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
 
   Fields:
     family, preset: where it comes from.
+    task: the kind of experiment, as its file in dljax.recipes is called; the preset decides it.
     seed: of everything random.
     total_steps: updates of the parameters.
     batch_size: examples per update, over all devices and micro-batches.
@@ -127,14 +159,19 @@ def apply_overrides(
 
   Args:
     config: is changed.
-    arguments: a later one wins.
+    arguments: the flags; a later one wins, but for those fields that the model's variant decides:
+      a flag for such a field wins over --config.model.variant, wherever it stands.
     preset: knows what the tuples hold that are empty in `config`; by default `config` as it is given.
 
   Raises:
     UserError: an unknown field (with the nearest), a missing value, or one of the wrong type.
   """
-  typed = flatten(config if preset is None else preset)
-  for argument in arguments:
+  preset = config if preset is None else preset
+  typed = flatten(preset)
+  if isinstance(preset.get("model"), ModelConfig) and preset is not config:  # a stored run's is plain
+    config.model = ModelConfig(config.model, preset.model.variants)
+  # A variant's fields yield to the other flags, wherever it stands among them.
+  for argument in sorted(arguments, key=lambda text: not text.startswith("--config.model.variant=")):
     flag, equals, text = argument.partition("=")
     name = flag.removeprefix("--config.")
     *parents, field = name.split(".")

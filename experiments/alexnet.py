@@ -33,30 +33,65 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _config(preset: str) -> ml_collections.ConfigDict:
+  """The fields that the presets for small images share."""
+  config = image_classification.config(
+      "alexnet", preset, data=preset, variant="alexnet", optimizer="adamw")
+  config.model.update({
+      "stem": (5, 1, 2), "width_factor": 0.5, "pooled_size": 2, "hidden_width": 1024,
+      "dropout": 0.5})
+  config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05, "warmup_fraction": 0.1})
+  return config
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = _config("digits")
+  config.data.update({"image_shape": (28, 28, 1), "resize": "bilinear", "pad_crop": 3})
+  config.model.update({"width_factor": 0.25, "hidden_width": 512})
+  config.update({
+      "total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  config = _config("fashion_mnist")
+  config.data.update({
+      "pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+  config.update({
+      "total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+def _cifar10() -> ml_collections.ConfigDict:
+  config = _config("cifar10")
+  config.data.update({"pad_crop": 4, "flip": True})
+  config.model.update({"width_factor": 1.0, "pooled_size": 3})
+  config.update({
+      "total_steps": 35_200, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  return config
+
+
+def _imagenet2012() -> ml_collections.ConfigDict:
+  config = _config("imagenet2012")
+  config.model.update({
+      "stem": (11, 4, 2), "width_factor": 1.0, "pooled_size": 6, "hidden_width": 4096})
+  config.optimizer.update({
+      "name": "momentum", "momentum": 0.9, "learning_rate": 0.01, "schedule": "constant",
+      "plateau_factor": 0.1, "plateau_patience": 5, "weight_decay": 0.0, "l2": 5e-4,
+      "warmup_fraction": 0.0})
+  config.update({
+      "total_steps": 891_810, "log_every": 100, "eval_every": 9909, "checkpoint_every": 9909})
+  return config
+
+
+_CONFIGS = {
+    "digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10,
+    "imagenet2012": _imagenet2012}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  config = image_classification.config("alexnet", preset, data=preset, variant="alexnet", optimizer="adamw")
-  config.model.update({
-      "stem": (5, 1, 2), "width_factor": 0.5, "pooled_size": 2, "hidden_width": 1024, "dropout": 0.5})
-  config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05, "warmup_fraction": 0.1})
-  if preset == "digits":
-    config.data.update({"image_shape": (28, 28, 1), "resize": "bilinear", "pad_crop": 3})
-    config.model.update({"width_factor": 0.25, "hidden_width": 512})
-    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
-  elif preset == "fashion_mnist":
-    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.update({"total_steps": 10_000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
-  elif preset == "cifar10":
-    config.data.update({"pad_crop": 4, "flip": True})
-    config.model.update({"width_factor": 1.0, "pooled_size": 3})
-    config.update({"total_steps": 35_200, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
-  else:
-    config.model.update({"stem": (11, 4, 2), "width_factor": 1.0, "pooled_size": 6, "hidden_width": 4096})
-    config.optimizer.update({
-        "name": "momentum", "momentum": 0.9, "learning_rate": 0.01, "schedule": "constant", "plateau_factor": 0.1,
-        "plateau_patience": 5, "weight_decay": 0.0, "l2": 5e-4, "warmup_fraction": 0.0})
-    config.update({"total_steps": 891_810, "log_every": 100, "eval_every": 9909, "checkpoint_every": 9909})
-  return config
+  return _CONFIGS[preset]()
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -33,27 +33,49 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _config(preset: str, variant: str) -> ml_collections.ConfigDict:
+  """The fields that all presets share."""
+  config = speech.config("deepspeech", preset, data=preset, variant=variant, optimizer="adamw")
+  config.optimizer.update({"learning_rate": 3e-3, "warmup_fraction": 0.1, "clip_norm": 1.0})
+  return config
+
+
+def _morse() -> ml_collections.ConfigDict:
+  config = _config("morse", "deepspeech_small")
+  config.model.dropout = 0.0
+  config.update({
+      "total_steps": 2500, "batch_size": 16, "eval_batch_size": 64, "log_every": 20,
+      "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+def _telephone_prompts() -> ml_collections.ConfigDict:
+  config = _config("telephone_prompts", "deepspeech_small")
+  config.model.dropout = 0.2
+  config.data.update({"time_masks": 2, "frequency_masks": 2})
+  config.update({
+      "total_steps": 2500, "batch_size": 16, "eval_batch_size": 32, "log_every": 20,
+      "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+def _librispeech() -> ml_collections.ConfigDict:
+  config = _config("librispeech", "deepspeech2")
+  config.model.dropout = 0.1
+  config.optimizer.update({"learning_rate": 5e-4, "warmup_fraction": 0.05})
+  config.update({
+      "total_steps": 90_000, "batch_size": 32, "eval_batch_size": 32, "log_every": 50,
+      "eval_every": 2000, "checkpoint_every": 2000})
+  return config
+
+
+_CONFIGS = {
+    "morse": _morse, "telephone_prompts": _telephone_prompts, "librispeech": _librispeech}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  large = preset == "librispeech"
-  config = speech.config(
-      "deepspeech", preset, data=preset, variant="deepspeech2" if large else "deepspeech_small", optimizer="adamw")
-  config.optimizer.update({"learning_rate": 3e-3, "warmup_fraction": 0.1, "clip_norm": 1.0})
-  if preset == "morse":
-    config.model.dropout = 0.0
-    config.update({"total_steps": 2500, "batch_size": 16, "eval_batch_size": 64, "log_every": 20, "eval_every": 500,
-                   "checkpoint_every": 500})
-  elif preset == "telephone_prompts":
-    config.model.dropout = 0.2
-    config.data.update({"time_masks": 2, "frequency_masks": 2})
-    config.update({"total_steps": 2500, "batch_size": 16, "eval_batch_size": 32, "log_every": 20, "eval_every": 500,
-                   "checkpoint_every": 500})
-  else:
-    config.model.dropout = 0.1
-    config.optimizer.update({"learning_rate": 5e-4, "warmup_fraction": 0.05})
-    config.update({"total_steps": 90_000, "batch_size": 32, "eval_batch_size": 32, "log_every": 50, "eval_every": 2000,
-                   "checkpoint_every": 2000})
-  return config
+  return _CONFIGS[preset]()
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -14,10 +14,12 @@ Where the paper augments with AutoAugment, crops and flips are random here and n
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import ModelConfig
 from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import efficientnet
@@ -31,33 +33,78 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _config(preset: str, variant: str) -> ml_collections.ConfigDict:
+  """The fields that the presets for small images share."""
+  config = image_classification.config(
+      "efficientnet", preset, data=preset, variant=variant, optimizer="nesterov")
+  config.model.update({
+      "stem_stride": 1, "strides": (1, 2, 2, 1), "dropout": 0.2, "stochastic_depth": 0.1})
+  config.optimizer.update({"learning_rate": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.1})
+  return config
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = _config("digits", "efficientnet_nano")
+  config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
+  config.update({
+      "total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  config = _config("fashion_mnist", "efficientnet_nano")
+  config.data.update({
+      "pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+  config.update({
+      "total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+def _cifar10() -> ml_collections.ConfigDict:
+  config = _config("cifar10", "efficientnet_b0")
+  config.data.update({"pad_crop": 4, "flip": True})
+  config.model.update({"strides": (1, 1, 2, 2, 1, 2, 1), "stochastic_depth": 0.2})
+  config.update({
+      "total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  return config
+
+
+def _imagenet2012() -> ml_collections.ConfigDict:
+  config = _config("imagenet2012", "efficientnet_b0")
+  config.model.update({
+      "stem_stride": 2, "strides": (1, 2, 2, 2, 1, 2, 1), "stochastic_depth": 0.2,
+      "label_smoothing": 0.1})
+  config.optimizer.update({
+      "name": "rmsprop", "learning_rate": 0.128, "momentum": 0.9, "b2": 0.9, "eps": 1e-3,
+      "schedule": "exponential", "end_factor": 0.97 ** (350 / 2.4), "weight_decay": 0.0,
+      "l2": 1e-5, "warmup_fraction": 5 / 350})
+  config.update({
+      "total_steps": 217_000, "batch_size": 2048, "eval_batch_size": 256, "log_every": 100,
+      "eval_every": 6200, "checkpoint_every": 6200})
+  return config
+
+
+_CONFIGS = {
+    "digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10,
+    "imagenet2012": _imagenet2012}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  small = preset in ("digits", "fashion_mnist")
-  config = image_classification.config(
-      "efficientnet", preset, data=preset, variant="efficientnet_nano" if small else "efficientnet_b0",
-      optimizer="nesterov")
-  config.model.update({"stem_stride": 1, "strides": (1, 2, 2, 1), "dropout": 0.2, "stochastic_depth": 0.1})
-  config.optimizer.update({"learning_rate": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.1})
-  if preset == "digits":
-    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
-    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
-  elif preset == "fashion_mnist":
-    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.update({"total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
-  elif preset == "cifar10":
-    config.data.update({"pad_crop": 4, "flip": True})
-    config.model.update({"strides": (1, 1, 2, 2, 1, 2, 1), "stochastic_depth": 0.2})
-    config.update({"total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
-  else:
-    config.model.update({"stem_stride": 2, "strides": (1, 2, 2, 2, 1, 2, 1), "stochastic_depth": 0.2,
-                         "label_smoothing": 0.1})
-    config.optimizer.update({
-        "name": "rmsprop", "learning_rate": 0.128, "momentum": 0.9, "b2": 0.9, "eps": 1e-3, "schedule": "exponential",
-        "end_factor": 0.97 ** (350 / 2.4), "weight_decay": 0.0, "l2": 1e-5, "warmup_fraction": 5 / 350})
-    config.update({"total_steps": 217_000, "batch_size": 2048, "eval_batch_size": 256, "log_every": 100,
-                   "eval_every": 6200, "checkpoint_every": 6200})
+  config = _CONFIGS[preset]()
+  config.model = ModelConfig(
+      config.model, {name: _decided(name, config.model) for name in efficientnet.VARIANTS})
   return config
+
+
+def _decided(variant: str, model: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The fields that `variant` decides. A preset's strides stay where the number of stages does."""
+  network = efficientnet.VARIANTS[variant](num_classes=1)
+  same = len(model.strides) == len(network.stages)
+  return {
+      "dropout": network.dropout, "stochastic_depth": network.stochastic_depth,
+      "stem_stride": model.stem_stride if same else network.stem_stride,
+      "strides": model.strides if same else tuple(stage.stride for stage in network.stages)}
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

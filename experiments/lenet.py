@@ -31,20 +31,43 @@ PRESETS: Mapping[str, str] = {
 ACTIVATIONS = {"tanh": jnp.tanh, "relu": nn.relu}
 
 
-def get_config(preset: str) -> ml_collections.ConfigDict:
-  """The config of a preset of `PRESETS`."""
-  config = image_classification.config("lenet", preset, data=preset, variant="lenet5", optimizer="adam")
+def _config(preset: str) -> ml_collections.ConfigDict:
+  """The fields that all presets share."""
+  config = image_classification.config(
+      "lenet", preset, data=preset, variant="lenet5", optimizer="adam")
   config.model.update({"activation": "tanh", "pool": "avg"})
   config.optimizer.update({"learning_rate": 2e-3, "warmup_fraction": 0.05})
-  if preset == "digits":
-    config.data.update({"image_shape": (32, 32, 1), "resize": "bilinear", "pad_crop": 3})
-    # The loss, as 144 validation images give an accuracy of few values.
-    config.update({"total_steps": 1200, "batch_size": 128, "log_every": 25, "eval_every": 200, "checkpoint_every": 600,
-                   "monitor": "validation/loss"})
-  else:
-    config.update({"total_steps": 8000, "batch_size": 128, "log_every": 50, "eval_every": 420, "checkpoint_every": 2100})
-    config.data.update({"pad_crop": 2})
   return config
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = _config("digits")
+  config.data.update({"image_shape": (32, 32, 1), "resize": "bilinear", "pad_crop": 3})
+  # The loss decides, because the accuracy over 144 validation images takes few values.
+  config.monitor = "validation/loss"
+  config.update({
+      "total_steps": 1200, "log_every": 25, "eval_every": 200, "checkpoint_every": 600})
+  return config
+
+
+def _mnist(preset: str = "mnist") -> ml_collections.ConfigDict:
+  config = _config(preset)
+  config.data.pad_crop = 2
+  config.update({
+      "total_steps": 8000, "log_every": 50, "eval_every": 420, "checkpoint_every": 2100})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  return _mnist("fashion_mnist")
+
+
+_CONFIGS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist}
+
+
+def get_config(preset: str) -> ml_collections.ConfigDict:
+  """The config of a preset of `PRESETS`."""
+  return _CONFIGS[preset]()
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

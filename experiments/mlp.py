@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from dljax import errors, launch, optim
 from dljax.recipes import common, image_classification
-from dljax.config import base_config
+from dljax.config import ModelConfig, base_config
 from dljax.data import inputs
 from dljax.data.image import xor
 from dljax.errors import UserError
@@ -36,44 +36,69 @@ PRESETS: Mapping[str, str] = {
 ACTIVATIONS = {"relu": nn.relu, "tanh": jnp.tanh, "logistic": nn.sigmoid}
 
 
+# `config.model` of the small networks; `config.model.variant` decides the widths.
+_MODEL = {"activation": "relu", "widths": (512, 512), "dropout": 0.0, "criterion": "softmax"}
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = image_classification.config(
+      "mlp", "digits", data="digits", variant="mlp", optimizer="adamw")
+  config.model.update(_MODEL)
+  config.optimizer.learning_rate = 1e-3
+  config.update({
+      "total_steps": 1000, "log_every": 25, "eval_every": 200, "checkpoint_every": 500})
+  return config
+
+
+def _mnist(preset: str = "mnist") -> ml_collections.ConfigDict:
+  config = image_classification.config(
+      "mlp", preset, data=preset, variant="mlp", optimizer="adamw")
+  config.model.update({**_MODEL, "dropout": 0.2})
+  config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05})
+  config.data.pad_crop = 1
+  config.update({
+      "total_steps": 16_880, "log_every": 100, "eval_every": 844, "checkpoint_every": 4220})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  return _mnist("fashion_mnist")
+
+
+def _xor() -> ml_collections.ConfigDict:
+  config = base_config(
+      "mlp", "xor", task="xor", total_steps=400, batch_size=32, eval_batch_size=112,
+      eval_every=100, monitor="validation/accuracy", optimizer=optim.default_config("adam"),
+      data=xor.default_config(), model=ml_collections.ConfigDict({
+          "variant": "mlp", "dtype": "float32", "remat": False, "label_smoothing": 0.0,
+          **_MODEL, "widths": (8,)}))
+  config.optimizer.learning_rate = 1e-2
+  return config
+
+
+_CONFIGS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist, "xor": _xor}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  model = {"activation": "relu", "widths": (512, 512), "dropout": 0.0, "criterion": "softmax"}
-  if preset == "xor":
-    config = base_config(
-        "mlp", preset, total_steps=400, batch_size=32, eval_batch_size=112, eval_every=100,
-        monitor="validation/accuracy", optimizer=optim.default_config("adam"),
-        model=ml_collections.ConfigDict({"variant": "mlp", "dtype": "float32", "remat": False, "label_smoothing": 0.0,
-                                         **model, "widths": (8,)}),
-        data=xor.default_config())
-    config.optimizer.learning_rate = 1e-2
-    return config
-  config = image_classification.config("mlp", preset, data=preset, variant="mlp", optimizer="adamw")
-  config.model.update(model)
-  config.optimizer.learning_rate = 1e-3
-  if preset == "digits":
-    config.update({"total_steps": 1000, "log_every": 25, "eval_every": 200, "checkpoint_every": 500})
-  else:
-    config.model.dropout = 0.2
-    config.optimizer.update({"weight_decay": 0.05})
-    config.data.pad_crop = 1
-    config.update({"total_steps": 16_880, "log_every": 100, "eval_every": 844, "checkpoint_every": 4220})
+  config = _CONFIGS[preset]()
+  config.model = ModelConfig(config.model, {
+      name: {"widths": variant(num_classes=1).widths} for name, variant in mlp.VARIANTS.items()})
   return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
-  num_classes = 2 if config.preset == "xor" else config.data.num_classes
+  num_classes = 2 if config.task == "xor" else config.data.num_classes
   variant = errors.choose("--config.model.variant", config.model.variant, mlp.VARIANTS)
   common.check_model(config.model)
   if any(width < 1 for width in config.model.widths):
     raise UserError(f"--config.model.widths={config.model.widths}: each must be at least 1")
-  sizes = {"widths": config.model.widths} if config.model.variant == "mlp" else {}
   model = variant(
       num_classes=num_classes, dropout=config.model.dropout, dtype=common.dtype(config),
       activation=errors.choose("--config.model.activation", config.model.activation, ACTIVATIONS),
-      remat=config.model.remat, **sizes)
-  if config.preset != "xor":
+      widths=tuple(config.model.widths), remat=config.model.remat)
+  if config.task != "xor":
     return image_classification.build(config, model, config.model.criterion)
   data = xor.pipelines(
       config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)

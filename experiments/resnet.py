@@ -31,36 +31,73 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _config(preset: str, variant: str = "resnet20") -> ml_collections.ConfigDict:
+  """The fields that all presets share, with the stem for small images."""
+  config = image_classification.config(
+      "resnet", preset, data=preset, variant=variant, optimizer="nesterov")
+  config.model.update({"small_stem": True, "zero_init_residual": False})
+  config.optimizer.update({"weight_decay": 5e-4, "warmup_fraction": 0.05})
+  return config
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = _config("digits")
+  config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
+  config.update({
+      "total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  config = _config("fashion_mnist")
+  config.data.update({
+      "pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+  config.optimizer.update({"learning_rate": 0.2, "schedule": "linear", "warmup_fraction": 0.2})
+  config.update({
+      "total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+def _cifar10() -> ml_collections.ConfigDict:
+  config = _config("cifar10")
+  config.data.update({"pad_crop": 4, "flip": True})
+  config.optimizer.update({
+      "name": "momentum", "schedule": "step", "decay_boundaries": (0.5, 0.75),
+      "weight_decay": 0.0, "l2": 1e-4, "warmup_fraction": 0.0})
+  config.update({
+      "total_steps": 64_000, "log_every": 100, "eval_every": 2000, "checkpoint_every": 2000})
+  return config
+
+
+def _emoji() -> ml_collections.ConfigDict:
+  config = _config("emoji")
+  config.data.image_shape = (32, 32, 3)
+  config.optimizer.learning_rate = 0.1
+  config.update({
+      "total_steps": 1500, "log_every": 25, "eval_every": 150, "checkpoint_every": 150})
+  return config
+
+
+def _imagenet2012() -> ml_collections.ConfigDict:
+  config = _config("imagenet2012", "resnet50")
+  config.model.update({"small_stem": False, "zero_init_residual": True})
+  config.optimizer.update({
+      "schedule": "step", "decay_boundaries": (1 / 3, 2 / 3, 8 / 9), "weight_decay": 0.0,
+      "l2": 1e-4, "warmup_fraction": 5 / 90})
+  config.update({
+      "total_steps": 450_360, "batch_size": 256, "eval_batch_size": 256, "log_every": 100,
+      "eval_every": 5004, "checkpoint_every": 5004})
+  return config
+
+
+_CONFIGS = {
+    "digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "emoji": _emoji,
+    "imagenet2012": _imagenet2012}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  variant = "resnet50" if preset == "imagenet2012" else "resnet20"
-  config = image_classification.config("resnet", preset, data=preset, variant=variant, optimizer="nesterov")
-  config.model.update({"small_stem": preset != "imagenet2012", "zero_init_residual": preset == "imagenet2012"})
-  config.optimizer.update({"weight_decay": 5e-4, "warmup_fraction": 0.05})
-  if preset == "digits":
-    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
-    config.update({"total_steps": 400, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
-  elif preset == "fashion_mnist":
-    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.optimizer.update({"learning_rate": 0.2, "schedule": "linear", "warmup_fraction": 0.2})
-    config.update({"total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
-  elif preset == "cifar10":
-    config.data.update({"pad_crop": 4, "flip": True})
-    config.optimizer.update({
-        "name": "momentum", "schedule": "step", "decay_boundaries": (0.5, 0.75), "weight_decay": 0.0, "l2": 1e-4,
-        "warmup_fraction": 0.0})
-    config.update({"total_steps": 64_000, "log_every": 100, "eval_every": 2000, "checkpoint_every": 2000})
-  elif preset == "emoji":
-    config.data.update({"image_shape": (32, 32, 3)})
-    config.optimizer.update({"learning_rate": 0.1})
-    config.update({"total_steps": 1500, "log_every": 25, "eval_every": 150, "checkpoint_every": 150})
-  else:
-    config.optimizer.update({
-        "name": "nesterov", "schedule": "step", "decay_boundaries": (1 / 3, 2 / 3, 8 / 9), "weight_decay": 0.0,
-        "l2": 1e-4, "warmup_fraction": 5 / 90})
-    config.update({"total_steps": 450_360, "batch_size": 256, "eval_batch_size": 256, "log_every": 100,
-                   "eval_every": 5004, "checkpoint_every": 5004})
-  return config
+  return _CONFIGS[preset]()
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -34,27 +34,46 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _digit_scenes(preset: str = "digit_scenes") -> ml_collections.ConfigDict:
+  config = object_detection.config(
+      "retinanet", preset, data=preset, variant="retinanet_small", optimizer="adamw")
+  # Digits are higher than wide.
+  config.model.update({"frozen_norm": False, "anchor_scale": 2, "anchor_ratios": (1.25, 2.0)})
+  config.data.update({"scale": (0.8, 1.25), "shift": 8})
+  config.optimizer.update({"learning_rate": 0.003, "clip_norm": 1.0})
+  config.update({
+      "total_steps": 2000, "batch_size": 16, "eval_batch_size": 48, "log_every": 20,
+      "eval_every": 250, "checkpoint_every": 250})
+  return config
+
+
+def _emoji_scenes() -> ml_collections.ConfigDict:
+  config = _digit_scenes("emoji_scenes")
+  config.model.anchor_ratios = (0.7, 1.0, 1.4)
+  config.data.flip = True
+  return config
+
+
+def _coco() -> ml_collections.ConfigDict:
+  config = object_detection.config(
+      "retinanet", "coco", data="coco", variant="retinanet_resnet50_fpn", optimizer="momentum")
+  # The authors' code has this beta, which the paper does not give.
+  config.model.update({"frozen_norm": False, "smooth_l1_beta": 1 / 9})
+  config.optimizer.update({
+      "learning_rate": 0.01, "schedule": "step", "decay_boundaries": (60 / 90, 80 / 90),
+      "l2": 1e-4, "warmup_fraction": 0.5 / 90})
+  config.update({
+      "total_steps": 90_000, "batch_size": 16, "eval_batch_size": 16, "log_every": 20,
+      "eval_every": 5000, "checkpoint_every": 1000})
+  return config
+
+
+_CONFIGS = {"digit_scenes": _digit_scenes, "emoji_scenes": _emoji_scenes, "coco": _coco}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  variant = "retinanet_resnet50_fpn" if preset == "coco" else "retinanet_small"
-  optimizer = "momentum" if preset == "coco" else "adamw"
-  config = object_detection.config("retinanet", preset, data=preset, variant=variant, optimizer=optimizer)
-  config.model.update({"frozen_norm": False})
-  if preset != "coco":
-    ratios = (1.25, 2.0) if preset == "digit_scenes" else (0.7, 1.0, 1.4)  # digits are higher than wide
-    config.model.update({"anchor_scale": 2, "anchor_ratios": ratios})
-    config.data.update({"scale": (0.8, 1.25), "shift": 8, "flip": preset == "emoji_scenes"})
-    config.optimizer.update({"learning_rate": 0.003, "clip_norm": 1.0})
-    config.update({"total_steps": 2000, "batch_size": 16, "eval_batch_size": 48, "log_every": 20, "eval_every": 250,
-                   "checkpoint_every": 250})
-  else:
-    config.model.smooth_l1_beta = 1 / 9  # of the authors' code
-    config.optimizer.update({
-        "learning_rate": 0.01, "schedule": "step", "decay_boundaries": (60 / 90, 80 / 90), "l2": 1e-4,
-        "warmup_fraction": 0.5 / 90})
-    config.update({"total_steps": 90_000, "batch_size": 16, "eval_batch_size": 16, "log_every": 20,
-                   "eval_every": 5000, "checkpoint_every": 1000})
-  return config
+  return _CONFIGS[preset]()
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -36,6 +36,7 @@ import flax.linen as nn
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import ModelConfig
 from dljax.recipes import common, forecasting, language_modeling
 from dljax.errors import UserError
 from dljax.models import baselines, rnn
@@ -50,71 +51,126 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _language_model(preset: str) -> ml_collections.ConfigDict:
+  """The fields that the presets of language models share."""
+  config = language_modeling.config(
+      "rnn", preset, data=preset, variant="rnn_lstm", optimizer="adamw")
+  config.model.update({
+      "cell": "lstm", "embed_dim": 64, "hidden_size": 256, "num_layers": 2, "dropout": 0.1,
+      "embed_dropout": 0.0, "weight_dropout": 0.0, "variational": False, "tied": False,
+      "layer_norm": False})
+  config.optimizer.update({
+      "learning_rate": 3e-3, "clip_norm": 1.0, "weight_decay": 0.01, "warmup_fraction": 0.05})
+  return config
+
+
+def _pydoc() -> ml_collections.ConfigDict:
+  config = _language_model("pydoc")
+  config.update({
+      "total_steps": 1000, "batch_size": 32, "eval_batch_size": 16, "log_every": 20,
+      "eval_every": 200, "checkpoint_every": 200})
+  return config
+
+
+def _tiny_shakespeare() -> ml_collections.ConfigDict:
+  config = _language_model("tiny_shakespeare")
+  config.model.update({"hidden_size": 512, "dropout": 0.4})
+  config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.05})
+  config.update({
+      "total_steps": 4000, "batch_size": 64, "eval_batch_size": 16, "log_every": 25,
+      "eval_every": 250, "checkpoint_every": 250})
+  return config
+
+
+def _lm1b() -> ml_collections.ConfigDict:
+  config = _language_model("lm1b")
+  config.model.update({"embed_dim": 512, "hidden_size": 2048})
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_fraction": 0.01})
+  config.update({
+      "total_steps": 500_000, "batch_size": 512, "eval_batch_size": 512, "log_every": 100,
+      "eval_every": 10_000, "checkpoint_every": 10_000})
+  return config
+
+
+def _forecaster(preset: str) -> ml_collections.ConfigDict:
+  """The fields that the presets of forecasters share."""
+  config = forecasting.config(
+      "rnn", preset, data=preset, variant="rnn_forecaster", optimizer="adamw")
+  config.model.update({
+      "cell": "lstm", "hidden_size": 64, "num_layers": 1, "dropout": 0.0, "relative": "last"})
+  config.optimizer.update({"learning_rate": 2e-3, "clip_norm": 1.0, "warmup_fraction": 0.05})
+  config.update({"batch_size": 32, "eval_batch_size": 64, "log_every": 20})
+  return config
+
+
+def _temperatures() -> ml_collections.ConfigDict:
+  config = _forecaster("temperatures")
+  config.model.relative = "season"
+  config.update({"total_steps": 600, "eval_every": 60, "checkpoint_every": 60})
+  return config
+
+
+def _etth1() -> ml_collections.ConfigDict:
+  config = _forecaster("etth1")
+  config.update({"total_steps": 2000, "eval_every": 200, "checkpoint_every": 200})
+  return config
+
+
+_CONFIGS = {
+    "pydoc": _pydoc, "tiny_shakespeare": _tiny_shakespeare, "lm1b": _lm1b,
+    "temperatures": _temperatures, "etth1": _etth1}
+# The variants for each task; of a language model, a variant decides these fields.
+_LANGUAGE_MODELS = {
+    name: variant for name, variant in rnn.VARIANTS.items() if name != "rnn_forecaster"}
+_FORECASTERS = {"rnn_forecaster": rnn.VARIANTS["rnn_forecaster"], **baselines.VARIANTS}
+_DECIDED = ("cell", "embed_dim", "hidden_size", "num_layers", "dropout", "embed_dropout",
+            "weight_dropout", "variational", "tied", "layer_norm")
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  if preset in forecasting.DATA:
-    config = forecasting.config("rnn", preset, data=preset, variant="rnn_forecaster", optimizer="adamw")
-    config.model.update({"cell": "lstm", "hidden_size": 64, "num_layers": 1, "dropout": 0.0,
-                         "relative": "season" if preset == "temperatures" else "last"})
-    config.optimizer.update({"learning_rate": 2e-3, "clip_norm": 1.0, "warmup_fraction": 0.05})
-    steps = 600 if preset == "temperatures" else 2000
-    config.update({"total_steps": steps, "batch_size": 32, "eval_batch_size": 64, "log_every": 20,
-                   "eval_every": steps // 10, "checkpoint_every": steps // 10})
-    return config
-  config = language_modeling.config("rnn", preset, data=preset, optimizer="adamw")
-  config.model.update({"cell": "lstm", "embed_dim": 64, "hidden_size": 256, "num_layers": 2, "dropout": 0.1,
-                       "embed_dropout": 0.0, "weight_dropout": 0.0, "variational": False, "tied": False,
-                       "layer_norm": False})
-  config.optimizer.update({"learning_rate": 3e-3, "clip_norm": 1.0, "weight_decay": 0.01, "warmup_fraction": 0.05})
-  if preset == "pydoc":
-    config.update({"total_steps": 1000, "batch_size": 32, "eval_batch_size": 16, "log_every": 20, "eval_every": 200,
-                   "checkpoint_every": 200})
-  elif preset == "tiny_shakespeare":
-    config.model.update({"hidden_size": 512, "dropout": 0.4})
-    config.optimizer.update({"learning_rate": 2e-3, "weight_decay": 0.05})
-    config.update({"total_steps": 4000, "batch_size": 64, "eval_batch_size": 16, "log_every": 25, "eval_every": 250,
-                   "checkpoint_every": 250})
-  else:
-    config.model.update({"embed_dim": 512, "hidden_size": 2048})
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_fraction": 0.01})
-    config.update({"total_steps": 500_000, "batch_size": 512, "eval_batch_size": 512, "log_every": 100,
-                   "eval_every": 10_000, "checkpoint_every": 10_000})
+  config = _CONFIGS[preset]()
+  if config.task == "language_modeling":
+    config.model = ModelConfig(config.model, {
+        name: {field: getattr(variant(vocab_size=1), field) for field in _DECIDED}
+        for name, variant in _LANGUAGE_MODELS.items()})
   return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """The experiment that `config` describes."""
   model = config.model
-  if model.cell not in rnn.CELLS:
-    raise errors.unknown("--config.model.cell", model.cell, rnn.CELLS)
+  errors.choose("--config.model.cell", model.cell, rnn.CELLS)
   for field in ("embed_dim", "hidden_size", "num_layers"):
     if field in model and model[field] < 1:
       raise UserError(f"--config.model.{field}={model[field]}: must be at least 1")
   for field in ("dropout", "embed_dropout", "weight_dropout"):
     if field in model and not 0 <= model[field] < 1:
-      raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
-  if "variant" in model:
-    return forecasting.build(config, _forecaster(config))
-  network = rnn.LanguageModel(
-      vocab_size=config.data.vocab_size, embed_dim=model.embed_dim, cell=model.cell, hidden_size=model.hidden_size,
-      num_layers=model.num_layers, dropout=model.dropout, embed_dropout=model.embed_dropout,
-      weight_dropout=model.weight_dropout, variational=model.variational, tied=model.tied, layer_norm=model.layer_norm,
+      raise UserError(
+          f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
+  if config.task == "forecasting":
+    return forecasting.build(config, _build_forecaster(config))
+  variant = errors.choose("--config.model.variant", model.variant, _LANGUAGE_MODELS)
+  network = variant(
+      vocab_size=config.data.vocab_size, **{field: model[field] for field in _DECIDED},
       dtype=common.dtype(config), remat=model.remat)
   return language_modeling.build(config, network, stateful=True)
 
 
-def _forecaster(config: ml_collections.ConfigDict) -> nn.Module:
+def _build_forecaster(config: ml_collections.ConfigDict) -> nn.Module:
   """The network, or the baseline, that `config.model.variant` names."""
   model, dtype = config.model, common.dtype(config)
+  variant = errors.choose("--config.model.variant", model.variant, _FORECASTERS)
   if model.variant in baselines.VARIANTS:
     return forecasting.baseline(config, dtype)
   errors.choose("--config.model.relative", model.relative, rnn.RELATIVE)
   if model.relative == "season" and not 1 <= model.season <= config.data.window:
-    raise UserError(f"--config.model.season={model.season}: must be from 1 to the window's {config.data.window} rows")
-  choices = {"rnn_forecaster": rnn.VARIANTS["rnn_forecaster"], **baselines.VARIANTS}
-  return errors.choose("--config.model.variant", model.variant, choices)(
-      horizon=config.data.horizon, cell=model.cell, hidden_size=model.hidden_size, num_layers=model.num_layers,
-      dropout=model.dropout, num_quantiles=len(forecasting.quantiles(config)) or None, relative=model.relative,
+    raise UserError(f"--config.model.season={model.season}: must be from 1 to the window's "
+                    f"{config.data.window} rows")
+  return variant(
+      horizon=config.data.horizon, cell=model.cell, hidden_size=model.hidden_size,
+      num_layers=model.num_layers, dropout=model.dropout,
+      num_quantiles=len(forecasting.quantiles(config)) or None, relative=model.relative,
       season=model.season, dtype=dtype, remat=model.remat)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import ModelConfig
 from dljax.recipes import common, semantic_segmentation
 from dljax.errors import UserError
 from dljax.models import unet
@@ -26,24 +27,49 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _digit_scenes(preset: str = "digit_scenes") -> ml_collections.ConfigDict:
+  config = semantic_segmentation.config(
+      "unet", preset, data=preset, variant="unet_small", optimizer="adamw")
+  config.model.update({
+      "width": 16, "num_pools": 3, "dropout": 0.0, "dice_weight": 1.0, "ground": False})
+  config.data.update({"scale": (0.8, 1.25), "shift": 12})
+  config.optimizer.update({"learning_rate": 3e-3, "warmup_fraction": 0.05, "clip_norm": 1.0})
+  config.update({
+      "total_steps": 1600, "batch_size": 16, "eval_batch_size": 48, "log_every": 20,
+      "eval_every": 200, "checkpoint_every": 200})
+  return config
+
+
+def _emoji_scenes() -> ml_collections.ConfigDict:
+  config = _digit_scenes("emoji_scenes")
+  config.data.flip = True
+  return config
+
+
+def _oxford_iiit_pet() -> ml_collections.ConfigDict:
+  config = semantic_segmentation.config(
+      "unet", "oxford_iiit_pet", data="oxford_iiit_pet", variant="unet_padded",
+      optimizer="adamw")
+  config.model.update({"width": 64, "num_pools": 4, "dropout": 0.0, "dice_weight": 1.0})
+  config.data.flip = True
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_fraction": 0.05, "clip_norm": 1.0})
+  config.update({
+      "total_steps": 10_000, "batch_size": 32, "eval_batch_size": 32, "log_every": 50,
+      "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+_CONFIGS = {
+    "digit_scenes": _digit_scenes, "emoji_scenes": _emoji_scenes,
+    "oxford_iiit_pet": _oxford_iiit_pet}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  large = preset == "oxford_iiit_pet"
-  config = semantic_segmentation.config(
-      "unet", preset, data=preset, variant="unet_padded" if large else "unet_small", optimizer="adamw")
-  config.model.update({
-      "width": 64 if large else 16, "num_pools": 4 if large else 3, "dropout": 0.0, "dice_weight": 1.0})
-  config.optimizer.update({"learning_rate": 3e-3, "warmup_fraction": 0.05, "clip_norm": 1.0})
-  if large:
-    config.data.flip = True
-    config.optimizer.learning_rate = 1e-3
-    config.update({"total_steps": 10_000, "batch_size": 32, "eval_batch_size": 32, "log_every": 50, "eval_every": 500,
-                   "checkpoint_every": 500})
-  else:
-    config.model.ground = False
-    config.data.update({"scale": (0.8, 1.25), "shift": 12, "flip": preset == "emoji_scenes"})
-    config.update({"total_steps": 1600, "batch_size": 16, "eval_batch_size": 48, "log_every": 20, "eval_every": 200,
-                   "checkpoint_every": 200})
+  config = _CONFIGS[preset]()
+  config.model = ModelConfig(config.model, {
+      name: {field: getattr(variant(num_classes=1), field) for field in ("width", "num_pools")}
+      for name, variant in unet.VARIANTS.items()})
   return config
 
 

@@ -34,31 +34,65 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _config(preset: str, variant: str) -> ml_collections.ConfigDict:
+  """The fields that the presets for small images share."""
+  config = image_classification.config(
+      "vgg", preset, data=preset, variant=variant, optimizer="nesterov")
+  config.model.update({
+      "num_pools": 3, "width_factor": 0.5, "pooled_size": 1, "hidden_width": 256,
+      "dropout": 0.5})
+  config.optimizer.update({"learning_rate": 0.1, "weight_decay": 5e-3, "warmup_fraction": 0.1})
+  return config
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = _config("digits", "vgg11_bn")
+  config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
+  config.model.width_factor = 0.25
+  config.update({
+      "total_steps": 800, "log_every": 20, "eval_every": 200, "checkpoint_every": 400})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  config = _config("fashion_mnist", "vgg13_bn")
+  config.data.update({
+      "pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+  config.update({
+      "total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
+  return config
+
+
+def _cifar10() -> ml_collections.ConfigDict:
+  config = _config("cifar10", "vgg16_bn")
+  config.data.update({"pad_crop": 4, "flip": True})
+  config.model.update({"num_pools": 5, "width_factor": 1.0, "hidden_width": 512})
+  config.update({
+      "total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  return config
+
+
+def _imagenet2012() -> ml_collections.ConfigDict:
+  config = _config("imagenet2012", "vgg16")
+  config.model.update({
+      "num_pools": 5, "width_factor": 1.0, "pooled_size": 7, "hidden_width": 4096})
+  config.optimizer.update({
+      "name": "momentum", "learning_rate": 0.01, "schedule": "constant", "plateau_factor": 0.1,
+      "plateau_patience": 5, "weight_decay": 0.0, "l2": 5e-4, "warmup_fraction": 0.0})
+  config.update({
+      "total_steps": 370_000, "batch_size": 256, "eval_batch_size": 256, "log_every": 100,
+      "eval_every": 4954, "checkpoint_every": 4954})
+  return config
+
+
+_CONFIGS = {
+    "digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10,
+    "imagenet2012": _imagenet2012}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  variant = {"digits": "vgg11_bn", "fashion_mnist": "vgg13_bn", "cifar10": "vgg16_bn"}.get(preset, "vgg16")
-  config = image_classification.config("vgg", preset, data=preset, variant=variant, optimizer="nesterov")
-  config.model.update({"num_pools": 3, "width_factor": 0.5, "pooled_size": 1, "hidden_width": 256, "dropout": 0.5})
-  config.optimizer.update({"learning_rate": 0.1, "weight_decay": 5e-3, "warmup_fraction": 0.1})
-  if preset == "digits":
-    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear", "pad_crop": 2})
-    config.model.width_factor = 0.25
-    config.update({"total_steps": 800, "log_every": 20, "eval_every": 200, "checkpoint_every": 400})
-  elif preset == "fashion_mnist":
-    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    config.update({"total_steps": 5000, "log_every": 50, "eval_every": 500, "checkpoint_every": 500})
-  elif preset == "cifar10":
-    config.data.update({"pad_crop": 4, "flip": True})
-    config.model.update({"num_pools": 5, "width_factor": 1.0, "hidden_width": 512})
-    config.update({"total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
-  else:
-    config.model.update({"num_pools": 5, "width_factor": 1.0, "pooled_size": 7, "hidden_width": 4096})
-    config.optimizer.update({
-        "name": "momentum", "learning_rate": 0.01, "schedule": "constant", "plateau_factor": 0.1,
-        "plateau_patience": 5, "weight_decay": 0.0, "l2": 5e-4, "warmup_fraction": 0.0})
-    config.update({"total_steps": 370_000, "batch_size": 256, "eval_batch_size": 256, "log_every": 100,
-                   "eval_every": 4954, "checkpoint_every": 4954})
-  return config
+  return _CONFIGS[preset]()
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import ModelConfig
 from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import vit
@@ -32,33 +33,74 @@ PRESETS: Mapping[str, str] = {
 }
 
 
+def _config(
+    preset: str, variant: str = "vit_nano", patch_size: int = 4,
+) -> ml_collections.ConfigDict:
+  """The fields that all presets share."""
+  config = image_classification.config(
+      "vit", preset, data=preset, variant=variant, optimizer="adamw")
+  config.model.update({
+      "patch_size": patch_size, "pool": "token", "positions": "learned", "dropout": 0.0,
+      "stochastic_depth": 0.0})
+  config.optimizer.update({
+      "learning_rate": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0, "warmup_fraction": 0.1})
+  return config
+
+
+def _digits() -> ml_collections.ConfigDict:
+  config = _config("digits")
+  config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear"})
+  config.optimizer.learning_rate = 2e-3
+  config.update({
+      "total_steps": 600, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
+  return config
+
+
+def _fashion_mnist() -> ml_collections.ConfigDict:
+  config = _config("fashion_mnist")
+  config.data.update({
+      "pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
+  config.model.update({"pool": "mean", "positions": "sincos"})
+  # Batches are small because in so short a training the number of steps counts.
+  config.update({
+      "total_steps": 15_000, "batch_size": 64, "log_every": 100, "eval_every": 1000,
+      "checkpoint_every": 1000})
+  return config
+
+
+def _cifar10() -> ml_collections.ConfigDict:
+  config = _config("cifar10")
+  config.data.update({"pad_crop": 4, "flip": True})
+  config.model.stochastic_depth = 0.1
+  config.update({
+      "total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
+  return config
+
+
+def _imagenet2012() -> ml_collections.ConfigDict:
+  config = _config("imagenet2012", "vit_s16", 16)
+  config.data.update({
+      "random_resized_crop": 0.05, "randaugment_layers": 2, "randaugment_magnitude": 10.0,
+      "mixup": 0.2})
+  config.model.update({"pool": "mean", "positions": "sincos"})
+  config.optimizer.update({"weight_decay": 0.1, "warmup_fraction": 10_000 / 112_590})
+  config.update({
+      "total_steps": 112_590, "batch_size": 1024, "eval_batch_size": 256, "log_every": 100,
+      "eval_every": 1251, "checkpoint_every": 1251})
+  return config
+
+
+_CONFIGS = {
+    "digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10,
+    "imagenet2012": _imagenet2012}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  config = image_classification.config("vit", preset, data=preset, variant="vit_nano", optimizer="adamw")
-  config.model.update({"patch_size": 4, "pool": "token", "positions": "learned", "dropout": 0.0,
-                       "stochastic_depth": 0.0})
-  config.optimizer.update({"learning_rate": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0, "warmup_fraction": 0.1})
-  if preset == "digits":
-    config.data.update({"image_shape": (16, 16, 1), "resize": "bilinear"})
-    config.optimizer.learning_rate = 2e-3
-    config.update({"total_steps": 600, "log_every": 10, "eval_every": 100, "checkpoint_every": 200})
-  elif preset == "fashion_mnist":
-    config.data.update({"pad_crop": 1, "flip": True, "train": "train[:95%]", "validation": "train[95%:]"})
-    # Small batches: in so short a training the number of steps counts.
-    config.model.update({"pool": "mean", "positions": "sincos"})
-    config.update({"total_steps": 15_000, "batch_size": 64, "log_every": 100, "eval_every": 1000,
-                   "checkpoint_every": 1000})
-  elif preset == "cifar10":
-    config.data.update({"pad_crop": 4, "flip": True})
-    config.model.stochastic_depth = 0.1
-    config.update({"total_steps": 70_400, "log_every": 100, "eval_every": 1760, "checkpoint_every": 1760})
-  else:
-    config.data.update({
-        "random_resized_crop": 0.05, "randaugment_layers": 2, "randaugment_magnitude": 10.0, "mixup": 0.2})
-    config.model.update({"variant": "vit_s16", "patch_size": 16, "pool": "mean", "positions": "sincos"})
-    config.optimizer.update({"weight_decay": 0.1, "warmup_fraction": 10_000 / 112_590})
-    config.update({"total_steps": 112_590, "batch_size": 1024, "eval_batch_size": 256, "log_every": 100,
-                   "eval_every": 1251, "checkpoint_every": 1251})
+  config = _CONFIGS[preset]()
+  config.model = ModelConfig(config.model, {
+      name: {"patch_size": variant(num_classes=1).patch_size}
+      for name, variant in vit.VARIANTS.items()})
   return config
 
 

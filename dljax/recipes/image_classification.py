@@ -46,7 +46,8 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   data_config = labelled.default_config()
   data_config.update(DATA[data])
   return base_config(
-      family, preset, monitor="validation/accuracy", optimizer=optim.default_config(optimizer),
+      family, preset, task="image_classification",
+      monitor="validation/accuracy", optimizer=optim.default_config(optimizer),
       model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False, "label_smoothing": 0.0}),
       data=data_config)
 

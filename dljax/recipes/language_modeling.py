@@ -29,21 +29,22 @@ DATA = {
 COLUMNS = 92  # characters in a line of a drawn text
 
 
-def config(family: str, preset: str, data: str, optimizer: str) -> ml_collections.ConfigDict:
-  """The shared fields of a language model's config, for the preset to change; `model` has dtype
-  and remat.
+def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+  """The shared fields of a language model's config, for the preset to change.
 
   Args:
     family: the name of the experiment's file.
     preset: one of its presets.
     data: a key of `DATA`.
+    variant: a key of the family's VARIANTS.
     optimizer: a name that `optim.default_config` knows.
   """
   data_config = corpus.default_config()
   data_config.update(DATA[data])
   return base_config(
-      family, preset, monitor="validation/loss", optimizer=optim.default_config(optimizer),
-      model=ml_collections.ConfigDict({"dtype": "float32", "remat": False}), data=data_config,
+      family, preset, task="language_modeling",
+      monitor="validation/loss", optimizer=optim.default_config(optimizer),
+      model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False}), data=data_config,
       sampling=ml_collections.ConfigDict(vars(language_modeling.Sampling())))
 
 

@@ -50,7 +50,8 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   data_config.update(DATA[data])
   defaults = {field: getattr(detection.Detection, field) for field in _OF_TASK}
   return base_config(
-      family, preset, optimizer=optim.default_config(optimizer), data=data_config, model=ml_collections.ConfigDict({
+      family, preset, task="object_detection",
+      optimizer=optim.default_config(optimizer), data=data_config, model=ml_collections.ConfigDict({
           "variant": variant, "dtype": "float32", "remat": False, "anchor_scale": 4, "anchor_ratios": (0.5, 1.0, 2.0),
           **defaults}))
 

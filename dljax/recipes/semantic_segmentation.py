@@ -43,7 +43,8 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   data_config = scenes.default_config()
   data_config.update(DATA[data])
   return base_config(
-      family, preset, monitor="validation/mean_iou", optimizer=optim.default_config(optimizer), data=data_config,
+      family, preset, task="semantic_segmentation",
+      monitor="validation/mean_iou", optimizer=optim.default_config(optimizer), data=data_config,
       model=ml_collections.ConfigDict({
           "variant": variant, "dtype": "float32", "remat": False,
           **{field: getattr(segmentation.Segmentation, field) for field in _OF_TASK}}))

@@ -40,7 +40,8 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   data_config = recordings.default_config()
   data_config.update(DATA[data])
   return base_config(
-      family, preset, monitor="validation/loss", optimizer=optim.default_config(optimizer), data=data_config,
+      family, preset, task="speech",
+      monitor="validation/loss", optimizer=optim.default_config(optimizer), data=data_config,
       model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False, "beam": 8}))
 
 

@@ -1,0 +1,151 @@
+"""Every variant of every family, chosen on the command line alone: which network it gives, and of which size."""
+
+import jax
+import ml_collections
+import pytest
+
+from dljax.config import apply_overrides
+from dljax.errors import UserError
+from dljax.models import baselines, rnn
+from dljax.train.state import parameter_count
+from tests.families import EXPERIMENTS, FAMILIES
+
+IMAGENET = ("imagenet2012", [])
+PENN = ("lm1b", ["data.vocab_size=10000"])
+WORDS = ("lm1b", ["data.vocab_size=1000"])
+PAIRS = ["data.mask_classes=2", "data.mask_values=1,2", "data.mask_names=a,b",
+         "data.mean=0", "data.std=1"]
+COCO = ("coco", ["data.num_classes=91"])
+VIT = ("imagenet2012", ["model.pool=token", "model.positions=learned"])
+# Variant -> the preset that suits it, fields of the data or of the head, and the published number of parameters.
+CASES = {
+    "mlp": {"mlp": ("mnist", [], 669_706), "perceptron": ("mnist", [], 7_850)},
+    "lenet": {"lenet5": ("mnist", [], 61_706)},
+    "alexnet": {"alexnet": (*IMAGENET, 61_100_840), "alexnet_2012": (*IMAGENET, 60_965_224)},
+    "vgg": {
+        "vgg11": (*IMAGENET, 132_863_336), "vgg13": (*IMAGENET, 133_047_848),
+        "vgg16": (*IMAGENET, 138_357_544), "vgg19": (*IMAGENET, 143_667_240),
+        "vgg11_bn": (*IMAGENET, 132_868_840), "vgg13_bn": (*IMAGENET, 133_053_736),
+        "vgg16_bn": (*IMAGENET, 138_365_992), "vgg19_bn": (*IMAGENET, 143_678_248)},
+    "resnet": {
+        "resnet18": (*IMAGENET, 11_689_512), "resnet34": (*IMAGENET, 21_797_672),
+        "resnet50": (*IMAGENET, 25_557_032), "resnet101": (*IMAGENET, 44_549_160),
+        "resnet152": (*IMAGENET, 60_192_808), "resnet20": ("cifar10", [], 269_722),
+        "resnet32": ("cifar10", [], 464_154), "resnet56": ("cifar10", [], 853_018)},
+    "efficientnet": {
+        "efficientnet_b0": (*IMAGENET, 5_288_548), "efficientnet_b1": (*IMAGENET, 7_794_184),
+        "efficientnet_b2": (*IMAGENET, 9_109_994), "efficientnet_b3": (*IMAGENET, 12_233_232),
+        "efficientnet_b4": (*IMAGENET, 19_341_616), "efficientnet_b5": (*IMAGENET, 30_389_784),
+        "efficientnet_b6": (*IMAGENET, 43_040_704), "efficientnet_b7": (*IMAGENET, 66_347_960),
+        "efficientnet_nano": ("digits", [], 178_962)},
+    "vit": {
+        "vit_ti16": (*VIT, 5_717_416), "vit_s16": (*VIT, 22_050_664), "vit_b16": (*VIT, 86_567_656),
+        "vit_b32": (*VIT, 88_224_232), "vit_l16": (*VIT, 304_326_632), "vit_nano": ("digits", [], 675_562)},
+    "retinanet": {
+        "retinanet_resnet50_fpn": (*COCO, 34_068_119), "retinanet_resnet50_fpn_v2": (*COCO, 38_198_935),
+        "retinanet_resnet101_fpn": (*COCO, 53_060_247), "retinanet_small": ("digit_scenes", [], 1_562_116)},
+    "unet": {
+        # 572 pixels are the paper's; without padding no preset's own size fits four poolings.
+        "unet_2015": ("oxford_iiit_pet", [*PAIRS, "data.image_shape=572,572,1"], 31_030_658),
+        "unet_padded": ("oxford_iiit_pet", [*PAIRS, "data.image_shape=128,128,1"], 31_036_546),
+        "unet_small": ("oxford_iiit_pet", [*PAIRS, "data.image_shape=128,128,1"], 482_466)},
+    "rnn": {
+        "rnn_elman": (*WORDS, 776_168), "rnn_gru": (*WORDS, 1_302_504), "rnn_lstm": (*WORDS, 1_565_672),
+        "rnn_zaremba_small": (*PENN, 4_653_200), "rnn_zaremba_medium": (*PENN, 19_780_400),
+        "rnn_zaremba_large": (*PENN, 66_034_000), "rnn_awd_lstm": (*PENN, 24_221_600),
+        "rnn_forecaster": ("temperatures", ["data.channels=Basel", "data.covariates="], 50_497),
+        "seasonal_naive": ("temperatures", [], 0), "dlinear": ("etth1", [], 64_704)},
+    "deepspeech": {
+        "deepspeech2": ("librispeech", [], 53_337_533), "deepspeech_small": ("morse", [], 469_750)},
+}
+
+
+# Tracing these takes up to three seconds a variant; tests/models counts their parameters quickly.
+SLOW = ("vgg", "resnet", "efficientnet", "retinanet", "unet")
+
+
+def _variants(family):
+  own = dict(getattr(EXPERIMENTS[family], family).VARIANTS)
+  return own | dict(baselines.VARIANTS) if family == "rnn" else own
+
+
+def _build(family, preset, *arguments):
+  config = EXPERIMENTS[family].get_config(preset)
+  apply_overrides(config, [f"--config.{argument}" for argument in arguments])
+  return EXPERIMENTS[family].build(config)
+
+
+@pytest.mark.parametrize("family, variant", [(f, v) for f in FAMILIES for v in _variants(f)])
+def test_a_variant_is_reached_by_its_name_alone(family, variant):
+  default = next(iter(EXPERIMENTS[family].PRESETS)), [], None
+  preset, fields, _ = CASES.get(family, {}).get(variant, default)
+  model = _build(family, preset, *fields, f"model.variant={variant}").task.model
+  entry = _variants(family)[variant]
+  assert isinstance(model, getattr(entry, "func", entry))
+  for field, value in getattr(entry, "keywords", {}).items():
+    assert getattr(model, field) == value, field
+
+
+@pytest.mark.parametrize("family, variant", [
+    pytest.param(f, v, marks=[pytest.mark.slow] if f in SLOW else [])
+    for f, variants in CASES.items() for v in variants])
+def test_a_variant_has_its_published_size(family, variant):
+  preset, fields, count = CASES[family][variant]
+  experiment = _build(family, preset, *fields, f"model.variant={variant}")
+  batch = {name: jax.ShapeDtypeStruct((2, *spec.shape[1:]), spec.dtype)
+           for name, spec in experiment.data.batch_spec.items()}
+  shapes = jax.eval_shape(experiment.task.init, jax.random.key(0), batch)
+  assert parameter_count(shapes.get("params", {})) == count
+
+
+def test_other_flags_win_over_the_variant_wherever_they_stand():
+  flags = ["model.variant=rnn_awd_lstm", "model.dropout=0.2", "model.embed_dim=8"]
+  first, last = _build("rnn", "pydoc", *flags), _build("rnn", "pydoc", *reversed(flags))
+  assert first.task.model == last.task.model == rnn.VARIANTS["rnn_awd_lstm"](
+      vocab_size=257, dropout=0.2, embed_dim=8)
+
+
+def test_the_last_of_several_variants_counts():
+  model = _build("unet", "digit_scenes", "model.variant=unet_padded", "model.variant=unet_small").task.model
+  assert (model.width, model.num_pools) == (16, 3)
+
+
+def test_a_notebook_chooses_a_variant_by_assignment():
+  config = EXPERIMENTS["vit"].get_config("imagenet2012").copy_and_resolve_references()
+  config.model.variant = "vit_b32"
+  assert EXPERIMENTS["vit"].build(config).task.model.patch_size == 32
+
+
+def test_strides_for_small_images_stay_where_the_number_of_stages_does():
+  assert _build("efficientnet", "cifar10", "model.variant=efficientnet_b1").task.model.strides == (1, 1, 2, 2, 1, 2, 1)
+  assert _build("efficientnet", "digits", "model.variant=efficientnet_b1").task.model.strides == (1, 2, 2, 2, 1, 2, 1)
+  assert _build("efficientnet", "cifar10", "model.variant=efficientnet_nano").task.model.strides == (1, 2, 2, 1)
+
+
+def test_a_stored_run_takes_the_fields_of_another_variant_too():
+  preset = EXPERIMENTS["rnn"].get_config("pydoc")
+  stored = ml_collections.ConfigDict(preset.to_dict())
+  apply_overrides(stored, ["--config.model.variant=rnn_gru"], preset)
+  assert (stored.model.cell, stored.model.embed_dim) == ("gru", 256)
+  assert preset.model.variant == "rnn_lstm" and preset.model.embed_dim == 64
+
+
+@pytest.mark.parametrize("preset, flag, words", [
+    ("pydoc", "model.variant=rnn_lstn", "--config.model.variant: there is no 'rnn_lstn'; did you mean rnn_lstm"),
+    ("pydoc", "model.variant=rnn_forecaster", "--config.model.variant: there is no 'rnn_forecaster'"),
+    ("etth1", "model.variant=rnn_lstm", "--config.model.variant: there is no 'rnn_lstm'"),
+    ("etth1", "model.variant=dlinaer", "did you mean dlinear"),
+    ("pydoc", "task=forecasting", "--config.task cannot be set; use --preset"),
+])
+def test_what_does_not_suit_the_task_is_refused(preset, flag, words):
+  with pytest.raises(UserError) as error:
+    _build("rnn", preset, flag)
+  assert words in str(error.value)
+
+
+def test_the_task_alone_decides_what_is_built():
+  """Language models and forecasters both have a variant, and `config.task` parts them."""
+  for preset in EXPERIMENTS["rnn"].PRESETS:
+    config = EXPERIMENTS["rnn"].get_config(preset)
+    task = EXPERIMENTS["rnn"].build(config).task
+    assert config.model.variant and type(task).__module__.endswith(config.task)
