@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str) -> object:
-  """`dljax.load`, which is looked up when it is used: `import dljax` alone imports nothing."""
+  """Imports `dljax.load` when it is first used, so that `import dljax` alone imports nothing."""
   if name == "load":
     from dljax.runs import load
 

@@ -1,4 +1,4 @@
-"""The config of an experiment: the fields that all share, and overrides from the command line."""
+"""The config of an experiment: the fields that all experiments share, and overrides by flags."""
 
 import json
 import os
@@ -9,9 +9,10 @@ import ml_collections
 
 from dljax.errors import UserError, unknown
 
-_FROM_FLAGS = ("family", "preset", "task", "seed")  # fields that have their own flag, or none
+_FROM_FLAGS = ("family", "preset", "task", "seed")  # fields that --config.<field> cannot set
 _MOST_STEPS = 2**31 - 1  # the step is an int32
-# What decides the training: these groups, these fields of other groups, and all fields of no group.
+# What decides the training: these groups, these fields of other groups, and every field outside of
+# groups.
 _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
 
 
@@ -47,38 +48,45 @@ class ModelConfig(ml_collections.ConfigDict):
 
 
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
-  """A config with the fields that every experiment has.
+  """Returns a config with the fields that every experiment has.
 
   Fields:
-    family, preset: where it comes from.
-    task: the kind of experiment, as its file in dljax.recipes is called; the preset decides it.
-    seed: of everything random.
-    total_steps: updates of the parameters.
-    batch_size: examples per update, over all devices and micro-batches.
-    eval_batch_size: the same for evaluation and prediction.
-    log_every, eval_every, checkpoint_every: intervals in steps.
-    full_eval_every: the interval, in steps, of evaluations with whole-set metrics (average precision, error rates);
-      0 has them in every evaluation if the monitor is one of them, else only at the end.
+    family, preset: the names of the family and the preset that the config comes from.
+    task: the kind of experiment, named as its file in dljax.recipes; the preset decides it.
+    seed: the seed of everything random.
+    total_steps: the number of updates of the parameters.
+    batch_size: the number of examples per update, over all devices and micro-batches.
+    eval_batch_size: the number of examples per batch in evaluation and prediction.
+    log_every, eval_every, checkpoint_every: the intervals in steps.
+    full_eval_every: the interval, in steps, of evaluations with whole-set metrics (average
+      precision, error rates); 0 computes them in every evaluation if one of them is the monitor,
+      else only at the end.
     keep_checkpoints: the number of newest checkpoints to keep besides the best.
-    accumulation: micro-batches per update.
-    ema_decay: the decay of the averages of parameters and batch statistics that evaluation uses; 0 is off.
-    shard_above: bytes from which on the mesh axis fsdp splits an array that no rule of its family
-      names; smaller arrays lie whole on every device.
-    monitor: "split/metric" that decides which checkpoint is best, early stopping and plateau; "" for none.
-    early_stopping_patience: evaluations without improvement after which to stop; 0 is off.
-    init.source: weights to start from: the workdir of a run (its best checkpoint), a .safetensors file, a folder
-      written by `python -m dljax.interop`, or hub:OWNER/NAME; "" starts afresh.
-    init.format: whose names the tensors of init.source have: dljax, torchvision, ...; "" finds out.
-    init.new_head: start the head afresh even if init.source is for as many classes, which may be others.
-    eval.corruptions: what to disturb the test images with in a final evaluation: "all", names with commas between,
-      or "" for nothing.
-    eval.examples: the number of examples that whole-set metrics are computed over, a sample fixed by the seed; 0 takes
-      all.
+    accumulation: the number of micro-batches per update.
+    ema_decay: the decay of the averages of parameters and batch statistics that evaluation uses; 0
+      is off.
+    shard_above: the size in bytes from which on the mesh axis fsdp splits an array that no
+      sharding rule of its family names; smaller arrays lie whole on every device.
+    monitor: the metric, as "split/metric", that decides the best checkpoint, early stopping and
+      the plateau; "" is none.
+    early_stopping_patience: the number of evaluations without improvement after which training
+      stops; 0 is off.
+    init.source: the weights to start from: the workdir of a run (its best checkpoint), a
+      .safetensors file, a folder written by `python -m dljax.interop`, or hub:OWNER/NAME; ""
+      trains from scratch.
+    init.format: the library whose names the tensors of init.source have (dljax, torchvision, ...);
+      "" detects it.
+    init.new_head: whether the head is initialised from scratch even if init.source has as many
+      classes, which may be different ones.
+    eval.corruptions: the corruptions of the test images in a final evaluation: "all", names
+      separated by commas, or "" for none.
+    eval.examples: the number of examples that whole-set metrics are computed over, a sample fixed
+      by the seed; 0 takes all.
 
   Args:
     family: the name of the experiment's file.
-    preset: one of its presets.
-    **fields: values of the fields above, and the sub-configs optimizer, model and data.
+    preset: the name of one of its presets.
+    **fields: the values of the fields above, and the groups optimizer, model and data.
   """
   config = ml_collections.ConfigDict({
       "family": family,
@@ -105,16 +113,17 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
 
 
 def decides_training(field: str) -> bool:
-  """Whether a field, such as "optimizer.learning_rate", has a part in what is trained.
+  """Says whether a field, such as "optimizer.learning_rate", affects what is trained.
 
-  Groups other than those of `_TRAINING` say what is done with the trained network.
+  Fields of groups outside of `_TRAINING` say what is done with the trained network.
   """
   group, dot, _ = field.partition(".")
   return not dot or group in _TRAINING or field in _TRAINING
 
 
 def check_complete(
-    config: ml_collections.ConfigDict, like: ml_collections.ConfigDict, file: str | os.PathLike[str],
+    config: ml_collections.ConfigDict, like: ml_collections.ConfigDict,
+    file: str | os.PathLike[str],
 ) -> None:
   """Raises a `UserError` if the config of a run, stored in `file`, lacks fields of `like`."""
   if lacks := sorted(flatten(like).keys() - flatten(config).keys()):
@@ -123,15 +132,15 @@ def check_complete(
 
 
 def identity(config: ml_collections.ConfigDict) -> str:
-  """A text that two configs share if they train alike."""
+  """Returns a text that is the same for two configs if they train the same network."""
   fields = {name: value for name, value in flatten(config).items() if decides_training(name)}
   return json.dumps(fields, sort_keys=True)
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks the ranges of the shared fields; the parts check their own."""
-  for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every", "checkpoint_every",
-                "keep_checkpoints", "accumulation"):
+  """Checks the ranges of the shared fields; each part of the project checks its own fields."""
+  for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every",
+                "checkpoint_every", "keep_checkpoints", "accumulation"):
     if config[field] < 1:
       raise UserError(f"--config.{field}={config[field]}: must be at least 1")
   if config.total_steps > _MOST_STEPS:
@@ -140,31 +149,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if (value := flatten(config)[field]) < 0:
       raise UserError(f"--config.{field}={value}: must be at least 0")
   if not 0 <= config.ema_decay < 1:
-    raise UserError(f"--config.ema_decay={config.ema_decay}: must be at least 0 and below 1; 0 is off")
+    raise UserError(f"--config.ema_decay={config.ema_decay}: must be at least 0 and below 1; "
+                    "0 is off")
   if config.shard_above < 0:
     raise UserError(f"--config.shard_above={config.shard_above}: must be at least 0 bytes; "
                     "0 splits arrays of any size")
   if config.early_stopping_patience < 0:
-    raise UserError(f"--config.early_stopping_patience={config.early_stopping_patience}: must be at least 0; 0 is off")
+    raise UserError(f"--config.early_stopping_patience={config.early_stopping_patience}: must be "
+                    "at least 0; 0 is off")
   if config.early_stopping_patience and not config.monitor:
     raise UserError("--config.early_stopping_patience needs --config.monitor=SPLIT/METRIC")
 
 
 def apply_overrides(
-    config: ml_collections.ConfigDict, arguments: Sequence[str], preset: ml_collections.ConfigDict | None = None,
+    config: ml_collections.ConfigDict, arguments: Sequence[str],
+    preset: ml_collections.ConfigDict | None = None,
 ) -> None:
-  """Sets what "--config.optimizer.learning_rate=0.4" and the like say; the type is that of the old value.
+  """Sets the fields that flags such as --config.optimizer.learning_rate=0.4 name.
 
-  Tuples are written with commas: --config.data.mean=0.5,0.5,0.5
+  A new value has the type of the old one. Tuples are written with commas:
+  --config.data.mean=0.5,0.5,0.5
 
   Args:
-    config: is changed.
-    arguments: the flags; a later one wins, but for those fields that the model's variant decides:
-      a flag for such a field wins over --config.model.variant, wherever it stands.
-    preset: knows what the tuples hold that are empty in `config`; by default `config` as it is given.
+    config: the config to change, in place.
+    arguments: the flags; of two flags for one field the later one wins. A flag for a field that the
+      model's variant decides wins over --config.model.variant, wherever it stands.
+    preset: the config that says what type the elements of an empty tuple in `config` have; by
+      default `config` itself, as it was before the change.
 
   Raises:
-    UserError: an unknown field (with the nearest), a missing value, or one of the wrong type.
+    UserError: a field is unknown (the message names the nearest), or a value is missing or has the
+      wrong type.
   """
   preset = config if preset is None else preset
   typed = flatten(preset)
@@ -179,9 +194,11 @@ def apply_overrides(
     for parent in parents:
       place = place.get(parent) if isinstance(place, ml_collections.ConfigDict) else None
     if not isinstance(place, ml_collections.ConfigDict) or field not in place:
-      raise unknown("--config", name, [known for known in flatten(config) if known not in _FROM_FLAGS])
+      fields = [field for field in flatten(config) if field not in _FROM_FLAGS]
+      raise unknown("--config", name, fields)
     if isinstance(place[field], ml_collections.ConfigDict):
-      raise UserError(f"{flag} is a group; set one of its fields: {', '.join(f'{flag}.{k}' for k in place[field])}")
+      fields = ", ".join(f"{flag}.{key}" for key in place[field])
+      raise UserError(f"{flag} is a group; set one of its fields: {fields}")
     if not equals:
       raise UserError(f"{flag} needs a value: write {flag}={_format(place[field])}")
     if name in _FROM_FLAGS:
@@ -190,10 +207,10 @@ def apply_overrides(
 
 
 def _parse(flag: str, text: str, like: Any) -> Any:
-  """`text` as a value of the type of `like`."""
+  """Returns `text` as a value of the type of `like`."""
   if isinstance(like, tuple):
     items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
-    # Tuples that are empty by default hold patterns; numbers keep the kind of the default's.
+    # Tuples that are empty by default hold patterns. Other elements have the default's type.
     return tuple(_parse(flag, item, like[0] if like else "") for item in items)
   kinds = {bool: "true or false", int: "a whole number", float: "a number"}
   try:
@@ -203,7 +220,8 @@ def _parse(flag: str, text: str, like: Any) -> Any:
       return int(text)
     return float(text) if isinstance(like, float) else text
   except (KeyError, ValueError):
-    raise UserError(f"{flag}={text}: must be {kinds[type(like)]}, such as {_format(like)}") from None
+    raise UserError(
+        f"{flag}={text}: must be {kinds[type(like)]}, such as {_format(like)}") from None
 
 
 def _format(value: Any) -> str:
@@ -213,7 +231,7 @@ def _format(value: Any) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"optimizer": {"name": "sgd"}} -> {"optimizer.name": "sgd"}."""
+  """Returns {"optimizer.name": "sgd"} for {"optimizer": {"name": "sgd"}}."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, (Mapping, ml_collections.ConfigDict)):
@@ -224,6 +242,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
-  """One line for each field that can be set, as it would be written on the command line."""
-  return "\n".join(
-      f"  --config.{name}={_format(value)}" for name, value in flatten(config).items() if name not in _FROM_FLAGS)
+  """Returns a line for each field that can be set, as it is written on the command line."""
+  return "\n".join(f"  --config.{name}={_format(value)}" for name, value in flatten(config).items()
+                   if name not in _FROM_FLAGS)

@@ -1,4 +1,4 @@
-"""Downloads that go on where they stopped."""
+"""Downloads that resume where they stopped."""
 
 import hashlib
 import http.client
@@ -11,27 +11,29 @@ from pathlib import Path
 from dljax.errors import UserError
 
 TIMEOUT = 10  # seconds without an answer
-ATTEMPTS = 5  # in a row that bring nothing new
+ATTEMPTS = 5  # how many in a row may bring nothing new
 BLOCK = 2**16  # bytes
 
 
 def fetch(url: str, path: Path, size: int, *, mend: str) -> None:
-  """Downloads to `path`, by way of `path`.part, from where an earlier attempt stopped.
+  """Downloads a file, from where an earlier attempt stopped.
 
   Args:
-    url: http or https.
-    path: appears when all `size` bytes are there.
-    size: in bytes.
-    mend: what the user can do if it fails, in the imperative.
+    url: the address, http or https.
+    path: the file to write. It appears once all `size` bytes are there; until then they lie in
+      `path`.part.
+    size: the file's size in bytes.
+    mend: what the user can do if the download fails, in the imperative.
 
   Raises:
-    UserError: no connection, or it broke off too often; the part stays for the next time.
+    UserError: there is no connection, or it broke off too often. The part stays for the next call.
   """
   from rich import progress
 
   part = path.with_name(path.name + ".part")
-  columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
-             progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+  columns = (progress.TextColumn("{task.description}"), progress.BarColumn(),
+             progress.DownloadColumn(), progress.TransferSpeedColumn(),
+             progress.TimeRemainingColumn())
   with progress.Progress(*columns) as bar:
     task = bar.add_task(path.name, total=size, visible=False)
     idle = 0
@@ -44,10 +46,10 @@ def fetch(url: str, path: Path, size: int, *, mend: str) -> None:
       except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", e)
         if isinstance(reason, socket.gaierror):
-          idle = ATTEMPTS  # there is no such host: offline
+          idle = ATTEMPTS  # the host is not found, so this machine is offline
       idle = 0 if part.exists() and part.stat().st_size > done else idle + 1
       if idle >= ATTEMPTS:
-        raise UserError(f"{url}: no network ({reason}); run again to go on, or {mend}")
+        raise UserError(f"{url}: no network ({reason}); run again to resume, or {mend}")
   part.rename(path)
 
 
@@ -65,6 +67,6 @@ def _continue(url: str, part: Path, done: int, report: Callable[[int], None]) ->
 
 
 def sha256(path: Path) -> str:
-  """Of a file's content, in hexadecimal."""
+  """Returns the SHA-256 of a file's content, in hexadecimal."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Errors that end in one line instead of a traceback, and the exit statuses of command lines."""
+"""Errors that print one line and no traceback, and the exit statuses of command lines."""
 
 import contextlib
 import difflib
@@ -14,7 +14,7 @@ DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
 
 
 class UserError(ValueError):
-  """Bad input: one line that names the flag, file or value, and the mend.
+  """Bad input: one line that names the flag, file or value, and says what to do.
 
   A command line prints it without a traceback and exits with status 2. Raise it before anything is
   written.
@@ -22,23 +22,26 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-  """What was asked for is sound and yet failed: one line that says where, and why.
+  """The input is sound, but the work failed: one line says where and why.
 
   A command line prints it without a traceback and exits with status 1.
   """
 
 
 class Preempted(RuntimeError):
-  """SIGTERM or Ctrl-C stopped the run, whose work is saved; one line says how to continue."""
+  """SIGTERM or Ctrl-C stopped the run. Its work is saved; one line says how to continue."""
 
 
 def exit_status(run: Callable[[], int], stopped: str) -> int:
-  """What `run` gives, or the status of its error, of which one line is printed.
+  """Calls `run` and returns its exit status; prints one line if it fails.
 
   Args:
-    run: gives the exit status.
-    stopped: the line to print where SIGTERM or Ctrl-C ends `run` and no `Preempted` says what
-      was saved.
+    run: a function that returns an exit status.
+    stopped: the line to print if SIGTERM or Ctrl-C ends `run` and no `Preempted` says what was
+      saved.
+
+  Returns:
+    What `run` returns, or the status that belongs to the error it raises.
   """
   handler = end_as_ctrl_c()
   try:
@@ -57,7 +60,7 @@ def exit_status(run: Callable[[], int], stopped: str) -> int:
 
 
 def exit_with(run: Callable[[], int], stopped: str) -> NoReturn:
-  """Exits with the `exit_status` of `run`."""
+  """Ends the process with the `exit_status` of `run`."""
   status = exit_status(run, stopped)
   sys.stdout.flush()
   sys.exit(status)
@@ -67,14 +70,14 @@ def end_as_ctrl_c() -> Any:
   """Lets SIGTERM end the process as Ctrl-C does, except in `fit`, which handles both.
 
   Returns:
-    The handler that was there.
+    The handler that was installed before.
   """
   return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Makes the `OSError` of a write inside (disk full, read-only) a `RunError` that names `path`."""
+  """Turns an `OSError` inside (disk full, read-only) into a `RunError` that names `path`."""
   try:
     yield
   except OSError as error:
@@ -82,11 +85,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-  """A `UserError` for a name that does not exist, with the nearest names that do.
+  """Returns a `UserError` for a name that does not exist, with the nearest names that do.
 
   Args:
-    what: what the name should have named, e.g. "--preset" or "--config.optimizer.name".
-    name: what the user wrote.
+    what: where the user wrote the name, e.g. "--preset" or "--config.optimizer.name".
+    name: the name that the user wrote.
     known: the valid names.
   """
   known = sorted(known)
@@ -96,7 +99,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def choose(what: str, name: str, table: Mapping[str, T]) -> T:
-  """`table[name]`, or the error of `unknown`."""
+  """Returns `table[name]`, or raises the error of `unknown`."""
   if name not in table:
     raise unknown(what, name, table)
   return table[name]

@@ -1,43 +1,47 @@
 """The Optax layer: typed config -> optimizer and learning-rate schedule.
 
-The chain, in this order; what is off is absent:
+An optimizer is a chain of these parts, in this order; a part that is off is absent:
 
-  1. `clip_norm`: the gradient is scaled down to that global norm, taken over all trainable arrays.
+  1. `clip_norm`: scales the gradient down to that global norm, taken over all trainable arrays.
   2. `l2`: adds `l2 * parameter` to the gradient, as torch's `weight_decay` does.
-  3. the rule `name`, which turns the gradient into a direction (table below).
-  4. `weight_decay`: adds `weight_decay * parameter` to the direction (Loshchilov & Hutter, "Decoupled
-     Weight Decay Regularization", 2019; scaled with the learning rate, as in optax and torch).
-  5. lamb only: the layer-wise trust ratio.
-  6. `learning_rates`: factors by path.
-  7. minus the scheduled learning rate. It is the last factor of everything, decay included, so scaling
-     the final updates is the same as scaling the learning rate.
+  3. The rule `name` turns the gradient into a direction (table below).
+  4. `weight_decay`: adds `weight_decay * parameter` to the direction (Loshchilov & Hutter,
+     "Decoupled Weight Decay Regularization", 2019). The learning rate multiplies it too, as in
+     optax and torch.
+  5. Lamb only: the layer-wise trust ratio.
+  6. `learning_rates`: multiplies the direction by a factor that depends on the parameter's path.
+  7. The scheduled learning rate, with a minus. It is the last factor of everything, decay
+     included, so scaling the final updates is the same as scaling the learning rate.
 
-Both decays touch kernels and embeddings only: arrays of rank <= 1 and those named `bias` or `scale`
-(biases, norms) are exempt.
+Both decays act on kernels and embeddings only. Arrays of rank <= 1 and arrays named `bias` or
+`scale` (biases and norms) are exempt.
 
-Rules, with gradient g, `**` and sqrt elementwise, and `momentum`, `b1`, `b2`, `eps` from the config:
+The rules are, with the gradient g, `**` and sqrt elementwise, and `momentum`, `b1`, `b2` and `eps`
+from the config:
 
   sgd       g
   momentum  m = momentum * m + g; direction m (Polyak 1964, in torch's form without dampening)
   nesterov  m as above; direction g + momentum * m (Sutskever et al. 2013, in torch's form)
   adagrad   s = s + g**2 from 0; g / sqrt(s + eps**2) (Duchi et al. 2011)
-  rmsprop   v = b2 * v + (1 - b2) * g**2 from 0; g / (sqrt(v) + eps), then heavy-ball by `momentum` if
-            that is not 0 (Tieleman & Hinton 2012, with torch's eps and momentum)
+  rmsprop   v = b2 * v + (1 - b2) * g**2 from 0; g / (sqrt(v) + eps), then heavy-ball by `momentum`
+            if that is not 0 (Tieleman & Hinton 2012, with torch's eps and momentum)
   adam      bias-corrected m / (sqrt(v) + eps) (Kingma & Ba 2015)
-  adamw     the same; the name to use with `weight_decay`
-  lamb      adam's direction plus decay, times |parameter| / |direction| per array, 1 where either is 0
-            (You et al. 2020, Algorithm 2, with phi(z) = z)
+  adamw     the same as adam; the name to use with `weight_decay`
+  lamb      adam's direction plus decay, times |parameter| / |direction| per array, or times 1
+            where either norm is 0 (You et al. 2020, Algorithm 2, with phi(z) = z)
   lion      sign(b1 * m + (1 - b1) * g); m = b2 * m + (1 - b2) * g (Chen et al. 2023)
   muon      kernels: nesterov's direction, orthogonalised by five Newton-Schulz steps, times
-            sqrt(max(1, fan_out / fan_in)) (Jordan et al. 2024); all else (embeddings, biases, norms): adam
+            sqrt(max(1, fan_out / fan_in)) (Jordan et al. 2024); embeddings, biases and norms take
+            adam's rule
 
 Path patterns (`freeze`, `learning_rates`) are globs over the whole path of a parameter, such as
-"stage1/conv1/kernel": `*` matches any text, slashes included, `?` one character, `[ab]` a set. So
-"stage1/*" is a whole module and "*/bias" every bias.
+"stage1/conv1/kernel": `*` matches any text, slashes included, `?` matches one character, and
+`[ab]` matches one of a set. So "stage1/*" is a whole module and "*/bias" is every bias.
 
 A task with several players (a GAN) has an optimizer for each, `config.optimizers.<player>`. The
-paths in its patterns begin with the player ("critic/conv1/*"). A player that moves n times a step
-walks through its schedule n times as fast. What is done on a plateau is the same for all players.
+paths in its patterns start with the player's name ("critic/conv1/*"). A player that is updated n
+times per step goes through its schedule n times as fast. All players share what is done on a
+plateau.
 """
 
 import contextlib
@@ -57,7 +61,8 @@ from dljax.errors import UserError, unknown
 
 PyTree = Any
 
-# Decay rates and eps as published (adagrad, rmsprop: torch's eps); learning rates and decay are usual starts.
+# Decay rates and eps are as published (of adagrad and rmsprop, eps is torch's). Learning rates and
+# weight decays are usual starting points.
 _PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "sgd": {"learning_rate": 0.1},
     "momentum": {"learning_rate": 0.1, "momentum": 0.9},
@@ -73,35 +78,43 @@ _PUBLISHED: Mapping[str, Mapping[str, float]] = {
 OPTIMIZERS = tuple(_PUBLISHED)
 SCHEDULES = ("constant", "linear", "cosine", "step", "exponential", "inverse_sqrt", "one_cycle")
 
-_ONE_CYCLE_RISE, _ONE_CYCLE_START = 0.3, 1 / 25  # share of the steps, share of the peak (torch, optax)
+# The share of the steps before the peak, and the first rate as a share of the peak (torch, optax).
+_ONE_CYCLE_RISE, _ONE_CYCLE_START = 0.3, 1 / 25
 
 
 def default_config(name: str = "adamw") -> ml_collections.ConfigDict:
-  """The config of optimizer `name` with its usual numbers.
+  """Returns the config of optimizer `name` with its usual numbers.
 
   Setting only `config.name` afterwards keeps the other numbers as they are.
 
   Fields:
     name: one of `OPTIMIZERS`.
-    learning_rate: the peak.
-    momentum: decay of the sum of past gradients (momentum, nesterov, muon; rmsprop, where 0 is none).
-    b1: decay of the average of gradients (adam, adamw, lamb, muon's adam; lion's beta_1).
-    b2: decay of the average of squared gradients (rmsprop, adam, adamw, lamb, muon's adam); lion, which
-      keeps no squares: of the gradients it remembers (its beta_2).
-    eps: added to the root of the squares, in units of the gradient (all that divide by a root).
+    learning_rate: the schedule's peak.
+    momentum: the decay of the sum of past gradients (momentum, nesterov, muon; rmsprop, where 0
+      means no momentum).
+    b1: the decay of the average of gradients (adam, adamw, lamb, muon's adam; lion's beta_1).
+    b2: the decay of the average of squared gradients (rmsprop, adam, adamw, lamb, muon's adam).
+      Lion keeps no squares: there it is the decay of the gradients that it remembers (its beta_2).
+    eps: the number added to the root of the squares, in units of the gradient (all rules that
+      divide by a root).
     schedule: one of `SCHEDULES`, see `make_schedule`.
-    warmup_fraction: share of total_steps in which the learning rate rises linearly from 0.
-    end_factor: final learning rate as a share of the peak (linear, cosine, exponential, one_cycle).
-    decay_boundaries: shares of total_steps at which "step" multiplies by `decay_factor`.
-    decay_factor: see there.
-    clip_norm: largest global norm of the gradient; 0 is off.
-    weight_decay: decoupled decay; 0 is off.
-    l2: decay through the gradient, the alternative; 0 is off.
+    warmup_fraction: the share of total_steps in which the learning rate rises linearly from 0.
+    end_factor: the final learning rate as a share of the peak (linear, cosine, exponential,
+      one_cycle).
+    decay_boundaries: the shares of total_steps at which the schedule "step" multiplies the
+      learning rate by `decay_factor`.
+    decay_factor: the factor at each of these boundaries.
+    clip_norm: the largest global norm of the gradient; 0 is off.
+    weight_decay: the coefficient of decoupled decay; 0 is off.
+    l2: the coefficient of decay through the gradient, the alternative; 0 is off.
     freeze: patterns of parameters that never change and have no optimizer state.
-    learning_rates: "pattern=factor", multiplying the learning rate; the first match counts.
-    plateau_factor: multiplies the learning rate on each plateau of the monitored metric; 1 is off.
-    plateau_patience: evaluations in a row without improvement that make a plateau.
-    plateau_min_delta: an improvement must be larger than this to count, in the metric's units.
+    learning_rates: entries "pattern=factor" that multiply the learning rate; the first match
+      counts.
+    plateau_factor: the factor on the learning rate at each plateau of the monitored metric; 1 is
+      off.
+    plateau_patience: the number of evaluations in a row without improvement that make a plateau.
+    plateau_min_delta: the difference that an improvement must exceed to count, in the metric's
+      units.
   """
   if name not in _PUBLISHED:
     raise unknown("--config.optimizer.name", name, OPTIMIZERS)
@@ -133,59 +146,66 @@ def default_config(name: str = "adamw") -> ml_collections.ConfigDict:
 def player_configs(
     config: ml_collections.ConfigDict, players: Sequence[str],
 ) -> dict[str, ml_collections.ConfigDict]:
-  """Each player's optimizer config: `config.optimizer` of one player, else `config.optimizers.<player>`.
+  """Returns each player's optimizer config.
+
+  With one player this is `config.optimizer`, with several `config.optimizers.<player>`.
 
   Args:
     config: the experiment's config.
-    players: see `tasks.base.Task`.
+    players: the task's players; see `tasks.base.Task`.
 
   Raises:
     UserError: the players differ in what they do on a plateau.
+    ValueError: `config.optimizers` names other players than the task has.
   """
   names = list(dict.fromkeys(players))
   if len(names) == 1:
     return {names[0]: config.optimizer}
   if set(config.optimizers) != set(names):
-    raise ValueError(f"config.optimizers has {sorted(config.optimizers)}, the task's players are {sorted(names)}")
+    raise ValueError(f"config.optimizers has {sorted(config.optimizers)}, the task's players are "
+                     f"{sorted(names)}")
   configs = {name: config.optimizers[name] for name in names}
   for field in ("plateau_factor", "plateau_patience", "plateau_min_delta"):
     if len({player[field] for player in configs.values()}) > 1:
-      raise UserError(f"--config.optimizers.{names[-1]}.{field}={configs[names[-1]][field]}: all players share the "
+      value = configs[names[-1]][field]
+      raise UserError(f"--config.optimizers.{names[-1]}.{field}={value}: all players share the "
                       "monitored metric, so give each of them the same value")
   return configs
 
 
 @contextlib.contextmanager
 def _flags_of(player: str) -> Iterator[None]:
-  """Makes the errors inside name the flags of `player`, where there are several."""
+  """Makes errors raised inside name the flags of `player`, if there are several players."""
   try:
     yield
   except UserError as error:
     if not player:
       raise
-    raise UserError(str(error).replace("--config.optimizer", f"--config.optimizers.{player}", 1)) from None
+    line = str(error).replace("--config.optimizer", f"--config.optimizers.{player}", 1)
+    raise UserError(line) from None
 
 
 def make_optimizer(
     config: ml_collections.ConfigDict, total_steps: int, player: str = "",
     input_dimensions: Sequence[tuple[str, int]] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """The optimizer and its learning rate.
+  """Returns the optimizer and its learning-rate schedule.
 
   Args:
-    config: as `default_config` makes it.
-    total_steps: updates in the whole run.
-    player: whose parameters it updates, where there are several players; the paths begin with it.
-    input_dimensions: (pattern of a kernel's path, how many of its leading dimensions are inputs),
-      which muon needs to read a kernel as a matrix; of other kernels all but the last are. See
-      `tasks.base.input_dimensions`.
+    config: the optimizer's config, as `default_config` makes it.
+    total_steps: the number of updates in the whole run.
+    player: the player whose parameters it updates, if there are several players. The paths that
+      the patterns match then start with it.
+    input_dimensions: (pattern of a kernel's path, number of its leading dimensions that are
+      inputs). Muon needs it to read a kernel as a matrix. All dimensions but the last are inputs
+      of a kernel that no pattern matches. See `tasks.base.TaskBase.input_dimensions`.
 
   Returns:
-    An optimizer whose updates are added to the parameters (`update` needs them as its third argument),
-    for any pytree of parameters; and the schedule, step -> learning rate f[], traceable.
+    An optimizer for any pytree of parameters, whose updates are added to the parameters (`update`
+    needs them as its third argument); and the schedule, step -> learning rate f[], traceable.
 
   Raises:
-    UserError: an unknown name, or a value out of range.
+    UserError: a name is unknown, or a value is out of range.
   """
   with _flags_of(player):
     _check(config)
@@ -195,7 +215,7 @@ def make_optimizer(
     chain.append(optax.clip_by_global_norm(config.clip_norm))
   if config.l2:
     chain.append(optax.add_decayed_weights(config.l2, mask=decay_mask))
-  chain.append(_rule(config, input_dimensions))
+  chain.append(_rule(config, input_dimensions, prefix))
   if config.weight_decay:
     chain.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
   if config.name == "lamb":
@@ -205,27 +225,31 @@ def make_optimizer(
   chain.append(optax.scale_by_learning_rate(schedule))
   tx = optax.chain(*chain)
   if config.freeze:
-    label = lambda name, _: "frozen" if _matches(prefix + name, config.freeze) else "trained"
-    tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, lambda p: _map_by_name(label, p))
+    def label(name: str, _: Any) -> str:
+      return "frozen" if _matches(prefix + name, config.freeze) else "trained"
+
+    tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()},
+                         lambda params: _map_by_name(label, params))
   return tx, schedule
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
-  """step i32[] -> learning rate f[], for steps 0 (the first) to total_steps - 1.
+  """Returns the function step i32[] -> learning rate f[], for steps 0 to total_steps - 1.
 
-  After warmup steps W = warmup_fraction * total_steps (rounded, at most total_steps - 1) come the
-  N = total_steps - W steps of the schedule; k counts them from 0, p = k / N, and e is `end_factor`.
-  As shares of `learning_rate`:
+  The N = total_steps - W steps of the schedule follow the W = warmup_fraction * total_steps steps
+  of the warm-up (rounded, at most total_steps - 1). The schedules are, as shares of
+  `learning_rate`, where k counts the schedule's steps from 0, p = k / N, and e is `end_factor`:
 
     constant      1
     linear        1 - (1 - e) * p
     cosine        e + (1 - e) * (1 + cos(pi * p)) / 2
-    step          decay_factor ** (how many of round(boundary * total_steps) are <= step)
+    step          decay_factor ** (number of round(boundary * total_steps) that are <= step)
     exponential   e ** p, needs e > 0
     inverse_sqrt  sqrt(W / (W + k)), W at least 1
-    one_cycle     1/25 -> 1 -> e, half-cosines that meet at p = 0.3 (Smith & Topin 2018, torch's numbers)
+    one_cycle     1/25 -> 1 -> e, half-cosines that meet at p = 0.3 (Smith & Topin 2018, with
+                  torch's numbers)
 
-  Warm-up is linear from 0 at step 0 to the schedule's first value at step W.
+  The warm-up is linear, from 0 at step 0 to the schedule's first value at step W.
   """
   if total_steps < 1:
     raise UserError(f"--config.total_steps={total_steps}: must be at least 1")
@@ -241,7 +265,8 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
   elif config.schedule == "exponential":
     after = optax.exponential_decay(peak, decay, end, end_value=peak * end)
   elif config.schedule == "step":
-    boundaries = jnp.array([round(b * total_steps) - warmup for b in config.decay_boundaries], jnp.int32)
+    boundaries = [round(boundary * total_steps) - warmup for boundary in config.decay_boundaries]
+    boundaries = jnp.array(boundaries, jnp.int32)
     after = lambda k: peak * config.decay_factor ** jnp.sum(k >= boundaries)
   elif config.schedule == "inverse_sqrt":
     after = lambda k: peak * jnp.sqrt(max(warmup, 1) / (max(warmup, 1) + k))
@@ -255,18 +280,25 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.
 
 
 def _one_cycle(p: jax.Array, end: float) -> jax.Array:
-  blend = lambda a, b, t: b + (a - b) * (1 + jnp.cos(jnp.pi * t)) / 2
   rise, start = _ONE_CYCLE_RISE, _ONE_CYCLE_START
-  return jnp.where(p < rise, blend(start, 1.0, p / rise), blend(1.0, end, (p - rise) / (1 - rise)))
+  return jnp.where(p < rise, _half_cosine(start, 1.0, p / rise),
+                   _half_cosine(1.0, end, (p - rise) / (1 - rise)))
+
+
+def _half_cosine(a: float, b: float, t: jax.Array) -> jax.Array:
+  """The curve from a at t = 0 to b at t = 1."""
+  return b + (a - b) * (1 + jnp.cos(jnp.pi * t)) / 2
 
 
 def check_patterns(config: ml_collections.ConfigDict, params: PyTree, player: str = "") -> None:
-  """Refuses path patterns that match nothing; to be called once the parameters' paths are known.
+  """Refuses path patterns that match nothing.
+
+  Call it as soon as the parameters' paths are known.
 
   Args:
-    config: as `default_config` makes it.
-    params: the parameters (or their specifications) that it updates.
-    player: see `make_optimizer`.
+    config: the optimizer's config, as `default_config` makes it.
+    params: the parameters that the optimizer updates, or their specifications.
+    player: the player whose parameters they are; see `make_optimizer`.
 
   Raises:
     UserError: a pattern matches no parameter, or nothing is left to train.
@@ -278,7 +310,8 @@ def check_patterns(config: ml_collections.ConfigDict, params: PyTree, player: st
 def _check_patterns(config: ml_collections.ConfigDict, params: PyTree, prefix: str) -> None:
   names: list[str] = []
   _map_by_name(lambda name, _: names.append(prefix + name), params)
-  patterns = [("freeze", p) for p in config.freeze] + [("learning_rates", p) for p, _ in _factors(config)]
+  patterns = [("freeze", pattern) for pattern in config.freeze]
+  patterns += [("learning_rates", pattern) for pattern, _ in _factors(config)]
   for field, pattern in patterns:
     if not any(_matches(name, [pattern]) for name in names):
       near = difflib.get_close_matches(pattern.replace("*", ""), names, n=1, cutoff=0.0)
@@ -289,23 +322,35 @@ def _check_patterns(config: ml_collections.ConfigDict, params: PyTree, prefix: s
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """True where decay acts: rank >= 2 and neither a `bias` nor a `scale`. Same structure as `params`."""
-  return _map_by_name(lambda name, x: x.ndim >= 2 and name.split("/")[-1] not in ("bias", "scale"), params)
+  """Returns True for each array that decays: of rank >= 2, and no `bias` or `scale`.
+
+  Args:
+    params: the parameters.
+
+  Returns:
+    Booleans in the structure of `params`.
+  """
+  def decays(name: str, x: jax.Array) -> bool:
+    return x.ndim >= 2 and name.split("/")[-1] not in ("bias", "scale")
+
+  return _map_by_name(decays, params)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracker:
-  """What the host remembers of the monitored metric: the one memory behind best, early stopping and plateau.
+  """What the host remembers of the monitored metric.
 
-  All fields are JSON-able: `dataclasses.asdict(tracker)` and `Tracker(**fields)` round-trip.
+  The best checkpoint, early stopping and the plateau all depend on it. Its fields are JSON-able:
+  `dataclasses.asdict(tracker)` and `Tracker(**fields)` round-trip.
 
   Attributes:
-    best_value: the best finite value so far, None before there is one.
-    best_step: its step, -1 before there is one.
-    reference: the value that the next must beat by more than `plateau_min_delta` to count as improvement.
-    stale: evaluations since the last improvement (for early stopping).
-    plateau_stale: the same, but starting again at each reduction.
-    lr_scale: what the learning rate is multiplied by.
+    best_value: the best finite value so far; None before there is one.
+    best_step: the step of that value; -1 before there is one.
+    reference: the value that the next one must beat by more than `plateau_min_delta` to count as
+      an improvement; None before there is one.
+    stale: the number of evaluations since the last improvement, for early stopping.
+    plateau_stale: the same number, but counted again from 0 after each reduction.
+    lr_scale: the factor on the learning rate.
   """
 
   best_value: float | None = None
@@ -317,9 +362,10 @@ class Tracker:
 
 
 def track(
-    config: ml_collections.ConfigDict, tracker: Tracker, step: int, value: float, higher_is_better: bool,
+    config: ml_collections.ConfigDict, tracker: Tracker, step: int, value: float,
+    higher_is_better: bool,
 ) -> Tracker:
-  """The tracker after one evaluation; a value that is not finite never improves on anything."""
+  """Returns the tracker after one evaluation; a value that is not finite is no improvement."""
   def beats(old: float | None, margin: float) -> bool:
     gain = math.inf if old is None else (value - old if higher_is_better else old - value)
     return math.isfinite(value) and gain > margin
@@ -328,16 +374,18 @@ def track(
     tracker = dataclasses.replace(tracker, best_value=value, best_step=step)
   if beats(tracker.reference, config.plateau_min_delta):
     return dataclasses.replace(tracker, reference=value, stale=0, plateau_stale=0)
-  tracker = dataclasses.replace(tracker, stale=tracker.stale + 1, plateau_stale=tracker.plateau_stale + 1)
+  tracker = dataclasses.replace(tracker, stale=tracker.stale + 1,
+                                plateau_stale=tracker.plateau_stale + 1)
   if tracker.plateau_stale < config.plateau_patience:
     return tracker
-  return dataclasses.replace(tracker, plateau_stale=0, lr_scale=tracker.lr_scale * config.plateau_factor)
+  return dataclasses.replace(tracker, plateau_stale=0,
+                             lr_scale=tracker.lr_scale * config.plateau_factor)
 
 
 def _rule(
-    config: ml_collections.ConfigDict, input_dimensions: Sequence[tuple[str, int]],
+    config: ml_collections.ConfigDict, input_dimensions: Sequence[tuple[str, int]], prefix: str,
 ) -> optax.GradientTransformation:
-  """gradient -> direction, before decay and learning rate."""
+  """The transformation gradient -> direction, before decay and learning rate."""
   adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
   match config.name:
     case "sgd":
@@ -356,20 +404,26 @@ def _rule(
     case "lion":
       return optax.scale_by_lion(config.b1, config.b2)
     case "muon":
-      # Not optax.contrib.muon: it corrects the two terms of Nesterov's sum by unequal bias factors, which
-      # the published rule does not, and takes kernels of rank 2 only.
-      orthogonal = optax.chain(
-          optax.trace(config.momentum, nesterov=True), _orthogonalize_kernels(input_dimensions))
-      label = lambda name, x: "muon" if name.split("/")[-1] == "kernel" and x.ndim >= 2 else "adam"
-      return optax.partition({"muon": orthogonal, "adam": adam}, lambda p: _map_by_name(label, p))
+      # This is not optax.contrib.muon, which takes kernels of rank 2 only and, unlike the
+      # published rule, corrects the two terms of Nesterov's sum by unequal bias factors.
+      orthogonal = optax.chain(optax.trace(config.momentum, nesterov=True),
+                               _orthogonalize_kernels(input_dimensions, prefix))
+      return optax.partition({"muon": orthogonal, "adam": adam},
+                             lambda params: _map_by_name(_muon_or_adam, params))
   raise unknown("--config.optimizer.name", config.name, OPTIMIZERS)
 
 
-def newton_schulz(x: jax.Array) -> jax.Array:
-  """Nearly U V^T for x [M, N] = U S V^T: every singular value above 1 % of |x| ends within 0.68 to 1.14.
+def _muon_or_adam(name: str, x: jax.Array) -> str:
+  """Which of the two updates the parameter with path `name`, if the optimizer is muon."""
+  return "muon" if name.split("/")[-1] == "kernel" and x.ndim >= 2 else "adam"
 
-  Five steps of the quintic iteration with the coefficients of Jordan et al., "Muon: An optimizer for
-  hidden layers in neural networks", 2024 (https://kellerjordan.github.io/posts/muon).
+
+def newton_schulz(x: jax.Array) -> jax.Array:
+  """Approximates U V^T for x [M, N] = U S V^T.
+
+  Every singular value above 1 % of |x| ends between 0.68 and 1.14. These are five steps of the
+  quintic iteration with the coefficients of Jordan et al., "Muon: An optimizer for hidden layers
+  in neural networks", 2024 (https://kellerjordan.github.io/posts/muon).
   """
   a, b, c = 3.4445, -4.7750, 2.0315
   wide = x.T if x.shape[0] > x.shape[1] else x  # the smaller Gram matrix
@@ -381,16 +435,17 @@ def newton_schulz(x: jax.Array) -> jax.Array:
 
 
 def _orthogonalize_kernels(
-    input_dimensions: Sequence[tuple[str, int]],
+    input_dimensions: Sequence[tuple[str, int]], prefix: str,
 ) -> optax.GradientTransformation:
   """Orthogonalises kernels, as matrices [fan_in, fan_out], and scales them by their shape.
 
-  The last dimension is the output and all before it are the input, as in Dense and Conv and the
-  projection that joins attention heads; except where `input_dimensions` says otherwise, as for one
-  whose output is [heads, head size].
+  The last dimension is the output and all dimensions before it are inputs, as in Dense, Conv and
+  the projection that joins attention heads. `input_dimensions` says which kernels differ, such as
+  a projection whose output is [heads, head size].
   """
   def orthogonalize(name: str, x: jax.Array) -> jax.Array:
-    inputs = next((n for pattern, n in input_dimensions if _matches(name, [pattern])), x.ndim - 1)
+    own = (count for pattern, count in input_dimensions if _matches(prefix + name, [pattern]))
+    inputs = next(own, x.ndim - 1)
     fan_in = math.prod(x.shape[:inputs])
     fan_out = x.size // fan_in
     matrix = newton_schulz(x.reshape(fan_in, fan_out))
@@ -408,7 +463,7 @@ def _scale_by_path(factors: list[tuple[str, float]], prefix: str) -> optax.Gradi
 
 
 def _factors(config: ml_collections.ConfigDict) -> list[tuple[str, float]]:
-  """`learning_rates` as (pattern, factor)."""
+  """The entries of `learning_rates` as (pattern, factor)."""
   factors = []
   for entry in config.learning_rates:
     pattern, _, factor = str(entry).rpartition("=")
@@ -418,8 +473,8 @@ def _factors(config: ml_collections.ConfigDict) -> list[tuple[str, float]]:
       valid = False
     if not valid:
       raise UserError(
-          f"--config.optimizer.learning_rates: {entry!r} is not 'pattern=factor' with a factor above 0, "
-          "such as 'stem/*=0.1' (what should not learn goes into freeze)")
+          f"--config.optimizer.learning_rates: {entry!r} is not 'pattern=factor' with a factor "
+          "above 0, such as 'stem/*=0.1' (put what should not learn into freeze)")
     factors.append((pattern, float(factor)))
   return factors
 
@@ -435,7 +490,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-  """Ranges and names of the whole config; NaN is out of every range."""
+  """Checks the names and ranges of the whole config; NaN is out of every range."""
   if config.name not in OPTIMIZERS:
     raise unknown("--config.optimizer.name", config.name, OPTIMIZERS)
   if config.schedule not in SCHEDULES:
@@ -448,23 +503,28 @@ def _check(config: ml_collections.ConfigDict) -> None:
   for field, valid, mend in (
       ("learning_rate", 0 < c.learning_rate < inf, "must be above 0"),
       ("momentum", 0 <= c.momentum < 1, "must be at least 0 and below 1"),
-      ("momentum", c.momentum > 0 or not needs_momentum, f"{c.name} needs one above 0, such as 0.9"),
+      ("momentum", c.momentum > 0 or not needs_momentum,
+       f"{c.name} needs one above 0, such as 0.9"),
       ("b1", 0 <= c.b1 < 1, "must be at least 0 and below 1"),
       ("b2", 0 < c.b2 < 1, "must be above 0 and below 1"),
       ("eps", 0 < c.eps < inf, "must be above 0"),
       ("warmup_fraction", 0 <= c.warmup_fraction < 1, "must be at least 0 and below 1"),
       ("end_factor", 0 <= c.end_factor <= 1, "must be from 0 to 1"),
-      ("end_factor", c.end_factor > 0 or end_can_be_0, "the exponential schedule needs one above 0"),
+      ("end_factor", c.end_factor > 0 or end_can_be_0,
+       "the exponential schedule needs one above 0"),
       ("decay_boundaries", shares and all(a < b for a, b in zip(bounds, bounds[1:])),
        "must be rising shares of total_steps between 0 and 1"),
-      ("decay_boundaries", c.schedule != "step" or shares and all(b > c.warmup_fraction for b in bounds),
+      ("decay_boundaries",
+       c.schedule != "step" or shares and all(b > c.warmup_fraction for b in bounds),
        f"must lie after the warm-up, which ends at {c.warmup_fraction}"),
       ("decay_factor", 0 < c.decay_factor <= 1, "must be above 0 and at most 1"),
       ("clip_norm", 0 <= c.clip_norm < inf, "must be at least 0; 0 is off"),
       ("weight_decay", 0 <= c.weight_decay < inf, "must be at least 0; 0 is off"),
-      ("weight_decay", not (c.weight_decay and c.name == "adam"), "adam has none; use adamw, or l2"),
+      ("weight_decay", not (c.weight_decay and c.name == "adam"),
+       "adam has no weight decay; use adamw, or l2"),
       ("l2", 0 <= c.l2 < inf, "must be at least 0; 0 is off"),
-      ("l2", not (c.l2 and c.weight_decay), "is the alternative to weight_decay; set one of them to 0"),
+      ("l2", not (c.l2 and c.weight_decay),
+       "is the alternative to weight_decay; set one of them to 0"),
       ("plateau_factor", 0 < c.plateau_factor <= 1, "must be above 0 and at most 1; 1 is off"),
       ("plateau_patience", c.plateau_patience >= 1, "must be at least 1"),
       ("plateau_min_delta", 0 <= c.plateau_min_delta < inf, "must be at least 0"),

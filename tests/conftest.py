@@ -5,9 +5,11 @@ they have compiled.
 """
 
 import collections
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,30 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
   config.pluginmanager.register(cost.Plugin())
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Callable[..., Path]:
+  """Prepares embedded sets, each once for all workers of a run; returns their data directory.
+
+  The sets that take seconds are worth the lock. No test may change the directory.
+  """
+  from dljax.data import sources
+
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker has its own below
+  root = base / "tfds"
+
+  def prepare(*names: str) -> Path:
+    root.mkdir(exist_ok=True)
+    for name in names:
+      with (base / f"tfds-{name.replace('/', '-')}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if sources.find(name, root) is None:
+          sources.prepare_embedded(name, root)
+    return root
+
+  return prepare
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -145,7 +145,7 @@ MUTANTS = (
         "sampling_key", "dljax/tasks/decoding.py",
         "keys = jax.vmap(jax.random.fold_in)(keys, rows[\"place\"])",
         "keys = row_keys(rng, {\"id\": rows[\"id\"] + rows[\"place\"]})",
-        ("tests/tasks/test_language_modeling.py::test_no_two_examples_or_places_share_a_draw",)),
+        ("tests/tasks/test_decoding.py::test_no_two_examples_or_places_share_a_draw",)),
     Mutant(
         "mistake_threshold", "dljax/tasks/detection.py",
         "overlap.max() >= threshold",
@@ -166,7 +166,7 @@ MUTANTS = (
         "last_prompt_token", "dljax/tasks/decoding.py",
         "last = jnp.maximum(length - 1, 0)",
         "last = jnp.maximum(length - 2, 0)",
-        ("tests/tasks/test_language_modeling.py::"
+        ("tests/tasks/test_decoding.py::"
          "test_what_follows_a_prompt_is_predicted_by_its_last_token",)),
     # data
     Mutant(
@@ -236,8 +236,8 @@ MUTANTS = (
          "test_the_label_smoothing_reaches_the_task",)),
     Mutant(
         "cifar_validation_leak", "dljax/recipes/image_classification.py",
-        '"std": (0.2470, 0.2435, 0.2616), "train": "train[:90%]", "validation": "train[90%:]"',
-        '"std": (0.2470, 0.2435, 0.2616), "train": "train[:90%]", "validation": "test"',
+        '0.2616), "train": "train[:90%]",\n                "validation": "train[90%:]"',
+        '0.2616), "train": "train[:90%]",\n                "validation": "test"',
         ("tests/recipes/test_image_classification.py::"
          "test_the_splits_of_a_set_are_three_and_share_no_example",)),
     # optim

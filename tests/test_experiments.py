@@ -23,6 +23,7 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax.data import sources
+from dljax.data.datasets import EMBEDDED
 from dljax.interop import variants
 from dljax.models import alexnet, efficientnet, lenet, mlp, resnet, vgg, vit
 from dljax.tasks.base import MAX
@@ -54,6 +55,7 @@ RECIPES = {
 }
 # Known of some, beyond what is asked of all: to what share the loss falls, and how many parameters there are.
 FALLS_TO = {"mlp": 0.3}
+SIZES = ("ap_small", "ap_medium", "ap_large")
 PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594,
               "efficientnet": 178_962, "vit": 675_562, "retinanet": 1_562_116, "unet": 482_619,
               "deepspeech": 469_750}
@@ -100,10 +102,9 @@ def _falls_to(experiment: Experiment) -> float:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory) -> Iterator[Path]:
+def data_dir(prepared) -> Iterator[Path]:
   """A TFDS directory that holds the digits, for all runs."""
-  root = tmp_path_factory.mktemp("tfds")
-  sources.prepare_embedded("digits", root)
+  root = prepared("digits")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(root))
     yield root
@@ -201,9 +202,11 @@ class Trained:
 
 @pytest.fixture(scope="module", params=[
     pytest.param(family, marks=[] if family in SMALL else [pytest.mark.slow]) for family in EXPERIMENTS])
-def trained(request, data_dir, tmp_path_factory) -> Trained:
+def trained(request, prepared, tmp_path_factory) -> Trained:
   family, workdir = request.param, tmp_path_factory.mktemp(request.param) / "run"
   module = EXPERIMENTS[family]
+  if (name := module.get_config(next(iter(module.PRESETS))).data.get("name")) in EMBEDDED:
+    prepared(name)
   arguments = [f"--config.{name}={value}" for name, value in _shortened(family).items()]
   arguments += [] if family == ON_ALL_DEVICES else ["--mesh=data:1"]
   outcome = run(module, f"--workdir={workdir}", *arguments, "--config.checkpoint_every=1000")
@@ -309,6 +312,14 @@ def test_result_json_is_complete_and_true(trained):
   state = fit(experiment, trained.workdir)
   assert int(state.step) == result["steps"]
   assert state_sha256(jax.tree.map(np.asarray, state)) == result["state_sha256"]
+
+
+def test_goals_are_those_of_every_metric_of_an_evaluation(trained):
+  goals = set(trained.experiment.task.goals)
+  for split in trained.splits:
+    found = set(trained.result()["metrics"][split])
+    assert found <= goals
+    assert goals - found <= set(SIZES), "these are reported only if a split has such objects"
 
 
 def test_checkpoints_pictures_and_data_are_there(trained):

@@ -21,7 +21,6 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax import errors
-from dljax.data import sources
 from dljax.train.state import FORMAT
 from dljax.train.workdir import Workdir
 from experiments import lenet, mlp
@@ -43,11 +42,9 @@ def _plain_pictures():
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> Path:
+def data_dir(prepared) -> Path:
   """A TFDS directory that holds the digits."""
-  root = tmp_path_factory.mktemp("tfds")
-  sources.prepare_embedded("digits", root)
-  return root
+  return prepared("digits")
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def _flatten(tree):
 
 def _train(config, params, steps=STEPS, gradient=_gradient, input_dimensions=()):
   """(parameters after `steps` updates, optimizer state)."""
-  tx, _ = optim.make_optimizer(config, steps, input_dimensions)
+  tx, _ = optim.make_optimizer(config, steps, input_dimensions=input_dimensions)
   tree = _nest(params)
   state = tx.init(tree)
   for _ in range(steps):  # not compiled: single operations are cached over all tests, whole updates are not
@@ -196,6 +196,20 @@ def test_muon_reads_convolutions_and_head_projections_as_matrices():
   np.testing.assert_allclose(direction("out/kernel", (3, 4, 5)), as_matrix, rtol=1e-9)
   for name, shape in (("query/kernel", (3, 4, 5)), ("joint/kernel", (3, 2, 2, 5))):
     np.testing.assert_allclose(direction(name, shape), direction("query/kernel", (3, 20)), rtol=1e-9)
+
+
+def test_input_dimensions_are_found_by_the_whole_path_of_a_players_kernel():
+  params = {"qkv": {"kernel": jnp.zeros((3, 2, 5))}}
+  grad = {"qkv": {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 5)))}}
+  updates = {}
+  for player in ("critic", "generator"):
+    tx, _ = optim.make_optimizer(_config("muon"), 1, player, [("critic/qkv/kernel", 1)])
+    updates[player] = tx.update(grad, tx.init(params), params)[0]["qkv"]["kernel"]
+  for player, rows in (("critic", 3), ("generator", 6)):
+    matrix = updates[player].reshape(rows, -1)
+    direction = optim.newton_schulz(grad["qkv"]["kernel"].reshape(rows, -1))
+    cosine = jnp.sum(matrix * direction) / (jnp.linalg.norm(matrix) * jnp.linalg.norm(direction))
+    assert float(cosine) == pytest.approx(-1.0, abs=1e-9)
 
 
 def test_newton_schulz_nearly_orthogonalises():
@@ -489,7 +503,8 @@ def test_tracker_survives_json_in_the_middle_of_a_plateau():
     ({"decay_factor": 0.0}, "decay_factor=0.0: must be above 0 and at most 1"),
     ({"clip_norm": -1.0}, "clip_norm=-1.0: must be at least 0; 0 is off"),
     ({"weight_decay": -1.0}, "weight_decay=-1.0: must be at least 0; 0 is off"),
-    ({"name": "adam", "weight_decay": 0.1}, "weight_decay=0.1: adam has none; use adamw, or l2"),
+    ({"name": "adam", "weight_decay": 0.1},
+     "weight_decay=0.1: adam has no weight decay; use adamw, or l2"),
     ({"l2": -1.0}, "l2=-1.0: must be at least 0; 0 is off"),
     ({"l2": 0.1, "weight_decay": 0.1}, "l2=0.1: is the alternative to weight_decay"),
     ({"plateau_factor": 0.0}, "plateau_factor=0.0: must be above 0 and at most 1"),

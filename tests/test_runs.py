@@ -34,12 +34,11 @@ def _train(experiment, workdir: Path, *arguments: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
+def digits(prepared, tmp_path_factory) -> Path:
   """A run whose best checkpoint is not its last."""
   folder = tmp_path_factory.mktemp("digits")
-  sources.prepare_embedded("digits", folder / "tfds")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+    patch.setenv("TFDS_DATA_DIR", str(prepared("digits")))
     return _train(mlp, folder / "run", "--config.model.widths=32", "--config.ema_decay=0.5",
                   "--config.optimizer.learning_rate=0.02", "--config.monitor=validation/top_5_accuracy")
 

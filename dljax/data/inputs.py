@@ -1,4 +1,4 @@
-"""What a user asks predictions for: files, folders, and arrays that stand in place of files."""
+"""What a user asks predictions for: files, folders, or arrays in place of files."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 def each(
     inputs: Sequence[str | np.ndarray], files: Callable[[Path], Iterable[Path]],
 ) -> Iterator[tuple[str, Path | np.ndarray]]:
-  """The single inputs, each with its name: a file's path, or "array 0" for the first array.
+  """Every single input with its name: a file's path, or "array 0" for the first array.
 
   Args:
-    inputs: paths of files and folders, or arrays.
-    files: the path of a file or folder -> the files that it stands for; raises `UserError` where it
+    inputs: the paths of files and folders, or arrays.
+    files: the path of a file or folder -> the files that it names; raises `UserError` if the path
       does not exist.
   """
   arrays = 0

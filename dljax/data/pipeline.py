@@ -1,15 +1,16 @@
-"""From a step to a batch: a pure function of (seed, step), on every host alike.
+"""From a step to a batch: a pure function of (seed, step), the same on every host.
 
-Training reads the infinite stream of examples that is made of one permutation per epoch, laid end
-to end: global batch s is elements [s B, (s + 1) B), so that every example is seen once per epoch
-whatever the batch size. Evaluation reads in order, and pads and masks the last batch. A host takes
-the block of rows that its devices hold. Whatever is random in a batch is drawn for the global batch
-and then sliced (`Plan.rng`), so that neither hosts nor threads change which examples, how
-augmented, make up batch s.
+Training reads an infinite stream of examples, which is one permutation per epoch, end to end.
+Global batch s holds the elements [s B, (s + 1) B) of the stream, so every example is seen once per
+epoch whatever the batch size. Evaluation reads the examples in order, and pads and masks the last
+batch. A host takes the block of rows that its devices hold. Whatever is random in a batch is drawn
+for the global batch and then sliced (`Plan.rng`). Neither hosts nor threads can therefore change
+which examples are in batch s, or how they are augmented.
 
-Every batch holds mask f32[b], 0 where a row is padding, and id i32[b], by which the engine draws
-what is random in a row: in training the row of the global batch, in evaluation the example's
-position in its split, in prediction the row that was asked for; 0 at padding.
+Every batch holds mask f32[b], which is 0 where a row is padding, and id i32[b], by which the
+engine draws what is random in a row. The id is the row of the global batch in training, the
+example's position in its split in evaluation, the row that was asked for in prediction, and 0 at
+padding.
 """
 
 import contextlib
@@ -27,17 +28,19 @@ from dljax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
 PADDING = -1  # the index of a padding row
-CHUNK = 8  # rows that a thread reads at once
-ENDLESS = 2**62  # chunks
+CHUNK = 8  # the number of rows that a thread reads at once
+ENDLESS = 2**62  # the number of chunks that stands for "no end"
 
 
 class Pipeline(Protocol):
-  """A split, by the batch.
+  """The batches of a split. The attributes can be read after `open`.
 
   Attributes:
-    num_examples: in the split, over all hosts; after `open`.
-    num_batches: of one pass, rounded down for training and up for evaluation; after `open`.
-    num_sample_batches: how many batches of a pass hold the sample, and come first; 0 without `sample`.
+    num_examples: the number of examples in the split, over all hosts.
+    num_batches: the number of batches in one pass, rounded down for training and up for
+      evaluation.
+    num_sample_batches: the number of batches, the first of a pass, that hold the sample; 0 without
+      `sample`.
   """
 
   num_examples: int
@@ -45,10 +48,12 @@ class Pipeline(Protocol):
   num_sample_batches: int
 
   def sample(self, count: int, seed: int) -> None:
-    """Lets a pass begin with `count` examples that `seed` draws, in batches of their own; before `open`.
+    """Lets a pass start with a random sample of examples, in batches of their own. Call it before
+    `open`.
 
     Args:
-      count: the number of examples; 0 leaves the pass as it is, and so does more than there are.
+      count: the number of examples; 0 leaves the pass as it is, and so does a number larger than
+        the split.
       seed: the run's seed.
 
     Raises:
@@ -56,14 +61,14 @@ class Pipeline(Protocol):
     """
 
   def open(self) -> bool:
-    """Finds and reads the data if it is not open, and says whether it was not.
+    """Finds and reads the data if it is not open; returns whether it had to.
 
     Raises:
-      UserError: it is missing; says what to run.
+      UserError: the data is missing; the message says what to run.
     """
 
   def batch(self, step: int) -> HostBatch:
-    """This host's rows of global batch `step`; a pure function of (seed, step), for any thread to call."""
+    """This host's rows of global batch `step`: a pure function of (seed, step), on any thread."""
 
   def close(self) -> None:
     """Frees threads and memory."""
@@ -71,7 +76,7 @@ class Pipeline(Protocol):
 
 @contextlib.contextmanager
 def opened(*pipelines: Pipeline) -> Iterator[None]:
-  """Opens what is not open yet, and closes that again; what was open stays so."""
+  """Opens the pipelines that are not open, and closes those at the end; the others stay open."""
   with contextlib.ExitStack() as stack:
     for pipeline in pipelines:
       if pipeline.open():
@@ -80,12 +85,12 @@ def opened(*pipelines: Pipeline) -> Iterator[None]:
 
 
 def rng(seed: int, step: int, name: str) -> np.random.Generator:
-  """The generator of everything that `name` draws in `step`."""
+  """The generator for everything that is drawn under `name` in `step`."""
   return np.random.default_rng([seed, step, zlib.crc32(name.encode())])
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> np.ndarray:
-  """The rows of a global batch that host number `host` of `hosts` gives, i64[batch_size / hosts]."""
+  """The rows of a global batch that host `host` of `hosts` reads, i64[batch_size / hosts]."""
   return np.arange(batch_size // hosts * host, batch_size // hosts * (host + 1))
 
 
@@ -94,10 +99,10 @@ class Plan:
   """Which examples make up a global batch.
 
   Attributes:
-    seed: of the run.
-    step: of the global batch.
-    indices: i64[B], the examples of the global batch, `PADDING` in padding rows.
-    rows: i64[b], the rows that this host has to give.
+    seed: the run's seed.
+    step: the number of the global batch.
+    indices: i64[B], the examples of the global batch; `PADDING` in padding rows.
+    rows: i64[b], the rows that this host reads.
   """
 
   seed: int
@@ -106,7 +111,7 @@ class Plan:
   rows: np.ndarray
 
   def rng(self, name: str) -> np.random.Generator:
-    """Draws for the global batch."""
+    """The generator for everything that is drawn under `name` for the global batch."""
     return rng(self.seed, self.step, name)
 
 
@@ -117,7 +122,7 @@ class Examples(Protocol):
     ...
 
   def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
-    """The examples in the given rows of the global batch; example 0 in place of padding."""
+    """The examples in the given rows of the global batch; example 0 in padding rows."""
 
   def close(self) -> None:
     ...
@@ -127,20 +132,20 @@ class IndexedPipeline:
   """The `Pipeline` of a split whose examples can be read in any order.
 
   Args:
-    open_examples: reads the split; called once, by `open`. It gets the function step -> `Plan`, by
-      which a reader can read ahead.
-    finish: (examples, plan) -> this host's batch, but for mask and id.
-    batch_size: B, of the global batch.
-    seed: of the run.
-    train: shuffle and repeat for ever; otherwise one pass in order.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says when the data is opened.
+    open_examples: (this pipeline) -> the opened split; called by `open`. By the pipeline's `plan`
+      a reader can read ahead.
+    finish: (examples, plan) -> this host's batch without mask and id.
+    batch_size: B, the number of rows of the global batch.
+    seed: the run's seed.
+    train: whether to shuffle and repeat for ever; otherwise there is one pass in order.
+    host: this host's number; by default JAX's process index when the data is opened.
+    hosts: the number of hosts; by default JAX's process count then.
   """
 
   def __init__(
       self, open_examples: Callable[["IndexedPipeline"], Examples],
-      finish: Callable[[Examples, Plan], HostBatch], *,
-      batch_size: int, seed: int = 0, train: bool = False, host: int | None = None, hosts: int | None = None,
+      finish: Callable[[Examples, Plan], HostBatch], *, batch_size: int, seed: int = 0,
+      train: bool = False, host: int | None = None, hosts: int | None = None,
   ):
     self._open_examples, self._finish = open_examples, finish
     self.batch_size, self.seed, self.train = batch_size, seed, train
@@ -160,12 +165,13 @@ class IndexedPipeline:
       if self._hosts is None:
         self._host, self._hosts = jax.process_index(), jax.process_count()
       if self.batch_size % self._hosts:
-        raise UserError(f"--config.batch_size={self.batch_size} is not a multiple of the {self._hosts} hosts")
+        raise UserError(f"--config.batch_size={self.batch_size} is not a multiple of the "
+                        f"{self._hosts} hosts")
       examples = self._open_examples(self)
       if self.train and len(examples) < self.batch_size:
         examples.close()
-        raise UserError(f"--config.batch_size={self.batch_size}: there are but {len(examples)} training "
-                        "examples; make it smaller")
+        raise UserError(f"--config.batch_size={self.batch_size}: there are only {len(examples)} "
+                        "training examples; make it smaller")
       self._examples = examples
       return True
 
@@ -192,14 +198,16 @@ class IndexedPipeline:
     return -(-len(parts[0]) // self.batch_size) if len(parts) > 1 else 0
 
   def parts(self, num_examples: int) -> list[np.ndarray]:
-    """The examples of a pass of evaluation: all, i64[n], or the sample and the rest, each in ascending order."""
+    """The examples of an evaluation: all, i64[n], or the sample and the rest; each ascending."""
     if not 0 < self._sample < num_examples:
       return [np.arange(num_examples)]
     order = rng(self._sample_seed, 0, "sample").permutation(num_examples)
     return [np.sort(order[:self._sample]), np.sort(order[self._sample:])]
 
-  def batch(self, step: int, finish: Callable[[Examples, Plan], HostBatch] | None = None) -> HostBatch:
-    """See `Pipeline.batch`; `finish` takes the place of the pipeline's own."""
+  def batch(
+      self, step: int, finish: Callable[[Examples, Plan], HostBatch] | None = None,
+  ) -> HostBatch:
+    """See `Pipeline.batch`; `finish` replaces the pipeline's own."""
     examples = self._opened()
     plan = self.plan(step, len(examples))
     indices = plan.indices[plan.rows]
@@ -209,16 +217,17 @@ class IndexedPipeline:
     return own | (finish or self._finish)(examples, plan)
 
   def plan(self, step: int, num_examples: int) -> Plan:
-    """The plan of global batch `step` of a split of `num_examples`."""
+    """The plan of global batch `step` of a split that has `num_examples`."""
     start, end = step * self.batch_size, (step + 1) * self.batch_size
     if self.train:
+      epochs = range(start // num_examples, (end - 1) // num_examples + 1)
       indices = np.concatenate([
-          self._permutation(epoch, num_examples)[max(start - epoch * num_examples, 0):end - epoch * num_examples]
-          for epoch in range(start // num_examples, (end - 1) // num_examples + 1)])
+          self._permutation(epoch, num_examples)[max(start - first, 0):end - first]
+          for epoch, first in ((epoch, epoch * num_examples) for epoch in epochs)])
     else:
       size = self.batch_size
-      order = np.concatenate([
-          np.append(part, np.full(-len(part) % size, PADDING)) for part in self.parts(num_examples)])
+      order = np.concatenate([np.append(part, np.full(-len(part) % size, PADDING))
+                              for part in self.parts(num_examples)])
       if not 0 <= start < len(order):
         raise IndexError(f"batch {step} of a pass over {num_examples} examples, {size} at a time")
       indices = order[start:end]
@@ -234,11 +243,10 @@ class IndexedPipeline:
 
 
 class Reprocessed:
-  """The examples of another pipeline, in its batches, made into batches in another way. Reads
-  nothing twice.
+  """The batches of another pipeline, finished in another way; no example is read twice.
 
   Args:
-    pipeline: whose examples they are; opened with this one.
+    pipeline: the other pipeline, which is opened and closed with this one.
     finish: (examples, plan) -> this host's batch.
   """
 
@@ -263,15 +271,17 @@ class Reprocessed:
 
 
 class InMemory:
-  """Examples that were decoded once and are gathered by NumPy.
+  """Examples that are decoded once and gathered by NumPy.
 
   Args:
-    arrays: field -> [n, ...].
-    each: (example, plan, row) -> example, for what cannot be done to all rows at once.
+    arrays: field -> the array [n, ...] of all examples.
+    each: (example, plan, row) -> the example, processed; for what cannot be done to all rows at
+      once.
   """
 
   def __init__(
-      self, arrays: Mapping[str, np.ndarray], each: Callable[[HostBatch, Plan, int], HostBatch] | None = None,
+      self, arrays: Mapping[str, np.ndarray],
+      each: Callable[[HostBatch, Plan, int], HostBatch] | None = None,
   ):
     self._arrays, self._each = arrays, each
 
@@ -293,15 +303,15 @@ class InMemory:
 class Streaming:
   """Examples that stay on disk; Grain reads them ahead, in threads.
 
-  The order is that of `plan_of`, so that a split gives the same batches from memory and from disk.
-  Steps in sequence are read ahead; a jump starts afresh from there.
+  `plan_of` decides the order, so a split gives the same batches from memory and from disk. Steps
+  in sequence are read ahead; after a jump, reading ahead starts again at the new step.
 
   Args:
-    num_examples: of the split.
-    load: (indices, plan, rows) -> one example for each, of shapes common to all.
-    plan_of: (step, num_examples) -> `Plan`; `IndexError` after the last step.
-    rows: the rows of a global batch that are read, as many for each plan.
-    threads: that read and decode.
+    num_examples: the number of examples in the split.
+    load: (indices, plan, rows) -> one example for each index; all have the same shapes.
+    plan_of: (step, num_examples) -> the step's `Plan`; raises `IndexError` after the last step.
+    rows: (plan) -> the rows of the global batch to read; their number is the same for every plan.
+    threads: the number of threads that read and decode.
   """
 
   def __init__(
@@ -328,7 +338,7 @@ class Streaming:
       if plan.step != self._next_step:
         self._stop()
         self._ahead = self._read_from(plan.step, chunks)
-      self._next_step = None  # unless all can be read
+      self._next_step = None  # stays so if a read below fails
       examples = [example for _ in range(chunks) for example in next(self._ahead)]
       self._next_step = plan.step + 1
     return _stack(examples)
@@ -340,7 +350,7 @@ class Streaming:
       try:
         plan, rows = self._plan_and_rows(step + position // chunks)
       except IndexError:
-        return []  # read ahead of the last step
+        return []  # this was read ahead, beyond the last step
       rows = rows[position % chunks * CHUNK:][:CHUNK]
       return self._load(np.maximum(plan.indices[rows], 0), plan, rows)
 

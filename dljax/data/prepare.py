@@ -3,10 +3,12 @@
     python -m dljax.data.prepare mnist
     python -m dljax.data.prepare cifar10 --data_dir=/data/tfds --manual_dir=~/Downloads
 
-mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare need nothing else: an interrupted download goes on where it
-stopped, and files are held against TFDS's checksums. So do etth1, a time series, and sets of ours whose files Debian 12
-has, installed or downloaded: emoji and emoji_scenes, of a font and its names, and telephone_prompts, of announcements
-and their text. Other sets are prepared by TFDS itself, which for most of them needs TensorFlow
+mnist, fashion_mnist, cifar10, cifar100, tiny_shakespeare and etth1 (a time series) need nothing
+else. Nor do the sets of our own that are made of files in Debian 12, installed or downloaded:
+emoji and emoji_scenes from a font, and telephone_prompts from recorded announcements. An
+interrupted download continues where it stopped, and files are checked against TFDS's checksums.
+
+Other sets are prepared by TFDS itself, which needs TensorFlow for most of them
 (`pip install 'dljax[tf]'`).
 """
 
@@ -24,7 +26,7 @@ from dljax.data import sources
 from dljax.data.datasets import DOWNLOADED, EMBEDDED
 from dljax.errors import DONE, UserError, exit_status, unknown
 
-# The packages of Debian that hold a set's files.
+# The Debian packages that hold a set's files.
 DEBIAN = {
     "emoji": "fonts-noto-color-emoji unicode-data",
     "emoji_scenes": "fonts-noto-color-emoji unicode-data",
@@ -36,15 +38,16 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
   """Makes sure that a set is prepared under `data_dir`.
 
   Args:
-    name: a TFDS name, possibly with config.
-    data_dir: where prepared sets live.
-    manual_dir: a folder that holds the files already; nothing is downloaded then.
+    name: a TFDS name, possibly with config and version.
+    data_dir: the folder of prepared sets.
+    manual_dir: a folder that holds the set's files; if it is given, nothing is downloaded.
 
   Returns:
     The set's directory.
 
   Raises:
-    UserError: unknown set, no network, files missing or other than they should be, no place to write.
+    UserError: the set is unknown, there is no network, a file is missing or is not the right one,
+      or `data_dir` cannot be written.
   """
   try:
     base, config, version = sources.parse_name(name)
@@ -62,7 +65,8 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
     builder = DOWNLOADED[base]()
     if config or version not in ("", str(builder.VERSION)):
       raise UserError(f"{name}: {base} has no configs, and its version is {builder.VERSION}")
-    folder = manual_dir or data_dir / "downloads" / base.removesuffix("_scenes")  # of the same files
+    # emoji_scenes is made of the files of emoji.
+    folder = manual_dir or data_dir / "downloads" / base.removesuffix("_scenes")
     if base in DEBIAN and manual_dir is None and builder.installed():
       folder = None
     else:
@@ -71,7 +75,8 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
       except UserError as e:
         if base not in DEBIAN:
           raise
-        raise UserError(f"{e}; on Debian 12 `apt-get install {DEBIAN[base]}` will do, too") from e
+        raise UserError(f"{e}; on Debian 12 `apt-get install {DEBIAN[base]}` provides them "
+                        "too") from e
     sources.build(functools.partial(builder, folder=folder), data_dir)
   else:
     _prepare_by_tfds(name, data_dir, manual_dir)
@@ -79,15 +84,15 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None = None) -> Path:
 
 
 def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
-  """Sees to it that `folder` holds the right files.
+  """Makes sure that `folder` holds the right files.
 
   Args:
-    files: URL -> TFDS's `UrlInfo` (size and SHA-256).
-    folder: where the files are or go, by the last part of their URLs.
-    download: fetch what is missing.
+    files: URL -> TFDS's `UrlInfo` (size and SHA-256) of each file.
+    folder: the folder of the files, where each has the last part of its URL as its name.
+    download: whether to download the missing files.
 
   Raises:
-    UserError: a file is missing or has the wrong checksum; no network.
+    UserError: a file is missing or has the wrong checksum, or there is no network.
   """
   paths = {url: folder / url.rpartition("/")[2] for url in files}
   missing = {url: path for url, path in paths.items() if not path.is_file()}
@@ -101,12 +106,14 @@ def collect(files: Mapping[str, Any], folder: Path, *, download: bool) -> None:
     if downloads.sha256(path) != files[url].checksum:
       if download:
         path.unlink()
-        raise UserError(f"{url}: the download does not have TFDS's checksum and was removed; try again, or "
-                        "put the right file in a folder and name it by --manual_dir")
-      raise UserError(f"--manual_dir: {path} does not have TFDS's checksum; get it again from {url}")
+        raise UserError(f"{url}: the download does not have TFDS's checksum and was removed; try "
+                        "again, or put the right file in a folder and name it by --manual_dir")
+      raise UserError(f"--manual_dir: {path} does not have TFDS's checksum; get it again from "
+                      f"{url}")
 
 
-fetch = functools.partial(downloads.fetch, mend="put the file in a folder and name it by --manual_dir")
+fetch = functools.partial(downloads.fetch,
+                          mend="put the file in a folder and name it by --manual_dir")
 
 
 def _unknown(name: str) -> UserError:
@@ -136,9 +143,9 @@ def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None
   except UserError:
     raise
   except ImportError as e:
-    raise UserError(f"{name}: TFDS prepares it with a package that is not installed ({e.name or e}); "
-                    "run `pip install 'dljax[tf]'` and try again") from e
-  except Exception as e:  # hundreds of builders, which raise what they like
+    raise UserError(f"{name}: TFDS prepares it with a package that is not installed "
+                    f"({e.name or e}); run `pip install 'dljax[tf]'` and try again") from e
+  except Exception as e:  # TFDS has hundreds of builders, which raise all kinds of errors
     reason = " ".join(str(e).split())[:300]
     raise UserError(f"{name}: TFDS could not prepare it: {type(e).__name__}: {reason}") from e
 
@@ -153,14 +160,18 @@ def _require_network(url: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Bad input is a `UserError`, in place of the usage and an exit."""
+  """Raises a `UserError` on bad input, instead of printing the usage and exiting."""
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f"{message}; see --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit status: 0 done, 2 bad input, 75 stopped by Ctrl-C or SIGTERM."""
+  """Runs the command line.
+
+  Returns:
+    The exit status: 0 done, 2 bad input, 75 stopped by Ctrl-C or SIGTERM.
+  """
   return exit_status(lambda: _run(argv), "stopped; the same command continues")
 
 
@@ -168,20 +179,24 @@ def _run(argv: Sequence[str] | None) -> int:
   parser = _Parser(
       prog="python -m dljax.data.prepare", description=__doc__, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("name", help="TFDS name, possibly with config: mnist, imagenet2012, glue/sst2")
-  parser.add_argument("--data_dir", type=lambda p: Path(p).expanduser(), default=sources.data_dir(),
-                      help="where prepared sets live (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)")
+  parser.add_argument("name",
+                      help="a TFDS name, possibly with config: mnist, imagenet2012, glue/sst2")
+  parser.add_argument(
+      "--data_dir", type=lambda p: Path(p).expanduser(), default=sources.data_dir(),
+      help="the folder of prepared sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)")
   parser.add_argument("--manual_dir", type=lambda p: Path(p).expanduser(),
-                      help="a folder that holds the files already; nothing is downloaded")
+                      help="a folder that holds the set's files; nothing is downloaded then")
   try:
     args, rest = parser.parse_known_args(argv)
     if rest and rest[0].startswith("-"):
-      raise unknown("the command line", rest[0].partition("=")[0], ["--data_dir", "--manual_dir", "--help"])
+      raise unknown("the command line", rest[0].partition("=")[0],
+                    ["--data_dir", "--manual_dir", "--help"])
     if rest:
       raise UserError(f"{rest[0]!r} is one name too many; give one, and see --help")
     print(f"{args.name} is prepared in {prepare(args.name, args.data_dir, args.manual_dir)}")
   except UserError as e:
-    raise UserError(str(e).removeprefix("--config.data.name: ")) from e  # here it is no flag
+    # This command has no such flag.
+    raise UserError(str(e).removeprefix("--config.data.name: ")) from e
   return DONE
 
 

@@ -1,14 +1,15 @@
 """Examples of different lengths in batches of few shapes, with little padding.
 
-Every batch is padded to one of at most `MAX_BUCKETS` lengths, so that a step is compiled at most
-that often (a compiled step keeps one program for each shape of its batch). Examples of like length
-share a batch: Khomenko et al. 2016, "Accelerating recurrent neural network training using sequence
-bucketing". What a batch cannot fill in one bucket goes up into the next, so that all batches are
-full but the last of a pass, and a pass takes no more of them than without buckets.
+Every batch is padded to one of at most `MAX_BUCKETS` lengths. A step is compiled once for each
+shape of its batch, so this bounds the number of compilations. Examples of similar length share a
+batch: Khomenko et al. 2016, "Accelerating recurrent neural network training using sequence
+bucketing". Examples that do not fill a batch of their bucket move up into the next bucket. All
+batches of a pass but the last are therefore full, and a pass has no more batches than without
+buckets.
 
 Training cuts the stream of `IndexedPipeline` (one permutation per epoch, end to end) into windows
-of whole batches, an epoch or `WINDOW` batches long, and sorts within a window only: every example
-is seen once per epoch, and batch s is a pure function of (seed, s).
+of whole batches. A window is an epoch or `WINDOW` batches long, and examples are sorted within a
+window only. So every example is seen once per epoch, and batch s is a pure function of (seed, s).
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ from dljax.data.pipeline import (
 from dljax.errors import UserError
 
 MAX_BUCKETS = 8
-WINDOW = 1024  # batches
-_CANDIDATES = 256  # among which `fitted` chooses
+WINDOW = 1024  # number of batches
+_CANDIDATES = 256  # number of lengths among which `fitted` chooses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RaggedPlan(Plan):
   """Which examples make up a global batch, and how long it is.
 
   Attributes:
-    padded: what its examples are padded to.
+    padded: the length that its examples are padded to.
   """
 
   padded: int
@@ -42,7 +43,8 @@ class RaggedExamples(Examples, Protocol):
   """An opened split of examples of different lengths.
 
   Attributes:
-    lengths: i64[n], of each example, in the unit that is padded (tokens, frames, samples).
+    lengths: i64[n], the length of each example in the unit that is padded (tokens, frames,
+      samples).
   """
 
   lengths: np.ndarray
@@ -52,37 +54,42 @@ def spaced(longest: int, buckets: int = MAX_BUCKETS, multiple: int = 1) -> tuple
   """Evenly spaced lengths up to `longest`, ascending; known without data.
 
   Args:
-    longest: the last one; a multiple of `multiple`.
-    buckets: how many, at most.
-    multiple: of which all are.
+    longest: the last length, a multiple of `multiple`.
+    buckets: the greatest number of lengths.
+    multiple: a number that divides all lengths.
   """
   ends = np.arange(1, buckets + 1) * longest / buckets
   return tuple(int(end) for end in np.unique(_round_up(np.ceil(ends).astype(np.int64), multiple)))
 
 
-def fitted(lengths: np.ndarray, longest: int, buckets: int = MAX_BUCKETS, multiple: int = 1) -> tuple[int, ...]:
-  """The lengths to pad `lengths` to that need the least padding, ascending, the last one
+def fitted(
+    lengths: np.ndarray, longest: int, buckets: int = MAX_BUCKETS, multiple: int = 1,
+) -> tuple[int, ...]:
+  """The ascending bucket lengths with which `lengths` need the least padding; the last is
   `longest`.
 
-  Exact where there are at most 256 different lengths, rounded up to `multiple`; else among 256
-  quantiles of them.
+  The result is exact if there are at most 256 different lengths after rounding up to `multiple`.
+  Otherwise 256 quantiles of them are the candidates.
 
   Args:
-    lengths: i64[n], none above `longest`.
-    longest: a multiple of `multiple`.
-    buckets: how many, at most.
-    multiple: of which all are.
+    lengths: i64[n], the examples' lengths, none above `longest`.
+    longest: the last bucket length, a multiple of `multiple`.
+    buckets: the greatest number of bucket lengths.
+    multiple: a number that divides all bucket lengths.
   """
   rounded = _round_up(np.maximum(lengths, 1), multiple)
   ends = np.unique(rounded)
   if len(ends) > _CANDIDATES:
     ends = np.unique(np.quantile(rounded, np.linspace(0, 1, _CANDIDATES), method="higher"))
   ends = np.union1d(ends, [longest])
-  below = np.searchsorted(np.sort(rounded), ends, side="right")  # how many fit into ends[j]
-  # cost[j]: positions that all take which fit into ends[j], with the buckets so far; came[i][j]: the end before it.
+  # below[j] is the number of lengths that fit into ends[j].
+  below = np.searchsorted(np.sort(rounded), ends, side="right")
+  # cost[j] is the number of positions that all examples up to ends[j] take, with ends[j] and the
+  # buckets chosen so far; came[i][j] is the end before ends[j].
   cost, came = (ends * below).astype(float), []
   for _ in range(1, min(buckets, len(ends))):
-    after = np.where(np.tri(len(ends), dtype=bool), np.inf, cost[:, None] + ends * (below - below[:, None]))
+    after = np.where(np.tri(len(ends), dtype=bool), np.inf,
+                     cost[:, None] + ends * (below - below[:, None]))
     came.append(np.argmin(after, axis=0))
     cost = np.min(after, axis=0)
   chosen = [len(ends) - 1]
@@ -96,7 +103,7 @@ def _round_up(lengths: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def pad(rows: Iterable[np.ndarray], length: int, value: float = 0) -> np.ndarray:
-  """[n_i, ...] each -> [B, length, ...], with `value` behind their ends."""
+  """B arrays [n_i, ...] -> [B, length, ...], with `value` behind the end of each."""
   rows = list(rows)
   padded = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
   for out, row in zip(padded, rows):
@@ -107,30 +114,32 @@ def pad(rows: Iterable[np.ndarray], length: int, value: float = 0) -> np.ndarray
 class RaggedPipeline(IndexedPipeline):
   """The `Pipeline` of a split whose examples have different lengths.
 
-  Training fits its buckets to the lengths it finds; evaluation spaces them evenly, so that all
-  splits have the same. An evaluation reads by length, not in order: the results of each example
-  are what they would be in any other batch.
+  Training fits its bucket lengths to the data. Evaluation spaces them evenly, so they are the same
+  for all splits. An evaluation reads the examples by length, not in order; an example's results do
+  not depend on the batch that it is in.
 
   Args:
     open_examples: reads the split; see `IndexedPipeline`.
     finish: (examples, plan) -> this host's batch, padded to `plan.padded`.
-    longest: the length of the longest example there may be.
-    flag: the config field that says so, for the message.
-    buckets: how many lengths to pad to, at most `MAX_BUCKETS`.
-    multiple: of which all of them are; `longest` is rounded up to one.
+    longest: the greatest length that an example may have.
+    flag: the config field that holds it, for the message.
+    buckets: the number of bucket lengths, at most `MAX_BUCKETS`.
+    multiple: a number that divides all bucket lengths; `longest` is rounded up to a multiple.
     batch_size, seed, train, host, hosts: see `IndexedPipeline`.
   """
 
   def __init__(
       self, open_examples: Callable[["RaggedPipeline"], RaggedExamples],
-      finish: Callable[[RaggedExamples, RaggedPlan], HostBatch], *, longest: int, flag: str = "--config.data.max_length",
-      buckets: int = MAX_BUCKETS, multiple: int = 1, batch_size: int, seed: int = 0, train: bool = False,
-      host: int | None = None, hosts: int | None = None,
+      finish: Callable[[RaggedExamples, RaggedPlan], HostBatch], *, longest: int,
+      flag: str = "--config.data.max_length", buckets: int = MAX_BUCKETS, multiple: int = 1,
+      batch_size: int, seed: int = 0, train: bool = False, host: int | None = None,
+      hosts: int | None = None,
   ):
-    super().__init__(
-        open_examples, finish, batch_size=batch_size, seed=seed, train=train, host=host, hosts=hosts)
+    super().__init__(open_examples, finish, batch_size=batch_size, seed=seed, train=train,
+                     host=host, hosts=hosts)
     if not 1 <= buckets <= MAX_BUCKETS:
-      raise UserError(f"--config.data.buckets={buckets}: must be from 1 to {MAX_BUCKETS}, each of which is compiled")
+      raise UserError(f"--config.data.buckets={buckets}: must be from 1 to {MAX_BUCKETS}, as a "
+                      "program is compiled for each")
     if longest < 1:
       raise UserError(f"{flag}={longest}: must be at least 1")
     self._longest, self._flag, self._buckets, self._multiple = longest, flag, buckets, multiple
@@ -145,8 +154,8 @@ class RaggedPipeline(IndexedPipeline):
       if len(lengths) and lengths.max() > self._longest:
         worst = int(np.argmax(lengths))
         super().close()
-        raise UserError(f"{self._flag}={self._longest}: example {worst} has length {lengths[worst]}; allow as much, "
-                        "or take it out")
+        raise UserError(f"{self._flag}={self._longest}: example {worst} has length "
+                        f"{lengths[worst]}; allow as much, or take it out")
       self._ends = (fitted(lengths, longest, self._buckets, self._multiple) if self.train
                     else spaced(longest, self._buckets, self._multiple))
       self._windows = functools.lru_cache(maxsize=2)(self._sort)
@@ -165,14 +174,15 @@ class RaggedPipeline(IndexedPipeline):
   def plan(self, step: int, num_examples: int) -> RaggedPlan:
     window, place = divmod(step, self._batches_of_window(num_examples))
     if not self.train and not (window == 0 and step >= 0):
-      raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} at a time")
+      raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} "
+                       "at a time")
     indices, ends = self._windows(window, num_examples)
     rows = host_rows(self.batch_size, self._host, self._hosts)
     return RaggedPlan(self.seed, step, indices[place], rows, int(ends[place]))
 
   def padding(self, passes: int = 1) -> float:
-    """The fraction of positions that is padding, in the first `passes` passes."""
-    lengths = np.append(np.asarray(self._opened().lengths), 0)  # of `PADDING` too
+    """The fraction of positions that are padding, in the first `passes` passes."""
+    lengths = np.append(np.asarray(self._opened().lengths), 0)  # the last one is that of `PADDING`
     plans = [self.plan(step, self.num_examples) for step in range(passes * self.num_batches)]
     positions = self.batch_size * sum(plan.padded for plan in plans)
     return 1 - sum(int(lengths[plan.indices].sum()) for plan in plans) / positions
@@ -183,14 +193,16 @@ class RaggedPipeline(IndexedPipeline):
     return min(num_examples // self.batch_size, WINDOW)
 
   def _sort(self, window: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The batches of a window: (i64[k, B] examples, i64[k] what they are padded to)."""
+    """The batches of a window: their examples, i64[k, B], and their padded lengths, i64[k]."""
     size, batches = self.batch_size, self._batches_of_window(num_examples)
     if self.train:
-      parts = [np.concatenate([super(RaggedPipeline, self).plan(window * batches + i, num_examples).indices
-                               for i in range(batches)])]
+      steps = range(window * batches, (window + 1) * batches)
+      parts = [np.concatenate([
+          super(RaggedPipeline, self).plan(step, num_examples).indices for step in steps])]
     else:
       parts = self.parts(num_examples)
-    lengths, ends = np.append(np.asarray(self._opened().lengths), 0), np.asarray(self._ends)  # the last of `PADDING`
+    # The last length is that of `PADDING`.
+    lengths, ends = np.append(np.asarray(self._opened().lengths), 0), np.asarray(self._ends)
     made = []
     for indices in parts:
       bucket, rest = np.searchsorted(ends, lengths[indices]), indices[:0]
@@ -203,5 +215,7 @@ class RaggedPipeline(IndexedPipeline):
         rest = members[full:]
     made = np.concatenate(made)
     padded = ends[np.searchsorted(ends, lengths[made].max(axis=1))]
-    order = rng(self.seed, window, "buckets").permutation(batches) if self.train else np.arange(batches)
+    order = np.arange(batches)
+    if self.train:
+      order = rng(self.seed, window, "buckets").permutation(batches)
     return made[order], padded[order]

@@ -1,4 +1,4 @@
-"""Finding a prepared TFDS set on disk and reading its records, without TensorFlow and without a network."""
+"""Finds a prepared TFDS set on disk and reads its records, without TensorFlow or a network."""
 
 import contextlib
 import dataclasses
@@ -19,42 +19,51 @@ from dljax.errors import UserError, unknown
 
 
 def data_dir() -> Path:
-  """Where prepared sets live: the environment's TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+  """The folder of prepared sets: the variable TFDS_DATA_DIR, or ~/tensorflow_datasets."""
   return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def cache_dir() -> Path:
-  """Where embedded sets live if `data_dir()` is not writable."""
-  return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dljax" / "tensorflow_datasets"
+  """The folder of embedded sets if `data_dir()` is not writable."""
+  return Path(os.environ.get("XDG_CACHE_HOME")
+              or "~/.cache").expanduser() / "dljax" / "tensorflow_datasets"
 
 
 def parse_name(name: str) -> tuple[str, str, str]:
-  """("mnist", "", "3.0.1") for "mnist:3.0.1", ("digits", "by_writer", "") for "digits/by_writer"."""
+  """The name, config and version in a TFDS name.
+
+  It is ("mnist", "", "3.0.1") for "mnist:3.0.1", and ("digits", "by_writer", "") for
+  "digits/by_writer".
+
+  Raises:
+    UserError: `name` is no TFDS name.
+  """
   match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
   if not match:
     raise UserError(
-        f"--config.data.name: {name!r} is not a TFDS name such as mnist, digits/by_writer or mnist:3.0.1")
+        f"--config.data.name: {name!r} is not a TFDS name such as mnist, digits/by_writer or "
+        "mnist:3.0.1")
   return match[1], match[2] or "", match[3] or ""
 
 
 def find(name: str, root: Path) -> Path | None:
-  """The directory under `root` that holds the newest prepared version of a set, if there is one.
+  """The directory of the newest prepared version of a set under `root`; None if there is none.
 
   Raises:
-    UserError: the set has several configs and `name` chooses none.
+    UserError: the set has several configs and `name` does not choose one.
   """
   name, config, version = parse_name(name)
   folder = root / name
-  prepared = lambda path: _versions(path, version)
-  if not config and not prepared(folder) and folder.is_dir():
+  if not config and not _versions(folder, version) and folder.is_dir():
     default = folder / ".config" / "metadata.json"
-    configs = sorted(path.name for path in folder.iterdir() if path.is_dir() and prepared(path))
+    configs = sorted(path.name for path in folder.iterdir() if path.is_dir()
+                     and _versions(path, version))
     if default.is_file():
       config = json.loads(default.read_text())["default_config_name"]
     elif configs:
       choices = " or ".join(f"{name}/{config}" for config in configs)
       raise UserError(f"--config.data.name: {name} has configs; choose {choices}")
-  versions = prepared(folder / config)
+  versions = _versions(folder / config, version)
   return folder / config / versions[-1] if versions else None
 
 
@@ -69,8 +78,8 @@ class Dataset:
   """A prepared set.
 
   Attributes:
-    name: as the user wrote it.
-    builder: TFDS's builder, read from the directory alone.
+    name: the set's name as the user wrote it.
+    builder: TFDS's builder, made from the files in the directory alone.
   """
 
   name: str
@@ -78,25 +87,26 @@ class Dataset:
 
   @property
   def features(self) -> Mapping[str, Any]:
-    """Feature name -> TFDS feature."""
+    """Feature name -> TFDS's feature."""
     return dict(self.builder.info.features.items())
 
   @property
   def fingerprint(self) -> str:
-    """The set's name, config and version, and how many examples each of its splits has."""
+    """The set's name, config and version, and the number of examples in each of its splits."""
     info = self.builder.info
-    sizes = ", ".join(f"{name} {split.num_examples}" for name, split in sorted(info.splits.items()))
+    sizes = ", ".join(f"{name} {split.num_examples}"
+                      for name, split in sorted(info.splits.items()))
     return f"{info.full_name}: {sizes}"
 
   def ranges(self, split: str, field: str) -> list[tuple[str, int, int]]:
-    """What a split expression names: (file, first record, end).
+    """The records that a split expression names, as (file, first record, end).
 
     Args:
-      split: e.g. "train[:90%]".
-      field: the config field it came from, for the message.
+      split: the expression, e.g. "train[:90%]".
+      field: the config field that holds it, for the message.
 
     Raises:
-      UserError: no such split, or no example in it.
+      UserError: there is no such split, or no example in it.
     """
     known = list(self.builder.info.splits)
     for part in split.split("+"):
@@ -120,8 +130,9 @@ class Dataset:
       source = self.builder.as_data_source(
           split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
     except NotImplementedError as e:
-      raise UserError(f"{self.builder.data_dir}: prepared in a format that only TensorFlow reads; prepare it "
-                      f"elsewhere with `python -m dljax.data.prepare {self.name} --data_dir=...`") from e
+      raise UserError(f"{self.builder.data_dir} is in a format that only TensorFlow reads; "
+                      f"prepare it elsewhere with `python -m dljax.data.prepare {self.name} "
+                      "--data_dir=...`") from e
     return Records(source)
 
 
@@ -135,16 +146,16 @@ class Records:
     return len(self._source)
 
   def __getitem__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-    """Field name -> value list, for each of `indices`."""
+    """Field name -> list of values, for each of the examples `indices`."""
     return [_parse(record) for record in self._source.__getitems__([int(i) for i in indices])]
 
 
 class Subset:
-  """Some of the examples of `Records`, and like them.
+  """Some of the examples of `Records`, with the same interface.
 
   Args:
-    records: the whole.
-    indices: i64[n], their positions in it.
+    records: all of the examples.
+    indices: i64[n], the positions of those to keep.
   """
 
   def __init__(self, records: Records, indices: np.ndarray):
@@ -161,18 +172,19 @@ def _parse(record: bytes) -> Mapping[str, Any]:
   from tensorflow_datasets.proto import tf_example_pb2
 
   feature = tf_example_pb2.Example.FromString(record).features.feature
-  kind = lambda value: value.WhichOneof("kind") or "bytes_list"
-  return {key: getattr(value, kind(value)).value for key, value in feature.items()}
+  return {key: getattr(value, value.WhichOneof("kind") or "bytes_list").value
+          for key, value in feature.items()}
 
 
 def open_dataset(name: str) -> Dataset:
-  """Opens a prepared set; prepares an embedded one first, which takes seconds.
+  """Opens a prepared set. An embedded set is prepared first, which takes seconds; nothing is
+  downloaded.
 
   Args:
     name: a TFDS name, possibly with config and version ("digits/by_writer", "mnist:3.0.1").
 
   Raises:
-    UserError: the set is not prepared; the line says what to run. Never reaches for a network.
+    UserError: the set is not prepared; the message says what to run.
   """
   root, base = data_dir(), parse_name(name)[0]
   embedded = base in EMBEDDED
@@ -181,15 +193,15 @@ def open_dataset(name: str) -> Dataset:
       break
   else:
     if not embedded:
-      raise UserError(f"--config.data.name: {name} is not prepared in {root}; run `{_command(name)}`, or "
-                      "name the directory that holds it by --data_dir")
+      raise UserError(f"--config.data.name: {name} is not prepared in {root}; run "
+                      f"`{_command(name)}`, or name the directory that holds it by --data_dir")
     path = prepare_embedded(name, root)
   import tensorflow_datasets as tfds
 
   try:
     with _audio_undecoded():
       return Dataset(name, tfds.builder_from_directory(path))
-  except Exception as e:  # protobuf, JSON, TFDS and the file system each raise their own
+  except Exception as e:  # protobuf, JSON, TFDS and the file system each raise their own kinds
     reason = " ".join(str(e).split())[:100]
     raise UserError(f"{path}: not a readable TFDS directory ({reason}); remove it and run "
                     f"`{_command(name)}`") from e
@@ -197,7 +209,10 @@ def open_dataset(name: str) -> Dataset:
 
 @contextlib.contextmanager
 def _audio_undecoded() -> Iterator[None]:
-  """Lets TFDS open sets with sound: only what decodes it needs TensorFlow, and records are not decoded here."""
+  """Lets TFDS open sets that hold sound, without TensorFlow.
+
+  TFDS needs TensorFlow only to decode the sound, and records are not decoded here.
+  """
   from tensorflow_datasets.core.features import audio_feature
 
   with mock.patch.object(audio_feature._AudioDecoder, "__init__", lambda self, **_: None):
@@ -212,14 +227,14 @@ def prepare_embedded(name: str, root: Path) -> Path:
   """Prepares a set that needs no download under `root`, or in the cache if `root` is not writable.
 
   Args:
-    name: of `EMBEDDED`, possibly with config and version, e.g. "digits/by_writer".
+    name: a name in `EMBEDDED`, possibly with config and version, e.g. "digits/by_writer".
     root: the data directory.
 
   Returns:
     The set's directory.
 
   Raises:
-    UserError: there is no such config or version, or nowhere to write.
+    UserError: there is no such config or version, or no folder that can be written.
   """
   base, config, _ = parse_name(name)
   builder = EMBEDDED[base]()
@@ -228,9 +243,11 @@ def prepare_embedded(name: str, root: Path) -> Path:
     raise unknown("--config.data.name", name, [f"{base}/{c}" for c in configs] or [base])
   place = next(filter(writable, (root, cache_dir())), None)
   if place is None:
-    raise UserError(f"--data_dir: {name} is written once before it is read, and neither {root} nor {cache_dir()} can "
-                    "be written; name a folder that can, by --data_dir or the variable TFDS_DATA_DIR")
-  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # TFDS's bars
+    raise UserError(f"--data_dir: {name} has to be written once before it is read, and neither "
+                    f"{root} nor {cache_dir()} can be written; name a folder that can be, by "
+                    "--data_dir or the variable TFDS_DATA_DIR")
+  # TFDS prints progress bars.
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     build(functools.partial(builder, config=config or configs[0]) if configs else builder, place)
   path = find(name, place)
   if path is None:
@@ -239,13 +256,13 @@ def prepare_embedded(name: str, root: Path) -> Path:
 
 
 def build(builder: Callable[..., Any], place: Path) -> None:
-  """Runs `download_and_prepare` as ArrayRecord.
+  """Prepares a set in the format ArrayRecord.
 
-  The directory appears at once, by a rename, so that several processes may do this at the same time: the
-  first wins.
+  TFDS renames the finished directory, so several processes may prepare the same set at the same
+  time: the first one wins.
 
   Args:
-    builder: called with `data_dir`.
+    builder: makes the builder; called with `data_dir`.
     place: the data directory.
   """
   builder = builder(data_dir=str(place))
@@ -257,7 +274,11 @@ def build(builder: Callable[..., Any], place: Path) -> None:
 
 
 def writable(folder: Path) -> bool:
-  """Whether files can be made in `folder`, or in the nearest folder above it that exists; leaves nothing there."""
+  """Whether files can be made in `folder` or, if it does not exist, in the nearest folder above
+  it.
+
+  It tries to make a file, and removes it.
+  """
   while not os.path.lexists(folder):
     folder = folder.parent
   try:

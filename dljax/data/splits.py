@@ -1,9 +1,9 @@
-"""What every modality hands over: the splits of a data set as pipelines, and what was fitted to
-them.
+"""What every modality gives to the engine: the pipelines of a data set's splits, and what was
+fitted to them.
 
-A modality has a module with `default_config()`, `validate(config)`, a set that makes pipelines
-from a config, and `encode`, which reads what the user brings as evaluation would. What these share
-stands here.
+The module of a modality has `default_config()`, `validate(config)`, a subclass of `DataSet` that
+makes pipelines from a config, and `encode`, which reads the user's own inputs as an evaluation
+reads a split. This module holds what the modalities share.
 """
 
 import dataclasses
@@ -37,24 +37,26 @@ def _nothing_to_restore(assets: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """A data set as the engine sees it, of whatever modality. Making one opens no data.
+  """A data set of any modality, as the engine sees it. Making one opens no data.
 
   Attributes:
     name: the set's name, or the path of the user's own data.
-    train: training batches, by step: shuffled, augmented, endless.
-    evals: split name ("validation", "test") -> one pass over that split, in this order, as far as
-      the config names them.
-    batch_spec: field -> shape and dtype of one global training batch, known without data; the
-      largest batch where there are several shapes.
-    fingerprint: () -> what tells this data from other data of the same name; opens it if need be.
-    assets: () -> what was fitted to the data (class names, a tokenizer), JSON-able, by file stem;
-      called once after the data was opened, and saved in `workdir/data/`.
-    restore: takes the assets that a run has saved, before the data is opened to continue that run.
+    train: the pipeline of training batches: shuffled, augmented, endless.
+    evals: split name -> the pipeline of one pass over that split: "validation", then "test", as
+      far as the config names them.
+    batch_spec: field -> its shape and dtype in a global training batch, known without data. If
+      batches have several shapes, it is the largest.
+    fingerprint: () -> a text that differs for other data of the same name. It opens the data if
+      need be. A run saves it and is not continued on other data.
+    assets: () -> what was fitted to the data (class names, a tokenizer) by file stem; each can be
+      written as JSON. It is called once the data is open, and saved in `workdir/data/`.
+    restore: is called with the assets that a run has saved, before the data is opened to continue
+      that run.
     context: () -> host arrays for the task's context (token ids of class prompts, a judge's
       variables).
-    corruptions: what `config.eval.corruptions` asks for: name -> strength, from 1 -> one pass over
-      the split "test", disturbed accordingly. A final evaluation measures each and gives the table
-      and figure "corruptions".
+    corruptions: name -> strength, from 1 -> one pass over the split "test", disturbed in that way;
+      what `config.eval.corruptions` asks for. A final evaluation measures each and gives the table
+      and the figure "corruptions".
   """
 
   name: str
@@ -69,13 +71,14 @@ class Data:
 
 
 class DataSet:
-  """What the pipelines of one config share: the set, opened and held against the config once, by
-  any thread.
+  """What the pipelines of one config share: the data set, opened and checked against the config
+  once, by any thread.
 
-  Subclasses add what else the set has to hold, and how its examples become batches.
+  A subclass defines `pipeline` and `shapes`. It extends `check` if the set must hold more than its
+  splits, and `fields` if its `Data` has more than what all sets have.
 
   Args:
-    config: `config.data`; later changes of it have no effect.
+    config: `config.data`; later changes to it have no effect.
   """
 
   def __init__(self, config: Any):
@@ -85,7 +88,7 @@ class DataSet:
 
   @property
   def dataset(self) -> sources.Dataset:
-    """The set, opened; raises `UserError` where it is missing or does not fit the config."""
+    """The opened set; raises `UserError` if it is missing or does not fit the config."""
     with self.lock:
       if self._dataset is None:
         dataset = sources.open_dataset(self.config.name)
@@ -94,48 +97,72 @@ class DataSet:
       return self._dataset
 
   def check(self, dataset: sources.Dataset) -> None:
-    """Raises `UserError` where a set does not fit the config."""
+    """Raises `UserError` if a set does not fit the config."""
     check_splits(dataset, self.config)
 
-  def data(
-      self, make: Callable[[str, int], Pipeline], shapes: Shapes, batch_size: int,
-      eval_batch_size: int, **fields: Any,
-  ) -> Data:
-    """The set's `Data`; opens nothing.
+  def pipeline(self, split: str, **options: Any) -> Pipeline:
+    """The pipeline of a split; opens nothing.
 
     Args:
-      make: (split, rows of a global batch) -> its pipeline; that of "train" is endless.
-      shapes: the fields of a training batch besides mask and id.
-      batch_size: rows of a global training batch.
-      eval_batch_size: rows of a global evaluation batch.
-      **fields: further fields of `Data`.
+      split: "train", "validation" or "test".
+      **options: batch_size, seed, train, host and hosts, as `IndexedPipeline` takes them.
+    """
+    raise NotImplementedError
+
+  def shapes(self) -> Shapes:
+    """The fields of a training batch besides mask and id."""
+    raise NotImplementedError
+
+  def fields(self) -> Mapping[str, Any]:
+    """More fields of `Data`, such as `assets`; they replace what `pipelines` would give."""
+    return {}
+
+  def pipelines(
+      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
+      hosts: int | None = None,
+  ) -> Data:
+    """The pipelines of all splits; opens nothing. Training is endless, an evaluation is one pass.
+
+    Args:
+      batch_size: the number of rows of a global training batch.
+      eval_batch_size: the number of rows of a global evaluation batch.
+      seed: the run's seed, which decides order and augmentation in training.
+      host: this host's number; by default JAX's process index when the data is opened.
+      hosts: the number of hosts; by default JAX's process count then.
 
     Raises:
-      UserError: a batch size is not positive.
+      UserError: a value is out of range. Later, when a pipeline is opened: the data is missing or
+        does not fit the config.
     """
     for field, size in ("batch_size", batch_size), ("eval_batch_size", eval_batch_size):
       if size < 1:
         raise UserError(f"--config.{field}={size}: give a positive number")
-    own = {
+
+    def make(split: str, size: int) -> Pipeline:
+      train = split == "train"
+      return self.pipeline(
+          split, batch_size=size, seed=seed if train else 0, train=train, host=host, hosts=hosts)
+
+    fields = {
         "name": self.config.name,
         "train": make("train", batch_size),
         "evals": {split: make(split, eval_batch_size) for split in ("validation", "test")
                   if self.config[split]},
-        "batch_spec": batch_spec(batch_size, shapes),
+        "batch_spec": batch_spec(batch_size, self.shapes()),
         "fingerprint": lambda: self.dataset.fingerprint,
     }
-    return Data(**{**own, **fields})
+    return Data(**{**fields, **self.fields()})
 
 
 def batch_spec(batch_size: int, shapes: Shapes) -> Mapping[str, jax.ShapeDtypeStruct]:
-  """`Data.batch_spec` of a batch that has `shapes`, mask and id."""
+  """`Data.batch_spec` for batches that have the fields in `shapes`, mask and id."""
   shapes = {**shapes, "mask": ((), np.float32), "id": ((), np.int32)}
   return {field: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
           for field, (shape, dtype) in shapes.items()}
 
 
 def need(config: Any, field: str, ok: bool, mend: str) -> None:
-  """Raises `UserError` with a field of `config.data`, its value and `mend` unless it is `ok`."""
+  """Raises `UserError` unless `ok`, with a field of `config.data`, its value and `mend`."""
   if not ok:
     value = config[field]
     written = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
@@ -143,7 +170,7 @@ def need(config: Any, field: str, ok: bool, mend: str) -> None:
 
 
 def check_splits(dataset: sources.Dataset, config: Any) -> None:
-  """Raises `UserError` where a split of `config.data` is missing, empty or overlaps another."""
+  """Raises `UserError` if a split of `config.data` is missing, is empty or overlaps another."""
   splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
   ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
   for one, other in itertools.combinations(splits, 2):
@@ -155,17 +182,16 @@ def check_splits(dataset: sources.Dataset, config: Any) -> None:
 
 
 def find_files(paths: Sequence[str], mend: str, suffix: str = "") -> list[Path]:
-  """The user's files: those that are named, and those in folders, which are searched to the
-  bottom.
+  """The user's files: those that are named, and those in folders and their subfolders.
 
   Args:
-    paths: files and folders.
-    mend: what to name instead of a path that does not exist.
-    suffix: the end of the files to take from a folder, in lower case; "" takes all.
+    paths: the paths of files and folders.
+    mend: what the user can name instead of a path that does not exist, for the message.
+    suffix: the end of the names, in lower case, of the files to take from a folder; "" takes all.
 
   Returns:
-    The files in the order of the paths, in a folder "2.png" before "10.png"; hidden ones are left
-    out.
+    The files in the order of the paths. In a folder "2.png" comes before "10.png", and hidden
+    files are left out.
 
   Raises:
     UserError: a path does not exist.
@@ -181,11 +207,11 @@ def find_files(paths: Sequence[str], mend: str, suffix: str = "") -> list[Path]:
 
 
 def _natural(path: Path) -> list[str | int]:
-  """What sorts the numbers in names as numbers."""
+  """A key by which the numbers in names sort as numbers."""
   return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
-  """The length and the SHA-256 of a file's bytes; `Data.fingerprint` of the user's own file."""
+  """The length and the SHA-256 of a file's bytes: the fingerprint of the user's own file."""
   content = Path(path).expanduser().read_bytes()
   return f"{len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}"

@@ -1,22 +1,26 @@
 """AlexNet.
 
-Alex Krizhevsky, Ilya Sutskever, Geoffrey Hinton. "ImageNet Classification with Deep Convolutional Neural
-Networks", 2012. https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks
+Alex Krizhevsky, Ilya Sutskever, Geoffrey Hinton. "ImageNet Classification with Deep Convolutional
+Neural Networks", 2012.
+https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks
 
 Alex Krizhevsky. "One weird trick for parallelizing convolutional neural networks", 2014.
 https://arxiv.org/abs/1404.5997
 
-"alexnet_2012" is the network of the first paper; "alexnet" the single column of the second, with other widths and
-without response normalisation, as torchvision has it. What differs from them:
+"alexnet_2012" is the network of the first paper. "alexnet" is the single column of the second,
+with other widths and without response normalisation, as in torchvision. What differs from them:
 - The fourth convolution of "alexnet" has 256 channels as in torchvision, not 384 (footnote 1).
-- Images are padded by 2: 224 pixels then give the 55 positions that the first paper's figure 2 counts.
-- Before the fully connected layers the map is averaged to 6x6, as in torchvision. At 224 pixels it has that size
-  already, so other sizes work too.
-- "alexnet" starts from He's initialisation, where torchvision has PyTorch's default, in which the signal shrinks to
-  less than half at each layer. "alexnet_2012" starts as the paper says (section 5): weights from a normal
-  distribution of deviation 0.01, biases of layers 2, 4, 5, 6 and 7 at 1.
-- Dropout is in front of layers 6 and 7 in torchvision, of 7 and 8 in the first paper.
-`stem`, `pooled_size` and the widths make the form for images of 28 to 64 pixels.
+- Images are padded by 2, so that 224 pixels give the 55 positions that the first paper's figure 2
+  counts.
+- Before the fully connected layers the map is averaged to 6x6, as in torchvision. At 224 pixels it
+  already has that size; the average makes other sizes work too.
+- "alexnet" starts from He's initialisation. Torchvision has PyTorch's default, which shrinks the
+  signal to less than half at each layer. "alexnet_2012" starts as the paper says (section 5): the
+  weights come from a normal distribution with a standard deviation of 0.01, and the biases of
+  layers 2, 4, 5, 6 and 7 are 1.
+- Dropout comes before layers 6 and 7 in torchvision, and before layers 7 and 8 in the first paper.
+
+`stem`, `pooled_size` and the widths adapt the network to images of 28 to 64 pixels.
 
 Dimensions: `B` batch, `H` height, `W` width, `C` channels.
 """
@@ -40,15 +44,18 @@ POOL_WINDOW, POOL_STRIDE = 3, 2  # overlapping (section 3.4)
 def local_response_norm(
     x: jax.Array, size: int = 5, k: float = 2.0, alpha: float = 1e-4, beta: float = 0.75,
 ) -> jax.Array:
-  """Divides by (k + alpha * the sum of squares of `size` neighbouring channels) ** beta (section 3.3).
+  """Normalises by the responses of neighbouring channels (section 3.3).
 
-  `torch.nn.LocalResponseNorm` divides alpha by `size`, and has k = 1 by default: it equals this with
-  alpha = 5e-4, k = 2.
+  Divides by (k + alpha * the sum of squares of `size` neighbouring channels) ** beta.
+
+  `torch.nn.LocalResponseNorm` divides alpha by `size`, and has k = 1 by default. It equals this
+  function with alpha = 5e-4, k = 2.
 
   Args:
     x: [..., C].
-    size: n of the paper; the channels up to n // 2 away on either side, as far as they exist.
-    k, alpha, beta: as in the paper.
+    size: the paper's n. The neighbours are the channels up to n // 2 away on either side, as far
+      as they exist.
+    k, alpha, beta: the paper's constants.
 
   Returns:
     [..., C], computed in at least float32.
@@ -64,21 +71,24 @@ class AlexNet(nn.Module):
   """Five convolutions, three of them with pooling, and three fully connected layers.
 
   Attributes:
-    num_classes: number of logits.
-    widths: channels of the five convolutions.
-    groups: of each; with two, half of the channels see half of the channels before (the paper's two GPUs).
-    response_norm: normalise what the first two convolutions respond.
-    stem: kernel, stride and padding of the first convolution.
-    width_factor: scales `widths`, rounded to multiples of 8.
-    pooled_size: height and width that the last map is averaged to.
-    hidden_width: units of the fully connected layers.
-    dropout: probability of dropping an input of the layers in `dropped` in training (rng stream "dropout").
-    dropped: of the layers "fc6", "fc7" and "head".
-    kernel_init: of all layers.
-    hidden_bias: where the biases of layers 2, 4, 5, 6 and 7 start.
+    num_classes: the number of logits.
+    widths: the channels of the five convolutions.
+    groups: the groups of each convolution. With two, half of the channels see half of the channels
+      before (the paper's two GPUs).
+    response_norm: whether to normalise the outputs of the first two convolutions.
+    stem: the kernel size, stride and padding of the first convolution.
+    width_factor: the factor on `widths`; the products are rounded to multiples of 8.
+    pooled_size: the height and width that the last map is averaged to.
+    hidden_width: the number of units of each hidden fully connected layer.
+    dropout: the probability of dropping an input of the layers in `dropped`, in training (rng
+      stream "dropout").
+    dropped: the layers with dropout, out of "fc6", "fc7" and "head".
+    kernel_init: the initialiser of all kernels.
+    hidden_bias: the initial biases of layers 2, 4, 5, 6 and 7.
     conv: the convolution, called as `flax.linen.Conv` is.
-    dtype: of the computation and the result; parameters are float32.
-    remat: recompute each convolution and what follows it in the backward pass instead of storing it.
+    dtype: the dtype of the computation and the result; parameters are float32.
+    remat: whether to recompute each convolution and what follows it in the backward pass instead
+      of storing it.
   """
 
   num_classes: int
@@ -98,35 +108,40 @@ class AlexNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-    """Classifies.
+  def __call__(
+      self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False,
+  ) -> jax.Array:
+    """Classifies images.
 
     Args:
-      image: [B, H, W, C], of any size from `smallest_image` on.
-      mask: f32[B], 0 where a row is padding; without effect, as no layer lets rows see each other.
+      image: [B, H, W, C], H and W at least `smallest_image`.
+      mask: f32[B], 0 where a row is padding; has no effect, as no layer lets rows see each other.
       train: whether to drop units.
 
     Returns:
       Logits [B, num_classes] of `dtype`.
 
     Raises:
-      UserError: on images that are too small.
+      UserError: the images are too small.
     """
     del mask
     if image.ndim != 4 or min(image.shape[1:3]) < self.smallest_image:
       raise errors.UserError(
-          f"AlexNet with the stem {self.stem} takes images of at least {self.smallest_image}x{self.smallest_image} "
-          f"pixels, not of shape {image.shape[1:]}: resize them, or give it a smaller stem")
+          f"AlexNet with the stem {self.stem} takes images of at least {self.smallest_image}x"
+          f"{self.smallest_image} pixels, not of shape {image.shape[1:]}: resize them, or use a "
+          "smaller stem")
     convolve = nn.remat(_convolve, static_argnums=(2,)) if self.remat else _convolve
     x = image
-    for layer in range(1, 6):  # at 224 pixels, 55 wide, pooled to 27, 13, and to 6 after the last
+    for layer in range(1, 6):  # 224 pixels give 55, pooled to 27, 13 and, after the last layer, 6
       x = convolve(self, x, layer)
     x = adaptive_avg_pool(x, (self.pooled_size, self.pooled_size))
     x = x.reshape(x.shape[0], -1)
 
     dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
-    hidden = functools.partial(dense, self.hidden_width, bias_init=nn.initializers.constant(self.hidden_bias))
-    for name, layer in (("fc6", hidden), ("fc7", hidden), ("head", functools.partial(dense, self.num_classes))):
+    hidden = functools.partial(
+        dense, self.hidden_width, bias_init=nn.initializers.constant(self.hidden_bias))
+    head = functools.partial(dense, self.num_classes)
+    for name, layer in (("fc6", hidden), ("fc7", hidden), ("head", head)):
       if name in self.dropped:
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
       x = layer(name=name)(x)
@@ -134,12 +149,12 @@ class AlexNet(nn.Module):
     return x
 
   def width(self, layer: int) -> int:
-    """Channels of convolution `layer` of 1 to 5."""
+    """The number of channels of convolution `layer`, 1 to 5."""
     return 8 * max(1, round(self.width_factor * self.widths[layer - 1] / 8))
 
   @property
   def smallest_image(self) -> int:
-    """Height and width that leave one position after the last pooling."""
+    """The height and width that leave one position after the last pooling."""
     size = 1
     for _ in POOLED:
       size = (size - 1) * POOL_STRIDE + POOL_WINDOW
@@ -148,7 +163,7 @@ class AlexNet(nn.Module):
 
 
 def _convolve(model: AlexNet, x: jax.Array, layer: int) -> jax.Array:
-  """Convolution `layer` of 1 to 5 and what follows it: [B, H, W, C] -> [B, H', W', C']."""
+  """Applies convolution `layer`, 1 to 5, and what follows it: [B, H, W, C] -> [B, H', W', C']."""
   kernel, stride, padding = {1: model.stem, 2: (5, 1, 2)}.get(layer, (3, 1, 1))
   bias = model.hidden_bias if layer in (2, 4, 5) else 0.0
   x = model.conv(
@@ -166,6 +181,6 @@ def _convolve(model: AlexNet, x: jax.Array, layer: int) -> jax.Array:
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {  # parameters at 1000 classes
     "alexnet": functools.partial(AlexNet),  # 61,100,840
     "alexnet_2012": functools.partial(  # 60,965,224
-        AlexNet, widths=(96, 256, 384, 384, 256), groups=(1, 2, 1, 2, 2), response_norm=True, dropped=("fc7", "head"),
-        kernel_init=nn.initializers.normal(0.01), hidden_bias=1.0),
+        AlexNet, widths=(96, 256, 384, 384, 256), groups=(1, 2, 1, 2, 2), response_norm=True,
+        dropped=("fc7", "head"), kernel_init=nn.initializers.normal(0.01), hidden_bias=1.0),
 }

@@ -1,14 +1,15 @@
-"""Baselines of forecasting: what a recurrent network has to beat.
+"""Baselines of forecasting: the models that a recurrent network has to beat.
 
-Not a family, but what stands beside one in its table, made for the same task.
+They are no family, but stand beside one in its table of results, made for the same task.
 
-Seasonal-naive: what was there one season ago comes again. It has no parameters. Rob Hyndman, George Athanasopoulos.
-"Forecasting: Principles and Practice", section 5.2. https://otexts.com/fpp3/simple-methods.html
+The seasonal-naive model repeats the values of one season ago. It has no parameters. Rob Hyndman,
+George Athanasopoulos. "Forecasting: Principles and Practice", section 5.2.
+https://otexts.com/fpp3/simple-methods.html
 
-DLinear. Ailing Zeng, Muxi Chen, Lei Zhang, Qiang Xu. "Are Transformers Effective for Time Series Forecasting?", 2023.
-https://arxiv.org/abs/2205.13504. As in the authors' code the moving average repeats the first and the last value of the
-window beyond its ends, and the weights begin as a mean over the window; its variant with other maps for each channel is
-not here.
+DLinear. Ailing Zeng, Muxi Chen, Lei Zhang, Qiang Xu. "Are Transformers Effective for Time Series
+Forecasting?", 2023. https://arxiv.org/abs/2205.13504. As in the authors' code, the moving average
+repeats the window's first and last value beyond its ends, and the weights start as a mean over the
+window. The paper's variant with a map for each channel is not implemented.
 
 Dimensions: `B` batch, `W` window, `H` horizon, `C` channels, `K` covariates, `Q` quantiles.
 """
@@ -29,10 +30,10 @@ class SeasonalNaive(nn.Module):
 
   Attributes:
     horizon: H.
-    season: in rows.
-    num_quantiles: Q, all of them the same; 0 for forecasts without that axis.
-    dtype: of the result.
-    remat: without effect.
+    season: the length of a season, in rows.
+    num_quantiles: Q, all of the same value; 0 for forecasts without that axis.
+    dtype: the dtype of the result.
+    remat: has no effect.
   """
 
   horizon: int
@@ -45,12 +46,12 @@ class SeasonalNaive(nn.Module):
   def __call__(
       self, window: jax.Array, covariates: jax.Array | None = None, *, train: bool = False,
   ) -> Mapping[str, jax.Array]:
-    """Forecasts.
+    """Forecasts the rows after the window.
 
     Args:
       window: [B, W, C].
-      covariates: [B, W + H, K]; without effect.
-      train: without effect.
+      covariates: [B, W + H, K]; have no effect.
+      train: has no effect.
 
     Returns:
       {"logits": [B, H, C] or [B, H, C, Q]}, of `dtype`.
@@ -61,22 +62,26 @@ class SeasonalNaive(nn.Module):
     del covariates, train
     length = window.shape[1]
     if not 1 <= self.season <= length:
-      raise UserError(f"--config.model.season={self.season}: must be from 1 to the window's {length} rows")
-    last = window[:, length - self.season + np.arange(self.horizon) % self.season].astype(self.dtype)
+      raise UserError(f"--config.model.season={self.season}: must be from 1 to the window's "
+                      f"{length} rows")
+    places = length - self.season + np.arange(self.horizon) % self.season
+    last = window[:, places].astype(self.dtype)
     if self.num_quantiles:
       last = jnp.broadcast_to(last[..., None], (*last.shape, self.num_quantiles))
     return {"logits": last}
 
 
 class DLinear(nn.Module):
-  """A linear map of the window's moving average, and one of what that leaves over; the same for all channels.
+  """A linear map of the window's moving average, and another of the remainder.
+
+  All channels share the maps.
 
   Attributes:
     horizon: H.
-    kernel_size: of the moving average, in rows; odd.
-    num_quantiles: Q, each with maps of its own; 0 for forecasts without that axis.
-    dtype: of the computation and the result; parameters are float32.
-    remat: without effect: there is next to nothing to recompute.
+    kernel_size: the length of the moving average, in rows; odd.
+    num_quantiles: Q, each with its own maps; 0 for forecasts without that axis.
+    dtype: the dtype of the computation and the result; parameters are float32.
+    remat: has no effect, as there is next to nothing to recompute.
   """
 
   horizon: int
@@ -89,12 +94,12 @@ class DLinear(nn.Module):
   def __call__(
       self, window: jax.Array, covariates: jax.Array | None = None, *, train: bool = False,
   ) -> Mapping[str, jax.Array]:
-    """Forecasts.
+    """Forecasts the rows after the window.
 
     Args:
       window: [B, W, C].
-      covariates: [B, W + H, K]; without effect.
-      train: without effect.
+      covariates: [B, W + H, K]; have no effect.
+      train: has no effect.
 
     Returns:
       {"logits": [B, H, C] or [B, H, C, Q]}, of `dtype`.
@@ -117,11 +122,12 @@ class DLinear(nn.Module):
           kernel_init=nn.initializers.constant(1 / length))(x.swapaxes(1, 2))
 
     forecast = linear(window - trend, "seasonal") + linear(trend, "trend")
-    forecast = forecast.reshape(batch, channels, self.horizon, -1).swapaxes(1, 2)  # [B, H, C, max(Q, 1)]
+    forecast = forecast.reshape(batch, channels, self.horizon, -1)  # [B, C, H, max(Q, 1)]
+    forecast = forecast.swapaxes(1, 2)
     return {"logits": forecast if self.num_quantiles else forecast[..., 0]}
 
 
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
     "seasonal_naive": SeasonalNaive,  # no parameters
-    "dlinear": DLinear,  # 2 (W + 1) H; window 336 and horizon 96: 64,704
+    "dlinear": DLinear,  # 2 (W + 1) H parameters: 64,704 with window 336 and horizon 96
 }

@@ -1,14 +1,16 @@
 """EfficientNet: networks whose width, depth and resolution grow together.
 
-Mingxing Tan, Quoc V. Le. "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019.
-https://arxiv.org/abs/1905.11946
+Mingxing Tan, Quoc V. Le. "EfficientNet: Rethinking Model Scaling for Convolutional Neural
+Networks", 2019. https://arxiv.org/abs/1905.11946
 
-The block is MobileNetV2's (Sandler et al. 2018, https://arxiv.org/abs/1801.04381) with squeeze-and-excitation
-(Hu et al. 2018, https://arxiv.org/abs/1709.01507). What differs from the paper:
-- Strided convolutions pad symmetrically and BatchNorm's numbers are 1e-5 and 0.1 up to b4, as torchvision has it;
-  the paper's code pads as "SAME" does, with 1e-3 and 0.01 everywhere.
-- `strides` and `stem_stride` make any of the networks one for small images. `efficientnet_nano` is no network of
-  the paper's, but its blocks in a size for images of 16 to 32 pixels.
+The block is MobileNetV2's (Sandler et al. 2018, https://arxiv.org/abs/1801.04381) with
+squeeze-and-excitation (Hu et al. 2018, https://arxiv.org/abs/1709.01507). What differs from the
+paper:
+- Strided convolutions pad symmetrically, and up to b4 BatchNorm's epsilon and momentum are 1e-5
+  and 0.1, as in torchvision. The paper's code pads as "SAME" does, and has 1e-3 and 0.01
+  everywhere.
+- `strides` and `stem_stride` adapt the networks to small images. `efficientnet_nano` is not in
+  the paper; it is made of the same blocks, for images of 16 to 32 pixels.
 
 Dimensions: `B` batch, `H` height, `W` width, `C` channels.
 """
@@ -51,22 +53,22 @@ NANO = (Stage(1, 3, 1, 16, 1), Stage(4, 3, 2, 32, 2), Stage(4, 5, 2, 64, 2), Sta
 
 
 def round_width(width: float) -> int:
-  """The nearest multiple of 8 that is no more than a tenth below `width`."""
+  """Returns the nearest multiple of 8 that is at most a tenth below `width`."""
   rounded = max(8, int(width + 4) // 8 * 8)
   return rounded + 8 if rounded < 0.9 * width else rounded
 
 
 class MBConv(nn.Module):
-  """An inverted bottleneck: expand, filter each channel alone, reweight the channels, project back.
+  """An inverted bottleneck: expand, filter each channel, reweight the channels, project.
 
   Attributes:
-    expansion: how many times the input's channels the inside has.
-    kernel, stride: of the depthwise convolution.
-    width: channels of the result.
-    drop_rate: of stochastic depth, where there is a shortcut.
+    expansion: the factor on the input's channels inside the block.
+    kernel, stride: the kernel size and stride of the depthwise convolution.
+    width: the channels of the result.
+    drop_rate: the rate of stochastic depth, if the block has a shortcut.
     conv, norm: the layers, with their dtype and initialisers bound.
-    kernel_init: of squeeze-and-excitation.
-    dtype: of the computation.
+    kernel_init: the initialiser of squeeze-and-excitation's kernels.
+    dtype: the dtype of the computation.
   """
 
   expansion: int
@@ -91,7 +93,8 @@ class MBConv(nn.Module):
     y = nn.silu(self.norm(name="depthwise_norm")(y, mask, train=train))
 
     dense = functools.partial(nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype)
-    s = jnp.mean(y, axis=(1, 2))  # [B, inner]; squeezed to a quarter of the block's input, not of `inner`
+    s = jnp.mean(y, axis=(1, 2))  # [B, inner]
+    # A quarter of the block's input channels, not of `inner`.
     s = nn.silu(dense(max(1, x.shape[-1] // 4), name="squeeze")(s))
     gate = nn.sigmoid(dense(inner, name="excite")(s))
     self.sow("intermediates", "gate", gate)
@@ -108,17 +111,19 @@ class EfficientNet(nn.Module):
   """A stem, stages of MBConv blocks, a 1x1 convolution, global average pooling and a linear head.
 
   Attributes:
-    num_classes: number of logits.
-    width, depth: factors of each stage's channels and blocks: equation 3's beta^phi and alpha^phi.
-    dropout: of the features that the head sees.
-    stochastic_depth: rate that the blocks' rates grow to, from 0, in proportion to their depth.
-    stages: the network at factors of 1.
-    stem_width, stem_stride: of the first convolution; the width before scaling.
-    strides: of the stages, in place of those of `stages`: for small images.
+    num_classes: the number of logits.
+    width, depth: the factors on each stage's channels and number of blocks, equation 3's beta^phi
+      and alpha^phi.
+    dropout: the probability of dropping a feature that the head sees.
+    stochastic_depth: the rate that the blocks' rates grow to, from 0, in proportion to their
+      depth.
+    stages: the network's stages if both factors are 1.
+    stem_width, stem_stride: the channels, before scaling, and the stride of the first convolution.
+    strides: the stages' strides, in place of those in `stages`; for small images.
     conv: the convolution, called as `flax.linen.Conv` is.
     norm: the normalisation, called as `layers.BatchNorm` is.
-    dtype: of the computation and the result; parameters and statistics are float32.
-    remat: recompute each block in the backward pass instead of storing its inside.
+    dtype: the dtype of the computation and the result; parameters and statistics are float32.
+    remat: whether to recompute each block in the backward pass instead of storing its activations.
   """
 
   num_classes: int
@@ -136,24 +141,28 @@ class EfficientNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-    """Classifies.
+  def __call__(
+      self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False,
+  ) -> jax.Array:
+    """Classifies images.
 
     Args:
       image: [B, H, W, C], of any size.
-      mask: f32[B], 0 where a row is padding: those do not count in the batch's statistics.
+      mask: f32[B], 0 where a row is padding; such rows do not count in the batch's statistics.
       train: whether to drop units and blocks, and to normalise by the batch's statistics.
 
     Returns:
-      Logits [B, num_classes] of `dtype`. The gates of squeeze-and-excitation are the intermediates "gate".
+      Logits [B, num_classes] of `dtype`. The gates of squeeze-and-excitation are the intermediates
+      "gate".
 
     Raises:
-      UserError: on another number of strides than of stages.
+      UserError: the number of strides is not that of the stages.
     """
     strides = [stage.stride for stage in self.stages] if self.strides is None else self.strides
     if len(strides) != len(self.stages):
-      raise UserError(f"this EfficientNet has {len(self.stages)} stages, so strides={tuple(strides)} has to have "
-                      f"{len(self.stages)} numbers, not {len(strides)}")
+      raise UserError(f"this EfficientNet has {len(self.stages)} stages, so "
+                      f"strides={tuple(strides)} has to have {len(self.stages)} numbers, not "
+                      f"{len(strides)}")
     kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     conv = functools.partial(self.conv, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
     norm = functools.partial(self.norm, dtype=self.dtype)
@@ -169,8 +178,9 @@ class EfficientNet(nn.Module):
       for j in range(depth):
         x = block(
             expansion=stage.expansion, kernel=stage.kernel, stride=stride if j == 0 else 1,
-            width=round_width(stage.width * self.width), drop_rate=self.stochastic_depth * index / sum(depths),
-            conv=conv, norm=norm, kernel_init=kernel_init, dtype=self.dtype, name=f"stage{i}_block{j}",
+            width=round_width(stage.width * self.width),
+            drop_rate=self.stochastic_depth * index / sum(depths), conv=conv, norm=norm,
+            kernel_init=kernel_init, dtype=self.dtype, name=f"stage{i}_block{j}",
         )(x, mask, train)
         index += 1
 
@@ -183,7 +193,7 @@ class EfficientNet(nn.Module):
 
 
 class Scaling(NamedTuple):
-  """Section 3.3: what a network multiplies B0's width and depth by, its images' side, and its dropout."""
+  """Section 3.3: the factors on B0's width and depth, the images' side, and the dropout."""
 
   width: float
   depth: float
@@ -191,7 +201,8 @@ class Scaling(NamedTuple):
   dropout: float
 
 
-SCALING: Mapping[str, Scaling] = {  # the paper's code; parameters at 1000 classes
+# As in the paper's code. Behind each stands the number of parameters with 1000 classes.
+SCALING: Mapping[str, Scaling] = {
     "efficientnet_b0": Scaling(1.0, 1.0, 224, 0.2),  # 5,288,548
     "efficientnet_b1": Scaling(1.0, 1.1, 240, 0.2),  # 7,794,184
     "efficientnet_b2": Scaling(1.1, 1.2, 260, 0.3),  # 9,109,994
@@ -206,7 +217,8 @@ SCALING: Mapping[str, Scaling] = {  # the paper's code; parameters at 1000 class
 def _scaled(name: str) -> Callable[..., nn.Module]:
   scaling = SCALING[name]
   norm = BatchNorm
-  if name in ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7"):  # whose weights are the paper's own
+  # Torchvision's weights of these are the paper's own.
+  if name in ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7"):
     norm = functools.partial(BatchNorm, epsilon=1e-3, momentum=0.01)
   return functools.partial(
       EfficientNet, width=scaling.width, depth=scaling.depth, dropout=scaling.dropout, norm=norm)

@@ -1,10 +1,10 @@
 """Layers that several families share.
 
-BatchNorm. Sergey Ioffe, Christian Szegedy. "Batch Normalization: Accelerating Deep Network Training by
-Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
+BatchNorm. Sergey Ioffe, Christian Szegedy. "Batch Normalization: Accelerating Deep Network
+Training by Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502.03167
 
-Stochastic depth. Gao Huang, Yu Sun, Zhuang Liu, Daniel Sedra, Kilian Weinberger. "Deep Networks with Stochastic
-Depth", 2016. https://arxiv.org/abs/1603.09382
+Stochastic depth. Gao Huang, Yu Sun, Zhuang Liu, Daniel Sedra, Kilian Weinberger. "Deep Networks
+with Stochastic Depth", 2016. https://arxiv.org/abs/1603.09382
 
 Dimensions: `B` batch, `C` channels.
 """
@@ -20,28 +20,30 @@ from flax import linen as nn
 from dljax.ops import collectives
 from dljax.ops.conv import conv_general_dilated
 
-# The convolution of every family: `flax.linen.Conv`, fast on a CPU too.
+# The convolution of every family: `flax.linen.Conv` in a form that is fast on a CPU too.
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation over all axes but the last, of the whole batch over all devices.
+  """Batch normalisation over all axes but the last, for the whole batch over all devices.
 
-  Unlike `flax.linen.BatchNorm` it leaves padding rows out, needs no axis name (sums over devices go through
-  `ops.collectives`, so jit and pmap give the same numbers), and keeps its running statistics as PyTorch does:
-  the running variance is the unbiased one, and `momentum` is the weight of the *new* value.
+  Unlike `flax.linen.BatchNorm` it ignores padding rows and needs no axis name (sums over devices
+  go through `ops.collectives`, so jit and pmap give the same numbers). It keeps its running
+  statistics as PyTorch does: the running variance is the unbiased one, and `momentum` is the
+  weight of the *new* value.
 
-  The variance is the mean of (x - mean)^2, in a second pass: E[x^2] - E[x]^2 would need one pass and one sum
-  over devices instead of two, but in float32 it loses every digit once the mean is some thousand standard
-  deviations from zero, and can turn negative.
+  The variance is the mean of (x - mean)^2, computed in a second pass. E[x^2] - E[x]^2 would need
+  one pass and one sum over devices instead of two, but in float32 it loses every digit once the
+  mean is some thousand standard deviations from zero, and it can be negative.
 
-  Statistics, parameters and the normalisation itself are at least float32; only the result has `dtype`.
+  Statistics, parameters and the normalisation itself are at least float32; only the result has
+  `dtype`.
 
   Attributes:
-    momentum: weight of the new batch in the running statistics.
-    epsilon: added to the variance.
-    scale_init: initialiser of the scale; zeros make a residual block start as the identity.
-    dtype: of the result.
+    momentum: the weight of the new batch in the running statistics.
+    epsilon: the number added to the variance.
+    scale_init: the initialiser of the scale; zeros make a residual block start as the identity.
+    dtype: the dtype of the result.
   """
 
   momentum: float = 0.1
@@ -55,10 +57,11 @@ class BatchNorm(nn.Module):
 
     Args:
       x: [B, ..., C].
-      mask: f32[B], 0 where a row is padding, or [B, L], 0 where a step is. Padding is normalised, but does not
-        count. Where there is nothing else on any device, the running statistics stay as they are.
-      train: whether to use the batch's statistics and, where the collection "batch_stats" is mutable, to
-        update the running ones.
+      mask: f32[B], 0 where a row is padding, or [B, L], 0 where a step is padding. Padding is
+        normalised, but does not count. If all devices hold nothing but padding, the running
+        statistics stay as they are.
+      train: whether to use the batch's statistics and, if the collection "batch_stats" is mutable,
+        to update the running ones.
 
     Returns:
       [B, ..., C] of `dtype`.
@@ -85,7 +88,7 @@ class BatchNorm(nn.Module):
 
 
 def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Mean [C], biased variance [C] and number of values per channel [] of what counts in `x`."""
+  """Returns mean [C], biased variance [C] and number per channel [] of the values that count."""
   axes = tuple(range(x.ndim - 1))
   if mask is None:
     where, count = None, jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
@@ -99,10 +102,12 @@ def _moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array
 
 
 class StochasticDepth(nn.Module):
-  """Leaves out a residual branch of a random part of the rows; the others' is scaled so that the mean stays.
+  """Leaves out a residual branch for random rows.
+
+  The branch of the other rows is scaled, so that the mean stays the same.
 
   Attributes:
-    rate: probability of leaving out; draws from the stream "dropout".
+    rate: the probability of leaving out a row's branch, drawn from the rng stream "dropout".
   """
 
   rate: float
@@ -113,5 +118,6 @@ class StochasticDepth(nn.Module):
     if not train or self.rate == 0:
       return x
     keep = 1 - self.rate
-    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
     return jnp.where(kept, x / keep, 0).astype(x.dtype)

@@ -1,24 +1,24 @@
 """Multilayer perceptrons, from Rosenblatt's to the one trained by backpropagation.
 
-Frank Rosenblatt. "The Perceptron: A Probabilistic Model for Information Storage and Organization in the
-Brain". Psychological Review 65(6), 1958. https://doi.org/10.1037/h0042519
+Frank Rosenblatt. "The Perceptron: A Probabilistic Model for Information Storage and Organization
+in the Brain". Psychological Review 65(6), 1958. https://doi.org/10.1037/h0042519
 
-David Rumelhart, Geoffrey Hinton, Ronald Williams. "Learning representations by back-propagating errors".
-Nature 323, 1986. https://doi.org/10.1038/323533a0
+David Rumelhart, Geoffrey Hinton, Ronald Williams. "Learning representations by back-propagating
+errors". Nature 323, 1986. https://doi.org/10.1038/323533a0
 
-The perceptron. Rosenblatt's machine had one layer of adaptive weights between fixed random features (the
-"association units") and threshold units (the "responses"). Its rule changes weights after a mistake only: for
-an input x whose class is y, but whose largest response is that of class k,
+Rosenblatt's machine, the perceptron, had one layer of adaptive weights between fixed random
+features (the "association units") and threshold units (the "responses"). Its rule changes weights
+only after a mistake. For an input x of class y whose largest response is that of class k,
 
     w_y <- w_y + x,    w_k <- w_k - x.
 
-That is one step of gradient descent, with learning rate 1, on the perceptron criterion max_k z_k - z_y of the
-linear responses z = W x + b. So here the perceptron is the linear layer alone, without hidden layers
-(`widths=()`); the threshold is the arg max that a prediction takes, and the rule is a loss, which belongs to
-the task. Where the paper has random features in front, ours sees the input itself, as is usual since Minsky
-and Papert (1969).
+That is one step of gradient descent, with learning rate 1, on the perceptron criterion max_k z_k -
+z_y of the linear responses z = W x + b. So here the perceptron is the linear layer alone, without
+hidden layers (`widths=()`). The threshold is the arg max of a prediction, and the rule is a loss,
+which belongs to the task. The paper has random features before the weights; ours sees the input
+itself, as is usual since Minsky and Papert (1969).
 
-Where the 1986 paper has logistic units, `activation` is ReLU with He's initialisation.
+The 1986 paper has logistic units; here `activation` is ReLU, with He's initialisation.
 
 Dimensions: `B` batch, `D` width.
 """
@@ -36,12 +36,13 @@ class MLP(nn.Module):
   """Fully connected layers over the flattened input.
 
   Attributes:
-    num_classes: number of logits.
-    widths: width of each hidden layer; none makes a linear classifier, the perceptron.
-    activation: after each hidden layer.
-    dropout: probability of dropping a hidden unit in training (rng stream "dropout").
-    dtype: of the computation and the result; parameters are float32.
-    remat: recompute hidden layers in the backward pass instead of storing them.
+    num_classes: the number of logits.
+    widths: the width of each hidden layer; no hidden layers make a linear classifier, the
+      perceptron.
+    activation: the activation after each hidden layer.
+    dropout: the probability of dropping a hidden unit in training (rng stream "dropout").
+    dtype: the dtype of the computation and the result; parameters are float32.
+    remat: whether to recompute hidden layers in the backward pass instead of storing them.
   """
 
   num_classes: int
@@ -52,12 +53,15 @@ class MLP(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False) -> jax.Array:
-    """Classifies.
+  def __call__(
+      self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False,
+  ) -> jax.Array:
+    """Classifies inputs.
 
     Args:
-      image: [B, ...], of one shape for all calls; flattened to [B, D] in row-major order.
-      mask: f32[B], 0 where a row is padding; without effect, as no layer lets rows see each other.
+      image: [B, ...], with the same shape in all calls; it is flattened to [B, D] in row-major
+        order.
+      mask: f32[B], 0 where a row is padding; has no effect, as no layer lets rows see each other.
       train: whether to drop units.
 
     Returns:
@@ -66,8 +70,10 @@ class MLP(nn.Module):
     del mask
 
     def hidden(self, x, layer, width):  # [B, D] -> [B, width]
-      x = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.he_normal(), name=f"hidden{layer}")(x)
-      return nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{layer}")(self.activation(x))
+      x = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.he_normal(),
+                   name=f"hidden{layer}")(x)
+      drop = nn.Dropout(self.dropout, deterministic=not train, name=f"dropout{layer}")
+      return drop(self.activation(x))
 
     if self.remat:
       hidden = nn.remat(hidden, static_argnums=(2, 3))
@@ -78,6 +84,8 @@ class MLP(nn.Module):
 
 
 VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
-    "mlp": functools.partial(MLP, widths=(512, 512)),  # 784-512-512-10 on MNIST: 669,706 parameters
-    "perceptron": functools.partial(MLP, widths=()),  # Rosenblatt 1958; 784-10 on MNIST: 7,850 parameters
+    # On MNIST, 784-512-512-10: 669,706 parameters.
+    "mlp": functools.partial(MLP, widths=(512, 512)),
+    # Rosenblatt 1958; on MNIST, 784-10: 7,850 parameters.
+    "perceptron": functools.partial(MLP, widths=()),
 }

@@ -2,8 +2,8 @@
 
 Under jit with sharded arrays a sum over the batch already is the global sum, and these functions
 are the identity. Under pmap each device traces the step on its own shard, and the same sum needs a
-`psum`. `train/parallel.py`, the only place that knows which of the two is being traced, says so by
-`axis_context`; everybody else calls `psum` and is right in both.
+`psum`. `train/parallel.py` is the only place that knows which of the two is being traced, and says
+so by `axis_context`. All other code calls `psum` and is right in both.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _axis_name: contextvars.ContextVar[str | None] = contextvars.ContextVar("axis_na
 
 @contextlib.contextmanager
 def axis_context(name: str) -> Iterator[None]:
-  """While tracing inside it, the functions below act over the mapped axis `name`."""
+  """Makes the functions below act over the mapped axis `name` while code inside is traced."""
   token = _axis_name.set(name)
   try:
     yield
@@ -28,7 +28,7 @@ def axis_context(name: str) -> Iterator[None]:
 
 
 def psum(tree: Any) -> Any:
-  """Sums every array of `tree` over the devices; the identity outside an axis context."""
+  """Sums every array of `tree` over the devices; does nothing outside an axis context."""
   name = _axis_name.get()
   return tree if name is None else jax.lax.psum(tree, name)
 
@@ -42,6 +42,6 @@ def all_gather(tree: Any) -> Any:
 
 
 def axis_index() -> jax.Array:
-  """This device's position along the axis, i32[]; 0 outside an axis context."""
+  """Returns this device's position along the axis, i32[]; 0 outside an axis context."""
   name = _axis_name.get()
   return jnp.zeros((), jnp.int32) if name is None else jax.lax.axis_index(name)

@@ -1,9 +1,10 @@
-"""The product of a dense layer, with a gradient of the kernel that takes half the time on a CPU.
+"""The product of a dense layer, whose kernel gradient takes half the time on a CPU.
 
-JAX finds that gradient as the output's times the input, [N, K], and turns it round; asked for [K, N] at once, XLA's
-product on a CPU runs at its full speed. The numbers are the same sums. Elsewhere the compiler chooses layouts itself.
+JAX computes that gradient as the product of the output's gradient and the input, [N, K], and
+transposes it. Computed as [K, N] at once, it runs at the full speed of XLA's product on a CPU. The
+sums are the same. On other platforms the compiler chooses layouts itself.
 
-Dimensions: `K` and `N` features in and out.
+Dimensions: `K` input features, `N` output features.
 """
 
 from typing import Any
@@ -17,14 +18,16 @@ Array = jax.Array
 
 @jax.custom_vjp
 def dense(x: Array, kernel: Array) -> Array:
-  """x times the kernel, added up in float32 or better and rounded once. It has no forward mode.
+  """Multiplies x by the kernel, sums in float32 or better, and rounds once.
+
+  It cannot be differentiated in forward mode.
 
   Args:
     x: [..., K].
-    kernel: [K, N], of the same dtype.
+    kernel: [K, N], of x's dtype.
 
   Returns:
-    [..., N], of the same dtype.
+    [..., N], of x's dtype.
   """
   return _contract(x, kernel, ((x.ndim - 1,), (0,)))
 
@@ -43,8 +46,12 @@ dense.defvjp(_forward, _backward)
 
 
 def dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-  """`dense` for a Flax layer: `nn.Dense(..., dot_general=dot_general)`; any other product is the native one."""
-  plain = dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())) and kernel.ndim == 2 and x.dtype == kernel.dtype
+  """Is `dense` for a Flax layer, as in `nn.Dense(..., dot_general=dot_general)`.
+
+  Any other product than that of a dense layer is the native one.
+  """
+  plain = (dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())) and kernel.ndim == 2
+           and x.dtype == kernel.dtype)
   if plain and not any(option is not None for option in options.values()):
     return dense(x, kernel)
   return lax.dot_general(x, kernel, dimension_numbers, **options)

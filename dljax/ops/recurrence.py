@@ -1,31 +1,36 @@
-"""Recurrences over time: Elman's network, the LSTM and the GRU, with all work outside the loop that can be there.
+"""Recurrences over time: Elman's network, the LSTM and the GRU, with a small loop.
 
 Jeffrey Elman. "Finding Structure in Time", 1990. https://doi.org/10.1207/s15516709cog1402_1
-Sepp Hochreiter, Jürgen Schmidhuber. "Long Short-Term Memory", 1997. https://doi.org/10.1162/neco.1997.9.8.1735, with
-the forget gate of Felix Gers et al., 2000.
+Sepp Hochreiter, Jürgen Schmidhuber. "Long Short-Term Memory", 1997.
+https://doi.org/10.1162/neco.1997.9.8.1735, with the forget gate of Felix Gers et al., 2000.
 Kyunghyun Cho et al. "Learning Phrase Representations using RNN Encoder-Decoder", 2014.
 https://arxiv.org/abs/1406.1078
 Layer norm. Jimmy Lei Ba, Jamie Kiros, Geoffrey Hinton, 2016. https://arxiv.org/abs/1607.06450
 
-The formulas, the order of the gates and the two biases of a cell are those of `torch.nn.RNN`, `LSTM` and `GRU`. With
-u = x W + b of the inputs and p = h V + a of the state before:
+The formulas, the order of the gates and the two biases of a cell are those of `torch.nn.RNN`,
+`LSTM` and `GRU`. With the inputs' part u = x W + b and the previous state's part p = h V + a they
+are:
 
   tanh, relu   h' = f(u + p)
   lstm         i, f, o = sigmoid(u + p), g = tanh(u + p);  c' = f c + i g,  h' = o tanh(c')
   gru          r, z = sigmoid(u + p), n = tanh(u + r p);  h' = (1 - z) n + z h
 
-What differs from differentiating that loop:
+What is special here, compared with differentiating a loop over these formulas:
 - u is one product for all steps.
-- The gradient keeps the gates and states of the forward pass. Its own loop finds but the gradients of u and p and hands
-  them back through V; those of V and a are one product and one sum over all steps after it, where the derivative of a
-  loop would add to an array of V's size in every step.
-- The sigmoids and the tanh of a step are one tanh over all gates, sigmoid(x) = (1 + tanh(x / 2)) / 2.
-- A round of a long loop is four steps, which saves a CPU an eighth of the time.
+- The gradient keeps the gates and states of the forward pass. Its loop computes only the gradients
+  of u and p, and passes them back through V. The gradients of V and a are one product and one sum
+  over all steps after the loop, where the derivative of a loop would add to an array of V's size
+  in every step.
+- The sigmoids and the tanh of a step are one tanh over all gates, as
+  sigmoid(x) = (1 + tanh(x / 2)) / 2.
+- A long loop is unrolled by four steps, which saves an eighth of the time on a CPU.
 
-Padding holds the state, whatever stands in it. So both directions work without moving a row: reversed, the loop comes
-through the padding first and leaves it with the state that it began with.
+A step of padding leaves the state as it is, whatever values the padding has. So both directions
+work without moving a row: the reversed loop goes through the padding first and leaves it with the
+initial state.
 
-Dimensions: `L` length, `B` batch, `D` width of the inputs, `H` of the state, `G` gates of a cell (1, 4 or 3).
+Dimensions: `L` length, `B` batch, `D` width of the inputs, `H` width of the state, `G` number of
+gates of a cell (1, 4 or 3).
 """
 
 import functools
@@ -41,23 +46,24 @@ from dljax import errors
 from dljax.ops.dense import dense
 
 Array = jax.Array
-State = tuple[Array, ...]  # h [B, H], and of an LSTM c [B, H]
+State = tuple[Array, ...]  # h [B, H]; an LSTM also has c [B, H]
 
-_EPSILON = 1e-5  # of layer norm, as in PyTorch
-_LONG = 32  # steps; shorter loops are compiled in half the time without unrolling
+_EPSILON = 1e-5  # added to layer norm's variance, as in PyTorch
+_LONG = 32  # steps; shorter loops are not unrolled, which halves their compilation time
 
 
 class Weights(NamedTuple):
   """One cell's parameters.
 
   Attributes:
-    input: W [D, G H]; `torch`'s weight_ih, transposed.
-    recurrent: V [H, G H]; weight_hh, transposed.
+    input: W [D, G H]; PyTorch's weight_ih, transposed.
+    recurrent: V [H, G H]; PyTorch's weight_hh, transposed.
     input_bias: b [G H].
     recurrent_bias: a [G H].
-    input_scale: [G H]; with it the rows of x W are brought to mean 0 and variance 1, and scaled, before b is added
-      (layer norm; Ba et al., equation 20, without the normalisation of c). None to leave them.
-    recurrent_scale: the same of h V.
+    input_scale: the scale [G H] of layer norm, which brings the rows of x W to mean 0 and variance
+      1 before they are scaled and b is added (Ba et al., equation 20, without the normalisation of
+      c); None for no layer norm.
+    recurrent_scale: the same for h V.
   """
 
   input: Array
@@ -69,27 +75,30 @@ class Weights(NamedTuple):
 
 
 def recurrence(
-    cell: str, x: Array, weights: Weights, carry: State | None = None, valid: Array | None = None, *,
-    reverse: bool = False, forward_mode: bool = False,
+    cell: str, x: Array, weights: Weights, carry: State | None = None, valid: Array | None = None,
+    *, reverse: bool = False, forward_mode: bool = False,
 ) -> tuple[Array, State]:
   """Runs a cell over time.
 
   Args:
     cell: a key of `CELLS`.
-    x: [L, B, D], time first. The products are of its dtype, and add up in float32 or better, as all else does.
-    weights: of the cell; brought to x's dtype.
-    carry: the state to begin with; zeros by default. See `initial_carry`.
-    valid: bool[L, B], False at padding, which may be anywhere; see `valid_steps`. None where there is none.
-    reverse: whether to begin at each row's last step.
-    forward_mode: differentiates the plain loop, which forward mode (`jax.jvp`, `jax.hessian`) needs, and which adds
-      the gradient of V up step by step. Reverse mode of any order works without.
+    x: the inputs [L, B, D], time first. The products take factors of its dtype; sums and all else
+      are float32 or better.
+    weights: the cell's parameters, which are cast to x's dtype.
+    carry: the initial state; zeros by default. See `initial_carry`.
+    valid: bool[L, B], False at padding, which may be anywhere (see `valid_steps`); None for no
+      padding.
+    reverse: whether to start at each row's last step.
+    forward_mode: whether to differentiate the plain loop, which forward mode (`jax.jvp`,
+      `jax.hessian`) needs, and which adds to the gradient of V in every step. Reverse mode of any
+      order works without it.
 
   Returns:
-    The outputs h' [L, B, H] of x's dtype, zero at padding, and the state after the last step of each row, of float32
-    or better.
+    The outputs h' [L, B, H] of x's dtype, zero at padding; and the state after the last step of
+    each row, in float32 or better.
 
   Raises:
-    UserError: an unknown cell.
+    UserError: the cell is unknown.
   """
   form = errors.choose("cell", cell, CELLS)
   dtype = x.dtype
@@ -97,30 +106,35 @@ def recurrence(
   if carry is None:
     carry = initial_carry(cell, x.shape[1], weights.recurrent.shape[0], width)
   if valid is not None:
-    x = jnp.where(valid[..., None], x, 0)  # what stands in padding may be no number, and 0 times that is none
+    # Padding may hold NaN or infinity, and 0 times these is NaN.
+    x = jnp.where(valid[..., None], x, 0)
   product = _product if forward_mode else dense
   u = product(x, weights.input.astype(dtype)).astype(dtype)
   if weights.input_scale is not None:
     u = (normalise(u.astype(width))[0] * weights.input_scale).astype(dtype)
   run = _plain if forward_mode else _recur
   biases = weights.input_bias.astype(width), weights.recurrent_bias.astype(width)
-  states, final = run(form, reverse, u, weights.recurrent.astype(dtype), weights.recurrent_scale, biases,
-                      tuple(c.astype(width) for c in carry), valid)
+  states, final = run(form, reverse, u, weights.recurrent.astype(dtype), weights.recurrent_scale,
+                      biases, tuple(c.astype(width) for c in carry), valid)
   return states if valid is None else jnp.where(valid[..., None], states, 0), final
 
 
 def initial_carry(cell: str, batch: int, hidden_size: int, dtype: Any = jnp.float32) -> State:
-  """Zeros: (h,), or (h, c) of an LSTM, each [B, H]."""
+  """Returns zeros: (h,), or (h, c) of an LSTM, each [B, H]."""
   return (jnp.zeros((batch, hidden_size), dtype),) * errors.choose("cell", cell, CELLS).states
 
 
 def valid_steps(length: Array, steps: int) -> Array:
-  """bool[L, B]: which of `steps` steps are before the end of rows of `length` i32[B]."""
+  """Returns bool[L, B] for L = `steps`: whether a step is within its row's `length` i32[B]."""
   return jnp.arange(steps)[:, None] < length
 
 
 def normalise(x: Array) -> tuple[Array, Array]:
-  """The rows [..., N] brought to mean 0 and variance 1, and by what they were multiplied [..., 1]."""
+  """Brings the rows [..., N] to mean 0 and variance 1.
+
+  Returns:
+    The rows, and the factor of each, [..., 1].
+  """
   x = x - jnp.mean(x, -1, keepdims=True)
   factor = lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + _EPSILON)
   return x * factor, factor
@@ -131,10 +145,10 @@ class Cell(NamedTuple):
 
   Attributes:
     gates: G.
-    states: how many arrays a state has.
-    forward: (u, p, state) -> (new state, what `backward` needs besides the states).
-    backward: (what `forward` kept, state, new state, gradient of the new state) -> gradients of u, of p and of the
-      state, but for what it gets through p.
+    states: the number of arrays that a state consists of.
+    forward: the function (u, p, state) -> (new state, what `backward` needs besides the states).
+    backward: the function (what `forward` kept, state, new state, gradient of the new state) ->
+      gradients of u, of p and of the state, the last without what it gets through p.
   """
 
   gates: int
@@ -169,7 +183,9 @@ def _lstm(u: Array, p: Array, state: State) -> tuple[State, tuple[Array]]:
   return (o * jnp.tanh(c), c), (gates,)
 
 
-def _lstm_back(saved: tuple[Array], old: State, new: State, grad: State) -> tuple[Array, Array, State]:
+def _lstm_back(
+    saved: tuple[Array], old: State, new: State, grad: State,
+) -> tuple[Array, Array, State]:
   (gates,), (_, c), (_, new_c), (dh, dc) = saved, old, new, grad
   i, f, g, o = jnp.split(gates, 4, -1)
   t = _once(jnp.tanh(new_c))
@@ -189,7 +205,9 @@ def _gru(u: Array, p: Array, state: State) -> tuple[State, tuple[Array, Array, A
   return (n + z * (h - n),), (rz, n, pn)
 
 
-def _gru_back(saved: tuple[Array, Array, Array], old: State, _: State, grad: State) -> tuple[Array, Array, State]:
+def _gru_back(
+    saved: tuple[Array, Array, Array], old: State, _: State, grad: State,
+) -> tuple[Array, Array, State]:
   (rz, n, pn), (h,), (dh,) = saved, old, grad
   r, z = jnp.split(rz, 2, -1)
   dn = dh * (1 - z) * (1 - n * n)
@@ -198,13 +216,14 @@ def _gru_back(saved: tuple[Array, Array, Array], old: State, _: State, grad: Sta
 
 
 def _squash(a: Array, kinds: str) -> Array:
-  """The blocks of [B, G H] through a sigmoid ("s") or a tanh ("t"), by one tanh of them all."""
-  scale = np.repeat([0.5 if kind == "s" else 1.0 for kind in kinds], a.shape[-1] // len(kinds)).astype(a.dtype)
+  """Applies a sigmoid ("s") or a tanh ("t") to each block of [B, G H], by one tanh of them all."""
+  scales = [0.5 if kind == "s" else 1.0 for kind in kinds]
+  scale = np.repeat(scales, a.shape[-1] // len(kinds)).astype(a.dtype)
   return _once(jnp.tanh(a * scale) * scale + (1 - scale))
 
 
 def _once(x: Any) -> Any:
-  """The same, but a CPU's compiler does not find it anew in each place that needs it, inside of slower loops."""
+  """Stops a CPU's compiler from computing `x` again in each place that reads it."""
   return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
@@ -217,12 +236,16 @@ CELLS: Mapping[str, Cell] = {
 
 
 def _loop(
-    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
-    valid: Array | None,
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None,
+    biases: tuple[Array, Array], carry: State, valid: Array | None,
 ) -> tuple[State, State, tuple[Array, ...], tuple[Array, ...]]:
-  """The states of all steps, the last, and what the gradient needs of each step: the cell's part and layer norm's.
+  """Runs the cell over all steps.
 
-  The biases (b, a) are added here, where that costs nothing. Kept arrays are of u's dtype, but for the states after h.
+  The biases (b, a) are added here, where that costs nothing.
+
+  Returns:
+    The states of all steps; the last state; and what the gradient needs of each step, the cell's
+    part and layer norm's part. Kept arrays have u's dtype, except c.
   """
   b, a = biases
 
@@ -235,7 +258,8 @@ def _loop(
     new, saved = cell.forward(u + b, p + a, state)
     if valid is not None:
       new = _select(valid, new, state)
-    return new, ((new[0].astype(u.dtype), *new[1:]), *jax.tree.map(lambda x: x.astype(u.dtype), (saved, normal)))
+    kept = jax.tree.map(lambda x: x.astype(u.dtype), (saved, normal))
+    return new, ((new[0].astype(u.dtype), *new[1:]), *kept)
 
   final, (states, saved, normal) = _scan(step, carry, (u, valid), reverse)
   return states, final, saved, normal
@@ -248,29 +272,33 @@ def _plain(cell: Cell, reverse: bool, *args: Any) -> tuple[Array, State]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recur(
-    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
-    valid: Array | None,
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None,
+    biases: tuple[Array, Array], carry: State, valid: Array | None,
 ) -> tuple[Array, State]:
-  """The outputs [L, B, H] and the last state, of x W [L, B, G H] and the other parameters."""
+  """Computes the outputs [L, B, H] and the last state from u = x W [L, B, G H] and the rest."""
   return _plain(cell, reverse, u, v, scale, biases, carry, valid)
 
 
 def _recur_forward(
-    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None, biases: tuple[Array, Array], carry: State,
-    valid: Array | None,
+    cell: Cell, reverse: bool, u: Array, v: Array, scale: Array | None,
+    biases: tuple[Array, Array], carry: State, valid: Array | None,
 ) -> tuple[tuple[Array, State], Any]:
   states, final, saved, normal = _loop(cell, reverse, u, v, scale, biases, carry, valid)
   return (states[0], final), (v, scale, carry, valid, states, saved, normal)
 
 
-def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Array, State]) -> tuple[Any, ...]:
+def _recur_backward(
+    cell: Cell, reverse: bool, residuals: Any, grads: tuple[Array, State],
+) -> tuple[Any, ...]:
   v, scale, carry, valid, states, saved, normal = residuals
   dtype, width = v.dtype, carry[0].dtype
-  back = v.T  # laid out anew once: in every step the product is faster so
-  before = jax.tree.map(lambda first, rest: _shift(first.astype(rest.dtype), rest, reverse), carry, states)
+  back = v.T  # transposed once, which makes the product of every step faster
+  before = jax.tree.map(
+      lambda first, rest: _shift(first.astype(rest.dtype), rest, reverse), carry, states)
 
   def step(grad: State, inputs: Any) -> tuple[State, tuple[Array, ...]]:
-    dy, old, new, saved, normal, valid = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(width), inputs)
+    dy, old, new, saved, normal, valid = jax.tree.map(
+        lambda x: x if x.dtype == bool else x.astype(width), inputs)
     dnew = (grad[0] + dy, *grad[1:])
     if valid is not None:
       dnew, held = _select(valid, dnew, jax.tree.map(jnp.zeros_like, grad)), grad
@@ -278,7 +306,8 @@ def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Arra
     if scale is not None:
       z, factor = normal
       dz = dp * scale
-      dq = factor * (dz - jnp.mean(dz, -1, keepdims=True) - z * jnp.mean(dz * z, -1, keepdims=True))
+      mean, slope = jnp.mean(dz, -1, keepdims=True), jnp.mean(dz * z, -1, keepdims=True)
+      dq = factor * (dz - mean - z * slope)
     found = (du,) if dp is du else (du, dp)
     if scale is not None:
       found += (dq,)
@@ -291,9 +320,12 @@ def _recur_backward(cell: Cell, reverse: bool, residuals: Any, grads: tuple[Arra
   inputs = (grads[0], before, states, saved, normal, valid)
   dcarry, found = _scan(step, grads[1], inputs, not reverse)
   du, dp, dq = found[0], found[-1 if scale is None else -2], found[-1]
-  # One product over steps and rows, which needs no sum over devices before its end.
-  dv = lax.dot_general(before[0], dq, (((0, 1), (0, 1)), ((), ())), preferred_element_type=width).astype(dtype)
-  dscale = None if scale is None else jnp.sum(dp.astype(width) * normal[0], (0, 1)).astype(scale.dtype)
+  # This is one product over all steps and rows, so devices need only one sum, at its end.
+  dv = lax.dot_general(before[0], dq, (((0, 1), (0, 1)), ((), ())),
+                       preferred_element_type=width).astype(dtype)
+  dscale = None
+  if scale is not None:
+    dscale = jnp.sum(dp.astype(width) * normal[0], (0, 1)).astype(scale.dtype)
   dbiases = tuple(jnp.sum(d, (0, 1), dtype=width) for d in (du, dp))
   return du, dv, dscale, dbiases, dcarry, None
 
@@ -304,14 +336,14 @@ _recur.defvjp(_recur_forward, _recur_backward)
 def _scan(
     step: Callable[[State, Any], tuple[State, Any]], carry: State, inputs: Any, reverse: bool,
 ) -> tuple[State, Any]:
-  """`lax.scan`, by rounds of as many steps as pay; what divides the length needs no slices of it."""
+  """Is `lax.scan`, unrolled where that pays, by a divisor of the length: others need slices."""
   length = len(jax.tree.leaves(inputs)[0])
   unroll = next(n for n in (4, 2, 1) if length % n == 0) if length >= _LONG else 1
   return lax.scan(step, carry, inputs, reverse=reverse, unroll=unroll)
 
 
 def _product(x: Array, w: Array) -> Array:
-  """[..., K] times [K, N], added up in float32 or better."""
+  """Multiplies [..., K] by [K, N] and sums in float32 or better."""
   width = jnp.promote_types(x.dtype, jnp.float32)
   return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=width)
 
@@ -321,6 +353,6 @@ def _select(valid: Array, x: State, y: State) -> State:
 
 
 def _shift(first: Array, rest: Array, reverse: bool) -> Array:
-  """The states before each step, from that before the first and those after each."""
+  """Returns the state before each step, given the initial state and the states after each step."""
   parts = (rest[1:], first[None]) if reverse else (first[None], rest[:-1])
   return jnp.concatenate(parts, 0)

@@ -1,1 +1,1 @@
-"""From a config and a model to an Experiment: one file for each kind of experiment."""
+"""Recipes make an Experiment from a config and a model; each kind of experiment has one file."""

@@ -1,4 +1,4 @@
-"""What every kind of experiment checks of its config and of a request; how it gives a picture."""
+"""Checks of configs and requests that all recipes share, and pictures as files."""
 
 import io
 import math
@@ -15,19 +15,18 @@ from dljax.train.experiment import Request
 
 def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
   """The compute dtype that `config.model.dtype` names."""
-  known = ("float32", "bfloat16", "float64") if jax.config.jax_enable_x64 else ("float32", "bfloat16")
+  known = ("float32", "bfloat16") + (("float64",) if jax.config.jax_enable_x64 else ())
   if config.model.dtype not in known:
-    raise UserError(f"--config.model.dtype={config.model.dtype}: must be float32, bfloat16 or (with "
-                    "JAX_ENABLE_X64=1) float64")
+    raise UserError(f"--config.model.dtype={config.model.dtype}: must be float32, bfloat16 or "
+                    "(with JAX_ENABLE_X64=1) float64")
   return jnp.dtype(config.model.dtype)
 
 
 def check_model(model: ml_collections.ConfigDict) -> None:
-  """Refuses sizes and rates out of range, as far as `config.model` has these fields that families
-  share.
+  """Refuses sizes and rates out of range, among the fields of `config.model` that families share.
 
   Raises:
-    UserError: a size is not above 0, or a rate not in [0, 1).
+    UserError: a size is not above 0, or a rate is not in [0, 1).
   """
   for field in ("width_factor", "pooled_size", "hidden_width"):
     if field in model and not 0 < model[field] < math.inf:
@@ -37,7 +36,7 @@ def check_model(model: ml_collections.ConfigDict) -> None:
       raise UserError(f"--config.model.{field}={model[field]}: must be at least 0 and below 1")
 
 
-# Part of a `Request` -> its flag with a value for example, and what a family without use for it does.
+# Part of a `Request` -> its flag with an example, and what a family does that has no use for it.
 _PARTS = {
     "paths": ("--input=FILE_OR_FOLDER", "reads no files"),
     "texts": ("--prompt=TEXT", "generates no text"),
@@ -52,14 +51,14 @@ def check_request(
   """Refuses a request that an experiment cannot fulfil.
 
   Args:
-    request: what the user asked for.
+    request: the user's request.
     family: the family's name, for the message.
-    takes: the parts of a `Request` of which one is needed.
-    together: parts that go with any of those.
+    takes: the parts of a `Request` of which exactly one is needed.
+    together: the parts that may be added to any of those.
 
   Raises:
-    UserError: a part is given that has no meaning, none is given that has one, two are that
-      exclude each other, or the count is not positive.
+    UserError: a part without a meaning is given, none or two of `takes` are, or the count is not
+      positive.
   """
   given = [part for part in _PARTS if getattr(request, part) not in (None, (), [])]
   instead = " or ".join(_PARTS[part][0] for part in takes)
@@ -77,7 +76,7 @@ def check_request(
 
 
 def png(picture: Any) -> tuple[str, bytes]:
-  """A `PIL.Image.Image` as `Experiment.draw` gives it."""
+  """The (suffix, bytes) that `Experiment.draw` gives for a `PIL.Image.Image`."""
   content = io.BytesIO()
   picture.save(content, "PNG")
   return ".png", content.getvalue()

@@ -1,12 +1,11 @@
-"""The experiment that every family of forecasters shares: from a config and a model; and the
-baselines beside them.
+"""The experiment that all forecasters share, from a config and a model; and the baselines.
 
-Published for the preset etth1 (horizon 96, all 7 channels, normalised values): DLinear mse 0.375,
-mae 0.399 (Zeng et al. 2023, table 2; its authors' code leaves out the last windows of the test
-that fill no batch). Here all count: DLinear after 2560 steps of Adam at 5e-4, 32 windows each, mse
-0.371, mae 0.394 (at the best checkpoint; 0.370 and 0.392 at the last), in half a minute on two CPU
-cores; a linear map of the window by least squares, solved exactly, 0.370 and 0.392; seasonal-naive
-0.512 and 0.433.
+Zeng et al. 2023, table 2, publish for the preset etth1 (horizon 96, all 7 channels, normalised
+values): DLinear mse 0.375, mae 0.399. Their code leaves out the last windows of the test, which do
+not fill a batch. Here all windows count. DLinear after 2560 steps of Adam at 5e-4, with 32 windows
+each, has mse 0.371 and mae 0.394 at the best checkpoint (0.370 and 0.392 at the last), after half
+a minute on two CPU cores. A linear map of the window by least squares, solved exactly, has 0.370
+and 0.392; seasonal-naive has 0.512 and 0.433.
 """
 
 import functools
@@ -26,17 +25,19 @@ from dljax.recipes import common
 from dljax.tasks import forecasting
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
-# Field values of `config.data` for the series that presets use.
+# The values of fields of `config.data` for the series that presets use.
 DATA = {
     "temperatures": {"name": "temperatures", "missing": "mask"},  # one hour is missing
     "etth1": {"name": "etth1", "channels": ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"),
-              "train": 12 * 30 * 24, "validation": 4 * 30 * 24, "test": 4 * 30 * 24, "window": 336, "horizon": 96,
-              "covariates": ("hour_of_day", "day_of_week")},
+              "train": 12 * 30 * 24, "validation": 4 * 30 * 24, "test": 4 * 30 * 24,
+              "window": 336, "horizon": 96, "covariates": ("hour_of_day", "day_of_week")},
 }
 LOSSES = ("mse", "pinball")
 
 
-def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+def config(
+    family: str, preset: str, data: str, variant: str, optimizer: str,
+) -> ml_collections.ConfigDict:
   """The shared fields of a forecaster's config, for the preset to change.
 
   Args:
@@ -50,42 +51,44 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   data_config.update(DATA[data])
   return base_config(
       family, preset, task="forecasting",
-      monitor="validation/loss", optimizer=optim.default_config(optimizer), data=data_config,
-      model=ml_collections.ConfigDict({
+      monitor="validation/loss", optimizer=optim.default_config(optimizer),
+      data=data_config, model=ml_collections.ConfigDict({
           "variant": variant, "dtype": "float32", "remat": False,
-          "loss": "mse",  # or "pinball", to forecast
+          "loss": "mse",  # or "pinball", to forecast the quantiles
           "quantiles": (0.1, 0.5, 0.9),
-          "season": 24,  # rows, of seasonal_naive, and of a network that tells differences from it
-          "kernel_size": 25,  # rows, of dlinear's moving average
+          "season": 24,  # rows in a season, for seasonal_naive and for a network that corrects it
+          "kernel_size": 25,  # rows in dlinear's moving average
       }))
 
 
 def quantiles(config: ml_collections.ConfigDict) -> tuple[float, ...]:
-  """Which quantiles to forecast; () where the loss is the squared error."""
+  """The quantiles to forecast; () if the loss is the squared error."""
   choose("--config.model.loss", config.model.loss, dict.fromkeys(LOSSES))
   if config.model.loss == "mse":
     return ()
   if not config.model.quantiles:
-    raise UserError("--config.model.quantiles: name those that --config.model.loss=pinball is to find, such as "
-                    "0.1,0.5,0.9")
+    raise UserError("--config.model.quantiles: name those that --config.model.loss=pinball is to "
+                    "find, such as 0.1,0.5,0.9")
   return tuple(config.model.quantiles)
 
 
 def baseline(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> nn.Module:
   """The baseline that `config.model.variant` names, one of `baselines.VARIANTS`."""
-  own = {"seasonal_naive": {"season": config.model.season}, "dlinear": {"kernel_size": config.model.kernel_size}}
+  own = {"seasonal_naive": {"season": config.model.season},
+         "dlinear": {"kernel_size": config.model.kernel_size}}
   name = config.model.variant
-  return choose("--config.model.variant", name, baselines.VARIANTS)(
-      horizon=config.data.horizon, num_quantiles=len(quantiles(config)), dtype=dtype, remat=config.model.remat,
-      **own[name])
+  return choose("--config.model.variant", name,
+                baselines.VARIANTS)(horizon=config.data.horizon,
+                                    num_quantiles=len(quantiles(config)), dtype=dtype,
+                                    remat=config.model.remat, **own[name])
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   """The experiment that trains `model` on the series of `config.data`. Opens no data.
 
   Args:
-    config: with the fields of the function above.
-    model: see `Forecasting`; it gives as many quantiles as the function above.
+    config: a config with the fields that `config()` gives.
+    model: the network, see `Forecasting`; it has as many quantiles as `quantiles()` gives.
   """
   data = windows.SeriesSet(config.data).pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
@@ -96,9 +99,10 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
-  """See `windows.encode`."""
+  """Reads the user's files; see `windows.encode`."""
   common.check_request(request, config.family, ["paths"])
-  return Inputs(*windows.encode(request.paths, config.data, windows.Normaliser.from_assets(assets)))
+  return Inputs(*windows.encode(request.paths, config.data,
+                                windows.Normaliser.from_assets(assets)))
 
 
 def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
@@ -106,5 +110,7 @@ def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[
   return forecasting.decode(predictions, assets)
 
 
-def _draw(band: str, inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
+def _draw(
+    band: str, inputs: Inputs, predictions: Any, assets: Assets,
+) -> Iterator[tuple[str, bytes]]:
   return map(common.png, forecasting.pictures(inputs.batch, predictions, assets, band))

@@ -1,4 +1,4 @@
-"""The experiment that every family of language models shares: from a config and a model."""
+"""The experiment that all language models share, from a config and a model."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import flax.linen as nn
 import ml_collections
 import numpy as np
 
-from dljax import optim
+from dljax import optim, report
 from dljax.config import base_config
 from dljax.data.splits import find_files
 from dljax.data.text import corpus, tokenize
@@ -18,18 +18,20 @@ from dljax.recipes import common
 from dljax.tasks import language_modeling
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
-# Field values of `config.data` for the sets that presets use.
+# The values of fields of `config.data` for the sets that presets use.
 DATA = {
-    # The documentation differs from version to version: the full version's stands beside the number.
+    # The documentation differs from version to version, so the data's name has the full version.
     "pydoc": {"name": f"pydoc/{platform.python_version()}"},
-    "tiny_shakespeare": {"name": "tiny_shakespeare", "tokenizer": "character", "vocab_size": 66},  # 65, and the end
-    "lm1b": {"name": "lm1b", "tokenizer": "bpe", "vocab_size": 32_000, "documents": True, "length": 128,
-             "train": "train[:99%]", "validation": "train[99%:]"},
+    # The vocabulary is 65 characters and the end of a text.
+    "tiny_shakespeare": {"name": "tiny_shakespeare", "tokenizer": "character", "vocab_size": 66},
+    "lm1b": {"name": "lm1b", "tokenizer": "bpe", "vocab_size": 32_000, "documents": True,
+             "length": 128, "train": "train[:99%]", "validation": "train[99%:]"},
 }
-COLUMNS = 92  # characters in a line of a drawn text
 
 
-def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+def config(
+    family: str, preset: str, data: str, variant: str, optimizer: str,
+) -> ml_collections.ConfigDict:
   """The shared fields of a language model's config, for the preset to change.
 
   Args:
@@ -52,8 +54,8 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
   """The experiment that trains `model` on the text of `config.data`. Opens no data.
 
   Args:
-    config: with the fields of the function above.
-    model: see `LanguageModeling`.
+    config: a config with the fields that `config()` gives.
+    model: the network, see `LanguageModeling`.
     stateful: whether the model carries its state from window to window of a text.
   """
   texts = corpus.TextSet(config.data)
@@ -91,36 +93,24 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
       yield {"text": tokenizer.decode(tokens[:ends[0]] if len(ends) else tokens)}
 
   def draw(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
-    return (common.png(_page(row["text"])) for row in show(inputs, predictions, assets))
+    return (common.png(report.page(row["text"])) for row in show(inputs, predictions, assets))
+
+  def preview() -> Inputs:
+    return Inputs(prompts([""], ["the preview"]), ["a text from its beginning"])
 
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None, read=read, show=show,
-      draw=draw, preview=lambda: Inputs(prompts([""], ["the preview"]), ["a text from its beginning"]))
+      draw=draw, preview=preview)
 
 
-def _page(text: str) -> Any:
-  """A text as a `PIL.Image.Image`, in lines of at most `COLUMNS` characters."""
-  from matplotlib import font_manager  # pylint: disable=g-import-not-at-top
-  from PIL import Image, ImageDraw, ImageFont  # pylint: disable=g-import-not-at-top
-
-  font = ImageFont.truetype(font_manager.findfont("monospace"), 14)
-  lines = [line[start:start + COLUMNS] for line in text.expandtabs(4).split("\n")
-           for start in range(0, max(len(line), 1), COLUMNS)]
-  width, height = round(font.getlength("m")), sum(font.getmetrics()) + 2
-  page = Image.new("L", (COLUMNS * width + 16, len(lines) * height + 16), 255)
-  pen = ImageDraw.Draw(page)
-  for i, line in enumerate(lines):
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-    pen.text((8, 8 + i * height), shown, 0, font)
-  return page
-
-
-def _read(paths: Sequence[str], check: Callable[[str, str], Any]) -> tuple[list[str], list[str], list[str]]:
+def _read(
+    paths: Sequence[str], check: Callable[[str, str], Any],
+) -> tuple[list[str], list[str], list[str]]:
   """Reads files, and the .txt files in folders.
 
   Args:
-    paths: of both.
-    check: (text, name) -> nothing; raises `UserError` where the text cannot be used.
+    paths: the paths of files and folders.
+    check: a function of (text, name) that raises `UserError` if the text cannot be used.
 
   Returns:
     The texts, their names, and one line for each file that cannot be used.

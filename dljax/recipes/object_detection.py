@@ -1,4 +1,4 @@
-"""The experiment that every family of object detectors shares: from a config, a model and its anchors."""
+"""The experiment that all object detectors share, from a config, a model and its anchors."""
 
 import functools
 import math
@@ -18,26 +18,31 @@ from dljax.recipes import common
 from dljax.tasks import boxes, detection
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
-# Field values of `config.data` for the sets that presets use.
+# The values of fields of `config.data` for the sets that presets use.
 DATA = {
     "digit_scenes": {"name": "digit_scenes"},
     "emoji_scenes": scenes.EMOJI_SCENES,
-    # No image of COCO has a longer side than 640 pixels: all are seen as they are, on black. Mean and std are those of
-    # ImageNet, from which the backbone comes. A few boxes of the set have no area.
-    "coco": {"name": "coco/2017", "image_shape": (640, 640, 3), "num_classes": 80, "mean": (0.485, 0.456, 0.406),
-             "std": (0.229, 0.224, 0.225), "train": "train[:99%]", "validation": "train[99%:]", "test": "validation",
+    # No image of COCO has a longer side than 640 pixels: all are laid on black in their own size.
+    # Mean and std are those of ImageNet, on which the backbone was trained. A few boxes of the set
+    # have no area.
+    "coco": {"name": "coco/2017", "image_shape": (640, 640, 3), "num_classes": 80,
+             "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+             "train": "train[:99%]", "validation": "train[99%:]", "test": "validation",
              "max_boxes": 100, "bad_boxes": "drop", "flip": True},
 }
-PREVIEWED = 4  # images, whose detections are drawn as the network learns
-_OF_TASK = ("alpha", "gamma", "smooth_l1_beta", "score_threshold", "nms_threshold", "max_detections")
+PREVIEWED = 4  # the number of images whose detections are drawn as the network learns
+_OF_TASK = ("alpha", "gamma", "smooth_l1_beta", "score_threshold", "nms_threshold",
+            "max_detections")
 
 
-def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+def config(
+    family: str, preset: str, data: str, variant: str, optimizer: str,
+) -> ml_collections.ConfigDict:
   """The shared fields of a detector's config, for the preset to change.
 
-  Those of `config.model` beside the variant are: how the network computes (dtype, remat), the
-  fields of `Detection`, and the anchors: three sizes on each level, `anchor_scale` times its
-  stride and up to an octave above, each with every height / width of `anchor_ratios`.
+  Besides the variant, `config.model` has dtype and remat, the fields of `Detection`, and two that
+  describe the anchors. Each level has anchors of three sizes, from `anchor_scale` times its stride
+  to below twice that, each with every height / width of `anchor_ratios`.
 
   Args:
     family: the name of the experiment's file.
@@ -51,32 +56,40 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   defaults = {field: getattr(detection.Detection, field) for field in _OF_TASK}
   return base_config(
       family, preset, task="object_detection",
-      optimizer=optim.default_config(optimizer), data=data_config, model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False, "anchor_scale": 4, "anchor_ratios": (0.5, 1.0, 2.0),
-          **defaults}))
+      optimizer=optim.default_config(optimizer), data=data_config,
+      model=ml_collections.ConfigDict({
+          "variant": variant, "dtype": "float32", "remat": False, "anchor_scale": 4,
+          "anchor_ratios": (0.5, 1.0, 2.0), **defaults}))
 
 
 def anchors(config: ml_collections.ConfigDict, strides: Sequence[int]) -> boxes.Anchors:
-  """Those that `config.model` describes, for levels with so many pixels between their cells.
+  """The anchors that `config.model` describes.
+
+  Args:
+    config: a config with the fields that `config()` gives.
+    strides: the number of pixels between neighbouring cells, for each level.
 
   Raises:
-    UserError: they have no size or no shape.
+    UserError: the anchors have no size or no shape.
   """
   scale, ratios = config.model.anchor_scale, tuple(config.model.anchor_ratios)
   if scale < 1:
     raise UserError(f"--config.model.anchor_scale={scale}: give a positive number of strides")
   if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
-    raise UserError(f"--config.model.anchor_ratios={ratios}: give one or more of height / width, such as 0.5,1,2")
+    raise UserError(f"--config.model.anchor_ratios={ratios}: give one or more of height / width, "
+                    "such as 0.5,1,2")
   return boxes.Anchors.octaves([scale * stride for stride in strides], ratios)
 
 
-def build(config: ml_collections.ConfigDict, model: nn.Module, anchors: boxes.Anchors) -> Experiment:
+def build(
+    config: ml_collections.ConfigDict, model: nn.Module, anchors: boxes.Anchors,
+) -> Experiment:
   """The experiment that trains `model` on the scenes of `config.data`. Opens no data.
 
   Args:
-    config: with the fields of the function above.
-    model: see `Detection`.
-    anchors: that the model has outputs for.
+    config: a config with the fields that `config()` gives.
+    model: the network, see `Detection`.
+    anchors: the anchors that the model has outputs for.
   """
   images = scenes.SceneSet(config.data, ["boxes"])
   data = images.pipelines(
@@ -97,14 +110,17 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, anchors: boxes.An
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
-  """See `scenes.encode`; place and size in the batch bring boxes back to an image's own pixels."""
+  """Reads the user's images; see `scenes.encode`.
+
+  `Detection.predict` needs place and size to give boxes in an image's own pixels.
+  """
   del assets
   common.check_request(request, config.family, ["paths"])
   batch, names, skipped = scenes.encode(request.paths, config.data)
   size = batch["host/size"]  # height, width
   places = [Placement.of(s, config.data.image_shape[:2], config.data.resize) for s in size]
-  batch["place"] = np.array(
-      [(p.left, p.top, p.left + p.width, p.top + p.height) for p in places], np.float32).reshape(-1, 4)
+  batch["place"] = np.array([(p.left, p.top, p.left + p.width, p.top + p.height) for p in places],
+                            np.float32).reshape(-1, 4)
   batch["size"] = size[:, ::-1].astype(np.float32)
   return Inputs(batch, names, skipped)
 
@@ -115,7 +131,7 @@ def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[
 
 
 def _draw(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
-  """Each image as the network sees it, with the boxes that were found and the true ones, if known."""
+  """Draws each image as the network sees it, with the boxes found and the true ones, if known."""
   batch = inputs.batch
   names = assets.get("classes", range(int(np.max(predictions["labels"], initial=-1)) + 1))
   for i, image in enumerate(batch["image"]):
@@ -126,4 +142,5 @@ def _draw(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[st
       image = image[int(top):int(bottom), int(left):int(right)]
       found["boxes"] = found["boxes"] * np.tile([right - left, bottom - top] / batch["size"][i], 2)
     there = batch["boxes"][i][batch["box_mask"][i] > 0] if "boxes" in batch else ()
-    yield common.png(report.picture(report.detections([image], [{"boxes": there}], [found], names)))
+    yield common.png(report.picture(report.detections([image], [{"boxes": there}], [found],
+                                                      names)))

@@ -1,4 +1,4 @@
-"""The experiment that every family of segmenters shares: from a config and a model."""
+"""The experiment that all segmenters share, from a config and a model."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -16,21 +16,25 @@ from dljax.recipes import common
 from dljax.tasks import segmentation
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
-# Field values of `config.data` for the sets that presets use.
+# The values of fields of `config.data` for the sets that presets use.
 DATA = {
     "digit_scenes": {"name": "digit_scenes"},
     "emoji_scenes": scenes.EMOJI_SCENES,
-    # The set's own values: 1 the animal, 2 the ground, 3 its border, which is hard to tell. Mean and std are ImageNet's.
-    "oxford_iiit_pet": {"name": "oxford_iiit_pet", "image_shape": (128, 128, 3), "mean": (0.485, 0.456, 0.406),
-                        "std": (0.229, 0.224, 0.225), "train": "train[:90%]", "validation": "train[90%:]",
+    # The set's own values are 1 for the animal, 2 for the ground, and 3 for the animal's border,
+    # which is hard to tell from either. Mean and std are ImageNet's.
+    "oxford_iiit_pet": {"name": "oxford_iiit_pet", "image_shape": (128, 128, 3),
+                        "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+                        "train": "train[:90%]", "validation": "train[90%:]",
                         "resize": "bilinear", "mask_feature": "segmentation_mask", "mask_classes": 3,
                         "mask_values": (2, 1, 3), "mask_names": ("ground", "pet", "border")},
 }
 _OF_TASK = ("cross_entropy_weight", "dice_weight", "ground")
-_NOWHERE = 255  # in a picture of classes, what the network says nothing of
+_NOWHERE = 255  # marks the pixels, in a picture of classes, that the network gives no class
 
 
-def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+def config(
+    family: str, preset: str, data: str, variant: str, optimizer: str,
+) -> ml_collections.ConfigDict:
   """The shared fields of a segmenter's config, for the preset to change.
 
   Args:
@@ -42,32 +46,34 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   """
   data_config = scenes.default_config()
   data_config.update(DATA[data])
+  defaults = {field: getattr(segmentation.Segmentation, field) for field in _OF_TASK}
   return base_config(
       family, preset, task="semantic_segmentation",
-      monitor="validation/mean_iou", optimizer=optim.default_config(optimizer), data=data_config,
-      model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False,
-          **{field: getattr(segmentation.Segmentation, field) for field in _OF_TASK}}))
+      monitor="validation/mean_iou", optimizer=optim.default_config(optimizer),
+      data=data_config, model=ml_collections.ConfigDict({
+          "variant": variant, "dtype": "float32", "remat": False, **defaults}))
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   """The experiment that trains `model` on the scenes of `config.data`. Opens no data.
 
   Args:
-    config: with the fields of the function above.
-    model: see `Segmentation`.
+    config: a config with the fields that `config()` gives.
+    model: the network, see `Segmentation`.
   """
   data = scenes.SceneSet(config.data, ["segmentation"]).pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = segmentation.Segmentation(
-      model=model, num_classes=config.data.mask_classes, **{field: config.model[field] for field in _OF_TASK})
+      model=model, num_classes=config.data.mask_classes,
+      **{field: config.model[field] for field in _OF_TASK})
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      read=functools.partial(_read, config), show=_show, draw=functools.partial(_draw, config.data))
+      read=functools.partial(_read, config), show=_show,
+      draw=functools.partial(_draw, config.data))
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
-  """See `scenes.encode`."""
+  """Reads the user's images; see `scenes.encode`."""
   del assets
   common.check_request(request, config.family, ["paths"])
   return Inputs(*scenes.encode(request.paths, config.data))
@@ -81,7 +87,7 @@ def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[
 def _draw(
     data_config: ml_collections.ConfigDict, inputs: Inputs, predictions: Any, assets: Assets,
 ) -> Iterator[tuple[str, bytes]]:
-  """For each of the user's images a picture of its size, with the class of each pixel."""
+  """Draws, for each of the user's images, a picture of its size with the class of each pixel."""
   del assets
   canvas = data_config.image_shape[:2]
   for classes, size in zip(predictions["classes"], inputs.batch["host/size"]):

@@ -1,4 +1,4 @@
-"""The experiment that every family of speech recognisers shares: from a config and a model."""
+"""The experiment that all speech recognisers share, from a config and a model."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -14,20 +14,24 @@ from dljax.recipes import common
 from dljax.tasks import transcription
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
-# Field values of `config.data` for the sets that presets use.
+# The values of fields of `config.data` for the sets that presets use.
 DATA = {
-    "morse": {"name": "morse", "test": "test_10db", "max_text": 16, "max_frames": 880, "lowest": 300.0,
-              "highest": 1000.0, "num_mels": 16, "buckets": 3},
-    "telephone_prompts": {"name": "telephone_prompts", "alphabet": " abcdefghijklmnopqrstuvwxyz'", "max_text": 440,
-                          "max_frames": 3120},
-    "librispeech": {"name": "librispeech", "alphabet": " ABCDEFGHIJKLMNOPQRSTUVWXYZ'", "audio_feature": "speech",
-                    "train": "train_clean100", "validation": "dev_clean", "test": "test_clean", "max_text": 600,
-                    "max_frames": 3600, "sample_rate": 16000, "num_mels": 80, "window": 0.025, "buckets": 8,
-                    "time_masks": 2, "time_mask": 40, "frequency_masks": 2, "frequency_mask": 27},
+    "morse": {"name": "morse", "test": "test_10db", "max_text": 16, "max_frames": 880,
+              "lowest": 300.0, "highest": 1000.0, "num_mels": 16, "buckets": 3},
+    "telephone_prompts": {"name": "telephone_prompts", "alphabet": " abcdefghijklmnopqrstuvwxyz'",
+                          "max_text": 440, "max_frames": 3120},
+    "librispeech": {"name": "librispeech", "alphabet": " ABCDEFGHIJKLMNOPQRSTUVWXYZ'",
+                    "audio_feature": "speech", "train": "train_clean100",
+                    "validation": "dev_clean", "test": "test_clean", "max_text": 600,
+                    "max_frames": 3600, "sample_rate": 16000, "num_mels": 80, "window": 0.025,
+                    "buckets": 8, "time_masks": 2, "time_mask": 40, "frequency_masks": 2,
+                    "frequency_mask": 27},
 }
 
 
-def config(family: str, preset: str, data: str, variant: str, optimizer: str) -> ml_collections.ConfigDict:
+def config(
+    family: str, preset: str, data: str, variant: str, optimizer: str,
+) -> ml_collections.ConfigDict:
   """The shared fields of a speech recogniser's config, for the preset to change.
 
   Args:
@@ -41,32 +45,36 @@ def config(family: str, preset: str, data: str, variant: str, optimizer: str) ->
   data_config.update(DATA[data])
   return base_config(
       family, preset, task="speech",
-      monitor="validation/loss", optimizer=optim.default_config(optimizer), data=data_config,
-      model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False, "beam": 8}))
+      monitor="validation/loss", optimizer=optim.default_config(optimizer),
+      data=data_config, model=ml_collections.ConfigDict({
+          "variant": variant, "dtype": "float32", "remat": False, "beam": 8}))
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   """The experiment that trains `model` on the recordings of `config.data`. Opens no data.
 
   Args:
-    config: with the fields of the function above.
-    model: see `Transcription`.
+    config: a config with the fields that `config()` gives.
+    model: the network, see `Transcription`.
   """
   data = recordings.AudioSet(config.data).pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
-  task = transcription.Transcription(model=model, alphabet=config.data.alphabet, beam=config.model.beam)
+  task = transcription.Transcription(
+      model=model, alphabet=config.data.alphabet, beam=config.model.beam)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
       read=functools.partial(_read, config), show=functools.partial(_show, config.model.beam))
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
-  """See `recordings.encode`."""
+  """Reads the user's recordings; see `recordings.encode`."""
   del assets
   common.check_request(request, config.family, ["paths"])
   return Inputs(*recordings.encode(request.paths, config.data))
 
 
-def _show(beam: int, inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+def _show(
+    beam: int, inputs: Inputs, predictions: Any, assets: Assets,
+) -> Iterator[Mapping[str, Any]]:
   del inputs
   return transcription.decode(predictions, assets, beam)

@@ -1,4 +1,4 @@
-"""How a classifier guesses: which class for which, and how sure it is."""
+"""Pictures of a classifier's guesses: which class it took for which, and its confidence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,22 +8,23 @@ import numpy as np
 from dljax.report import common
 from dljax.report.common import COLORS, INK
 
-MAX_CELL_TEXTS = 20  # classes up to which a confusion matrix has its numbers written in
-MAX_CLASS_TICKS = 50  # classes up to which it has their names beside it
+MAX_CELL_TEXTS = 20  # a confusion matrix of up to so many classes shows its numbers
+MAX_CLASS_TICKS = 50  # a confusion matrix of up to so many classes shows their names
 
 
 def confusion_matrix(
     matrix: np.ndarray, class_names: Sequence[str], *, per_cent: bool = False,
 ) -> Any:
-  """Which class was taken for which.
+  """A confusion matrix, which shows how often each class was taken for each other.
 
   Args:
-    matrix: [C, C], counts; row: truth, column: guess. A cell's colour is its share of the row.
-    class_names: C names.
-    per_cent: whether the share of the row stands in a cell, not the count.
+    matrix: [C, C], the counts; row: truth, column: guess. A cell's colour shows its share of the
+      row.
+    class_names: the C names of the classes.
+    per_cent: whether cells show their share of the row instead of their count.
 
   Returns:
-    The figure; with up to `MAX_CELL_TEXTS` classes numbers stand in the cells.
+    The figure. With up to `MAX_CELL_TEXTS` classes there are numbers in the cells.
   """
   matrix = np.asarray(matrix)
   count = len(matrix)
@@ -31,7 +32,7 @@ def confusion_matrix(
   size = min(max(3.6, 1.6 + 0.46 * count), 10.8)
   figure = common.blank(size + 0.9, size)
   axes = figure.add_subplot()
-  # Few mistakes among many right guesses must still be seen: the colour is the root of the share.
+  # The colour is the root of the share, so that few mistakes among many right guesses can be seen.
   image = axes.imshow(shares, cmap="Blues", norm=_power_norm(), interpolation="nearest")
   if count <= MAX_CELL_TEXTS:
     for i, j in np.ndindex(count, count):
@@ -42,7 +43,7 @@ def confusion_matrix(
   if count <= MAX_CLASS_TICKS:
     size = 9 if count <= MAX_CELL_TEXTS else 6
     names = [common.shorten(str(name)) for name in class_names]
-    # Inches of a name, and of a column.
+    # This compares the widths of the longest name and of a column, in inches.
     crowded = 0.08 * max(map(len, names)) > max(0.46, 2 / count)
     axes.set_xticks(range(count), names, fontsize=size, rotation=90 if crowded else 0)
     axes.set_yticks(range(count), names, fontsize=size)
@@ -66,12 +67,12 @@ def calibration(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) ->
   """A reliability diagram (Guo et al. 2017, figure 1): accuracy against confidence.
 
   Args:
-    count: [M], examples in each of M bins of confidence of equal width.
-    confidence: [M], the sum of the probabilities of the guesses.
-    right: [M], how many guesses were right.
+    count: [M], the number of examples in each of M bins of confidence of equal width.
+    confidence: [M], the sum of the guesses' probabilities.
+    right: [M], the number of right guesses.
 
   Returns:
-    The figure: accuracy against confidence, and below it how the guesses spread over the bins.
+    The figure: accuracy against confidence, and below it the share of the guesses in each bin.
   """
   count, confidence, right = (np.asarray(x, np.float64) for x in (count, confidence, right))
   total, bins = max(count.sum(), 1), len(count)

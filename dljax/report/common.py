@@ -1,4 +1,4 @@
-"""What all pictures share: colours, empty figures and panels, and how a figure becomes a file."""
+"""Colours, empty figures and panels for all pictures, and figures and pictures as files."""
 
 import io
 import math
@@ -17,7 +17,7 @@ MARGIN = 8  # pixels of white around a text, and between pictures side by side
 
 
 def picture(figure: Any) -> Any:
-  """A figure as a `PIL.Image.Image`, of `DPI`."""
+  """Draws a figure at `DPI` as a `PIL.Image.Image`."""
   from PIL import Image
 
   figure.set_dpi(DPI)
@@ -43,10 +43,10 @@ def side_by_side(pictures: Sequence[bytes]) -> bytes:
   width, height = (max(sides) + MARGIN for sides in zip(*(image.size for image in images)))
 
   def unevenness(columns: int) -> float:
-    rows = math.ceil(len(images) / columns)
-    return abs(math.log(columns * width / (rows * height)))
+    sides = columns * width, math.ceil(len(images) / columns) * height
+    return max(sides) / min(sides)
 
-  columns = min(range(1, len(images) + 1), key=unevenness)
+  columns = min(range(len(images), 0, -1), key=unevenness)
   rows = math.ceil(len(images) / columns)
   grid = Image.new("RGB", (columns * width - MARGIN, rows * height - MARGIN), "white")
   for i, image in enumerate(images):
@@ -72,8 +72,8 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 
 
 def blank(width: float, height: float) -> Any:
-  """An empty figure of so many inches, drawn by Agg without pyplot."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and seldom needed
+  """An empty figure, with its size in inches, that Agg draws without pyplot."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and rarely needed
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(width, height), layout="constrained")
@@ -82,13 +82,18 @@ def blank(width: float, height: float) -> Any:
 
 
 def panels(columns: int, rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
-  """A figure of rows x columns panels of so many inches each, and the panels in reading order."""
-  figure = blank(max(columns * width, 4), rows * height + 0.4)  # a caption needs its room
+  """A figure of rows x columns panels, and the panels in reading order.
+
+  Args:
+    columns, rows: the numbers of columns and rows.
+    width, height: a panel's size in inches.
+  """
+  figure = blank(max(columns * width, 4), rows * height + 0.4)  # room for a caption
   return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def stretch(image: np.ndarray) -> np.ndarray:
-  """An image [H, W], [H, W, 1] or [H, W, 3] scaled to 0 to 1, as [H, W] or [H, W, 3]."""
+  """Scales an image [H, W], [H, W, 1] or [H, W, 3] to the range 0 to 1, [H, W] or [H, W, 3]."""
   image = np.asarray(image, np.float32)
   low, high = image.min(), image.max()
   image = (image - low) / (high - low) if high > low else np.zeros_like(image)

@@ -1,4 +1,4 @@
-"""Numbers against steps, strengths and each other: learning curves, corruptions, bars."""
+"""Pictures of numbers: learning curves, metrics under corruptions, bars."""
 
 import json
 import math
@@ -14,18 +14,18 @@ from dljax.report.common import COLORS, INK, MORE_COLORS
 TITLES = {"ap": "AP", "ap50": "AP50", "bleu": "BLEU", "mean_iou": "mean IoU", "rouge_l": "ROUGE-L",
           "mse": "mean squared error", "mae": "mean absolute error",
           "top_5_accuracy": "top-5 accuracy"}
-# Names with one of these are shares, shown in per cent.
+# A metric whose name has one of these parts is a share, which is shown in per cent.
 SHARES = ("accuracy", "error_rate", "_iou")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The rows of a `metrics.jsonl`, without a last line that a crash cut short.
+  """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out.
 
   Returns:
     One dict for each logged point: {"step": 100, "split": "train", "loss": 0.3, ...}.
 
   Raises:
-    json.JSONDecodeError: a line other than the last is no JSON.
+    json.JSONDecodeError: a line other than the last is not JSON.
   """
   with open(path, encoding="utf-8") as file:
     lines = file.read().split("\n")
@@ -36,9 +36,9 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
   """Loss, every metric that was evaluated, and the learning rate, against the step.
 
   Args:
-    rows: as `read_metrics` gives them. Rows of the split "train" are drawn as thin lines with
-      their moving average over them, those of other splits with markers. A metric that only
-      "train" has is not drawn, except for the loss and the learning rate.
+    rows: the rows that `read_metrics` gives. Those of the split "train" are drawn as thin lines,
+      with their moving average as a thick line; those of other splits have markers. A metric that
+      only "train" has is not drawn, except for the loss and the learning rate.
 
   Returns:
     The figure, one panel for each metric.
@@ -79,11 +79,11 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
 def strengths(
     curves: Mapping[str, Mapping[str, Sequence[float]]], clean: Mapping[str, float],
 ) -> Any:
-  """Metrics against the strength of disturbances, 1, 2, ..., one curve for each.
+  """Metrics against the strength of corruptions, 1, 2, ..., with one curve for each corruption.
 
   Args:
-    curves: metric -> disturbance -> its value at each strength.
-    clean: metric -> its value without a disturbance, drawn as a line.
+    curves: metric -> corruption -> the metric's value at each strength.
+    clean: metric -> the metric's value without a corruption, drawn as a line.
 
   Returns:
     The figure, one panel for each metric.
@@ -112,12 +112,12 @@ def relative_bars(
   """Horizontal bars that start at 1 on a logarithmic scale, in groups.
 
   Args:
-    panels: title -> group -> name of a bar -> (value, least, most), all above 0; the last two are
-      its whisker. Bars of one name have one colour everywhere.
+    panels: title -> group -> name of a bar -> (value, least, most), all above 0. A thin line goes
+      from the least to the most. Bars of one name have one colour everywhere.
     label: the value's name.
 
   Returns:
-    The figure, panels side by side.
+    The figure, with its panels side by side.
   """
   groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
   names = list(dict.fromkeys(name for panel in panels.values() for bars in panel.values()
@@ -132,7 +132,7 @@ def relative_bars(
       for i, (name, (value, least, most)) in enumerate(bars.items()):
         y = row + (i - (len(bars) - 1) / 2) / (len(names) + 1)
         axes.barh(y, value - 1, 0.85 / (len(names) + 1), left=1, color=colors[name])
-        # A bar to 1 has no length.
+        # The marker shows a bar that ends at 1 and so has no length.
         axes.plot(value, y, marker="o", markersize=5, color=colors[name])
         axes.plot([least, most], [y, y], color=INK, linewidth=1)
         axes.annotate(f"{value:.2f}", (max(most, 1), y), (4, 0), textcoords="offset points",
@@ -158,7 +158,7 @@ def relative_bars(
 def _curves(
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-  """(split, metric) -> (steps, values), the finite ones in order of the step."""
+  """(split, metric) -> (steps, values), with the finite values only, sorted by step."""
   points: dict[tuple[str, str], dict[int, float]] = {}
   for row in rows:
     for name, value in row.items():
@@ -182,7 +182,7 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
-  """Title and scale of a panel of learning curves."""
+  """Sets the title and the scale of a panel of learning curves."""
   title = TITLES.get(name, name.replace("_", " "))
   if any(part in name for part in SHARES):
     axes.yaxis.set_major_formatter(common.percent())
@@ -198,7 +198,7 @@ def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
 
 
 def _order(split: str) -> tuple[int, str]:
-  """Sorts the known splits first."""
+  """A sort key that puts the known splits first."""
   return (list(COLORS).index(split) if split in COLORS else len(COLORS)), split
 
 

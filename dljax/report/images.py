@@ -1,4 +1,4 @@
-"""Images in a grid, and maps of what a network looked at laid over them."""
+"""Pictures of images: in a grid, or with maps of what a network looked at."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ def image_grid(
   """Images in rows, each with its title above it.
 
   Args:
-    images: each [H, W], [H, W, 1] (shown in grey) or [H, W, 3]. Each is stretched from its own
-      least value to its own greatest, so that normalised images can be seen.
-    titles: one for each image, or none.
-    columns: images in a row.
-    caption: stands above the grid.
+    images: images [H, W], [H, W, 1] (shown in grey) or [H, W, 3]. Each is scaled by its own least
+      and greatest value, so that normalised images can be seen.
+    titles: a title for each image, or ().
+    columns: the number of images in a row.
+    caption: a title above the grid.
 
   Returns:
     The figure.
@@ -48,13 +48,13 @@ def heat_maps(
   """Maps of what a network looked at, each laid over its image.
 
   Args:
-    images: each [H, W], [H, W, 1] or [H, W, 3], shown as `image_grid` does.
-    maps: name -> [N, H, W], one for each image. Maps that take both signs are coloured blue to red
-      about 0, the others by the share of their greatest value.
-    titles: one for each image, or none.
+    images: N images [H, W], [H, W, 1] or [H, W, 3], shown as in `image_grid`.
+    maps: name -> [N, H, W], a map for each image. A map with negative values is coloured from blue
+      to red, with white for 0; another by its share of its greatest value.
+    titles: a title for each image, or ().
 
   Returns:
-    The figure: a row for each image, itself first, then its maps.
+    The figure, with a row for each image: the image, then its maps.
   """
   figure, panels = common.panels(1 + len(maps), len(images), 1.8, 1.8)
   for axes in panels:

@@ -1,4 +1,4 @@
-"""Images with what was found in them: boxes of objects, classes of pixels."""
+"""Pictures of images and what was found in them: boxes of objects, classes of pixels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from dljax.report import common
 from dljax.report.common import COLORS, INK, MORE_COLORS
 
-MAX_LEGEND = 20  # classes that a legend names at most
+MAX_LEGEND = 20  # the largest number of classes that a legend names
 
 
 def detections(
@@ -17,16 +17,16 @@ def detections(
     found: Sequence[Mapping[str, np.ndarray]], class_names: Sequence[str], *, columns: int = 4,
     caption: str = "",
 ) -> Any:
-  """Images with the boxes of the objects that are there, and of those that were found.
+  """Images with the boxes of their objects, and of the objects that were found.
 
   Args:
-    images: each [H, W, 1] (shown in grey) or [H, W, 3], shown as `image_grid` does.
+    images: images [H, W, 1] (shown in grey) or [H, W, 3], shown as in `image_grid`.
     truths: for each image, "boxes" [m, 4] as (x0, y0, x1, y1) in pixels.
-    found: for each image, "boxes" [d, 4], "labels" i[d] and "scores" [d]; label and score stand at
-      the box.
-    class_names: of the labels.
-    columns: images in a row.
-    caption: stands above all.
+    found: for each image, "boxes" [d, 4], "labels" i[d] and "scores" [d]; label and score are
+      written at the box.
+    class_names: the labels' names.
+    columns: the number of images in a row.
+    caption: a title above all images.
 
   Returns:
     The figure.
@@ -65,17 +65,17 @@ def segmentations(
     images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndarray]],
     class_names: Sequence[str], *, caption: str = "",
 ) -> Any:
-  """Images, and the classes of their pixels laid over them in colours.
+  """Images, with the classes of their pixels laid over them in colours.
 
   Args:
-    images: each [H, W], [H, W, 1] or [H, W, 3], shown as `image_grid` does.
+    images: images [H, W], [H, W, 1] or [H, W, 3], shown as in `image_grid`.
     maps: name, such as "truth" -> the classes i[H, W] of each image. The first class, the ground,
       is left in grey; a negative pixel has no class and is white.
-    class_names: of all classes.
-    caption: stands above all.
+    class_names: the names of all classes.
+    caption: a title above all images.
 
   Returns:
-    The figure: a column for each image, itself first, then its maps. The legend has the classes
+    The figure, with a column for each image: the image, then its maps. The legend has the classes
     that occur.
   """
   figure, panels = common.panels(len(images), 1 + len(maps), 1.8, 1.8)
@@ -114,13 +114,13 @@ def class_colors(count: int) -> np.ndarray:
 
   table = np.concatenate([matplotlib.colormaps[name].colors
                           for name in ("tab10", "tab20b", "tab20c")])
-  # Neighbours differ most by the golden ratio.
+  # Steps of the golden ratio make neighbouring colours differ most.
   rest = matplotlib.colormaps["hsv"](np.arange(count) * 0.618 % 1)[:, :3]
   return np.round(255 * np.concatenate([np.zeros((1, 3)), table, rest])[:count]).astype(np.uint8)
 
 
 def class_map(classes: np.ndarray) -> Any:
-  """A picture whose pixels hold the numbers of their classes and show their colours; 255 is white.
+  """A picture whose pixels hold their classes' numbers and show their colours; 255 is white.
 
   Args:
     classes: u8[H, W].

@@ -1,4 +1,4 @@
-"""Sequences: forecasts of series, texts token by token, recordings and their symbols."""
+"""Pictures of sequences: forecasts of series, texts, recordings and their symbols."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from dljax.report import common
-from dljax.report.common import COLORS, INK, MORE_COLORS
+from dljax.report.common import COLORS, INK, MARGIN, MORE_COLORS
+
+COLUMNS = 92  # characters in a line of a drawn text
 
 
 def alignments(
@@ -17,14 +19,14 @@ def alignments(
   """The features of recordings, and below them the probability of each symbol over time.
 
   Args:
-    features: each [t, F], drawn with the lowest band below.
-    probabilities: each [T, V]. Symbol 0, the blank, is a thin line; the others are drawn and named
-      if they are the most probable anywhere.
-    symbols: V symbols.
-    titles: one for each recording.
+    features: the features [t, F] of each recording, drawn with the lowest band at the bottom.
+    probabilities: the probabilities [T, V] of each recording. Symbol 0, the blank, is drawn as a
+      thin line; another is drawn and named if it is the most probable anywhere.
+    symbols: the V symbols.
+    titles: a title for each recording.
 
   Returns:
-    The figure: a pair of panels for each recording.
+    The figure, with a pair of panels for each recording.
   """
   figure = common.blank(9, 2.6 * len(features) + 0.4)
   panels = figure.subplots(2 * len(features), 1, squeeze=False,
@@ -57,15 +59,41 @@ def alignments(
   return figure
 
 
+def page(text: str, *, columns: int = COLUMNS) -> Any:
+  """A text in black on white, in a monospaced font.
+
+  Args:
+    text: any text. Characters that cannot be printed are drawn as the replacement character.
+    columns: the number of characters in a line; the rest of a longer line is drawn in the next.
+
+  Returns:
+    The `PIL.Image.Image`, as high as the text needs.
+  """
+  from matplotlib import font_manager
+  from PIL import Image, ImageDraw, ImageFont
+
+  font = ImageFont.truetype(font_manager.findfont("monospace"), 14)
+  lines = [line[start:start + columns] for line in text.expandtabs(4).split("\n")
+           for start in range(0, max(len(line), 1), columns)]
+  width, height = round(font.getlength("m" * columns)), sum(font.getmetrics()) + 2
+  image = Image.new("L", (width + 2 * MARGIN, len(lines) * height + 2 * MARGIN), 255)
+  pen = ImageDraw.Draw(image)
+  for i, line in enumerate(lines):
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    pen.text((MARGIN, MARGIN + i * height), shown, 0, font)
+  return image
+
+
 def surprise(
-    pieces: Sequence[str], bits: Sequence[float], *, columns: int = 92, lines: int = 26,
+    pieces: Sequence[str], bits: Sequence[float], *, columns: int = COLUMNS, lines: int = 26,
 ) -> Any:
-  """A text on a ground that is the darker, the less each token was expected.
+  """A text on a background that is darker where a token was less expected.
 
   Args:
     pieces: the text of each token; the end of a line is drawn as an arrow.
-    bits: -log2 of the probability that each token had.
-    columns, lines: how many characters are drawn at most; a longer line goes on in the next.
+    bits: -log2 of each token's probability.
+    columns, lines: the largest numbers of characters in a line, and of lines, that are drawn. The
+      rest of a longer line is drawn in the next.
 
   Returns:
     The figure.
@@ -90,7 +118,7 @@ def surprise(
   image = axes.imshow(ground, cmap="OrRd", vmin=0, vmax=8, aspect="auto", interpolation="nearest")
   for x, y, character in texts:
     color = "white" if ground[y, x] > 5 else INK
-    # Whatever a text holds is no formula.
+    # Without `parse_math=False`, "$" in a text would start a formula.
     axes.text(x, y, character, ha="center", va="center_baseline", fontsize=8, family="monospace",
               color=color, parse_math=False)
   axes.set(xticks=[], yticks=[])
@@ -110,15 +138,15 @@ def forecasts(
   """Forecasts of time series, each after the window that it was made from.
 
   Args:
-    rows: title -> "window" [W, C], "forecast" [H, C], and where they are known "truth" [H, C] and
-      the limits "low" and "high" [H, C] of a band. What is NaN is left out.
-    channels: C names.
-    band: what the band is, for the legend.
-    caption: stands above all.
+    rows: title -> "window" [W, C], "forecast" [H, C], and if they are known "truth" [H, C] and the
+      limits "low" and "high" [H, C] of a band. NaN is left out.
+    channels: the C names of the channels.
+    band: the band's name, for the legend.
+    caption: a title above all panels.
 
   Returns:
-    The figure: a row of panels for each title, a column for each channel. At most twice the
-    horizon is shown of the window.
+    The figure, with a row of panels for each title and a column for each channel. Of the window,
+    the last rows are shown, up to twice the horizon.
   """
   figure, panels = common.panels(len(channels), len(rows), max(2.6, 7.0 / len(channels)), 1.9)
   handles = {}

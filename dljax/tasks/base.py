@@ -21,21 +21,25 @@ PyTree = Any
 Batch = Mapping[str, Array]
 Variables = Mapping[str, PyTree]
 Sums = Mapping[str, tuple[Array, Array]]
+Sharding = Sequence[tuple[str, tuple[str | None, ...]]]  # see `TaskBase.sharding`
+InputDimensions = Sequence[tuple[str, int]]  # see `TaskBase.input_dimensions`
 
 ALL = "all"  # the only player of a task whose parameters are all updated together
-CARRY = "carry"  # the collection of a recurrent state: leaves [B, ...], split over the devices as the batch is
+# The collection of a recurrent state: leaves [B, ...], split over the devices as the batch is.
+CARRY = "carry"
 MIN, MAX = "min", "max"  # the goals of a metric
-_NAMED = 1 << 31  # the bit by which a name's number differs from every step and every row's id
+_NAMED = 1 << 31  # this bit keeps a name's number apart from every step and every row's id
 
 
 @flax.struct.dataclass
 class LossOutput:
-  """What a task's loss gives for one shard of one (micro-)batch.
+  """The result of a task's loss for one shard of one (micro-)batch.
 
   Attributes:
     loss: f32[], this shard's share of the final scalar. Shares add up over devices and
       micro-batches, because they were divided by the global `denominators`.
-    metrics: name -> (sum, count), arrays of any one shape (a confusion matrix is one). They too add.
+    metrics: name -> (sum, count), two arrays of one shape (of a confusion matrix, say). They add
+      up, too.
     model_state: the new model state, e.g. {"batch_stats": ...}, the same on every shard.
   """
 
@@ -46,12 +50,13 @@ class LossOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """What an evaluation of a whole set found beside the summed metrics.
+  """What an evaluation of a whole set found besides the summed metrics.
 
   Attributes:
     metrics: name -> value.
-    figures: file stem -> the function that draws it, a `matplotlib.figure.Figure`; only what is written is drawn.
-    tables: file stem -> rows, each a flat dict of strings and numbers with the same keys.
+    figures: file stem -> a function that draws a `matplotlib.figure.Figure`. It is called only if
+      the figure is written.
+    tables: file stem -> rows, which are flat dicts of strings and numbers with the same keys.
   """
 
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -60,11 +65,11 @@ class Findings:
 
 
 def row_keys(rng: Array, batch: Batch) -> Array:
-  """A key for each row of the batch, [B]: what a task draws by row, it draws from these.
+  """A key for each row of the batch, [B]; a task makes its draws for a row from that row's key.
 
-  The draws of a row depend on `rng` and the row's "id" alone, so they are the same under jit, pmap
-  and any mesh, accumulation or evaluation batch size. What denominators depend on is drawn by the
-  data instead.
+  The draws depend on `rng` and the row's "id" alone, so they are the same under jit, pmap and any
+  mesh, accumulation or evaluation batch size. A draw that denominators depend on is made by the
+  data pipeline instead.
 
   Args:
     rng: the key that the engine passes to `loss` and `predict`.
@@ -74,14 +79,14 @@ def row_keys(rng: Array, batch: Batch) -> Array:
 
 
 def named_key(rng: Array, name: str) -> Array:
-  """The key of a draw that all rows of the batch share; no step's and no row's key is the same."""
+  """The key of a draw that all rows of the batch share; it differs from every step's and row's."""
   return jax.random.fold_in(rng, zlib.crc32(name.encode()) | _NAMED)
 
 
 def dropout_key(rng: Array, batch: Batch) -> Array:
   """The key of the stream "dropout", whose masks are drawn for all rows of the array at once.
 
-  It differs by device under pmap and by micro-batch, through the id of the first row.
+  It differs between devices under pmap and between micro-batches, through the id of the first row.
   """
   return jax.random.fold_in(named_key(rng, "dropout"), batch["id"][0])
 
@@ -91,18 +96,21 @@ class Task(Protocol):
 
   Attributes:
     model: the Flax module.
-    players: who is updated, in order, within one step. `(ALL,)`: all parameters at once. Otherwise
-      top-level keys of the parameters (a GAN: `("critic",) * 5 + ("generator",)`), each with its own
-      optimizer and optimizer state, each updated against the others' newest parameters.
-    own_rows: 1, where every turn reads the whole batch. Otherwise k: the batch is cut into k parts,
+    players: the turns of one step, in order. `(ALL,)` updates all parameters at once. Otherwise a
+      player is a top-level key of the parameters (a GAN has `("critic",) * 5 + ("generator",)`);
+      it has its own optimizer and optimizer state, and is updated against the others' newest
+      parameters.
+    own_rows: 1 if every turn reads the whole batch. Otherwise k: the batch is cut into k parts,
       part i holds the rows whose id mod k is i, and the t-th turn of a player reads part t.
-      Denominators and accumulation are then those of the part. Not together with a carry.
-    couples_rows: whether the loss of a row depends on the other rows (contrastive losses): then
-      accumulation is refused, and the evaluation batch size is part of the metric.
-    goals: metric -> `MIN` or `MAX`, for all metrics of `summarize` and `evaluate`: any of them may
-      be monitored.
+      Denominators and accumulation are then those of the part. A task with a carry has 1.
+    couples_rows: whether the loss of a row depends on the other rows (as contrastive losses do).
+      Accumulation is then refused, and the evaluation batch size is part of the metric.
+    goals: metric -> `MIN` or `MAX`, for every metric of `summarize` and `evaluate`. Each of them
+      may be monitored.
     evaluate_reads: the batch fields that `evaluate` needs besides the predictions.
-    sharding: the model file's SHARDING.
+    sharding: how parameters lie on a mesh, the model file's SHARDING; see `TaskBase.sharding`.
+    input_dimensions: which kernels have several output dimensions, the model file's
+      INPUT_DIMENSIONS; see `TaskBase.input_dimensions`.
   """
 
   model: Any
@@ -111,12 +119,14 @@ class Task(Protocol):
   couples_rows: bool
   goals: Mapping[str, str]
   evaluate_reads: tuple[str, ...]
+  sharding: Sharding
+  input_dimensions: InputDimensions
 
   def init(self, rng: Array, batch: Batch) -> Variables:
-    """Fresh variables {"params": ..., **model_state}; reads only the shapes of `batch`."""
+    """Initial variables {"params": ..., **model_state}; reads only the shapes of `batch`."""
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
-    """The loss's denominators (examples, tokens, ...), counted from the data alone.
+    """The loss's denominators (numbers of examples, tokens, ...), counted from the data alone.
 
     The engine sums them over devices and micro-batches and hands the totals to `loss`.
     """
@@ -132,41 +142,42 @@ class Task(Protocol):
       model_state: the model's other collections.
       batch: this shard's rows.
       rng: a key that depends on the run's seed, the step and the turn (in evaluation on the seed
-        alone), never on the device or the micro-batch. Draw through `row_keys`, `dropout_key` and
-        `named_key`.
+        alone), never on the device or the micro-batch. All draws go through `row_keys`,
+        `dropout_key` and `named_key`.
       denominators: the sums of `denominators` over the whole batch.
       train: whether this is a train step.
-      player: whose loss to give.
+      player: the player whose turn it is.
     """
 
   def context(self, variables: Variables, rng: Array, inputs: Mapping[str, Array]) -> PyTree:
-    """What every batch of a pass needs (the classes' text embeddings, a judge's statistics).
+    """A value that every batch of a pass needs (text embeddings of classes, a judge's statistics).
 
     It is computed once per pass, is the same on every device, and is handed to `predict`.
 
     Args:
       variables: the model's variables.
-      rng: as for `predict`.
+      rng: the same key as that of `predict`.
       inputs: the arrays of `Data.context()`.
     """
 
   def predict(self, variables: Variables, batch: Batch, rng: Array, context: PyTree) -> PyTree:
-    """Predictions with leading axis batch; jittable, static shapes.
+    """Predictions with leading axis batch; it can be compiled, and its shapes are static.
 
     Args:
       variables: the model's variables.
       batch: this shard's rows.
       rng: a key that depends on the run's seed alone; see `row_keys`.
-      context: what `context` gave.
+      context: the result of `context`.
     """
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
     """Final metrics from the summed (sum, count) pairs, on the host."""
 
   def evaluate(
-      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums,
+      assets: Mapping[str, Any],
   ) -> Findings:
-    """Whole-set metrics, pictures and tables, on the host, after a final evaluation.
+    """Whole-set metrics, pictures and tables, on the host.
 
     Args:
       rows: (predictions, host batch) of every batch, padding dropped, gathered over hosts.
@@ -174,12 +185,12 @@ class Task(Protocol):
       assets: what was fitted to the data, as saved in `workdir/data/` (e.g. the class names).
 
     Returns:
-      What was found; its metrics beyond those of `summarize`.
+      The findings; their metrics do not repeat those of `summarize`.
     """
 
 
 class TaskBase:
-  """What most tasks share: one player, means as metrics, nothing to say of a whole set."""
+  """The common part of most tasks: one player, means as metrics, no findings on a whole set."""
 
   model: Any
   players: tuple[str, ...] = (ALL,)
@@ -188,20 +199,41 @@ class TaskBase:
   goals: Mapping[str, str] = {"loss": MIN}
   evaluate_reads: tuple[str, ...] = ()
 
+  @property
+  def sharding(self) -> Sharding:
+    """How parameters lie on a mesh: the constant SHARDING of the model's file, else no rules.
+
+    A rule is (pattern, mesh axis of each dimension). The pattern is a glob over the whole path of
+    a parameter, as in `optimizer.freeze`: `*` matches any text, slashes included, so that
+    "*/qkv/kernel" holds in every block, and also in a network that has this one as its backbone
+    under another name (whose file adds the backbone's rules to its own). The first rule that
+    matches counts. An axis is "fsdp", "tensor", or None where no device splits the dimension.
+    """
+    return tuple(_constant(self, "SHARDING"))
+
+  @property
+  def input_dimensions(self) -> InputDimensions:
+    """Which kernels have several output dimensions: INPUT_DIMENSIONS of the model's file, else ().
+
+    A rule is (pattern, number of leading dimensions that are inputs); patterns are those of
+    `sharding`. In other kernels, all dimensions but the last are inputs.
+    """
+    return tuple(_constant(self, "INPUT_DIMENSIONS"))
+
   def apply(
-      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, train: bool, *inputs: Any,
-      **kwargs: Any,
+      self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, train: bool,
+      *inputs: Any, **kwargs: Any,
   ) -> tuple[Any, PyTree]:
     """The model's output for `inputs`, and the new model state.
 
     Args:
       params: the parameters.
       model_state: the model's other collections; in training all of them may change.
-      batch: holds the ids that the dropout key depends on.
-      rng: as `loss` gets it.
+      batch: the rows, whose ids the dropout key depends on.
+      rng: the key that `loss` gets.
       train: whether to drop units and to update batch statistics.
-      *inputs: what the model is called with; `train` is added.
-      **kwargs: its arguments by name.
+      *inputs: the model's arguments; `train` is added.
+      **kwargs: the model's arguments by name.
     """
     variables = {"params": params, **model_state}
     if not train:
@@ -220,7 +252,8 @@ class TaskBase:
     return {name: ratio(*pair) for name, pair in sums.items() if np.ndim(pair[0]) == 0}
 
   def evaluate(
-      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums,
+      assets: Mapping[str, Any],
   ) -> Findings:
     """Nothing beyond the means; see `Task.evaluate`."""
     del rows, sums, assets
@@ -233,42 +266,16 @@ def ratio(total: Any, count: Any) -> float:
 
 
 def at_least_float32(x: Array) -> Array:
-  """`x` in its own precision, but in float32 where that is lower: losses are computed so."""
+  """`x`, in float32 if its own precision is lower: the precision that losses are computed in."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def sharding_rules(task: Task) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-  """How parameters lie on a mesh: a task's `sharding`, or its model's SHARDING.
-
-  A model file may have a constant SHARDING, rules of (pattern, mesh axis of each dimension). The
-  pattern is a glob over the whole path of a parameter, as in `optimizer.freeze`: `*` matches any
-  text, slashes included, so that "*/qkv/kernel" holds in every block, and in a network that has
-  this one as its backbone under another name (whose file adds the backbone's rules to its own).
-  The first rule that matches counts. An axis is "fsdp", "tensor", or None where no device splits
-  the dimension.
-
-  Returns:
-    The rules; none for a task that has neither.
-  """
-  return _declared(task, "sharding", "SHARDING")
+def class_names(assets: Mapping[str, Any], num_classes: int) -> list[str]:
+  """The names that were saved with the run as `assets["classes"]`, else "0", "1", ..."""
+  return [str(name) for name in assets.get("classes", range(num_classes))]
 
 
-def input_dimensions(task: Task) -> tuple[tuple[str, int], ...]:
-  """Which kernels have several output dimensions: as `sharding_rules`, from INPUT_DIMENSIONS.
-
-  A model file may have a constant INPUT_DIMENSIONS, rules of (pattern, number of leading
-  dimensions that are inputs); patterns are those of `sharding_rules`. Of other kernels all
-  dimensions but the last are inputs.
-
-  Returns:
-    The rules; none for a task that has neither.
-  """
-  return _declared(task, "input_dimensions", "INPUT_DIMENSIONS")
-
-
-def _declared(task: Task, attribute: str, constant: str) -> tuple[Any, ...]:
-  """What a task says itself, else what the file of its model's class says, else ()."""
-  if hasattr(task, attribute):
-    return tuple(getattr(task, attribute))
+def _constant(task: Task, name: str) -> Sequence[Any]:
+  """A constant of the file that defines the task's model; () without it, or without a model."""
   model = getattr(task, "model", None)
-  return tuple(getattr(sys.modules.get(type(model).__module__), constant, ()))
+  return getattr(sys.modules.get(type(model).__module__), name, ())

@@ -1,10 +1,11 @@
-"""Boxes: anchors, overlap, the code of a box relative to an anchor, matching and non-maximum suppression.
+"""Boxes: anchors, overlap, the code of a box relative to an anchor, matching, suppression.
 
-A box is (x0, y0, x1, y1) in pixels, from the upper left corner of the image. Everything has static shapes, so that
-it can be compiled: lists of boxes are padded.
+A box is (x0, y0, x1, y1) in pixels, from the upper left corner of the image. Lists of boxes are
+padded, so that all shapes are static and everything can be compiled.
 
-Sources: Ren et al. 2015, "Faster R-CNN" (anchors, the code, matching; section 3.1); Lin et al. 2017, "Focal Loss for
-Dense Object Detection" (section 4); the conventions where they leave a choice are torchvision's.
+Sources: Ren et al. 2015, "Faster R-CNN" (anchors, the code, matching; section 3.1); Lin et al.
+2017, "Focal Loss for Dense Object Detection" (section 4). Where they leave a choice, the
+conventions are torchvision's.
 
 Dimensions: `A` anchors per cell, `N` anchors, `M` objects, `K` candidates, `D` detections.
 """
@@ -19,41 +20,45 @@ import numpy as np
 
 from dljax.tasks.base import Array
 
-BACKGROUND, IGNORED = -1, -2  # what `match` gives beside the number of an object
-LONGEST_STRETCH = math.log(1000 / 16)  # of the logarithm of a factor, or an exponential overflows
+BACKGROUND, IGNORED = -1, -2  # the results of `match` for anchors without an object
+LONGEST_STRETCH = math.log(1000 / 16)  # a greater logarithm of a factor could overflow in exp
 
 
 @dataclasses.dataclass(frozen=True)
 class Anchors:
-  """The boxes that a detector looks through.
+  """The boxes that a detector judges.
 
   Attributes:
-    sizes: of each level, the finest first: the sides of a square of an anchor's area, in pixels.
-    ratios: height / width.
+    sizes: for each level, the finest first, the sizes of its anchors: the side, in pixels, of a
+      square with an anchor's area.
+    ratios: the anchors' shapes, height / width.
   """
 
   sizes: tuple[tuple[int, ...], ...]
   ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
 
   @classmethod
-  def octaves(cls, smallest: Sequence[int], ratios: Sequence[float] = (0.5, 1.0, 2.0)) -> "Anchors":
-    """Three sizes for each level, its smallest times 2^0, 2^(1/3) and 2^(2/3), rounded down."""
-    return cls(tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in smallest), tuple(ratios))
+  def octaves(
+      cls, smallest: Sequence[int], ratios: Sequence[float] = (0.5, 1.0, 2.0),
+  ) -> "Anchors":
+    """Anchors of three sizes a level: its smallest times 2^0, 2^(1/3), 2^(2/3), rounded down."""
+    return cls(tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in smallest),
+               tuple(ratios))
 
   @property
   def per_cell(self) -> int:
-    """A."""
+    """The number of anchors in a cell, A."""
     return len(self.sizes[0]) * len(self.ratios)
 
   def boxes(self, grids: Sequence[tuple[int, int]], height: int, width: int) -> np.ndarray:
     """All anchors of an image.
 
-    The first lies around the image's corner, the others a stride apart, which is the image's size by that of the
-    grid, rounded down.
+    The first is centred on the image's upper left corner, and the others follow a stride apart.
+    The stride is the image's size divided by the grid's, rounded down.
 
     Args:
-      grids: (rows, columns) of each level.
-      height, width: of the image.
+      grids: the (rows, columns) of each level.
+      height, width: the image's size in pixels.
 
     Returns:
       f32[N, 4], in the order level, row, column, ratio, size.
@@ -62,23 +67,24 @@ class Anchors:
     for sizes, (rows, columns) in zip(self.sizes, grids, strict=True):
       root = np.sqrt(np.array(self.ratios, np.float32))[:, None]
       side = np.array(sizes, np.float32)
-      half = np.stack([(1 / root * side).ravel(), (root * side).ravel()], axis=-1) / 2  # [A, 2]: x, y
+      half = np.stack([(1 / root * side).ravel(), (root * side).ravel()], axis=-1) / 2
       cell = np.round(np.concatenate([-half, half], axis=-1))  # [A, 4], whole pixels
-      y, x = np.meshgrid(np.arange(rows) * (height // rows), np.arange(columns) * (width // columns), indexing="ij")
+      y, x = np.meshgrid(np.arange(rows) * (height // rows),
+                         np.arange(columns) * (width // columns), indexing="ij")
       centre = np.stack([x, y, x, y], axis=-1).reshape(-1, 1, 4)
       levels.append((centre + cell).reshape(-1, 4))
     return np.concatenate(levels).astype(np.float32)
 
 
 def area(boxes: Array) -> Array:
-  """[..., 4] -> [...], in square pixels."""
+  """The areas of boxes, [..., 4] -> [...], in square pixels."""
   return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def iou(a: Array, b: Array) -> Array:
-  """Intersection over union of each of `a` [..., 4] with each of `b` [..., 4], whose shapes are broadcast: [...].
+  """Intersection over union of boxes `a` and `b`, [..., 4] each -> [...]; their shapes broadcast.
 
-  0 where both have no area.
+  It is 0 where neither box has an area.
   """
   low = jnp.maximum(a[..., :2], b[..., :2])
   high = jnp.minimum(a[..., 2:], b[..., 2:])
@@ -89,14 +95,19 @@ def iou(a: Array, b: Array) -> Array:
 
 
 def encode(boxes: Array, anchors: Array) -> Array:
-  """The code of boxes [..., 4] relative to anchors [..., 4]: shifts in sides, logarithms of factors; [..., 4]."""
+  """The code [..., 4] of boxes relative to anchors, both [..., 4].
+
+  It is the shift of the centre in units of the anchor's sides, and the logarithm of box side /
+  anchor side.
+  """
   centre, side = _centre(boxes)
   anchor_centre, anchor_side = _centre(anchors)
-  return jnp.concatenate([(centre - anchor_centre) / anchor_side, jnp.log(side / anchor_side)], axis=-1)
+  return jnp.concatenate([(centre - anchor_centre) / anchor_side, jnp.log(side / anchor_side)],
+                         axis=-1)
 
 
 def decode(code: Array, anchors: Array) -> Array:
-  """The inverse of `encode`; factors beyond `LONGEST_STRETCH` are cut."""
+  """The inverse of `encode`; logarithms above `LONGEST_STRETCH` are cut to it."""
   anchor_centre, anchor_side = _centre(anchors)
   centre = anchor_centre + code[..., :2] * anchor_side
   half = jnp.exp(jnp.minimum(code[..., 2:], LONGEST_STRETCH)) * anchor_side / 2
@@ -109,18 +120,18 @@ def _centre(boxes: Array) -> tuple[Array, Array]:
 
 
 def clip(boxes: Array, height: int, width: int) -> Array:
-  """What of boxes [..., 4] lies in the image."""
+  """The parts of boxes [..., 4] that lie in the image."""
   limit = jnp.array([width, height, width, height], boxes.dtype)
   return jnp.clip(boxes, 0, limit)
 
 
 def to_original_pixels(boxes: Array, place: Array, size: Array) -> Array:
-  """Boxes in an image on which a picture was laid -> what of them lies in the picture, in its own pixels.
+  """Converts boxes in an image that shows a picture into the picture's own pixels, and clips them.
 
   Args:
-    boxes: [..., 4].
+    boxes: [..., 4], in the image.
     place: [4], the box of the image that the picture fills.
-    size: [2], width and height of the picture.
+    size: [2], the picture's own width and height.
   """
   scale = size / jnp.maximum(place[2:] - place[:2], 1)  # padding has no place
   boxes = (boxes - jnp.tile(place[:2], 2)) * jnp.tile(scale, 2)
@@ -128,23 +139,25 @@ def to_original_pixels(boxes: Array, place: Array, size: Array) -> Array:
 
 
 def match(
-    anchors: Array, boxes: Array, box_mask: Array, *, foreground: float = 0.5, background: float = 0.4,
+    anchors: Array, boxes: Array, box_mask: Array, *, foreground: float = 0.5,
+    background: float = 0.4,
 ) -> Array:
-  """Which object each anchor has to find.
+  """Chooses the object that each anchor has to find.
 
-  That of the largest IoU if this is at least `foreground`, none below `background`; between the two the anchor has
-  nothing to learn. Beside that each object gets the anchors that it overlaps most, whatever the IoU (and each of
-  these its own best object), as torchvision does it: or small objects would have none.
+  An anchor finds the object with which its IoU is largest, if that IoU is at least `foreground`.
+  It is background below `background`, and ignored by the loss between the two. As in torchvision,
+  the anchors that overlap an object most also find their own best object, whatever the IoU;
+  otherwise small objects would have no anchor.
 
   Args:
     anchors: [N, 4].
-    boxes: [M, 4].
+    boxes: [M, 4], the objects.
     box_mask: [M], 0 where a row is padding.
-    foreground: see above.
-    background: see above.
+    foreground: the least IoU of an anchor with its object.
+    background: the IoU below which an anchor is background.
 
   Returns:
-    i32[N], the row of `boxes`, `BACKGROUND` or `IGNORED`.
+    i32[N]: a row of `boxes`, `BACKGROUND` or `IGNORED`.
   """
   overlap = jnp.where(box_mask[:, None] > 0, iou(boxes[:, None], anchors), -1)  # [M, N]
   best = jnp.argmax(overlap, axis=0)
@@ -158,19 +171,20 @@ def match(
 def suppress(
     boxes: Array, scores: Array, labels: Array, *, count: int, threshold: float = 0.5,
 ) -> tuple[Array, Array]:
-  """Greedy non-maximum suppression, each class for itself.
+  """Greedy non-maximum suppression within each class.
 
-  Takes the best candidate, drops those of its class that overlap it by more than `threshold`, and so on.
+  It keeps the best candidate, drops those of its class that overlap it by more than `threshold`,
+  and repeats this with the candidates that are left.
 
   Args:
     boxes: [K, 4].
-    scores: [K]; candidates of -inf are none.
+    scores: [K]; a row with -inf is no candidate.
     labels: i32[K].
-    count: D, how many to keep at most.
+    count: D, the largest number of boxes to keep.
     threshold: an IoU.
 
   Returns:
-    i32[D], the rows that are kept, the best first, and bool[D], false where there were no more.
+    i32[D], the rows that are kept, the best first; and bool[D], false where no candidate was left.
   """
 
   def keep_best(left: Array, _: None) -> tuple[Array, tuple[Array, Array]]:

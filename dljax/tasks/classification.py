@@ -1,9 +1,9 @@
 """Classification: one label for each image.
 
-The loss is the cross-entropy of the softmax, with label smoothing (Szegedy et al. 2016, "Rethinking
-the Inception Architecture for Computer Vision", section 7) and mixed labels (Zhang et al. 2018,
-"mixup"; Yun et al. 2019, "CutMix"), or the criterion of the perceptron (Rosenblatt 1958, "The
-perceptron: a probabilistic model for information storage and organization in the brain").
+The loss is the cross-entropy of the softmax, with label smoothing (Szegedy et al. 2016,
+"Rethinking the Inception Architecture for Computer Vision", section 7) and mixed labels (Zhang et
+al. 2018, "mixup"; Yun et al. 2019, "CutMix"), or the criterion of the perceptron (Rosenblatt 1958,
+"The perceptron: a probabilistic model for information storage and organization in the brain").
 
 Dimensions: B batch, C classes.
 """
@@ -23,12 +23,12 @@ from dljax.errors import UserError, unknown
 from dljax.tasks import scores
 from dljax.tasks.base import (
     ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
-    at_least_float32)
+    at_least_float32, class_names)
 
 CRITERIA = ("softmax", "perceptron")
-MAX_CONFUSION_CLASSES = 200  # beyond, the matrix is a large array to add up and nothing to look at
+MAX_CONFUSION_CLASSES = 200  # a matrix of more is large to add up, and too fine to look at
 MAX_PICTURED = 24
-GROUP = "host/group/"  # begins the batch fields that say to which group a row belongs
+GROUP = "host/group/"  # the prefix of batch fields that hold the group of each row
 MAX_LISTED = 5
 
 
@@ -36,20 +36,20 @@ MAX_LISTED = 5
 class Classification(TaskBase):
   """Gives each image one of `num_classes` labels.
 
-  Batches have image [B, ...], label i32[B] and mask f32[B]; where labels were mixed also mix_label
-  i32[B] and mix_weight f32[B], the share of `label` in the mixture.
+  Batches have image [B, ...], label i32[B] and mask f32[B]. If labels were mixed, they also have
+  mix_label i32[B] and mix_weight f32[B], the share of `label` in the mixture.
 
   Attributes:
     model: called as `model(image, mask, train=...)`, gives logits [B, C].
     num_classes: C.
     label_smoothing: the share of the target that is spread evenly over all classes, in [0, 1).
-    criterion: "softmax" (cross-entropy) or "perceptron" (best logit less true logit, whose gradient
-      is Rosenblatt's rule: nothing where the guess is right, else away from the guess and towards
-      the truth).
-    groups: names of the batch fields "host/group/NAME", whose values evaluation tells apart.
+    criterion: "softmax" (cross-entropy) or "perceptron" (the best logit minus the true one; its
+      gradient is Rosenblatt's rule: zero where the guess is right, else away from the guess and
+      towards the truth).
+    groups: the NAMEs of batch fields "host/group/NAME", by whose values evaluation groups rows.
 
   Raises:
-    UserError: an unknown criterion, or a label smoothing that is out of range or without meaning.
+    UserError: the criterion is unknown, or the label smoothing out of range or without meaning.
   """
 
   model: nn.Module
@@ -64,16 +64,18 @@ class Classification(TaskBase):
     if self.criterion not in CRITERIA:
       raise unknown("--config.model.criterion", self.criterion, CRITERIA)
     if not 0 <= self.label_smoothing < 1:
-      raise UserError(f"--config.model.label_smoothing={self.label_smoothing}: give a number in [0, 1)")
+      raise UserError(f"--config.model.label_smoothing={self.label_smoothing}: "
+                      "give a number in [0, 1)")
     if self.criterion == "perceptron" and self.label_smoothing:
-      raise UserError("--config.model.label_smoothing has no meaning for the perceptron criterion; set it to 0")
+      raise UserError("--config.model.label_smoothing has no meaning for the perceptron "
+                      "criterion; set it to 0")
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
     return self.model.init({"params": rng}, batch["image"], train=False)
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
-    """The number of examples that are no padding."""
+    """The number of examples, not counting padding."""
     return {"examples": jnp.sum(batch["mask"])}
 
   def loss(
@@ -82,8 +84,9 @@ class Classification(TaskBase):
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss, accuracy, top_5_accuracy (C > 5), confusion_matrix.
 
-    The confusion matrix [C, C] (row: truth, column: guess) is there in evaluation up to
-    `MAX_CONFUSION_CLASSES`; its count is that of each row, so that sum / count are rates by truth.
+    The confusion matrix [C, C] (row: truth, column: guess) is a metric of evaluation for up to
+    `MAX_CONFUSION_CLASSES` classes. Its counts are the sums of the rows, so that sum / count gives
+    rates by truth.
     """
     del player  # one player: all parameters
     logits, model_state = self.apply(
@@ -96,7 +99,8 @@ class Classification(TaskBase):
       share = batch["mix_weight"].astype(logits.dtype)
       losses = share * losses + (1 - share) * self._criterion(logits, batch["mix_label"])
     total = jnp.sum(losses * mask)
-    examples = jnp.maximum(denominators["examples"], 1)  # a batch of nothing but padding has loss 0
+    # A batch of nothing but padding has loss 0.
+    examples = jnp.maximum(denominators["examples"], 1)
 
     guess = jnp.argmax(logits, axis=-1)
     count = jnp.sum(mask)
@@ -118,7 +122,7 @@ class Classification(TaskBase):
   ) -> PyTree:
     """{"probabilities": f32[B, C]}, the softmax of the logits.
 
-    A perceptron's logits were not trained as log probabilities: their order counts, no more.
+    A perceptron's logits were not trained as log probabilities; only their order has a meaning.
     """
     del rng, context  # nothing is drawn
     logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
@@ -135,26 +139,30 @@ class Classification(TaskBase):
     return goals | {f"worst_{group}_accuracy": MAX for group in self.groups}
 
   def evaluate(
-      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums,
+      assets: Mapping[str, Any],
   ) -> Findings:
     """Scores by class and by group, calibration, and pictures.
 
-    Metrics: macro_f1; calibration_error (of the softmax's guesses); worst_NAME_accuracy for each batch field
-    "host/group/NAME", which says of each row to which group it belongs.
-    Tables: classes (precision, recall, f1, support); group_NAME (accuracy, support), the groups' names in order.
-    Figures: confusion_matrix, calibration, mistakes. The mistakes are up to `MAX_PICTURED` images, the most
-    wrongly sure first; where there was none, the least sure of the right guesses. Inputs that are no images
-    have no such picture.
+    Metrics: macro_f1; calibration_error (softmax only); worst_NAME_accuracy for each batch field
+    "host/group/NAME", which holds the group of each row.
+    Tables: classes (precision, recall, f1, support); group_NAME (accuracy, support), sorted by the
+    groups' names.
+    Figures: confusion_matrix, calibration, mistakes. The mistakes are up to `MAX_PICTURED` images,
+    those with the most confident wrong guesses first. If there are none, the right guesses with
+    the least confidence are drawn. Inputs that are not images have no such figure.
     """
     names = class_names(assets, self.num_classes)
     tally = _Tally(self.num_classes)
-    mistakes = _picture_mistakes(tally.watch(rows), names)  # first: `sums` may be filled by the passing of the rows
+    # This comes first, as `sums` may be filled while the rows pass.
+    mistakes = _picture_mistakes(tally.watch(rows), names)
     figures = {} if mistakes is None else {"mistakes": mistakes}
     by_class = scores.by_class(*tally.counts)
     metrics = {"macro_f1": scores.macro_f1(*tally.counts)}
+    columns = zip(names, by_class.precision, by_class.recall, by_class.f1, by_class.support)
     tables = {"classes": [
-        {"class": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-        for name, p, r, f, n in zip(names, by_class.precision, by_class.recall, by_class.f1, by_class.support)]}
+        {"class": name, "precision": float(p), "recall": float(r), "f1": float(f),
+         "support": int(n)} for name, p, r, f, n in columns]}
     if self.criterion == "softmax":  # a perceptron's probabilities mean nothing
       metrics["calibration_error"] = tally.calibration.error()
       figures["calibration"] = functools.partial(
@@ -171,7 +179,7 @@ class Classification(TaskBase):
   def _criterion(self, logits: Array, label: Array) -> Array:
     """The loss of each example, [B], for logits [B, C] and label i32[B]."""
     if self.criterion == "perceptron":
-      # Through the index of the best logit rather than by max, whose gradient is split at a tie.
+      # The index of the best logit is used, as the gradient of max would be split at a tie.
       guess = jnp.argmax(logits, axis=-1)
       return _pick(logits, guess) - _pick(logits, label)
     log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -179,21 +187,16 @@ class Classification(TaskBase):
     return -(1 - smoothing) * _pick(log_p, label) - smoothing * jnp.mean(log_p, axis=-1)
 
 
-def class_names(assets: Mapping[str, Any], num_classes: int) -> list[str]:
-  """The names that were saved with the run as `assets["classes"]`, else "0", "1", ..."""
-  return [str(name) for name in assets.get("classes", range(num_classes))]
-
-
 def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
   """One row for each prediction, to print and to write.
 
   Args:
-    predictions: what `Classification.predict` gave: {"probabilities": [B, C]}.
+    predictions: the result of `Classification.predict`, {"probabilities": [B, C]}.
     assets: the run's assets; "classes" are the class names.
 
   Yields:
-    {"label": name, "probability": p, "probabilities": {name: p, ...}}, the most probable first, at
-    most `MAX_LISTED` of them.
+    {"label": name, "probability": p, "probabilities": {name: p, ...}}; the last has up to
+    `MAX_LISTED` classes, the most probable first.
   """
   probabilities = np.asarray(predictions["probabilities"])
   names = class_names(assets, probabilities.shape[-1])
@@ -212,21 +215,21 @@ def _pick(values: Array, index: Array) -> Array:
 
 
 def _rank(logits: Array, label: Array) -> Array:
-  """How many classes stand before the label's when sorted by logit, the lower class first at a tie; i32[B].
+  """How many classes come before the label by logit, i32[B]; at a tie the lower class does.
 
-  By counting: `jax.lax.top_k` sorts, for which XLA gathers the rows of all devices on each of them.
+  They are counted: `jax.lax.top_k` sorts, and for that XLA gathers the rows of all devices on each.
   """
   own = _pick(logits, label)[:, None]
   behind = (logits < own) | ((logits == own) & (jnp.arange(logits.shape[-1]) >= label[:, None]))
-  return jnp.sum(~behind, axis=-1)  # all classes where the logits are no numbers
+  return jnp.sum(~behind, axis=-1)  # NaN logits give the place behind all classes
 
 
 class _Tally:
-  """Counts while rows pass.
+  """Counts rows as they pass.
 
   Attributes:
-    counts: f64[3, C], of each class how often it was guessed right, was the truth, and was guessed.
-    calibration: of the guesses.
+    counts: f64[3, C], how often each class was guessed right, was the truth, and was guessed.
+    calibration: the sums that the guesses' calibration follows from.
   """
 
   def __init__(self, num_classes: int):
@@ -234,8 +237,10 @@ class _Tally:
     self.calibration = scores.Calibration.of(np.zeros(0), np.zeros(0))
     self._groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-  def watch(self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]]) -> Iterator[tuple[PyTree, Mapping[str, Any]]]:
-    """The same rows."""
+  def watch(
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]],
+  ) -> Iterator[tuple[PyTree, Mapping[str, Any]]]:
+    """Counts the rows, and yields them unchanged."""
     for predictions, batch in rows:
       p, label = np.asarray(predictions["probabilities"]), np.asarray(batch["label"])
       guess = p.argmax(axis=-1)
@@ -245,16 +250,18 @@ class _Tally:
       self.calibration += scores.Calibration.of(p.max(axis=-1), right)
       for field, groups in batch.items():
         if field.startswith(GROUP):
-          self._groups.setdefault(field.removeprefix(GROUP), []).append((np.asarray(groups), right))
+          parts = self._groups.setdefault(field.removeprefix(GROUP), [])
+          parts.append((np.asarray(groups), right))
       yield predictions, batch
 
   def groups(self) -> dict[str, list[dict[str, Any]]]:
-    """The table of each kind of group."""
-    return {name: scores.by_group(*map(np.concatenate, zip(*parts))) for name, parts in self._groups.items()}
+    """For each kind of group, its table."""
+    return {name: scores.by_group(*map(np.concatenate, zip(*parts)))
+            for name, parts in self._groups.items()}
 
 
 def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str]) -> Any:
-  """Draws a grid of the wrong guesses, or of the least sure right ones; None without images."""
+  """A function that draws the wrong guesses, or the least sure right ones; None without images."""
   worst = []  # (right, margin, image, title) of the MAX_PICTURED worst so far
   seen = wrong = 0
   for predictions, batch in rows:
@@ -272,7 +279,8 @@ def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: l
     for i in np.lexsort((margins, right))[:MAX_PICTURED]:
       sure = f"sure: {p[i, labels[i]]:.0%}" if right[i] else f"guess: {names[guesses[i]]}"
       title = f"truth: {names[labels[i]]}\n{sure}"
-      worst.append((bool(right[i]), float(margins[i]), images[i].copy(), title))  # a view would keep the batch
+      # A view would keep the whole batch in memory.
+      worst.append((bool(right[i]), float(margins[i]), images[i].copy(), title))
     worst = sorted(worst, key=lambda row: row[:2])[:MAX_PICTURED]
   if not worst:
     return None

@@ -1,9 +1,11 @@
 """Language modelling: the next token of a text.
 
-The loss is the cross-entropy of each token given those before it, in nats per token, computed in float32. Per character
-and per byte it is in bits; these and the perplexity come from sums over a whole split.
+The loss is the cross-entropy of each token given those before it, in nats per token, computed in
+float32. Per character and per byte it is in bits. These and the perplexity come from sums over a
+whole split.
 
-Dimensions: B batch, L tokens to be predicted, P tokens of the longest prompt, V vocabulary, N tokens to be generated.
+Dimensions: B batch, L tokens to be predicted, P tokens of the longest prompt, V vocabulary, N
+tokens to be generated.
 """
 
 import dataclasses
@@ -24,24 +26,27 @@ from dljax.tasks.base import (
     at_least_float32)
 from dljax.tasks.decoding import CACHE, Sampling
 
-MAX_PICTURED = 2000  # tokens, of which as many are drawn as there is room for
+MAX_PICTURED = 2000  # tokens handed to the figure, which draws as many as it has room for
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModeling(TaskBase):
   """Predicts each token from those before it.
 
-  Batches have tokens i32[B, L]; targets i32[B, L], what follows each of them, and target_weight f32[B, L], 0 where that
-  is not to be predicted; length i32[B], how many tokens of a row are no padding; where the text's characters and bytes
-  are to be counted characters f32[B] and bytes f32[B]. Training windows of a text that is carried from batch to batch
-  (`stateful`) have no padding.
+  Batches have
+    tokens i32[B, L];
+    targets i32[B, L], the token after each, and target_weight f32[B, L], 0 if it is not predicted;
+    length i32[B], the number of tokens in each row before its padding;
+    characters f32[B] and bytes f32[B], if the text's characters and bytes are to be counted.
+  The training windows of a text that is carried from batch to batch (`stateful`) have no padding.
 
   Attributes:
-    model: called as `model(tokens, cache=None, length=None, train=...)`, gives {"logits": [B, L, V], "cache": ...}; see
-      `decoding`. Without a cache it reads from the start.
-    stateful: whether a batch goes on where the one before ended, as long as its rows are not reset.
+    model: called as `model(tokens, cache=None, length=None, train=...)`, gives {"logits":
+      [B, L, V], "cache": ...}; see `decoding`. Without a cache it reads from the start.
+    stateful: whether each row continues the same row of the batch before, unless it is reset.
     sampling: how `predict` continues a prompt.
-    spell: the text of each of some tokens i32[n], for the picture of an evaluation; None draws none.
+    spell: a function from tokens i32[n] to their texts, for the figure of an evaluation; with None
+      no figure is drawn.
   """
 
   model: nn.Module
@@ -67,14 +72,15 @@ class LanguageModeling(TaskBase):
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
       denominators: Mapping[str, Array], train: bool, player: str = ALL,
   ) -> LossOutput:
-    """See `Task.loss`. Metrics: loss, accuracy; bits_per_character, bits_per_byte; padding, where rows can have some.
+    """See `Task.loss`. Metrics: loss, accuracy, bits_per_character, bits_per_byte, padding.
 
-    The gradient ends at the carry that the batch begins with.
+    The gradient ends at the carry that the batch starts with. Where rows have no padding, there is
+    no such metric.
     """
     del player  # one player: all parameters
     rest = {k: v for k, v in model_state.items() if k != CARRY}
     inputs, targets = batch["tokens"], batch["targets"]
-    # Whole windows are read without asking of each step whether it is padding, which costs time.
+    # Without a length, the model need not check each step of a whole window for padding.
     length = None if train and self.stateful else batch["length"]
     out, rest = self.apply(
         params, rest, batch, rng, train, inputs, cache=model_state.get(CARRY), length=length)
@@ -94,15 +100,16 @@ class LanguageModeling(TaskBase):
     if not self.stateful:
       positions = jnp.asarray(inputs.size, count.dtype)
       metrics["padding"] = positions - jnp.sum(batch["length"]), positions
-    return LossOutput(loss=total / jnp.maximum(denominators["tokens"], 1), metrics=metrics, model_state=rest)
+    return LossOutput(loss=total / jnp.maximum(denominators["tokens"], 1), metrics=metrics,
+                      model_state=rest)
 
   def predict(
       self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
   ) -> PyTree:
     """Continues prompts: prompt i32[B, P], length i32[B] and id i32[B] give {"tokens": i32[B, N]}.
 
-    Each row depends on the prompt, `rng` and id alone. The batches of an evaluation, which have no prompt, give the
-    cross-entropy of each token, {"nats": f32[B, L]}, or without `spell` nothing.
+    Each row depends on the prompt, `rng` and id alone. The batches of an evaluation, which have no
+    prompt, give the cross-entropy of each token, {"nats": f32[B, L]}, or {} without `spell`.
     """
     if "prompt" not in batch:
       if self.spell is None:
@@ -133,31 +140,33 @@ class LanguageModeling(TaskBase):
     return dict.fromkeys(names, MIN) | {"accuracy": MAX}
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
-    """The means, and the perplexity; NaN where nothing was counted."""
+    """The means and the perplexity; NaN where nothing was counted."""
     means = super().summarize(sums)
     with np.errstate(over="ignore"):
       return {**means, "perplexity": float(np.exp(means["loss"]))}
 
   def evaluate(
-      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums, assets: Mapping[str, Any],
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], sums: Sums,
+      assets: Mapping[str, Any],
   ) -> Findings:
-    """The figure surprise: the beginning of the text, and how many bits each token of it took."""
+    """The figure surprise: the start of the text, with the number of bits of each token."""
     del sums, assets
     if self.spell is None:
       return Findings()
     parts = []
     for predicted, batch in rows:
-      for tokens, nats, begin, length in zip(
+      for tokens, nats, start, length in zip(
           batch["targets"], predicted["nats"], batch["host/position"], batch["length"]):
-        if begin < MAX_PICTURED:
-          parts.append((begin, tokens[:length], nats[:length]))
-    parts.sort(key=lambda part: part[0])  # in reading order, whatever stream or bucket they were in
+        if start < MAX_PICTURED:
+          parts.append((start, tokens[:length], nats[:length]))
+    # The rows come from several streams or buckets; the figure needs them in reading order.
+    parts.sort(key=lambda part: part[0])
     if not parts:
       return Findings()
     _, tokens, nats = zip(*parts)
-    return Findings(figures={
-        "surprise": functools.partial(
-            report.surprise, self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))})
+    figure = functools.partial(
+        report.surprise, self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))
+    return Findings(figures={"surprise": figure})
 
 
 def _nats(logits: Array, targets: Array) -> Array:

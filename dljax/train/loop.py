@@ -56,6 +56,7 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
     experiment.data.restore(assets)
   draw_samples(experiment)
   with opened(experiment.data.train, *experiment.data.evals.values()):
+    folder.check_data(experiment.data.name, experiment.data.fingerprint())
     evaluator = Evaluator(
         experiment.task, options.parallelism, program.mesh, experiment.data.context)
     monitor = Monitor(experiment, program, evaluator, folder)
@@ -112,8 +113,9 @@ class _Run:
                         "ask for more, or name another --workdir")
     writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict())
     if jax.process_index() == 0:
+      data = self.experiment.data
       model = variants.describe(getattr(self.experiment.task, "model", None))
-      self.folder.start(self.config, self.experiment.data.assets(), model)
+      self.folder.start(self.config, data.assets(), data.fingerprint(), model)
     if restored is None:
       state = self.program.init_state()
       if self.config.init.source:

@@ -137,7 +137,7 @@ class Sharding:
 
   Attributes:
     rules: (pattern of a parameter's path, mesh axis of each dimension), the first that matches
-      counts; see `tasks.base.sharding_rules`.
+      counts; see `tasks.base.TaskBase.sharding`.
     above: bytes from which on `fsdp` splits an array without a rule.
   """
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dljax import optim
 from dljax.errors import UserError
-from dljax.tasks.base import CARRY, Task, input_dimensions, sharding_rules
+from dljax.tasks.base import CARRY, Task
 from dljax.train import flops, parallel, step
 from dljax.train.experiment import Experiment
 from dljax.train.metrics import say
@@ -67,12 +67,12 @@ class Program:
     made = {
         player: optim.make_optimizer(
             own, config.total_steps * task.players.count(player), player if several else "",
-            input_dimensions(task))
+            task.input_dimensions)
         for player, own in optimizers.items()}
     tx, schedules = ({player: pair[i] for player, pair in made.items()} for i in range(2))
     self._create = lambda: create_state(
         task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
-    self._sharding = parallel.Sharding(sharding_rules(task), config.shard_above)
+    self._sharding = parallel.Sharding(task.sharding, config.shard_above)
     self.abstract_state = parallel.abstract_state(self._create, self.mesh, self._sharding)
     for axis in parallel.idle_axes(self.abstract_state, self.mesh):
       say(f"warning: --mesh={axis}:{self.mesh.shape[axis]} splits no parameter of {config.family}: "

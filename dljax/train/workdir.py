@@ -112,6 +112,21 @@ class Workdir:
       raise UserError(f"--workdir={self.path} holds a run with a different config: {'; '.join(differ)}; name "
                       "another --workdir, or delete it to start afresh")
 
+  def check_data(self, name: str, fingerprint: str) -> None:
+    """Raises a UserError if the run here was started on other data. Writes nothing.
+
+    Args:
+      name: the name of the data, for the message.
+      fingerprint: what `Data.fingerprint` says of the data, which is open.
+    """
+    if not self.config_file.exists():
+      return
+    old = read_json(self.config_file, fingerprint=str)["fingerprint"]
+    if old != fingerprint:
+      raise UserError(
+          f"--workdir={self.path} holds a run on other data: the fingerprint of {name} is {old!r} "
+          f"there and {fingerprint!r} here; restore the old data, or name another --workdir")
+
   def acquire(self) -> None:
     """Makes the folder and locks it until this process ends, however it ends."""
     try:
@@ -140,18 +155,21 @@ class Workdir:
       self._lock = None
 
   def start(
-      self, config: ml_collections.ConfigDict, assets: Mapping[str, Any], model: Mapping[str, Any] | None = None,
+      self, config: ml_collections.ConfigDict, assets: Mapping[str, Any], fingerprint: str,
+      model: Mapping[str, Any] | None = None,
   ) -> None:
     """Notes that a run starts or continues: config.json, model.json, and what was fitted to the data.
 
     Args:
       config: the run's config.
       assets: what was fitted to the data, by file stem.
+      fingerprint: what `Data.fingerprint` says of that data.
       model: what `interop.variants.describe` says of the run's model; None where it can say nothing.
     """
     self.result_file.unlink(missing_ok=True)
     write_json(self.config_file, {
         "format": FORMAT,
+        "fingerprint": fingerprint,
         "config": config.to_dict(),
         "command": sys.argv,
         "git_commit": _git_commit(),

@@ -1,18 +1,14 @@
-"""The digits, prepared once for all tests of this folder."""
+"""The digits, as most tests of this folder read them."""
 
 import pytest
 
-from dljax.data import sources
 from dljax.data.image import labelled
 
 
 @pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
+def digits_dir(prepared):
   """A data directory that holds both configs of digits."""
-  root = tmp_path_factory.mktemp("tfds")
-  for config in ("stratified", "by_writer"):
-    sources.prepare_embedded(f"digits/{config}", root)
-  return root
+  return prepared("digits/stratified", "digits/by_writer")
 
 
 @pytest.fixture

@@ -43,10 +43,13 @@ def test_a_sets_fingerprint_is_its_name_version_and_split_sizes(digits):
 
 class _Set(splits.DataSet):
 
-  def make(self, split, rows):
+  def pipeline(self, split, **options):
     return IndexedPipeline(
-        lambda _: InMemory({"x": np.zeros(8, np.float32)}), lambda examples, plan: examples.gather(plan, plan.rows),
-        batch_size=rows, train=split == "train", host=0, hosts=1)
+        lambda _: InMemory({"x": np.zeros(8, np.float32)}),
+        lambda examples, plan: examples.gather(plan, plan.rows), **options)
+
+  def shapes(self):
+    return {"x": ((), np.float32)}
 
 
 def test_a_set_is_opened_and_checked_once_by_many_threads(digits, monkeypatch):
@@ -72,16 +75,16 @@ def test_a_set_is_opened_and_checked_once_by_many_threads(digits, monkeypatch):
 
 
 def test_data_has_the_splits_that_the_config_names_and_the_engines_own_fields(digits):
-  data = _Set(digits).data(_Set(digits).make, {"x": ((), np.float32)}, 4, 2)
+  data = _Set(digits).pipelines(**SIZES)
   assert list(data.evals) == ["validation", "test"] and data.assets() == {} == data.context()
   data.train.open()
   batch = data.train.batch(0)
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in data.batch_spec.items()}
   digits.test = ""
-  assert list(_Set(digits).data(_Set(digits).make, {}, 4, 2).evals) == ["validation"]
+  assert list(_Set(digits).pipelines(**SIZES).evals) == ["validation"]
   for sizes, field in ((0, 2), "batch_size"), ((2, -1), "eval_batch_size"):
     with pytest.raises(UserError, match=f"^--config.{field}={min(sizes)}: give a positive"):
-      _Set(digits).data(_Set(digits).make, {}, *sizes)
+      _Set(digits).pipelines(batch_size=sizes[0], eval_batch_size=sizes[1], seed=0)
 
 
 def test_files_are_found_in_natural_order_without_hidden_ones(tmp_path):

@@ -154,7 +154,7 @@ def _write_run(path, family, preset, overrides):
   params = variables.pop("params")
   run = Workdir(path)
   path.mkdir()
-  run.start(config, {}, variants.describe(experiment.task.model))
+  run.start(config, {}, "", variants.describe(experiment.task.model))
   with Checkpointer(run.checkpoints) as checkpointer:
     checkpointer.save(1, {"params": params, "model_state": variables}, {"best_step": 1})
   variables.pop(CARRY, None)

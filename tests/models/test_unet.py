@@ -122,13 +122,6 @@ def test_the_up_convolution_is_flaxs_transposed_convolution(dtype):
   np.testing.assert_allclose(np.float32(y), np.float32(expected), tolerance, tolerance)
 
 
-def test_crop_takes_the_middle():
-  x = np.arange(2 * 9 * 7).reshape(2, 9, 7, 1)
-  np.testing.assert_array_equal(unet.crop(x, (5, 3)), x[:, 2:7, 2:5])
-  np.testing.assert_array_equal(unet.crop(x[..., 0], (9, 7)), x[..., 0])
-  np.testing.assert_array_equal(unet.crop(x, (8, 4)), x[:, :8, 1:5])  # the odd pixel is cut behind
-
-
 def _hand_on(params, name, channels):
   """Makes a convolution hand on one channel of its input, whose values are positive, as its first."""
   kernel = np.zeros_like(params[name]["kernel"])

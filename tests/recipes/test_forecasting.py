@@ -16,6 +16,7 @@ from dljax.errors import UserError
 from dljax.models import baselines
 from dljax.train.experiment import Request
 from dljax.train.state import parameter_count
+from dljax.train.workdir import Workdir
 from tests.command import refuse, run
 
 SHORT = ["--config.total_steps=60", "--config.log_every=10", "--config.eval_every=30", "--config.batch_size=32",
@@ -37,9 +38,8 @@ EXPERIMENT = SimpleNamespace(get_config=get_config, build=build, __file__=__file
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data_dir(tmp_path_factory):
-  root = tmp_path_factory.mktemp("tfds")
-  sources.prepare_embedded("temperatures", root)
+def data_dir(prepared):
+  root = prepared("temperatures")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(root))
     yield root
@@ -100,6 +100,11 @@ def test_a_run_learns_and_tells_of_its_errors(trained):
     assert len(list(csv.DictReader(file))) == 12
   normaliser = read(trained, "data/normaliser.json")
   assert normaliser["channels"] == ["seattle", "san_francisco"] and normaliser["step"] == 3600
+
+
+def test_goals_are_those_of_every_metric_of_an_evaluation(trained):
+  task = build(Workdir(trained).read_config()).task
+  assert set(read(trained)["metrics"]["validation"]) == set(task.goals)
 
 
 def test_evaluation_gives_the_same_and_takes_the_saved_normaliser(trained):

@@ -1,5 +1,6 @@
 """The experiments of language models by their command line: trained, evaluated, and made to write."""
 
+import io
 import json
 import math
 import shutil
@@ -131,6 +132,9 @@ def test_the_preview_is_a_text_from_its_beginning_and_can_be_drawn():
   draw = lambda text: next(iter(experiment.draw(inputs, {"tokens": np.array([list(text.encode())])}, {})))
   suffix, content = draw("one\ntwo \0\u4e2d")
   assert suffix == ".png" and content.startswith(b"\x89PNG") and content != draw("one")[1]
+  full = np.asarray(Image.open(io.BytesIO(draw("m" * 100)[1])))
+  assert full[:, -4:].min() == 255, "a full line is cut off"
+  assert full[:24, -24:].min() < 128
 
 
 def test_sampling_is_chosen_by_the_command_line(trained):

@@ -60,3 +60,22 @@ def test_a_text_stands_on_the_bits_that_it_took():
   longer = report.surprise(["abcdefgh\n"] * 5, [1.0] * 5, columns=4, lines=3)
   assert longer.axes[0].images[0].get_array().shape == (3, 4)
   assert report.surprise([], []).axes[0].images[0].get_array().shape == (1, 92)
+
+
+def test_a_page_has_the_lines_of_its_text_broken_at_the_last_column():
+  page = report.page("abcdefgh\n\nxy", columns=4)
+  short, line = report.page("a", columns=4), report.page("a\nb", columns=4).height
+  line -= short.height
+  assert page.size == (short.width, short.height + 3 * line) and line > 10
+  assert report.page("", columns=4).size == short.size
+  pixels = np.asarray(page)
+  assert (pixels[:8] == 255).all() and (pixels[:, :8] == 255).all()
+  inked = [(pixels[8 + i * line:8 + (i + 1) * line] < 128).any() for i in range(4)]
+  assert inked == [True, True, False, True]  # abcd, efgh, nothing, xy
+  np.testing.assert_array_equal(page, report.page("abcd\nefgh\n\nxy", columns=4))
+
+
+def test_a_page_shows_what_cannot_be_printed():
+  np.testing.assert_array_equal(report.page("a\0b"), report.page("a\N{REPLACEMENT CHARACTER}b"))
+  np.testing.assert_array_equal(report.page("\tb"), report.page("    b"))
+  assert not np.array_equal(report.page("a\0b"), report.page("a b"))

@@ -9,7 +9,7 @@ import pytest
 import sklearn.metrics
 
 from dljax.errors import UserError
-from dljax.models.unet import crop
+from dljax.ops.crop import crop
 from dljax.tasks import segmentation
 from dljax.tasks.segmentation import Segmentation
 

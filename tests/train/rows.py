@@ -1,6 +1,6 @@
 """A task that draws by row, and what it gives under every mode, mesh, accumulation and evaluation batch size.
 
-Run by test_rows.py as `python -m tests.train.rows` in two processes; prints one JSON object.
+Run by test_rows.py as `python -m tests.train.rows` in two processes; each prints one JSON object.
 """
 
 import dataclasses
@@ -144,11 +144,17 @@ def main():
   metrics, predictions = evaluated("jit", "data:4", 8)
   jax.config.update("jax_enable_x64", True)
   state, outs = trained("jit", "data:4")
-  if jax.process_index() == 0:
-    print(json.dumps({
+  i = jax.process_index()
+  places = [["a", "Łódź"], ["", "a longer one"]][i]
+  gathered = parallel.gather_hosts(
+      {"x": np.arange(2) + 2 * i, "host/group/place": np.array(places)})
+  found = {"gathered": {name: value.tolist() for name, value in gathered.items()}}
+  if i == 0:
+    found.update({
         "metrics": metrics, "predictions": predictions.tolist(),
         "losses": [[float(out["critic_loss"]), float(out["generator_loss"])] for out in outs],
-        "parameters": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)]}))
+        "parameters": [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)]})
+  print(json.dumps(found))
 
 
 if __name__ == "__main__":

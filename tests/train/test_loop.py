@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from dljax import report
+from dljax.data.image import labelled
 from dljax.data.pipeline import IndexedPipeline, InMemory
+from dljax.data.text import corpus
 from dljax.errors import Preempted, UserError
 from dljax.train import checkpoint, loop
 from dljax.train.checkpoint import Checkpointer
@@ -155,6 +158,79 @@ def test_data_that_fit_opened_is_closed_and_other_stays_open(tmp_path):
 
 
 # Being interrupted changes nothing
+
+
+class _Opened(toys.Scripted):
+  """Batches of a script that notes when it is opened."""
+
+  def __init__(self, order):
+    super().__init__(_batch)
+    self._order = order
+
+  def open(self):
+    self._order.append("opened")
+    return super().open()
+
+
+def _text(folder):
+  config = corpus.default_config()
+  config.file = str(folder / "play.txt")
+  return corpus.TextSet(config)
+
+
+def _pictures(folder, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+  config = labelled.default_config()
+  config.name = "digits/stratified"
+  return labelled.ImageSet(config)
+
+
+@pytest.mark.parametrize("kind", ["text", "set"])
+def test_a_run_is_not_resumed_on_other_data(kind, prepared, tmp_path, monkeypatch):
+  here, there = tmp_path / "here", tmp_path / "there"
+  if kind == "text":
+    here.mkdir()
+    (here / "play.txt").write_text("Speak the speech\n")
+  else:
+    part = "digits/stratified"  # the rest of the folder other workers may be writing
+    shutil.copytree(prepared(part) / part, here / part)
+    shutil.copytree(here, there)
+
+  def fit(folder):
+    order = []
+    data = _text(folder) if kind == "text" else _pictures(folder, monkeypatch)
+    real = data.pipelines(batch_size=8, eval_batch_size=8, seed=0, host=0, hosts=1)
+
+    def fingerprint():
+      order.append("asked")
+      return real.fingerprint()
+
+    experiment = toys.with_data(
+        _experiment(total_steps=2), train=_Opened(order), name=real.name, fingerprint=fingerprint)
+    try:
+      return loop.fit(experiment, tmp_path / "run", OPTIONS)
+    finally:
+      assert order[:2] == ["opened", "asked"]
+
+  fit(here)
+  config = tmp_path / "run" / "config.json"
+  old = json.loads(config.read_text())["fingerprint"]
+  if kind == "text":
+    with (here / "play.txt").open("a") as play:
+      play.write("I pray you\n")
+  else:
+    fit(there)  # the same set in another --data_dir is the same data
+    info, = here.glob("digits/stratified/*/dataset_info.json")
+    info.write_text(info.read_text().replace('"1293"', '"1292"'))
+  before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+  with pytest.raises(UserError, match="restore the old data, or name another --workdir$") as error:
+    fit(here)
+  assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+  message = str(error.value)
+  assert repr(old) in message and message.count("\n") == 0
+  new = {"text": "28 bytes, SHA-256 ", "set": "train 1292"}[kind]
+  name = {"text": str(here / "play.txt"), "set": "digits/stratified"}[kind]
+  assert new in message and new not in old and f"the fingerprint of {name} is" in message
 
 
 def test_a_run_that_is_interrupted_often_is_the_same_run(stopped_early, tmp_path):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from dljax.errors import UserError
 from dljax.models import vit
 from dljax.ops import collectives
-from dljax.tasks.base import LossOutput, dropout_key, input_dimensions, sharding_rules
+from dljax.tasks.base import LossOutput, dropout_key
 from dljax.train import inspect, parallel
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.loop import fit
@@ -225,11 +225,17 @@ def test_a_rule_for_another_rank_is_refused():
 
 def test_a_task_may_have_rules_of_its_own():
   task = dataclasses.replace(toys.digits_experiment(toys.tiny_vit()).task)
-  assert sharding_rules(task) == tuple(vit.SHARDING) and input_dimensions(task) == tuple(vit.INPUT_DIMENSIONS)
-  own = toys.Formula(params={"w": np.zeros((4, 4))}, rows=None)
-  assert sharding_rules(own) == input_dimensions(own) == ()
-  object.__setattr__(own, "sharding", [("w", (None, "fsdp"))])
-  program = Program(toys.formula_experiment(own, ONES), RunOptions(mesh=toys.MESHES["fsdp:4"]))
+  assert task.sharding == tuple(vit.SHARDING)
+  assert task.input_dimensions == tuple(vit.INPUT_DIMENSIONS)
+  params = {"w": np.zeros((4, 4))}
+  plain = toys.Formula(params=params, rows=None)
+  assert plain.sharding == plain.input_dimensions == ()
+
+  class Own(toys.Formula):
+    sharding = [("w", (None, "fsdp"))]
+
+  program = Program(toys.formula_experiment(Own(params=params, rows=None), ONES),
+                    RunOptions(mesh=toys.MESHES["fsdp:4"]))
   assert program.abstract_state.params["w"].sharding.spec == P(None, "fsdp")
 
 

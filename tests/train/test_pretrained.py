@@ -12,7 +12,6 @@ from flax import traverse_util
 
 from dljax import config as config_lib
 from dljax import interop
-from dljax.data import sources
 from dljax.errors import UserError
 from dljax.launch import convert
 from dljax.models import resnet as resnet_model
@@ -33,10 +32,8 @@ SHORT = ("--config.model.widths=16", "--config.total_steps=6", "--config.eval_ev
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  root = tmp_path_factory.mktemp("tfds")
-  sources.prepare_embedded("digits", root)
-  return root
+def data_dir(prepared):
+  return prepared("digits")
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ def _losses(outs):
 
 
 @pytest.mark.parametrize("mode, mesh, accumulation", [
-    ("jit", "data:4", 1), ("pmap", "data:4", 1), ("jit", "data:2,fsdp:2", 1), ("jit", "data:1", 4),
-    ("jit", "data:4", 2), ("pmap", "data:4", 2)])
+    ("pmap", "data:4", 2), ("jit", "data:2,fsdp:2", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("jit", "data:4", 1), ("pmap", "data:4", 1), ("jit", "data:2,fsdp:2", 1), ("jit", "data:1", 4),
+        ("jit", "data:4", 2)))])
 def test_a_step_draws_by_row(alone, mode, mesh, accumulation):
   state, outs, _ = alone
   with jax.enable_x64(True):
@@ -44,7 +45,8 @@ def test_a_step_draws_by_row(alone, mode, mesh, accumulation):
 
 
 @pytest.mark.parametrize("mode, mesh, batch_size", [
-    ("jit", "data:4", 32), ("pmap", "data:4", 8), ("jit", "data:2,fsdp:2", 8), ("jit", "data:1", 50)])
+    ("pmap", "data:4", 8), ("jit", "data:2,fsdp:2", 32), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("jit", "data:4", 32), ("jit", "data:2,fsdp:2", 8), ("jit", "data:1", 50)))])
 def test_an_evaluation_draws_by_row(alone, mode, mesh, batch_size):
   _, _, (metrics, predictions) = alone
   other, other_predictions = rows.evaluated(mode, mesh, batch_size)
@@ -62,11 +64,12 @@ def test_draws_differ_by_row_step_turn_player_and_purpose(alone):
   second = {"id": np.arange(1, 5, dtype=np.int32)}
   keys.append(dropout_key(key, second))
   assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == len(keys)
-  assert {INIT, EVALUATION}.isdisjoint(range(2**31))
+  assert all(number not in range(2**31) for number in (INIT, EVALUATION))  # a step's number is
 
 
-def test_two_processes_draw_what_one_draws(alone):
-  state, outs, (metrics, predictions) = alone
+@pytest.fixture(scope="module")
+def two_processes():
+  """What each of two processes printed."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -81,9 +84,20 @@ def test_two_processes_draw_what_one_draws(alone):
   finally:
     for process in both:
       process.kill()
-  found = json.loads(next(line for line in said[0][0].splitlines() if line.startswith("{")))
+  # The other lines are Gloo's.
+  return [json.loads(next(line for line in out.splitlines() if line.startswith("{"))) for out, _ in said]
+
+
+def test_two_processes_draw_what_one_draws(alone, two_processes):
+  state, outs, (metrics, predictions) = alone
+  found = two_processes[0]
   assert found["metrics"] == pytest.approx(metrics, rel=1e-6)
   np.testing.assert_allclose(found["predictions"], predictions, rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(found["losses"], _losses(outs), rtol=1e-12)
   for one, other in zip(jax.tree.leaves(state.params), found["parameters"], strict=True):
     np.testing.assert_allclose(other, one.ravel(), rtol=1e-12)
+
+
+def test_rows_and_their_texts_are_gathered_over_two_processes(two_processes):
+  for found in two_processes:
+    assert found["gathered"] == {"x": [0, 1, 2, 3], "host/group/place": ["a", "Łódź", "", "a longer one"]}

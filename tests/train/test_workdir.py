@@ -27,7 +27,7 @@ def begun(tmp_path):
   """A folder in which a run of `_config()` began."""
   folder = Workdir(tmp_path / "run")
   folder.acquire()
-  folder.start(_config(), {"classes": ["a", "b"]})
+  folder.start(_config(), {"classes": ["a", "b"]}, "10 bytes")
   folder.release()
   return folder
 
@@ -66,6 +66,16 @@ def test_differences_are_named_field_by_field(begun):
 def test_a_field_that_one_of_the_two_lacks_is_a_difference(begun):
   with pytest.raises(UserError, match="extra is 'not set' there and 3 here"):
     begun.check(_config(extra=3), "auto")
+
+
+def test_other_data_are_refused_by_name_and_both_fingerprints(begun, tmp_path):
+  begun.check_data("play.txt", "10 bytes")
+  Workdir(tmp_path / "fresh").check_data("play.txt", "11 bytes")
+  with pytest.raises(UserError) as error:
+    begun.check_data("play.txt", "11 bytes")
+  message = str(error.value)
+  assert "fingerprint of play.txt is '10 bytes' there and '11 bytes' here; restore the old data" in message
+  assert f"--workdir={begun.path}" in message and "\n" not in message
 
 
 def test_json_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch):

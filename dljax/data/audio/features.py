@@ -1,12 +1,13 @@
 """From a WAV file to log-mel features, and SpecAugment.
 
-Features are the logarithm of the power in bands of equal width on the mel scale, as librosa has it
-(Slaney's scale and norm, frames centred on multiples of the hop, zeros beyond the ends), then less
-the recording's mean in each band, over the recording's standard deviation.
+Features are the logarithm of the power in bands of equal width on the mel scale, as librosa
+computes it (Slaney's scale and norm, frames centred on multiples of the hop, zeros beyond the
+ends). The recording's mean in each band is subtracted, and the result divided by the recording's
+standard deviation.
 
-SpecAugment: Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech
-Recognition", its masks of time and of frequency (section 2; without time warping, which the
-authors found to matter least).
+SpecAugment (Park et al. 2019, "SpecAugment: A Simple Data Augmentation Method for Automatic Speech
+Recognition", section 2) masks spans of time and of frequency. Its time warping, which the authors
+found to matter least, is left out.
 
 Dimensions: b rows, N samples, T frames, F bands.
 """
@@ -18,36 +19,40 @@ from typing import Any
 
 import numpy as np
 
-FLOOR = 1e-10  # of a band's power, before the logarithm (librosa's)
-_SLANEY_STEP, _SLANEY_KNEE = 200 / 3, 1000  # Hz in a mel up to the knee; above it 27 mels to a factor of 6.4
+FLOOR = 1e-10  # the least power of a band, before the logarithm (librosa's)
+# A mel is 200 / 3 Hz up to the knee; above it, 27 mels are a factor of 6.4.
+_SLANEY_STEP, _SLANEY_KNEE = 200 / 3, 1000
 _SLANEY_LOG = math.log(6.4) / 27
 
 
 def read_wav(data: bytes) -> tuple[np.ndarray, int]:
-  """Samples f32[N], of both channels' mean where there are two, in [-1, 1]; and the sample rate in
-  Hz.
+  """The samples of a WAV file, f32[N] in [-1, 1], and its sample rate in Hz.
+
+  Several channels are averaged.
 
   Raises:
-    ValueError: it is no WAV file of PCM or floating-point samples, is empty, or holds what is no
-      number.
+    ValueError: it is no WAV file of PCM or floating-point samples, is empty, or holds a sample
+      that is not a finite number.
   """
   import scipy.io.wavfile
 
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", scipy.io.wavfile.WavFileWarning)  # of chunks that hold no sound
+      # It warns of chunks that hold no sound.
+      warnings.simplefilter("ignore", scipy.io.wavfile.WavFileWarning)
       rate, samples = scipy.io.wavfile.read(io.BytesIO(data))
-  except Exception as e:  # SciPy raises many kinds for a broken file
+  except Exception as e:  # SciPy raises many kinds of errors for a broken file
     reason = " ".join(str(e).split())[:100] or type(e).__name__
-    raise ValueError(f"cannot be read as a WAV file ({reason}); convert it to one of 16 bits") from e
+    raise ValueError(f"cannot be read as a WAV file ({reason}); convert it to one of 16 "
+                     "bits") from e
   return to_mono(samples), int(rate)
 
 
 def to_mono(samples: np.ndarray) -> np.ndarray:
-  """f32[N] in [-1, 1] from [N] or [N, channels] of any width, u8, signed or float.
+  """Samples [N] or [N, channels], u8, signed integers or floats -> f32[N] in [-1, 1].
 
   Raises:
-    ValueError: there are no samples, or some are no numbers.
+    ValueError: there are no samples, or one is not a finite number.
   """
   if samples.dtype == np.uint8:
     sound = (samples.astype(np.float32) - 128) / 128
@@ -59,7 +64,8 @@ def to_mono(samples: np.ndarray) -> np.ndarray:
   if not len(sound):
     raise ValueError("holds no sound (0 samples); record it again, or take it out")
   if not np.isfinite(sound).all():
-    raise ValueError(f"sample {np.argmin(np.isfinite(sound))} is not a finite number; mend it, or take it out")
+    raise ValueError(f"sample {np.argmin(np.isfinite(sound))} is not a finite number; mend it, or "
+                     "take it out")
   return sound
 
 
@@ -73,18 +79,31 @@ def resample(sound: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
   return scipy.signal.resample_poly(sound, new_rate // common, rate // common).astype(np.float32)
 
 
-def mel_filters(rate: float, fft_length: int, num_mels: int, lowest: float = 0.0, highest: float = 0.0) -> np.ndarray:
-  """f64[F, 1 + fft_length // 2]: triangles of area 1 (in Hz), evenly spaced on Slaney's mel scale.
+def mel_filters(
+    rate: float, fft_length: int, num_mels: int, lowest: float = 0.0, highest: float = 0.0,
+) -> np.ndarray:
+  """Filters that are triangles of area 1 (in Hz), evenly spaced on Slaney's mel scale.
 
-  Malcolm Slaney, "Auditory Toolbox", Interval Research Technical Report 1998-010. `highest` 0 is
-  half the rate.
+  Malcolm Slaney, "Auditory Toolbox", Interval Research Technical Report 1998-010.
+
+  Args:
+    rate: the sample rate in Hz.
+    fft_length: the number of samples in a frame.
+    num_mels: F, the number of filters.
+    lowest: the lowest frequency in Hz.
+    highest: the highest frequency in Hz; 0 is half the sample rate.
+
+  Returns:
+    f64[F, 1 + fft_length // 2], each filter's weight of each frequency.
   """
   mels = np.linspace(_mel(lowest), _mel(highest or rate / 2), num_mels + 2)
   above = _SLANEY_KNEE / _SLANEY_STEP
-  edges = np.where(mels < above, mels * _SLANEY_STEP, _SLANEY_KNEE * np.exp(_SLANEY_LOG * (mels - above)))
+  edges = np.where(mels < above, mels * _SLANEY_STEP,
+                   _SLANEY_KNEE * np.exp(_SLANEY_LOG * (mels - above)))
   frequencies = np.fft.rfftfreq(fft_length, 1 / rate)
   left, middle, right = (edges[i:i + num_mels, None] for i in range(3))
-  rising, falling = (frequencies - left) / (middle - left), (right - frequencies) / (right - middle)
+  rising = (frequencies - left) / (middle - left)
+  falling = (right - frequencies) / (right - middle)
   return np.maximum(0, np.minimum(rising, falling)) * 2 / (right - left)
 
 
@@ -100,8 +119,9 @@ def log_mel(sound: np.ndarray, filters: np.ndarray, window: int, hop: int) -> np
   Args:
     sound: f[N].
     filters: [F, 1 + fft_length // 2]; see `mel_filters`.
-    window: samples of the Hann window, in the middle of a frame of fft_length.
-    hop: samples from one frame to the next; the first is centred on the first sample.
+    window: the number of samples in the Hann window, which lies in the middle of a frame.
+    hop: the number of samples from one frame to the next; the first frame is centred on the first
+      sample.
 
   Returns:
     f32[1 + N // hop, F], computed in float64.
@@ -121,29 +141,29 @@ def log_mel(sound: np.ndarray, filters: np.ndarray, window: int, hop: int) -> np
 
 
 def normalise(features: np.ndarray) -> np.ndarray:
-  """[T, F] less the mean of each band, over the standard deviation of all."""
+  """[T, F] minus the mean of each band, divided by the standard deviation of the whole."""
   centred = features - features.mean(axis=0)
   return centred / max(float(centred.std()), 1e-5)
 
 
 def spec_augment(
-    features: np.ndarray, length: np.ndarray, draws: np.ndarray, *, time_masks: int, time_mask: int,
-    time_mask_share: float, frequency_mask: int,
+    features: np.ndarray, length: np.ndarray, draws: np.ndarray, *, time_masks: int,
+    time_mask: int, time_mask_share: float, frequency_mask: int,
 ) -> np.ndarray:
-  """Features with some frames and some bands set to 0, their mean.
+  """Sets some frames and some bands of features to 0, which is their mean.
 
   Args:
     features: f32[b, T, F].
-    length: i32[b], frames of each that are no padding.
-    draws: f[b, masks, 2] in [0, 1), which say how wide each mask is and where; the first
-      `time_masks` are of time.
-    time_masks: see there.
-    time_mask: frames, the widest.
-    time_mask_share: of each length, the widest.
-    frequency_mask: bands, the widest.
+    length: i32[b], the number of frames in each row that are no padding.
+    draws: f[b, masks, 2] in [0, 1), which decide the width and the place of each mask; the first
+      `time_masks` mask time, the others frequency.
+    time_masks: the number of masks of time.
+    time_mask: the greatest width of a mask of time, in frames.
+    time_mask_share: the greatest width of a mask of time, as a share of the row's length.
+    frequency_mask: the greatest width of a mask of frequency, in bands.
   """
   def masked(size: Any, widest: Any, draw: np.ndarray, count: int) -> np.ndarray:
-    """bool[b, count]: whether a mask lies on it."""
+    """bool[b, count]: whether each of `count` places is under a mask."""
     width = np.floor(draw[..., 0] * (np.broadcast_to(widest, draw.shape[:1])[:, None] + 1))
     start = np.floor(draw[..., 1] * (np.broadcast_to(size, draw.shape[:1])[:, None] - width + 1))
     at = np.arange(count)

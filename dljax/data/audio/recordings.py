@@ -1,12 +1,13 @@
-"""Recordings and what is said in them: log-mel features, the config that speech experiments share,
+"""Recordings and their transcripts: log-mel features, the config that speech experiments share,
 and its pipelines.
 
-A batch holds features f32[b, T, F], length i32[b] (frames that are no padding), tokens i32[b, U]
-(1 + the place of each character in `config.data.alphabet`; 0, the blank of CTC, is padding),
-token_length i32[b], mask and id (see `data/pipeline.py`). Batches have few shapes: see
-`data/ragged.py`.
+A batch holds features f32[b, T, F], length i32[b] (the number of frames that are no padding),
+tokens i32[b, U], token_length i32[b], mask and id (see `data/pipeline.py`). A token is 1 + the
+place of a character in `config.data.alphabet`; 0, the blank of CTC, is padding. Batches have few
+shapes: see `data/ragged.py`.
 
-Features are computed on the host (`data/audio/features.py`), once where a split fits into memory.
+Features are computed on the host (`data/audio/features.py`); if a split fits into memory, only
+once.
 
 Dimensions: b the host's rows, N samples, T frames, F bands, U characters.
 """
@@ -29,9 +30,11 @@ from dljax.data.audio import features
 from dljax.data.pipeline import PADDING, HostBatch, Pipeline
 from dljax.errors import UserError
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of features of one split; larger splits are read as they are needed
-FRAMES = 8  # batches are padded to multiples of so many, so that convolutions with strides see even lengths
-READ_AT_ONCE = 256  # recordings
+# Bytes of features of one split; larger splits are read as they are needed.
+MEMORY_LIMIT = 2 * 2**30
+# Bucket lengths are multiples of it, so that convolutions with strides see even lengths.
+FRAMES = 8
+READ_AT_ONCE = 256  # number of recordings
 THREADS = 8
 _SPACES = re.compile(r"\s+")
 
@@ -42,60 +45,68 @@ def default_config() -> ml_collections.ConfigDict:
   """The fields of `config.data`."""
   return ml_collections.ConfigDict({
       "name": "morse",  # a TFDS name, possibly with config and version
-      "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
+      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
+      "train": "train",
       "validation": "validation",
       "test": "test",
-      "audio_feature": "audio",  # of the set: a WAV file, or samples (TFDS' Audio)
+      "audio_feature": "audio",  # the feature with a WAV file, or with samples (TFDS's Audio)
       "text_feature": "text",
-      "alphabet": " ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",  # letters of a text take its case
-      "max_text": 32,  # characters
-      "max_frames": 800,  # of a recording
-      "sample_rate": 8000,  # Hz; recordings of another are resampled
+      "alphabet": " ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",  # a text's letters take its case
+      "max_text": 32,  # the most characters in a text
+      "max_frames": 800,  # the most frames in a recording
+      "sample_rate": 8000,  # Hz; recordings of another rate are resampled
       "window": 0.032,  # seconds
       "hop": 0.01,  # seconds
       "num_mels": 40,  # F
       "lowest": 0.0,  # Hz
       "highest": 0.0,  # Hz; 0 is half the sample rate
-      "buckets": 4,  # lengths to pad to, each of which is compiled
+      "buckets": 4,  # number of lengths to pad to; a program is compiled for each
       # SpecAugment in training; 0 masks turn it off.
       "time_masks": 0,
-      "time_mask": 20,  # frames, the widest
-      "time_mask_share": 0.2,  # of a recording, the widest
+      "time_mask": 20,  # frames, the greatest width
+      "time_mask_share": 0.2,  # share of a recording, the greatest width
       "frequency_masks": 0,
-      "frequency_mask": 6,  # bands, the widest
+      "frequency_mask": 6,  # bands, the greatest width
   })
 
 
 def validate(config: Any) -> None:
-  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  """Checks the fields of `config.data` against their ranges and each other; raises `UserError`."""
   need = functools.partial(splits.need, config)
   need("train", bool(config.train), "name the split to train on")
-  need("alphabet", len(set(config.alphabet)) == len(config.alphabet) > 0, "give each character once")
+  need("alphabet", len(set(config.alphabet)) == len(config.alphabet) > 0,
+       "give each character once")
   for field in ("max_text", "max_frames", "sample_rate", "num_mels"):
     need(field, config[field] > 0, "give a positive number")
   for field in ("hop", "window"):
-    need(field, 1 <= config[field] * config.sample_rate < math.inf, "give the seconds of at least one sample")
+    need(field, 1 <= config[field] * config.sample_rate < math.inf,
+         "give the seconds of at least one sample")
   need("highest", 0 <= config.highest <= config.sample_rate / 2,
        f"give at most {config.sample_rate / 2:g} Hz, half the sample rate; 0 is that")
-  need("lowest", 0 <= config.lowest < (config.highest or config.sample_rate / 2), "give less than the highest")
+  need("lowest", 0 <= config.lowest < (config.highest or config.sample_rate / 2),
+       "give less than the highest")
   for field in ("time_masks", "time_mask", "frequency_masks", "frequency_mask"):
     need(field, config[field] >= 0, "give 0 or more")
-  need("frequency_mask", config.frequency_mask <= config.num_mels, f"give at most {config.num_mels}, all bands")
+  need("frequency_mask", config.frequency_mask <= config.num_mels,
+       f"give at most {config.num_mels}, all bands")
   need("time_mask_share", 0 <= config.time_mask_share <= 1, "give a value from 0 to 1")
   empty = np.flatnonzero(~_filters(config).any(axis=1))
-  need("num_mels", not len(empty), f"band {empty[:1]} holds no frequency of a window of {config.window} s; give fewer "
+  need("num_mels", not len(empty),
+       f"band {empty[:1]} holds no frequency of a window of {config.window} s; give fewer "
        "bands or a longer window")
   sources.parse_name(config.name)
 
 
 def _filters(config: Any) -> np.ndarray:
   size = 2**math.ceil(math.log2(max(2, config.window * config.sample_rate)))
-  return features.mel_filters(config.sample_rate, size, config.num_mels, config.lowest, config.highest)
+  return features.mel_filters(config.sample_rate, size, config.num_mels, config.lowest,
+                              config.highest)
 
 
 def tokenize(text: str, alphabet: str) -> np.ndarray:
-  """i32[U]: 1 + the place in the alphabet of each character, which takes the case that is there;
-  single spaces.
+  """i32[U]: 1 + the place of each character in the alphabet.
+
+  A letter takes the case that the alphabet has, and white space becomes a single space.
 
   Raises:
     ValueError: a character is not in the alphabet.
@@ -105,8 +116,8 @@ def tokenize(text: str, alphabet: str) -> np.ndarray:
   for character in _SPACES.sub(" ", text).strip():
     place = places.get(character) or places.get(character.swapcase())
     if place is None:
-      raise ValueError(f"the character {character!r} of {text[:40]!r} is not in the alphabet; add it to "
-                       "--config.data.alphabet")
+      raise ValueError(f"the character {character!r} of {text[:40]!r} is not in the alphabet; add "
+                       "it to --config.data.alphabet")
     tokens.append(place)
   return np.array(tokens, np.int32)
 
@@ -114,17 +125,18 @@ def tokenize(text: str, alphabet: str) -> np.ndarray:
 def encode(
     paths: Sequence[str | np.ndarray], config: Any,
 ) -> tuple[HostBatch, list[str], list[str]]:
-  """Reads recordings as evaluation would.
+  """Reads recordings as an evaluation reads them.
 
   Args:
-    paths: WAV files, or folders, which are searched for them to the bottom; or arrays of samples
-      [N] or [N, channels] at `config.sample_rate`, integers or floats in [-1, 1]. Files of another
-      sample rate are resampled, with a warning; of stereo the mean is taken.
+    paths: the paths of WAV files or of folders, which are searched with their subfolders; or
+      arrays of samples [N] or [N, channels] at `config.sample_rate`, integers or floats in [-1,
+      1]. Files of another sample rate are resampled, with a warning. Several channels are
+      averaged.
     config: `config.data`.
 
   Returns:
-    A batch of features, length, mask and id, without rows if nothing was usable; the name of each
-    row; and one line for each file that could not be used.
+    A batch of features, length, mask and id, which has no rows if nothing was usable; the name of
+    each row; and a line for each file that could not be used.
 
   Raises:
     UserError: a path does not exist.
@@ -150,7 +162,8 @@ def encode(
   longest = -(-int(length.max(initial=1)) // FRAMES) * FRAMES
   none = np.empty((0, longest, config.num_mels), np.float32)
   return {"features": ragged.pad(found, longest) if found else none, "length": length,
-          "mask": np.ones(len(found), np.float32), "id": np.arange(len(found), dtype=np.int32)}, names, skipped
+          "mask": np.ones(len(found), np.float32),
+          "id": np.arange(len(found), dtype=np.int32)}, names, skipped
 
 
 def _check_samples(array: np.ndarray) -> np.ndarray:
@@ -166,10 +179,10 @@ class _Recordings:
   """The `ragged.RaggedExamples` of a split.
 
   Attributes:
-    lengths: i64[n], frames.
-    read: indices -> the features [T, F] of each.
-    texts: the tokens of each, i32[u].
-    max_text: U.
+    lengths: i64[n], the number of frames in each recording.
+    read: (indices) -> the features [T, F] of each.
+    texts: the tokens i32[u] of each recording.
+    max_text: U, the length that tokens are padded to.
   """
 
   lengths: np.ndarray
@@ -181,16 +194,17 @@ class _Recordings:
     return len(self.texts)
 
   def gather(self, plan: ragged.RaggedPlan, rows: np.ndarray) -> HostBatch:
-    """The batch's fields, in place of padding rows of zeros."""
+    """The fields of some rows of a batch; padding rows are zeros."""
     indices = plan.indices[rows]
     real = indices != PADDING
     read = iter(self.read(indices[real]))
     num_mels = self.read([0])[0].shape[1] if not real.all() else 0
     sounds = [next(read) if ok else np.zeros((0, num_mels), np.float32) for ok in real]
     texts = [self.texts[i] if ok else np.zeros(0, np.int32) for i, ok in zip(indices, real)]
-    count = lambda arrays: np.array([len(array) for array in arrays], np.int32)
-    return {"features": ragged.pad(sounds, plan.padded), "length": count(sounds),
-            "tokens": ragged.pad(texts, self.max_text), "token_length": count(texts)}
+    length, token_length = (
+        np.array(list(map(len, arrays)), np.int32) for arrays in (sounds, texts))
+    return {"features": ragged.pad(sounds, plan.padded), "length": length,
+            "tokens": ragged.pad(texts, self.max_text), "token_length": token_length}
 
   def close(self) -> None:
     pass
@@ -210,7 +224,8 @@ class AudioSet(splits.DataSet):
     validate(config)
     super().__init__(config)
     self._mel_filters = _filters(config)
-    self._window, self._hop = (round(config[field] * config.sample_rate) for field in ("window", "hop"))
+    self._window, self._hop = (round(config[field] * config.sample_rate)
+                               for field in ("window", "hop"))
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
@@ -220,55 +235,42 @@ class AudioSet(splits.DataSet):
                         f"such feature, but {', '.join(dataset.features)}")
     super().check(dataset)
 
-  def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-      hosts: int | None = None,
-  ) -> splits.Data:
-    """The set's pipelines; opens nothing.
-
-    Args:
-      batch_size: rows of a global training batch.
-      eval_batch_size: rows of a global evaluation batch.
-      seed: the run's seed.
-      host: this host's number and
-      hosts: how many there are; by default what JAX says.
-
-    Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the
-        config.
-    """
+  def pipeline(self, split: str, **options: Any) -> Pipeline:
+    """See `DataSet.pipeline`."""
     config = self.config
+    return ragged.RaggedPipeline(
+        functools.partial(self.open_split, split),
+        self.train_batch if options["train"] else self.batch, longest=config.max_frames,
+        flag="--config.data.max_frames", buckets=config.buckets, multiple=FRAMES, **options)
 
-    def make(split: str, rows: int) -> Pipeline:
-      train = split == "train"
-      return ragged.RaggedPipeline(
-          functools.partial(self.open_split, split), self.train_batch if train else self.batch,
-          longest=config.max_frames, flag="--config.data.max_frames", buckets=config.buckets,
-          multiple=FRAMES, batch_size=rows, seed=seed if train else 0, train=train, host=host,
-          hosts=hosts)
-
+  def shapes(self) -> splits.Shapes:
+    """See `DataSet.shapes`."""
+    config = self.config
     longest = -(-config.max_frames // FRAMES) * FRAMES
-    shapes = {"features": ((longest, config.num_mels), np.float32), "length": ((), np.int32),
-              "tokens": ((config.max_text,), np.int32), "token_length": ((), np.int32)}
-    return self.data(make, shapes, batch_size, eval_batch_size,
-                     assets=lambda: {"alphabet": list(config.alphabet)})
+    return {"features": ((longest, config.num_mels), np.float32), "length": ((), np.int32),
+            "tokens": ((config.max_text,), np.int32), "token_length": ((), np.int32)}
+
+  def fields(self) -> Mapping[str, Any]:
+    """See `DataSet.fields`."""
+    return {"assets": lambda: {"alphabet": list(self.config.alphabet)}}
 
   def features(self, sound: np.ndarray, rate: int) -> np.ndarray:
-    """f32[T, F] of a recording."""
+    """The features f32[T, F] of a recording."""
     sound = features.resample(sound, rate, self.config.sample_rate)
     return features.normalise(
         features.log_mel(sound, self._mel_filters, self._window, self._hop))
 
   def sound(self, record: Mapping[str, Any]) -> tuple[np.ndarray, int]:
-    """Samples and sample rate of a record; raises `ValueError`."""
+    """The samples and the sample rate of a record; raises `ValueError` if it holds no sound."""
     stored = record[self.config.audio_feature]
     if len(stored) and isinstance(stored[0], bytes):
       return features.read_wav(stored[0])
     rate = getattr(self.dataset.features[self.config.audio_feature], "sample_rate", None)
-    return features.to_mono(np.asarray(stored, np.int64).astype(np.int16)), rate or self.config.sample_rate
+    samples = np.asarray(stored, np.int64).astype(np.int16)
+    return features.to_mono(samples), rate or self.config.sample_rate
 
   def open_split(self, split: str, pipeline: Pipeline) -> _Recordings:
-    """Reads a split: texts and lengths, and the features too if they fit into memory."""
+    """Reads a split's texts and lengths, and also its features if they fit into memory."""
     del pipeline
     config, records = self.config, self.dataset.records(self.config[split])
     kept, size, lengths, texts, rates = [], 0, [], [], set()
@@ -279,10 +281,12 @@ class AudioSet(splits.DataSet):
           sound, rate = self.sound(record)
           texts.append(tokenize(record[config.text_feature][0].decode(), config.alphabet))
         except ValueError as e:
-          raise UserError(f"--config.data.{split}={config[split]!r}: example {index} of {config.name}: {e}") from e
+          raise UserError(f"--config.data.{split}={config[split]!r}: example {index} of "
+                          f"{config.name}: {e}") from e
         if len(texts[-1]) > config.max_text:
-          raise UserError(f"--config.data.max_text={config.max_text}: example {index} of {config.name}, {split}, has "
-                          f"{len(texts[-1])} characters; allow as many")
+          raise UserError(f"--config.data.max_text={config.max_text}: example {index} of "
+                          f"{config.name}, {split}, has {len(texts[-1])} characters; raise it to "
+                          "that")
         rates |= {rate} - {config.sample_rate}
         if size <= MEMORY_LIMIT:
           kept.append(self.features(sound, rate))
@@ -291,9 +295,11 @@ class AudioSet(splits.DataSet):
         else:
           lengths.append(1 + math.ceil(len(sound) * config.sample_rate / rate) // self._hop)
     if rates:
-      _log.warning("%s, %s: recordings of %s samples a second were resampled to %d", config.name, split,
-                   ", ".join(map(str, sorted(rates))), config.sample_rate)
-    read = functools.partial(self._read, records) if size > MEMORY_LIMIT else lambda indices: [kept[i] for i in indices]
+      _log.warning("%s, %s: recordings of %s samples a second were resampled to %d", config.name,
+                   split, ", ".join(map(str, sorted(rates))), config.sample_rate)
+    read = functools.partial(self._read, records)
+    if size <= MEMORY_LIMIT:
+      read = lambda indices: [kept[i] for i in indices]
     return _Recordings(np.array(lengths, np.int64), read, texts, config.max_text)
 
   def _read(self, records: sources.Records, indices: Sequence[int]) -> list[np.ndarray]:
@@ -310,6 +316,7 @@ class AudioSet(splits.DataSet):
     if masks:
       draws = plan.rng("spec_augment").random((len(plan.indices), masks, 2))[plan.rows]
       batch["features"] = features.spec_augment(
-          batch["features"], batch["length"], draws, time_masks=config.time_masks, time_mask=config.time_mask,
-          time_mask_share=config.time_mask_share, frequency_mask=config.frequency_mask)
+          batch["features"], batch["length"], draws, time_masks=config.time_masks,
+          time_mask=config.time_mask, time_mask_share=config.time_mask_share,
+          frequency_mask=config.frequency_mask)
     return batch

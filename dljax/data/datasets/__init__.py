@@ -16,7 +16,8 @@ def _builders(**places: tuple[str, str]) -> Mapping[str, Callable[[], type]]:
   return {name: functools.partial(_builder, *place) for name, place in places.items()}
 
 
-# Set -> () -> its builder. These ship with Python or a dependency, and prepare themselves.
+# Set -> () -> its builder. These sets ship with Python or a dependency, and are prepared when they
+# are opened.
 EMBEDDED = _builders(
     digits=("digits", "Digits"),
     digit_scenes=("digit_scenes", "DigitScenes"),
@@ -24,7 +25,7 @@ EMBEDDED = _builders(
     temperatures=("series", "Temperatures"),
     morse=("morse", "Morse"))
 
-# These are made of files that `python -m dljax.data.prepare` downloads.
+# These sets are made of files that `python -m dljax.data.prepare` downloads.
 DOWNLOADED = _builders(
     mnist=("stock", "Mnist"),
     fashion_mnist=("stock", "FashionMnist"),

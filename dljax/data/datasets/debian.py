@@ -1,4 +1,4 @@
-"""Debian packages, read without Debian."""
+"""Reads Debian packages on any system."""
 
 import io
 import tarfile
@@ -7,17 +7,18 @@ from pathlib import Path
 
 
 def files(path: Path) -> Iterator[tuple[str, bytes]]:
-  """The files of a package, by their path without a leading slash.
+  """The files in a package, each with its path without a leading slash.
 
   A package is an `ar` archive that holds a tar archive data.tar.* (deb(5)).
 
   Raises:
-    ValueError: it is no such package.
+    ValueError: the file at `path` is no such package.
   """
   data = path.read_bytes()
   position, found = 8, False
   while data[:8] == b"!<arch>\n" and position + 60 <= len(data):
-    name, size = data[position:position + 16].decode().strip(" /"), int(data[position + 48:position + 58])
+    name = data[position:position + 16].decode().strip(" /")
+    size = int(data[position + 48:position + 58])
     position += 60
     if name.startswith("data.tar"):
       found = True
@@ -31,10 +32,10 @@ def files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def read_package(path: Path, member: str) -> bytes:
-  """One file of a package.
+  """The content of one file in a package.
 
   Raises:
-    ValueError: it is no package, or the file is not in it.
+    ValueError: the file at `path` is no package, or `member` is not in it.
   """
   for name, content in files(path):
     if name == member:

@@ -1,14 +1,17 @@
-"""The emoji of the font Noto Color Emoji, as a TFDS set: pictures with transparency, names and groups.
+"""The emoji of the font Noto Color Emoji, as a TFDS set: pictures with transparency, names and
+groups.
 
-The pictures are the font's own, 136 pixels wide and 128 high, one for each emoji that Unicode 15.0 recommends
-(the "fully-qualified" lines of emoji-test.txt), skin tones, professions, families and flags included. Both files
-come from Debian 12: the packages fonts-noto-color-emoji 2.042 (SIL Open Font License 1.1) and unicode-data 15.0.0.
-Those that are installed are taken if they are the same files, else those of the packages.
+The pictures are the font's own, 136 pixels wide and 128 high. There is one for each emoji that
+Unicode 15.0 recommends (the "fully-qualified" lines of emoji-test.txt), including skin tones,
+professions, families and flags. Both files come from Debian 12: from the packages
+fonts-noto-color-emoji 2.042 (SIL Open Font License 1.1) and unicode-data 15.0.0. If the same files
+are installed, they are used; otherwise the packages are read.
 
-Splits. What looks alike is in one split: emoji that differ in skin tone, in the sex of a person, in what follows a
-colon in the name ("family: man, woman, boy"; but not flags and keycaps), and those with the same picture (the flags
-of Norway and Svalbard). From every group, families in an order drawn by a hash go to the test until it has 15 % of the
-group's pictures, then to validation until it has 10 %.
+Splits. Emoji that look alike form a family, which is in one split: those that differ only in skin
+tone, in the sex of a person or in the name after a colon ("family: man, woman, boy", but not flags
+and keycaps), and those with the same picture (the flags of Norway and Svalbard). From every group,
+families in an order drawn by a hash go to the test until it has 15 % of the group's pictures, and
+then to validation until it has 10 %.
 """
 
 import collections
@@ -24,8 +27,8 @@ import tensorflow_datasets as tfds
 
 from dljax.data.datasets.debian import read_package
 
-GROUPS = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
-          "Objects", "Symbols", "Flags")
+GROUPS = ("Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink",
+          "Travel & Places", "Activities", "Objects", "Symbols", "Flags")
 SHARES = {"test": 0.15, "validation": 0.10}
 
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -49,12 +52,12 @@ HEIGHT, WIDTH = 128, 136
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-  """One emoji, as emoji-test.txt has it.
+  """An emoji in emoji-test.txt.
 
   Attributes:
-    codepoints: the sequence of code points.
-    name: its short name (CLDR).
-    group, subgroup: where it stands.
+    codepoints: the emoji's sequence of code points.
+    name: the emoji's short name (CLDR).
+    group, subgroup: the group and the subgroup that list it.
   """
 
   codepoints: tuple[int, ...]
@@ -64,12 +67,12 @@ class Emoji:
 
 
 def spell(codepoints: Iterable[int]) -> str:
-  """As "1F44B 1F3FB"."""
+  """Code points as a text like "1F44B 1F3FB"."""
   return " ".join(f"{code:04X}" for code in codepoints)
 
 
 def parse_names(text: str) -> list[Emoji]:
-  """The fully-qualified emoji of an emoji-test.txt (Unicode Technical Standard 51)."""
+  """The fully-qualified emoji in the text of an emoji-test.txt (Unicode Technical Standard 51)."""
   found, group, subgroup = [], "", ""
   for line in text.splitlines():
     if line.startswith("# group: "):
@@ -77,15 +80,16 @@ def parse_names(text: str) -> list[Emoji]:
     elif line.startswith("# subgroup: "):
       subgroup = line.removeprefix("# subgroup: ").strip()
     elif match := re.fullmatch(r"([0-9A-F ]+?)\s*; fully-qualified\s*# \S+ E[\d.]+ (.+)", line):
-      found.append(Emoji(tuple(int(code, 16) for code in match[1].split()), match[2], group, subgroup))
+      found.append(Emoji(tuple(int(code, 16) for code in match[1].split()), match[2], group,
+                         subgroup))
   return found
 
 
 class Font:
-  """The bitmaps of a colour font (tables CBLC and CBDT of OpenType) by sequence of code points.
+  """The bitmaps of a colour font (OpenType's tables CBLC and CBDT), by sequence of code points.
 
   Args:
-    data: the font file.
+    data: the bytes of the font file.
   """
 
   def __init__(self, data: bytes):
@@ -93,7 +97,7 @@ class Font:
 
     font = TTFont(io.BytesIO(data), lazy=True)
     self._glyphs = font.getBestCmap()
-    self._ligatures = {}  # glyphs -> the glyph that is drawn for them in a row
+    self._ligatures = {}  # a sequence of glyphs -> the glyph that is drawn for it
     for lookup in font["GSUB"].table.LookupList.Lookup if "GSUB" in font else ():
       for table in lookup.SubTable:
         for first, ligatures in getattr(table, "ligatures", {}).items():
@@ -102,7 +106,7 @@ class Font:
     self._bitmaps = font["CBDT"].strikeData[0]
 
   def bitmap(self, codepoints: Sequence[int]) -> bytes | None:
-    """The PNG file drawn for a sequence; None where the font has no picture of the whole."""
+    """The PNG file for a sequence of code points; None if the font has no picture of the whole."""
     for variant in (tuple(codepoints), tuple(code for code in codepoints if code != EMOJI_STYLE)):
       glyphs = tuple(self._glyphs.get(code) for code in variant)
       glyph = glyphs[0] if len(glyphs) == 1 else self._ligatures.get(glyphs)
@@ -112,14 +116,14 @@ class Font:
 
 
 def families(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> list[list[int]]:
-  """Positions of emoji that look alike, and so must be in one split.
+  """The families of emoji that look alike, and so must be in one split.
 
   Args:
-    emoji: all of them.
-    pictures: of each.
+    emoji: all emoji.
+    pictures: the picture of each.
 
   Returns:
-    Families in order of their first member, with their members in order.
+    The positions of each family's members, ascending; the families in order of their first member.
   """
   parent = list(range(len(emoji)))
 
@@ -140,7 +144,7 @@ def families(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> list[list[int
 
 
 def _plain(codepoints: Iterable[int]) -> tuple[int, ...]:
-  """Without skin tone, and with a person in place of a man or a woman."""
+  """The code points without skin tones, and with a person in place of a man or a woman."""
   codes: list[int] = []
   for code in codepoints:
     if code in (MALE, FEMALE) and codes[-1:] == [JOINER]:
@@ -151,13 +155,13 @@ def _plain(codepoints: Iterable[int]) -> tuple[int, ...]:
 
 
 def _base_name(emoji: Emoji) -> str:
-  """What stands before the colon; of flags and keycaps, which differ in nothing else, the whole name."""
+  """The name up to its colon; the whole name for flags and keycaps, which differ after it."""
   name, _, _ = emoji.name.partition(":")
   return emoji.name if name in ("flag", "keycap") else name
 
 
 def split(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> dict[str, list[int]]:
-  """Split name -> positions, as this file's docstring says."""
+  """Split name -> positions of its emoji; see this file's docstring."""
   def draw(family: list[int]) -> str:
     return hashlib.sha256(emoji[family[0]].name.encode()).hexdigest()
 
@@ -177,8 +181,9 @@ def split(emoji: Sequence[Emoji], pictures: Sequence[bytes]) -> dict[str, list[i
 
 
 def installed(root: Path = Path("/")) -> bool:
-  """Whether both files are installed as this set is made of them."""
-  return all((root / path).is_file() and hashlib.sha256((root / path).read_bytes()).hexdigest() == checksum
+  """Whether the very files that this set is made of are installed."""
+  return all((root / path).is_file()
+             and hashlib.sha256((root / path).read_bytes()).hexdigest() == checksum
              for path, checksum in SHA256.items())
 
 
@@ -188,17 +193,19 @@ with tfds.core.registered.skip_registration():
     """See this file's docstring.
 
     Args:
-      folder: holds the packages; None takes what is installed.
+      folder: the folder of the packages; None reads the installed files.
     """
 
     name = "emoji"
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = {url: tfds.download.checksums.UrlInfo(size=size, checksum=checksum, filename=url.rpartition("/")[2])
-                 for url, (_, size, checksum) in PACKAGES.items()}
+    url_infos = {
+        url: tfds.download.checksums.UrlInfo(
+            size=size, checksum=checksum, filename=url.rpartition("/")[2])
+        for url, (_, size, checksum) in PACKAGES.items()}
 
     @staticmethod
     def installed() -> bool:
-      """Whether None will do for `folder`."""
+      """Whether `folder` can be None."""
       return installed()
 
     def __init__(self, *, folder: Path | None, **kwargs: Any):
@@ -235,9 +242,9 @@ with tfds.core.registered.skip_registration():
       del split
       for emoji, picture in examples:
         codepoints = spell(emoji.codepoints)
-        yield codepoints, {
-            "image": Image.open(io.BytesIO(picture)).convert("RGBA"), "label": emoji.group, "name": emoji.name,
-            "subgroup": emoji.subgroup, "codepoints": codepoints}
+        yield codepoints, {"image": Image.open(io.BytesIO(picture)).convert("RGBA"),
+                           "label": emoji.group, "name": emoji.name, "subgroup": emoji.subgroup,
+                           "codepoints": codepoints}
 
     def _read(self, member: str) -> bytes:
       if self._folder is None:

@@ -1,15 +1,17 @@
 """Time series as TFDS sets: one split, "series", whose only example is the whole series.
 
-time      i64[T], seconds from the start of 1970 by the clock of the place, rising
-values    f32[T, C], NaN where there is none
-channels  C names
+time      i64[T], seconds since 1970 by the local clock, ascending
+values    f32[T, C], NaN where a value is missing
+channels  the names of the C channels
 
-temperatures: the hourly temperatures of Seattle and San Francisco in degrees Fahrenheit that the package vega_datasets
-ships (seattle-temps.csv and sf-temps.csv). The files call them those of 2010; they are as smooth as averages of many
-years, which hourly climate normals of NOAA (1981 to 2010) are. 8759 rows: the hour that summer time skips is missing.
+temperatures: the hourly temperatures of Seattle and San Francisco, in degrees Fahrenheit, that the
+package vega_datasets ships (seattle-temps.csv and sf-temps.csv). The files date them 2010, but
+they are as smooth as averages over many years, such as NOAA's hourly climate normals (1981 to
+2010). There are 8759 rows: the hour that summer time skips is missing.
 
-etth1: load and oil temperature of a transformer, 7 channels, hourly for two years. Haoyi Zhou et al. "Informer: Beyond
-Efficient Transformer for Long Sequence Time-Series Forecasting", 2021. https://arxiv.org/abs/2012.07436
+etth1: load and oil temperature of a transformer, 7 channels, hourly for two years. Haoyi Zhou et
+al. "Informer: Beyond Efficient Transformer for Long Sequence Time-Series Forecasting", 2021.
+https://arxiv.org/abs/2012.07436
 """
 
 import importlib.util
@@ -29,11 +31,11 @@ ETTH1_CHANNELS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 
 
 def _temperatures_folder() -> Path:
-  """Where the package's files lie; found without importing it, which would import pandas."""
+  """The package's folder, found without importing the package, which would import pandas."""
   spec = importlib.util.find_spec("vega_datasets")
   if spec is None:
-    raise UserError("--config.data.name: temperatures are those of the package vega_datasets, which is not installed; "
-                    "run `pip install vega_datasets`")
+    raise UserError("--config.data.name: temperatures are those of the package vega_datasets, "
+                    "which is not installed; run `pip install vega_datasets`")
   return Path(spec.submodule_search_locations[0]) / "_data"
 
 
@@ -63,7 +65,8 @@ with tfds.core.registered.skip_registration():
 
     def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
       read = self._read()
-      yield 0, {"time": read.times, "values": read.values.astype(np.float32), "channels": list(self.channels)}
+      yield 0, {"time": read.times, "values": read.values.astype(np.float32),
+                "channels": list(self.channels)}
 
   class Temperatures(_Series):
     name = "temperatures"
@@ -74,11 +77,13 @@ with tfds.core.registered.skip_registration():
       folder = _temperatures_folder()
       parts = [table.read_csv(folder / file, "date", ["temp"]) for file in TEMPERATURES.values()]
       if not np.array_equal(parts[0].times, parts[1].times):
-        raise UserError(f"{folder}: the two files have other times; run `pip install vega_datasets==0.9.0`")
-      return table.Series(self.name, self.channels, parts[0].times, np.concatenate([p.values for p in parts], axis=1))
+        raise UserError(f"{folder}: the two files have different times; run `pip install "
+                        "vega_datasets==0.9.0`")
+      return table.Series(self.name, self.channels, parts[0].times,
+                          np.concatenate([p.values for p in parts], axis=1))
 
   class Etth1(_Series):
-    """Of the file ETTh1.csv in `folder`."""
+    """The series in the file ETTh1.csv, which is in `folder`."""
 
     name = "etth1"
     channels = ETTH1_CHANNELS

@@ -1,8 +1,8 @@
-"""TFDS's own mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare, read without TensorFlow.
+"""TFDS's own mnist, fashion_mnist, cifar10, cifar100 and tiny_shakespeare, without TensorFlow.
 
-Each is a subclass of the stock builder that keeps its name, version, features, splits and checksums; only the
-reading of files is replaced. Where TFDS would download, these take files that `dljax.data.prepare` has
-fetched and verified.
+Each is a subclass of TFDS's builder, with the same name, version, features, splits and checksums;
+only the reading of files is replaced. Where TFDS would download files, these builders take files
+that `dljax.data.prepare` has downloaded and verified.
 """
 
 import gzip
@@ -20,13 +20,13 @@ from dljax.data.text.corpus import split_text
 
 
 class _LocalFiles:
-  """Stands in for TFDS's download manager: a URL is the file of its name in `folder`."""
+  """Replaces TFDS's download manager: a URL stands for the file in `folder` that has its name."""
 
   def __init__(self, folder: Path):
     self._folder = folder
 
   def download_and_extract(self, urls: Any) -> Any:
-    """The paths of gzip files, which are read as they are, or the folder that a tar file was unpacked to."""
+    """The path of a gzip file, which stays packed, or of the folder of an unpacked tar file."""
     if isinstance(urls, dict):
       return {key: self.download_and_extract(url) for key, url in urls.items()}
     path = self._folder / urls.rpartition("/")[2]
@@ -39,7 +39,7 @@ class _LocalFiles:
 
 
 class _FromFiles:
-  """Mixed into a stock builder: `folder` holds the files that the stock builder would download."""
+  """A mixin for a builder of TFDS; `folder` holds the files that the builder would download."""
 
   def __init__(self, *, folder: Path, **kwargs: Any):
     self._folder = folder
@@ -50,7 +50,7 @@ class _FromFiles:
 
 
 class _Idx(_FromFiles):
-  """Files of the format of http://yann.lecun.com/exdb/mnist/."""
+  """Reads files in the format of http://yann.lecun.com/exdb/mnist/."""
 
   def _generate_examples(
       self, num_examples: int, data_path: str, label_path: str) -> Iterator[tuple[int, Any]]:
@@ -62,24 +62,28 @@ class _Idx(_FromFiles):
 
 
 class _CifarBinary(_FromFiles):
-  """Files of the binary version of https://www.cs.toronto.edu/~kriz/cifar.html."""
+  """Reads the binary version of https://www.cs.toronto.edu/~kriz/cifar.html."""
 
-  def _generate_examples(self, split_prefix: str, filepaths: Iterator[str]) -> Iterator[tuple[int, Any]]:
+  def _generate_examples(
+      self, split_prefix: str, filepaths: Iterator[str],
+  ) -> Iterator[tuple[int, Any]]:
     from PIL import Image
 
     keys = self._cifar_info.label_keys
     index = 0
     for path in filepaths:
-      records = np.frombuffer(Path(path).read_bytes(), np.uint8).reshape(-1, len(keys) + 3 * 32 * 32)
+      records = np.frombuffer(Path(path).read_bytes(), np.uint8)
+      records = records.reshape(-1, len(keys) + 3 * 32 * 32)
       for record in records:
         labels = {key: int(label) for key, label in zip(keys, record)}
         image = np.ascontiguousarray(record[len(keys):].reshape(3, 32, 32).transpose(1, 2, 0))
-        yield index, {**labels, "id": f"{split_prefix}{index:05d}", "image": Image.fromarray(image)}
+        yield index, {**labels, "id": f"{split_prefix}{index:05d}",
+                      "image": Image.fromarray(image)}
         index += 1
 
 
 def read_idx(path: str) -> np.ndarray:
-  """uint8[n, ...] from a gzipped IDX file: two zero bytes, type, rank, big-endian sizes, values."""
+  """uint8[n, ...] in a gzipped IDX file: two zero bytes, type, rank, big-endian sizes, values."""
   data = gzip.decompress(Path(path).read_bytes())
   zero, kind, rank = int.from_bytes(data[:2]), data[2], data[3]
   if zero or kind != 8:
@@ -110,6 +114,6 @@ with tfds.core.registered.skip_registration():
     name = "tiny_shakespeare"
     url_infos = tiny_shakespeare.Builder.url_infos
 
-    def _split_generators(self, dl_manager):  # the stock one reads the file by TensorFlow
+    def _split_generators(self, dl_manager):  # TFDS's own reads the file by TensorFlow
       parts = split_text((self._folder / "input.txt").read_text("utf-8"))
       return {split: self._generate_examples(split, part) for split, part in parts.items()}

@@ -1,1 +1,1 @@
-"""Images: labelled ones, scenes with boxes and masks, and what is done to their pixels."""
+"""Images: labelled images, scenes with boxes and masks, and the transforms of their pixels."""

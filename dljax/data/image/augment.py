@@ -1,7 +1,8 @@
-"""Image transforms in NumPy, on the host. Every function is pure: what is random about it is an argument.
+"""Image transforms in NumPy, on the host. Every function is pure: its random numbers are
+arguments.
 
-Dimension letters: N images, H height, W width, C channels (1 or 3). Images are uint8 0..255, except where a
-function says f32; then they are on the same scale, not yet normalised.
+Dimension letters: N images, H height, W width, C channels (1 or 3). Images are uint8 from 0 to
+255. Where a function says f32, they are on the same scale, not yet normalised.
 """
 
 import functools
@@ -14,14 +15,15 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
 
   Args:
     images: uint8 or f32 [N, H, W, C].
-    mean: of each channel, in units of 1.
-    std: likewise.
+    mean: the mean of each channel, where white is 1.
+    std: the standard deviation of each channel, where white is 1.
 
   Returns:
     f32[N, H, W, C].
   """
   _, _, w, c = images.shape
-  # One factor per value of a row of pixels: with one per channel, NumPy's inner loop would have 3 elements.
+  # There is a factor for each value in a row of pixels: with one for each channel, NumPy's inner
+  # loop would have 3 elements only.
   shift, scale = _factors(tuple(mean), tuple(std), w if c > 1 else 1)
   out = images.reshape(-1, w * c).astype(np.float32)
   out -= shift
@@ -30,13 +32,16 @@ def normalise(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
 
 
 @functools.lru_cache(maxsize=16)
-def _factors(mean: tuple[float, ...], std: tuple[float, ...], repeats: int) -> tuple[np.ndarray, np.ndarray]:
-  spread = lambda per_channel: 255 * np.tile(np.asarray(per_channel, np.float32), repeats)
-  return spread(mean), 1 / spread(std)
+def _factors(
+    mean: tuple[float, ...], std: tuple[float, ...], repeats: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  shift, spread = (
+      255 * np.tile(np.asarray(values, np.float32), repeats) for values in (mean, std))
+  return shift, 1 / spread
 
 
 def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
-  """[N, H, W, C] -> [N, height, width, C], centred on black; not smaller than the images are."""
+  """[N, H, W, C] -> [N, height, width, C]: the images, centred on a larger black canvas."""
   n, h, w, c = images.shape
   out = np.zeros((n, height, width, c), images.dtype)
   top, left = (height - h) // 2, (width - w) // 2
@@ -44,14 +49,16 @@ def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
   return out
 
 
-def resize(image: np.ndarray, height: int, width: int, box: tuple[float, ...] | None = None) -> np.ndarray:
-  """Bilinear, with antialiasing where it shrinks (as Pillow and torchvision do it).
+def resize(
+    image: np.ndarray, height: int, width: int, box: tuple[float, ...] | None = None,
+) -> np.ndarray:
+  """Resizes bilinearly, with antialiasing where it shrinks (as Pillow and torchvision do it).
 
   Args:
     image: uint8[H, W, C].
-    height: of the result.
-    width: of the result.
-    box: the part to take, (left, top, right, bottom); by default all.
+    height: the height of the result.
+    width: the width of the result.
+    box: the part to take, (left, top, right, bottom); by default the whole image.
 
   Returns:
     uint8[height, width, C].
@@ -62,16 +69,16 @@ def resize(image: np.ndarray, height: int, width: int, box: tuple[float, ...] | 
 
 
 def centre_crop(image: np.ndarray, height: int, width: int, fraction: float) -> np.ndarray:
-  """The central part of an image, of the aspect ratio asked for, resized.
+  """Cuts out the centre of an image, in the aspect ratio of the result, and resizes it.
 
-  The same as resizing the shorter side to `height / fraction` and cropping the centre (Krizhevsky et al.,
-  2012; 256 and 224 pixels are a fraction of 0.875), without rounding in between.
+  This equals resizing the shorter side to `height / fraction` and cropping the centre (Krizhevsky
+  et al., 2012; 256 and 224 pixels are a fraction of 0.875), without the rounding in between.
 
   Args:
     image: uint8[H, W, C].
-    height: of the result.
-    width: of the result.
-    fraction: how much of the longest possible crop to take, in (0, 1].
+    height: the height of the result.
+    width: the width of the result.
+    fraction: the share to take of the sides of the largest possible crop, in (0, 1].
 
   Returns:
     uint8[height, width, C].
@@ -84,12 +91,12 @@ def centre_crop(image: np.ndarray, height: int, width: int, fraction: float) -> 
 
 
 def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Centred on black; an image that is too large is shrunk first, keeping its aspect ratio.
+  """Centres an image on black; one that is too large is shrunk first, in its aspect ratio.
 
   Args:
     image: uint8[H, W, C].
-    height: of the result.
-    width: of the result.
+    height: the height of the result.
+    width: the width of the result.
 
   Returns:
     uint8[height, width, C].
@@ -107,11 +114,11 @@ def random_crop_box(
   """Where a random resized crop lies (Szegedy et al., 2015, "Going Deeper with Convolutions").
 
   Args:
-    height: of the image.
-    width: of the image.
-    area: f[K], candidates for the share of the image's area; the first that fits is taken.
-    log_ratio: f[K], and for the logarithm of width over height.
-    position: f[2] in [0, 1), where the crop lies within its vertical and horizontal play.
+    height: the height of the image.
+    width: the width of the image.
+    area: f[K], candidates for the crop's share of the image's area; the first that fits is taken.
+    log_ratio: f[K], candidates for the logarithm of the crop's width over its height.
+    position: f[2] in [0, 1), where the crop lies between top and bottom, and left and right.
 
   Returns:
     (left, top, right, bottom), in pixels; the whole image if no candidate fits.
@@ -127,14 +134,16 @@ def random_crop_box(
   return left, top, left + int(widths[k]), top + int(heights[k])
 
 
-def pad_and_crop(images: np.ndarray, padding: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """Pads with black and crops to the old size: a shift (He et al., 2015, section 4.2; 4 pixels for CIFAR).
+def pad_and_crop(
+    images: np.ndarray, padding: int, down: np.ndarray, right: np.ndarray,
+) -> np.ndarray:
+  """Pads with black and crops to the old size (He et al., 2015, section 4.2; 4 pixels for CIFAR).
 
   Args:
     images: [N, H, W, C].
-    padding: pixels on each side.
+    padding: the number of pixels on each side.
     down: i[N] in [-padding, padding], how far the window moves down.
-    right: likewise.
+    right: i[N] in [-padding, padding], how far the window moves to the right.
 
   Returns:
     [N, H, W, C].
@@ -156,13 +165,14 @@ def flip(images: np.ndarray, which: np.ndarray) -> np.ndarray:
 def color_jitter(
     images: np.ndarray, brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray,
 ) -> np.ndarray:
-  """Blends with black, then with the mean grey, then with the grey picture (Howard, 2013, arXiv:1312.5402).
+  """Blends with black, then with the mean grey, then with the grey picture (Howard, 2013,
+  arXiv:1312.5402).
 
   Args:
     images: [N, H, W, C]; with one channel there is no saturation.
-    brightness: f[N], 1 leaves the image alone, 0 gives black.
-    contrast: f[N], 0 gives the mean grey.
-    saturation: f[N], 0 gives the grey picture.
+    brightness: f[N]; 1 leaves the image as it is, 0 gives black.
+    contrast: f[N]; 1 leaves the image as it is, 0 gives the mean grey.
+    saturation: f[N]; 1 leaves the image as it is, 0 gives the grey picture.
 
   Returns:
     f32[N, H, W, C] in [0, 255].
@@ -184,15 +194,17 @@ def grey(images: np.ndarray) -> np.ndarray:
   return images.astype(np.float32) @ np.array([[0.299], [0.587], [0.114]], np.float32)
 
 
-def cutout(images: np.ndarray, y: np.ndarray, x: np.ndarray, size: int, fill: np.ndarray) -> np.ndarray:
-  """Covers a square, clipped at the borders (DeVries and Taylor, 2017, arXiv:1708.04552).
+def cutout(
+    images: np.ndarray, y: np.ndarray, x: np.ndarray, size: int, fill: np.ndarray,
+) -> np.ndarray:
+  """Covers a square that is clipped at the borders (DeVries and Taylor, 2017, arXiv:1708.04552).
 
   Args:
     images: [N, H, W, C].
-    y: i[N] in [0, H), the centre's row.
-    x: i[N] in [0, W), the centre's column.
-    size: of the square, pixels.
-    fill: f[C], the colour; the paper's is 0 after normalisation, the mean.
+    y: i[N] in [0, H), the row of the square's centre.
+    x: i[N] in [0, W), the column of the square's centre.
+    size: the side of the square in pixels.
+    fill: f[C], the square's colour; the paper takes the mean, which is 0 after normalisation.
 
   Returns:
     f32[N, H, W, C].
@@ -204,20 +216,22 @@ def cutout(images: np.ndarray, y: np.ndarray, x: np.ndarray, size: int, fill: np
 
 
 def mixup(images: np.ndarray, partners: np.ndarray, weight: float) -> np.ndarray:
-  """`weight * images + (1 - weight) * partners` (Zhang et al., 2018, arXiv:1710.09412), f32."""
+  """`weight * images + (1 - weight) * partners`, f32 (Zhang et al., 2018, arXiv:1710.09412)."""
   weight = np.float32(weight)
   return weight * images + (1 - weight) * partners
 
 
-def cutmix_box(height: int, width: int, weight: float, y: float, x: float) -> tuple[int, int, int, int]:
-  """Where CutMix pastes (Yun et al., 2019, arXiv:1905.04899, equation 2).
+def cutmix_box(
+    height: int, width: int, weight: float, y: float, x: float,
+) -> tuple[int, int, int, int]:
+  """The box that CutMix pastes (Yun et al., 2019, arXiv:1905.04899, equation 2).
 
   Args:
-    height: of the image.
-    width: of the image.
+    height: the height of the image.
+    width: the width of the image.
     weight: lambda, the share of the image that should stay.
-    y: the centre, in [0, 1).
-    x: likewise.
+    y: the vertical place of the box's centre, in [0, 1).
+    x: the horizontal place of the box's centre, in [0, 1).
 
   Returns:
     (top, bottom, left, right), clipped at the borders.
@@ -230,16 +244,17 @@ def cutmix_box(height: int, width: int, weight: float, y: float, x: float) -> tu
 
 
 def cutmix(
-    images: np.ndarray, partners: np.ndarray, box: tuple[int, int, int, int]) -> tuple[np.ndarray, float]:
-  """Pastes a box of the partners.
+    images: np.ndarray, partners: np.ndarray, box: tuple[int, int, int, int],
+) -> tuple[np.ndarray, float]:
+  """Pastes a box of the partners into the images.
 
   Args:
     images: [N, H, W, C].
-    partners: likewise.
+    partners: [N, H, W, C].
     box: (top, bottom, left, right).
 
   Returns:
-    The images, and the share that stayed: the weight of the own label.
+    The mixed images, and the share of each image that stayed: the weight of its own label.
   """
   top, bottom, left, right = box
   out = images.copy()
@@ -247,8 +262,8 @@ def cutmix(
   return out, 1 - (bottom - top) * (right - left) / (images.shape[1] * images.shape[2])
 
 
-# RandAugment (Cubuk et al., 2020, arXiv:1909.13719): the paper's 14 operations, with the ranges and the scale
-# of torchvision.transforms.RandAugment, where magnitude 30 is the strongest.
+# RandAugment (Cubuk et al., 2020, arXiv:1909.13719) has the paper's 14 operations, with the ranges
+# and the scale of torchvision.transforms.RandAugment, where magnitude 30 is the strongest.
 RANDAUGMENT_OPS = (
     "identity", "autocontrast", "equalize", "rotate", "solarize", "posterize", "color", "contrast",
     "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
@@ -256,14 +271,16 @@ MAX_MAGNITUDE = 30.0
 MAX_LAYERS = 10  # the paper uses up to 3
 
 
-def rand_augment(image: np.ndarray, ops: np.ndarray, signs: np.ndarray, magnitude: float) -> np.ndarray:
+def rand_augment(
+    image: np.ndarray, ops: np.ndarray, signs: np.ndarray, magnitude: float,
+) -> np.ndarray:
   """Applies operations one after another.
 
   Args:
     image: uint8[H, W, C].
     ops: i[layers], indices into `RANDAUGMENT_OPS`.
-    signs: i[layers], 1 or -1: the direction, for operations that have one.
-    magnitude: in [0, 30]; at 0 all but autocontrast and equalize leave the image alone.
+    signs: i[layers], 1 or -1: the direction of operations that have one.
+    magnitude: the strength in [0, 30]; at 0 only autocontrast and equalize change the image.
 
   Returns:
     uint8[H, W, C].
@@ -279,7 +296,7 @@ def _apply(pil, op: str, sign: int, strength: float):
 
   enhancers = {"color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast,
                "brightness": ImageEnhance.Brightness, "sharpness": ImageEnhance.Sharpness}
-  shift = 150 / 331 * strength * sign  # of the image's size
+  shift = 150 / 331 * strength * sign  # a share of the image's size
   shear = 0.3 * strength * sign
   if op in enhancers:
     return enhancers[op](pil).enhance(1 + 0.9 * strength * sign)
@@ -306,5 +323,5 @@ def _to_pil(image: np.ndarray):
 
 
 def _from_pil(pil) -> np.ndarray:
-  array = np.array(pil)  # a copy that may be written to
+  array = np.array(pil)  # a copy, which may be written to
   return array if array.ndim == 3 else array[..., None]

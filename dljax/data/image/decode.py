@@ -1,8 +1,7 @@
-"""The one way from a file to an image, for training and evaluation, for the user's own files and
-for masks.
+"""From a file to an image: in training, evaluation and prediction alike, and for masks too.
 
-Dimensions: h, w of an image as it is stored; H, W, C of what the model sees
-(`config.image_shape`).
+Dimensions: h, w are the sides of an image as it is stored; H, W, C those of the image that the
+model sees (`config.image_shape`).
 """
 
 import io
@@ -19,7 +18,7 @@ from dljax.data.splits import find_files, need
 
 
 def validate(config: Any) -> None:
-  """Checks what all image sets have in `config.data`; raises `UserError`."""
+  """Checks the fields of `config.data` that all image sets have; raises `UserError`."""
   shape = tuple(config.image_shape)
   positive = all(isinstance(size, int) and size > 0 for size in shape)
   need(config, "image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
@@ -35,16 +34,17 @@ def validate(config: Any) -> None:
 
 
 def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
-  """An encoded image as uint8[h, w, channels], over grey `background` where it is transparent.
+  """Decodes an image to uint8[h, w, channels], on a grey `background` where it is transparent.
 
   Raises:
-    OSError and the like: it is corrupt.
+    ValueError: it is no image, or has more than 8 bits per channel.
+    OSError and others: it is corrupt.
   """
   from PIL import Image, UnidentifiedImageError
 
   try:
     image = Image.open(io.BytesIO(data))
-  except UnidentifiedImageError:  # it names only the buffer
+  except UnidentifiedImageError:  # its message names only the buffer
     raise ValueError("is no image that Pillow can read") from None
   if image.mode.startswith(("I", "F")):
     raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
@@ -59,7 +59,7 @@ def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
 
 def decode_images(
     encoded: Sequence[bytes], channels: int, background: int = 0) -> Sequence[np.ndarray]:
-  """`decode_image` of each, faster where all are PNG files of one kind and size."""
+  """Each image by `decode_image`; faster if all are PNG files of one kind and size."""
   decoded = png.decode(encoded)
   if decoded is None or decoded.shape[-1] != channels:
     return [decode_image(data, channels, background) for data in encoded]
@@ -67,7 +67,7 @@ def decode_images(
 
 
 def fit(image: np.ndarray, config: Any) -> np.ndarray:
-  """uint8[h, w, C] -> uint8[H, W, C], by `config.resize` of `config.data`."""
+  """uint8[h, w, C] -> uint8[H, W, C], in the way that `resize` of `config.data` says."""
   height, width, _ = config.image_shape
   if config.resize == "crop":
     return augment.centre_crop(image, height, width, config.crop_fraction)
@@ -81,18 +81,20 @@ def fit(image: np.ndarray, config: Any) -> np.ndarray:
 def encode(
     paths: Sequence[str | np.ndarray], config: Any, background: int = 0,
 ) -> tuple[HostBatch, list[str], list[str]]:
-  """Reads images as evaluation would.
+  """Reads images as an evaluation reads them.
 
   Args:
-    paths: image files, folders (searched to the bottom, "2.png" before "10.png"), or .npy files
-      that hold an image [h, w] or [h, w, C], or a stack [n, h, w, C] or [n, h, w] (a last axis of
-      1, 3 or 4 is taken for channels), uint8 or float in [0, 1]; or such arrays themselves.
+    paths: the paths of image files, .npy files or folders, or arrays. A folder is searched with
+      its subfolders, "2.png" before "10.png". An array, or a .npy file, holds an image [h, w] or
+      [h, w, C], or a stack [n, h, w, C] or [n, h, w]; a last axis of 1, 3 or 4 counts as channels.
+      Its values are uint8, or floats in [0, 1].
     config: `config.data`.
-    background: what shows through where an image is transparent, grey from 0 to 255.
+    background: the grey, from 0 to 255, that shows where an image is transparent.
 
   Returns:
-    A batch of image, mask, id and "host/size" (height and width of the image itself), without rows
-    if nothing was usable; the name of each row; and one line for each file that could not be used.
+    A batch of image, mask, id and "host/size" (height and width of the image itself), which has no
+    rows if nothing was usable; the name of each row; and a line for each file that could not be
+    used.
 
   Raises:
     UserError: a path does not exist.
@@ -103,7 +105,7 @@ def encode(
     try:
       stack = _read_stack(source, config.image_shape[-1], background)
       fitted = [fit(image, config) for image in stack]
-    except Exception as e:  # Pillow raises many kinds for a broken file
+    except Exception as e:  # Pillow raises many kinds of errors for a broken file
       skipped.append(f"{name}: {(str(e) or type(e).__name__).splitlines()[0]}")
       continue
     images += fitted
@@ -119,11 +121,11 @@ def encode(
 def _read_stack(
     source: Path | np.ndarray, channels: int, background: int,
 ) -> list[np.ndarray]:
-  """The images uint8[h, w, channels] of a file or an array; see `encode`.
+  """The images, each uint8[h, w, channels], in a file or an array; see `encode`.
 
   Raises:
     ValueError: it holds no image.
-    OSError and the like: it cannot be read.
+    OSError and others: it cannot be read.
   """
   if isinstance(source, np.ndarray):
     return _check_stack(source, channels)
@@ -148,4 +150,5 @@ def _check_stack(array: np.ndarray, channels: int) -> list[np.ndarray]:
     raise ValueError(f"{array.dtype} is neither uint8 nor float in [0, 1]")
   if channels == 1 and array.shape[-1] > 1:
     return list(np.round(augment.grey(array[..., :3])).astype(np.uint8))
-  return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels else array[..., :channels])
+  return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels
+              else array[..., :channels])

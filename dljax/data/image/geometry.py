@@ -1,4 +1,4 @@
-"""Where an image, its boxes and masks go: onto the model's canvas, and into a random window of it."""
+"""Moves an image, its boxes and its masks: onto the model's canvas, and into a random window."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 VOID_BYTE = 255  # the class of a pixel that has none, while it is stored
-LEAST_SEEN = 0.3  # of a box's area; what a random window cuts further is no longer an object
+LEAST_SEEN = 0.3  # the share of a box's area that a window must show; below, the object is dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where an image lies on the model's canvas: pixel (x, y) at (left + x * across, top + y * down)."""
+  """Where an image lies on the model's canvas.
+
+  Its pixel (x, y) lies at (left + x * across, top + y * down).
+  """
 
   down: float
   across: float
@@ -22,7 +25,7 @@ class Placement:
 
   @classmethod
   def of(cls, size: Sequence[int], canvas: Sequence[int], resize: str) -> "Placement":
-    """An image of (h, w) on a canvas of (H, W), as `augment.letterbox` or `resize` puts it."""
+    """Where `augment.letterbox` or `resize` places an image of size (h, w) on a canvas (H, W)."""
     (h, w), (height, width) = size, canvas
     if resize == "bilinear":
       return cls(height / h, width / w, 0, 0, height, width)
@@ -31,7 +34,7 @@ class Placement:
     return cls(high / h, wide / w, (height - high) // 2, (width - wide) // 2, high, wide)
 
   def back(self, classes: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Classes on the canvas, u8[H, W] -> u8[h, w], of the image of (h, w), the nearest pixel's."""
+    """Classes on the canvas, u8[H, W] -> those of the image's pixels, u8[h, w], by the nearest."""
     from PIL import Image
 
     part = classes[self.top:self.top + self.height, self.left:self.left + self.width]
@@ -41,12 +44,12 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A part of an image, as large as that, possibly beyond its border.
+  """A window on an image: as large as the image, magnified and moved, possibly beyond the border.
 
   Attributes:
-    scale: magnification, about the middle.
+    scale: the magnification about the middle.
     right, down: how far the window then moves, in pixels of the original.
-    flip: whether it is mirrored at last.
+    flip: whether the result is mirrored.
   """
 
   scale: float
@@ -55,18 +58,18 @@ class Window:
   flip: bool
 
   def _line(self, size: int, shift: int) -> tuple[float, float]:
-    """(a, b): the window's coordinate X shows the original's a X + b."""
+    """(a, b): coordinate X of the window shows coordinate a X + b of the original."""
     a = 1 / self.scale
     return a, size / 2 * (1 - a) + shift
 
   def of_image(self, pixels: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """uint8[H, W, C] -> uint8[H, W, C], bilinear; `fill` [C] lies outside."""
+    """uint8[H, W, C] -> uint8[H, W, C], bilinear; outside of the image there is `fill`, [C]."""
     from PIL import Image
 
     return self._transform(pixels, Image.Resampling.BILINEAR, tuple(map(int, fill)))
 
   def of_mask(self, classes: np.ndarray) -> np.ndarray:
-    """uint8[H, W] -> uint8[H, W], the nearest pixel."""
+    """uint8[H, W] -> uint8[H, W], each the class of the nearest pixel."""
     from PIL import Image
 
     return self._transform(classes[..., None], Image.Resampling.NEAREST, (VOID_BYTE,))[..., 0]
@@ -83,7 +86,7 @@ class Window:
     return out[:, ::-1] if self.flip else out
 
   def of_boxes(self, boxes: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes f32[N, 4] in an image of (H, W), cut at the border, and which are still seen, f32[N]."""
+    """Boxes f32[N, 4] of an image of size (H, W), cut at the border; and f32[N], 1 if seen."""
     height, width = size
     (a, b), (c, d) = self._line(width, self.right), self._line(height, self.down)
     whole = (boxes - [b, d, b, d]) / [a, c, a, c]

@@ -1,9 +1,9 @@
-"""Labelled images: the config that every vision experiment shares, and its pipelines.
+"""Labelled images: the config that all experiments in classification share, and its pipelines.
 
 A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask and id (see
-`data/pipeline.py`); in evaluation "host/group/NAME" str[b] for each feature NAME of
-`config.data.groups`; under mixup or CutMix also mix_label i32[b], the partner's label, and
-mix_weight f32[b], the weight of the own one.
+`data/pipeline.py`). In evaluation it also holds "host/group/NAME" str[b] for each feature NAME in
+`config.data.groups`, and under mixup or CutMix mix_label i32[b], the partner's label, and
+mix_weight f32[b], the weight of the row's own label.
 """
 
 import dataclasses
@@ -18,49 +18,50 @@ import numpy as np
 from dljax.data import sources, splits
 from dljax.data.image import augment, corrupt, decode
 from dljax.data.pipeline import (
-    Examples, HostBatch, IndexedPipeline, InMemory, Plan, Reprocessed, Streaming, rng)
+    Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng)
 from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
 RESIZE = ("pad", "bilinear", "crop")
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # of random resized crops
-GROUP_FEATURES = ("ClassLabel", "Text")  # of TFDS, that can tell groups apart
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # the range of random resized crops
+GROUP_FEATURES = ("ClassLabel", "Text")  # TFDS's features by whose values examples can be grouped
 CROP_ATTEMPTS = 10
-DECODE_AT_ONCE = 2048  # images
+DECODE_AT_ONCE = 2048  # number of images
 
 
 def default_config() -> ml_collections.ConfigDict:
   """The fields of `config.data`; 0 and False turn an augmentation off."""
   return ml_collections.ConfigDict({
       "name": "digits",  # a TFDS name, possibly with config and version
-      "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
+      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
+      "train": "train",
       "validation": "validation",
       "test": "test",
-      "per_class": 0,  # how many examples of each class to train on, drawn by the seed; 0 is all
+      "per_class": 0,  # number of examples of each class to train on, drawn by the seed; 0 is all
       "num_classes": 10,
       "image_shape": (8, 8, 1),  # height, width, channels that the model sees
-      "groups": (),  # features, classes or texts, by whose values evaluation tells its results apart
-      "mean": (0.3051,),  # per channel, in units of 1
+      "groups": (),  # features (classes or texts); evaluation also reports by their values
+      "mean": (0.3051,),  # of each channel, where white is 1
       "std": (0.3757,),
-      "background": 0,  # what shows through where an image is transparent: grey from 0 (black) to 255
-      # How an image reaches image_shape: "pad" centres it on black (and shrinks it if it is too large),
-      # "bilinear" ignores its aspect ratio, "crop" takes the centre.
+      "background": 0,  # grey from 0 (black) to 255 that shows where an image is transparent
+      # How an image reaches image_shape: "pad" centres it on black, and shrinks it if it is too
+      # large; "bilinear" ignores its aspect ratio; "crop" takes the centre.
       "resize": "pad",
-      "crop_fraction": 0.875,  # of the shorter side, for "crop"
+      "crop_fraction": 0.875,  # share of the shorter side, for "crop"
       "random_resized_crop": 0.0,  # the smallest share of the area; 0.08 in the literature
       "pad_crop": 0,  # pixels
       "flip": False,
       "randaugment_layers": 0,
-      "randaugment_magnitude": 9.0,  # of 30
+      "randaugment_magnitude": 9.0,  # at most 30
       "color_jitter": 0.0,  # brightness, contrast and saturation within 1 - x and 1 + x
       "cutout": 0,  # pixels
-      "mixup": 0.0,  # alpha; where CutMix is on too, each batch tosses a coin
+      "mixup": 0.0,  # alpha; with CutMix on too, a coin decides for each batch
       "cutmix": 0.0,  # alpha
   })
 
 
 def validate(config: Any) -> None:
-  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  """Checks the fields of `config.data` against their ranges and each other; raises `UserError`."""
   decode.validate(config)
   need, side = functools.partial(splits.need, config), max(config.image_shape[:2])
   need("per_class", config.per_class >= 0, "give a positive number, or 0 for all")
@@ -73,9 +74,10 @@ def validate(config: Any) -> None:
        f"give a value from 0 to {augment.MAX_MAGNITUDE:g}")
   for field in ("pad_crop", "cutout", "randaugment_layers", "mixup", "cutmix"):
     need(field, 0 <= config[field] < math.inf, "give 0 or more")
-  for field in ("pad_crop", "cutout"):  # beyond it nothing of the image is left
+  for field in ("pad_crop", "cutout"):  # above it, nothing of the image would be left
     need(field, config[field] <= side, f"give at most {side}, the image's side")
-  need("randaugment_layers", config.randaugment_layers <= augment.MAX_LAYERS, f"give at most {augment.MAX_LAYERS}")
+  need("randaugment_layers", config.randaugment_layers <= augment.MAX_LAYERS,
+       f"give at most {augment.MAX_LAYERS}")
 
 
 class ImageSet(splits.DataSet):
@@ -92,41 +94,20 @@ class ImageSet(splits.DataSet):
     validate(config)
     super().__init__(config)
     self.mixes = config.mixup > 0 or config.cutmix > 0
-    self._crops = functools.lru_cache(maxsize=4)(self._draw_crops)  # a streamed step asks once per row
+    # A streamed step asks once for each row.
+    self._crops = functools.lru_cache(maxsize=4)(self._draw_crops)
 
-  def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-      hosts: int | None = None, corruptions: Sequence[str] = (),
-  ) -> splits.Data:
-    """The set's pipelines; opens nothing.
+  def pipelines(self, *, corruptions: Sequence[str] = (), **options: Any) -> splits.Data:
+    """See `DataSet.pipelines`.
 
     Args:
-      batch_size: rows of a global training batch.
-      eval_batch_size: rows of a global evaluation batch.
-      seed: the run's seed.
-      host: this host's number and
-      hosts: how many there are; by default what JAX says.
-      corruptions: which of `corrupt.CORRUPTIONS` to disturb the test split with.
-
-    Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the
-        config.
+      corruptions: the names in `corrupt.CORRUPTIONS` of those to disturb the test split with.
+      **options: the arguments of `DataSet.pipelines`.
     """
     if corruptions and not self.config["test"]:
       raise UserError(
           "--config.eval.corruptions disturbs the test split; name one by --config.data.test")
-
-    def make(split: str, rows: int) -> IndexedPipeline:
-      train = split == "train"
-      return IndexedPipeline(
-          functools.partial(self.open_split, split),
-          self.train_batch if train else self.eval_batch, batch_size=rows, seed=seed if train else 0, train=train, host=host, hosts=hosts)
-
-    shapes = {"image": (self.config.image_shape, np.float32), "label": ((), np.int32)}
-    if self.mixes:
-      shapes |= {"mix_label": ((), np.int32), "mix_weight": ((), np.float32)}
-    data = self.data(make, shapes, batch_size, eval_batch_size,
-                     assets=lambda: {"classes": list(self.dataset.features["label"].names)})
+    data = super().pipelines(**options)
 
     def disturb(*corruption: Any) -> Reprocessed:
       finish = functools.partial(self.eval_batch, corruption=corruption)
@@ -136,31 +117,51 @@ class ImageSet(splits.DataSet):
         name: {strength: disturb(name, strength) for strength in corrupt.STRENGTHS}
         for name in corruptions})
 
+  def pipeline(self, split: str, **options: Any) -> Pipeline:
+    """See `DataSet.pipeline`."""
+    return IndexedPipeline(
+        functools.partial(self.open_split, split),
+        self.train_batch if options["train"] else self.eval_batch, **options)
+
+  def shapes(self) -> splits.Shapes:
+    """See `DataSet.shapes`."""
+    shapes = {"image": (self.config.image_shape, np.float32), "label": ((), np.int32)}
+    if self.mixes:
+      shapes |= {"mix_label": ((), np.int32), "mix_weight": ((), np.float32)}
+    return shapes
+
+  def fields(self) -> Mapping[str, Any]:
+    """See `DataSet.fields`."""
+    return {"assets": lambda: {"classes": list(self.dataset.features["label"].names)}}
+
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
     config = self.config
     classes = getattr(dataset.features.get("label"), "num_classes", None)
     if classes is None or len(getattr(dataset.features.get("image"), "shape", ())) != 3:
-      raise UserError(f"--config.data.name: {config.name} does not have an image and a class as its label, "
-                      f"but {', '.join(dataset.features)}; choose another set")
+      raise UserError(f"--config.data.name: {config.name} does not have an image and a class as "
+                      f"its label, but {', '.join(dataset.features)}; choose another set")
     if classes != config.num_classes:
-      raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has {classes} classes")
-    channels = dataset.features["image"].shape[-1]
-    if channels not in (None, config.image_shape[-1]) and (channels, config.image_shape[-1]) != (4, 3):
-      raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
-                      f"channel{'s' * (channels > 1)}")
+      raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has "
+                      f"{classes} classes")
+    channels, wanted = dataset.features["image"].shape[-1], config.image_shape[-1]
+    if channels not in (None, wanted) and (channels, wanted) != (4, 3):
+      raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has "
+                      f"{channels} channel{'s' * (channels > 1)}")
     for name in config.groups:
-      choose("--config.data.groups", name, {
-          name: feature for name, feature in dataset.features.items() if type(feature).__name__ in GROUP_FEATURES})
+      choose("--config.data.groups", name,
+             {name: feature for name, feature in dataset.features.items()
+              if type(feature).__name__ in GROUP_FEATURES})
     super().check(dataset)
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
-    """Reads a split into memory if it fits, else reads it as it is needed."""
+    """Reads a split into memory if it fits; otherwise it is streamed from disk."""
     dataset, config = self.dataset, self.config
     records = dataset.records(config[split])
     if split == "train" and config.per_class:
       names = dataset.features["label"].names
-      records = sources.Subset(records, few_of_each(records, names, config.per_class, pipeline.seed))
+      records = sources.Subset(records,
+                               few_of_each(records, names, config.per_class, pipeline.seed))
     crops = split == "train" and config.random_resized_crop > 0
     channels, background = config.image_shape[-1], config.background
     stored = (*dataset.features["image"].shape[:2], channels) if crops else config.image_shape
@@ -173,7 +174,8 @@ class ImageSet(splits.DataSet):
       return InMemory(arrays, self.crop if crops else None)
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
-      examples = [decode_record(record, channels, background) | groups(record) for record in records[indices]]
+      examples = [decode_record(record, channels, background) | groups(record)
+                  for record in records[indices]]
       self.check_labels([example["label"] for example in examples], split, indices)
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
@@ -182,16 +184,25 @@ class ImageSet(splits.DataSet):
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
 
-  def check_labels(self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None) -> None:
-    """Raises `UserError` on a label that is no class, such as TFDS' -1 for "none"; `indices` are the examples'."""
+  def check_labels(
+      self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None,
+  ) -> None:
+    """Raises `UserError` for a label that is no class, such as -1, TFDS's label for "none".
+
+    Args:
+      labels: the labels to check.
+      split: the split that they come from, for the message.
+      indices: the numbers of their examples; by default 0, 1, ...
+    """
     classes = self.config.num_classes
     for i in np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))[:1]:
       example = i if indices is None else indices[i]
-      raise UserError(f"--config.data.{split}={self.config[split]!r}: example {example} has the label {labels[i]}, "
-                      f"outside of 0 to {classes - 1}; choose a split with labels")
+      raise UserError(f"--config.data.{split}={self.config[split]!r}: example {example} has the "
+                      f"label {labels[i]}, outside of 0 to {classes - 1}; choose a split with "
+                      "labels")
 
   def groups(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """{"host/group/NAME": str[]} of a record."""
+    """"host/group/NAME" -> str[], the record's value, for each of `config.data.groups`."""
     found = {}
     for name in self.config.groups:
       value, feature = record[name][0], self.dataset.features[name]
@@ -200,27 +211,32 @@ class ImageSet(splits.DataSet):
     return found
 
   def crop(self, example: HostBatch, plan: Plan, row: int) -> HostBatch:
-    """A random resized crop of one example."""
+    """The example with a random resized crop of its image."""
     image = example["image"]
     area, log_ratio, position = self._crops(plan.seed, plan.step, len(plan.indices))
     box = augment.random_crop_box(*image.shape[:2], area[row], log_ratio[row], position[row])
     return {**example, "image": augment.resize(image, *self.config.image_shape[:2], box)}
 
-  def _draw_crops(self, seed: int, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def _draw_crops(
+      self, seed: int, step: int, batch_size: int,
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     draw = rng(seed, step, "random_resized_crop")
     area = draw.uniform(self.config.random_resized_crop, 1, (batch_size, CROP_ATTEMPTS))
     log_ratio = draw.uniform(*np.log(ASPECT_RATIOS), (batch_size, CROP_ATTEMPTS))
     return area, log_ratio, draw.uniform(size=(batch_size, 2))
 
   def rows(self, plan: Plan) -> np.ndarray:
-    """The rows of the global batch that a host has to read: its own and, for mixing, their partners."""
+    """The rows of the global batch that a host reads: its own and, for mixing, their partners."""
     return np.union1d(plan.rows, _partners(plan)) if self.mixes else plan.rows
 
-  def eval_batch(self, examples: Examples, plan: Plan, corruption: tuple[str, int] | None = None) -> HostBatch:
-    """The host's rows; `corruption` is a name and a strength."""
+  def eval_batch(
+      self, examples: Examples, plan: Plan, corruption: tuple[str, int] | None = None,
+  ) -> HostBatch:
+    """The host's rows, disturbed if `corruption`, a name and a strength, is given."""
     read = examples.gather(plan, plan.rows)
     if corruption:
-      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed, plan.indices[plan.rows])
+      read["image"] = corrupt.corrupt(read["image"], *corruption, plan.seed,
+                                      plan.indices[plan.rows])
     return read | {"image": augment.normalise(read["image"], self.config.mean, self.config.std)}
 
   def train_batch(self, examples: Examples, plan: Plan) -> HostBatch:
@@ -234,54 +250,61 @@ class ImageSet(splits.DataSet):
       batch["mix_label"] = label[partner]
       batch["mix_weight"] = np.full(len(own), weight, np.float32)
       label = label[own]
-    return batch | {"image": augment.normalise(image, self.config.mean, self.config.std), "label": label}
+    return batch | {"image": augment.normalise(image, self.config.mean, self.config.std),
+                    "label": label}
 
   def augment(self, image: np.ndarray, plan: Plan, rows: np.ndarray) -> np.ndarray:
-    """Augments the given rows of the global batch; everything is drawn for all of it."""
+    """Augments some rows of the global batch; random numbers are drawn for the whole batch."""
     config, size = self.config, len(plan.indices)
     if config.pad_crop:
-      shift = plan.rng("pad_crop").integers(-config.pad_crop, config.pad_crop + 1, (2, size))[:, rows]
-      image = augment.pad_and_crop(image, config.pad_crop, *shift)
+      draw = plan.rng("pad_crop")
+      shift = draw.integers(-config.pad_crop, config.pad_crop + 1, (2, size))
+      image = augment.pad_and_crop(image, config.pad_crop, *shift[:, rows])
     if config.flip:
       image = augment.flip(image, plan.rng("flip").random(size)[rows] < 0.5)
     if config.randaugment_layers:
       draw, shape = plan.rng("randaugment"), (size, config.randaugment_layers)
       ops = draw.integers(len(augment.RANDAUGMENT_OPS), size=shape)[rows]
       signs = draw.choice([-1, 1], shape)[rows]
-      image = np.stack([
-          augment.rand_augment(*row, config.randaugment_magnitude) for row in zip(image, ops, signs)])
+      image = np.stack([augment.rand_augment(*row, config.randaugment_magnitude)
+                        for row in zip(image, ops, signs)])
     if config.color_jitter:
-      factors = plan.rng("color_jitter").uniform(1 - config.color_jitter, 1 + config.color_jitter, (3, size))
+      draw = plan.rng("color_jitter")
+      factors = draw.uniform(1 - config.color_jitter, 1 + config.color_jitter, (3, size))
       image = augment.color_jitter(image, *factors[:, rows])
     if config.cutout:
-      y, x = plan.rng("cutout").integers(np.array(image.shape[1:3])[:, None], size=(2, size))[:, rows]
-      image = augment.cutout(image, y, x, config.cutout, 255 * np.asarray(config.mean))
+      sides = np.array(image.shape[1:3])[:, None]
+      centres = plan.rng("cutout").integers(sides, size=(2, size))
+      fill = 255 * np.asarray(config.mean)
+      image = augment.cutout(image, *centres[:, rows], config.cutout, fill)
     return image
 
   def mix(self, image: np.ndarray, partner: np.ndarray, plan: Plan) -> tuple[np.ndarray, float]:
-    """Mixup or CutMix, one weight (and one box) for the whole batch as in the papers' code."""
+    """Mixup or CutMix with one weight (and box) for the whole batch, as in the papers' code."""
     config, draw = self.config, plan.rng("mix")
     cut = config.cutmix and (not config.mixup or draw.random() < 0.5)
     weight = draw.beta(*2 * [config.cutmix if cut else config.mixup])
     if not cut:
       return augment.mixup(image, partner, weight), weight
-    return augment.cutmix(image, partner, augment.cutmix_box(*image.shape[1:3], weight, *draw.random(2)))
+    return augment.cutmix(image, partner,
+                          augment.cutmix_box(*image.shape[1:3], weight, *draw.random(2)))
 
 
 def _partners(plan: Plan) -> np.ndarray:
-  """The row after each of the host's rows: the order is random already, and may cross hosts."""
+  """The rows after the host's rows, some of which may be another host's; the order is random."""
   return (plan.rows + 1) % len(plan.indices)
 
 
-def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed: int) -> np.ndarray:
-  """The positions, rising, of `count` records of each class: the first of an order that is drawn
-  by `seed`.
+def few_of_each(
+    records: sources.Records, names: Sequence[str], count: int, seed: int,
+) -> np.ndarray:
+  """The ascending positions of `count` records of each class: the first ones in a random order.
 
   Args:
-    records: of the split; reads no more of them than it takes.
-    names: of the classes.
-    count: of each class.
-    seed: of the run.
+    records: the records of the split; no more are read than necessary.
+    names: the names of the classes.
+    count: the number of records of each class.
+    seed: the run's seed, which draws the order.
 
   Raises:
     UserError: a class has fewer records.
@@ -296,19 +319,20 @@ def few_of_each(records: sources.Records, names: Sequence[str], count: int, seed
     if all(len(of_class) == count for of_class in chosen):
       return np.sort(np.concatenate(chosen))
   name, least = min(zip(names, map(len, chosen)), key=lambda pair: pair[1])
-  raise UserError(f"--config.data.per_class={count}: of {name!r} there are but {least} training examples; make it "
-                  "smaller, or 0 to take all")
+  raise UserError(f"--config.data.per_class={count}: of {name!r} there are only {least} training "
+                  "examples; make it smaller, or 0 to take all")
 
 
 def decode_record(record: Mapping[str, Any], channels: int, background: int = 0) -> HostBatch:
-  """{"image": uint8[h, w, channels], "label": i32[]} from a record of `sources.Records`."""
+  """The fields image uint8[h, w, channels] and label i32[] of a record of `sources.Records`."""
   return {"image": decode.decode_image(record["image"][0], channels, background),
           "label": np.int32(record["label"][0])}
 
 
 def _decode_all(
-    records: sources.Records, channels: int, background: int, fit: Callable[[np.ndarray], np.ndarray],
-    shape: Sequence[int], groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
+    records: sources.Records, channels: int, background: int,
+    fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
+    groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
   images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
   grouped = []
@@ -320,4 +344,5 @@ def _decode_all(
     encoded = [record["image"][0] for record in block]
     for row, image in zip(rows, decode.decode_images(encoded, channels, background)):
       images[row] = fit(image)
-  return {"image": images, "label": labels, **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}
+  return {"image": images, "label": labels,
+          **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

@@ -1,9 +1,11 @@
-"""Many small PNG images of one shape at once: about three times faster than one by one through Pillow.
+"""Decodes many small PNG images of one shape at once, about three times faster than Pillow.
 
-Measured on 8192 images of mnist (3.4 to 4.6 times) and of fashion_mnist (2.8 to 3.0), CPU time of one thread.
+In CPU time of one thread, it was 3.4 to 4.6 times faster on 8192 images of mnist, and 2.8 to 3.0
+times on as many of fashion_mnist.
 
-Portable Network Graphics (third edition, W3C 2025), sections 7 to 10. Letters: H height, W width, C channels,
-N images.
+Portable Network Graphics (third edition, W3C 2025), sections 7 to 10.
+
+Dimension letters: H height, W width, C channels, N images.
 """
 
 import struct
@@ -18,7 +20,7 @@ HEADER = slice(16, 29)  # width, height, bit depth, colour type, compression, fi
 
 
 def decode(files: Sequence[bytes]) -> np.ndarray | None:
-  """uint8[N, H, W, C], or None unless all are 8-bit grey or RGB, not interlaced, and of one shape.
+  """uint8[N, H, W, C]; None unless all are 8-bit grey or RGB, not interlaced, and of one shape.
 
   Raises:
     ValueError, zlib.error, struct.error: a file is corrupt.
@@ -32,7 +34,7 @@ def decode(files: Sequence[bytes]) -> np.ndarray | None:
   channels = CHANNELS[colour]
   size = height * (1 + width * channels)
   lines = np.frombuffer(b"".join(_inflate(file, size) for file in files), np.uint8)
-  # Images last, so that what goes pixel by pixel below goes through memory in order.
+  # Images are the last axis, so that the loops over pixels below read memory in order.
   lines = lines.reshape(len(files), height, 1 + width * channels).transpose(1, 2, 0).copy()
   pixels = lines[:, 1:].reshape(height, width, channels, len(files))
   above = np.zeros(pixels.shape[1:], np.uint8)
@@ -50,7 +52,7 @@ def _inflate(file: bytes, size: int) -> bytes:
     length, kind = struct.unpack_from(">I4s", file, position)
     if kind == b"IDAT":
       data += file[position + 8:position + 8 + length]
-    position += length + 12  # and the chunk's length, type and check sum
+    position += length + 12  # 12 bytes are the chunk's length, type and check sum
   lines = zlib.decompress(data)
   if len(lines) != size:
     raise ValueError("a PNG image ends too early")
@@ -58,7 +60,7 @@ def _inflate(file: bytes, size: int) -> bytes:
 
 
 def _unfilter(kind: int, line: np.ndarray, above: np.ndarray) -> np.ndarray:
-  """Section 9.2: a filtered line and the line above it, uint8[W, C, N], to the line's pixels."""
+  """The pixels of a filtered line, given the line above it; uint8[W, C, N] (section 9.2)."""
   if kind == 0:
     return line
   if kind == 1:
@@ -72,7 +74,9 @@ def _unfilter(kind: int, line: np.ndarray, above: np.ndarray) -> np.ndarray:
   raise ValueError(f"a PNG image has no filter {kind}")
 
 
-def _predict(line: np.ndarray, above: np.ndarray, predict: Callable[..., np.ndarray]) -> np.ndarray:
+def _predict(
+    line: np.ndarray, above: np.ndarray, predict: Callable[..., np.ndarray],
+) -> np.ndarray:
   left = corner = np.zeros(line.shape[1:], np.int16)
   for x, up in enumerate(above.astype(np.int16)):
     left = (line[x] + predict(left, up, corner)) & 255

@@ -1,17 +1,16 @@
 """Images of several objects, with a box around each or a class for each pixel: config and
 pipelines.
 
-A batch holds image f32[b, H, W, C] (normalised), mask and id (see `data/pipeline.py`), and of the
-targets asked for
+A batch holds image f32[b, H, W, C] (normalised), mask and id (see `data/pipeline.py`), and for
+each of the two targets, if it is asked for,
 
-  boxes         boxes f32[b, N, 4]: (x0, y0, x1, y1), pixels of the image that the model sees, from its upper left
-                corner to the first pixels outside; box_label i32[b, N]; box_mask f32[b, N], 0
-                where there is no box or one that stands for a crowd; in evaluation
-                "host/box_crowd" f32[b, N], 1 for those
+  boxes         boxes f32[b, N, 4]: (x0, y0, x1, y1) in pixels of the image that the model sees,
+                x1 and y1 being the first pixels outside; box_label i32[b, N]; box_mask
+                f32[b, N], 0 where there is no box, or a box that stands for a crowd; and in
+                evaluation "host/box_crowd" f32[b, N], 1 for a crowd
   segmentation  segmentation i32[b, H, W], the class of each pixel, `VOID` outside of the picture
 
-in place of TFDS's objects/bbox, which are relative. An image without objects is as good as
-another.
+TFDS's own boxes (objects/bbox) are relative to the image's size. An image may have no objects.
 
 Dimensions: b the host's rows, N boxes, H height, W width, C channels.
 """
@@ -28,68 +27,74 @@ from dljax.data import sources, splits
 from dljax.data.image import augment, decode
 from dljax.data.image.geometry import VOID_BYTE, Placement, Window
 from dljax.data.pipeline import (
-    PADDING, Examples, HostBatch, IndexedPipeline, InMemory, Plan, Streaming)
+    PADDING, Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming)
 from dljax.errors import UserError
 
 VOID = -1  # the class of a pixel that has none
 TARGETS = ("boxes", "segmentation")
 RESIZE = ("pad", "bilinear")
 BAD_BOXES = ("refuse", "drop")
-SLACK = 1e-3  # pixels that rounding may put a box outside of its image
+SLACK = 1e-3  # pixels by which rounding may put a box outside of its image
 MEMORY_LIMIT = 2 * 2**30  # bytes of one split's images and masks; larger splits are streamed
-DECODE_AT_ONCE = 256  # images, before they are made smaller
+DECODE_AT_ONCE = 256  # number of images, which are decoded before they are made smaller
 
-# Field values of `config.data` for the set `emoji_scenes`; what `default_config` has is `digit_scenes`.
-EMOJI_SCENES = {
-    "name": "emoji_scenes", "image_shape": (96, 96, 3), "num_classes": 9, "mask_classes": 10,
-    "mask_values": tuple(range(10)), "mean": (0.5476, 0.5132, 0.4896), "std": (0.2388, 0.2113, 0.2254)}
+# The fields of `config.data` for the set `emoji_scenes`; `default_config` is for `digit_scenes`.
+EMOJI_SCENES = {"name": "emoji_scenes", "image_shape": (96, 96, 3), "num_classes": 9,
+                "mask_classes": 10, "mask_values": tuple(range(10)),
+                "mean": (0.5476, 0.5132, 0.4896), "std": (0.2388, 0.2113, 0.2254)}
 
 
 def default_config() -> ml_collections.ConfigDict:
   """The fields of `config.data`."""
   return ml_collections.ConfigDict({
       "name": "digit_scenes",  # a TFDS name, possibly with config and version
-      "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
+      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
+      "train": "train",
       "validation": "validation",
       "test": "test",
-      "num_classes": 10,  # of objects
+      "num_classes": 10,  # number of the objects' classes
       "image_shape": (96, 96, 1),  # height, width, channels that the model sees
-      "mean": (0.3126,),  # per channel, in units of 1
+      "mean": (0.3126,),  # of each channel, where white is 1
       "std": (0.1563,),
-      # How an image reaches image_shape: "pad" centres it on black (and shrinks it if it is too large),
-      # "bilinear" ignores its aspect ratio.
+      # How an image reaches image_shape: "pad" centres it on black, and shrinks it if it is too
+      # large; "bilinear" ignores its aspect ratio.
       "resize": "pad",
-      "max_boxes": 8,  # in one image
-      "bad_boxes": "refuse",  # what to do with one that has no area or lies outside; or "drop"
-      "mask_feature": "segmentation",  # which image of the set holds the classes of pixels
-      "mask_classes": 11,  # of pixels; the first is the ground
-      "mask_values": tuple(range(11)),  # what stands for each of them in the set
+      "max_boxes": 8,  # the most boxes in an image
+      "bad_boxes": "refuse",  # for boxes without area or outside of the image; or "drop"
+      "mask_feature": "segmentation",  # the feature with an image of the pixels' classes
+      "mask_classes": 11,  # number of the pixels' classes; the first is the ground
+      "mask_values": tuple(range(11)),  # the value of each class in that image
       "mask_names": (),  # by default "ground" and the names of the objects
-      # Training sees a random window of the size of the image: magnified, moved, mirrored.
-      "scale": (1.0, 1.0),  # range of the magnification, drawn evenly in its logarithm
+      # In training the model sees a random window on the image: magnified, moved, mirrored.
+      "scale": (1.0, 1.0),  # range of the magnification, whose logarithm is uniform
       "shift": 0,  # pixels
       "flip": False,  # left to right
   })
 
 
 def validate(config: Any) -> None:
-  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  """Checks the fields of `config.data` against their ranges and each other; raises `UserError`."""
   need = functools.partial(splits.need, config)
   need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
   need("bad_boxes", config.bad_boxes in BAD_BOXES, f"choose one of {', '.join(BAD_BOXES)}")
   decode.validate(config)
   need("max_boxes", config.max_boxes > 0, "give a positive number")
-  need("mask_classes", 0 < config.mask_classes < VOID_BYTE, f"give a number from 1 to {VOID_BYTE - 1}")
-  for field, lengths in ("mask_values", [config.mask_classes]), ("mask_names", [0, config.mask_classes]):
-    need(field, len(config[field]) in lengths, f"give one for each of {config.mask_classes} classes")
-  need("mask_values", all(0 <= value <= 255 for value in config.mask_values), "give values from 0 to 255")
+  need("mask_classes", 0 < config.mask_classes < VOID_BYTE,
+       f"give a number from 1 to {VOID_BYTE - 1}")
+  lengths_of = {"mask_values": [config.mask_classes], "mask_names": [0, config.mask_classes]}
+  for field, lengths in lengths_of.items():
+    need(field, len(config[field]) in lengths,
+         f"give one for each of {config.mask_classes} classes")
+  need("mask_values", all(0 <= value <= 255 for value in config.mask_values),
+       "give values from 0 to 255")
   need("scale", len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] < math.inf,
        "give the least and the greatest, such as 0.8,1.25")
-  need("shift", 0 <= config.shift < max(config.image_shape[:2]), "give 0 or more pixels, but less than the image has")
+  need("shift", 0 <= config.shift < max(config.image_shape[:2]),
+       "give 0 or more pixels, but less than the image has")
 
 
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
-  """Reads the user's images as evaluation would; see `decode.encode`."""
+  """Reads the user's images as an evaluation reads them; see `decode.encode`."""
   validate(config)
   return decode.encode(paths, config)
 
@@ -99,8 +104,8 @@ class SceneSet(splits.DataSet):
 
   Args:
     config: see `default_config`.
-    targets: which of `TARGETS` the batches hold; the class names in `Data.assets` are those of the
-      first.
+    targets: the targets, among `TARGETS`, that the batches hold; the class names in `Data.assets`
+      are those of the first.
 
   Raises:
     UserError: a value out of range.
@@ -114,29 +119,14 @@ class SceneSet(splits.DataSet):
     self._classes = np.full(256, VOID_BYTE, np.uint8)  # value in the file -> class
     self._classes[list(config.mask_values)] = np.arange(config.mask_classes)
 
-  def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-      hosts: int | None = None,
-  ) -> splits.Data:
-    """The set's pipelines; opens nothing.
+  def pipeline(self, split: str, **options: Any) -> Pipeline:
+    """See `DataSet.pipeline`."""
+    return IndexedPipeline(
+        functools.partial(self.open_split, split),
+        self.train_batch if options["train"] else self.eval_batch, **options)
 
-    Args:
-      batch_size: rows of a global training batch.
-      eval_batch_size: rows of a global evaluation batch.
-      seed: the run's seed.
-      host: this host's number and
-      hosts: how many there are; by default what JAX says.
-
-    Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the
-        config.
-    """
-    def make(split: str, rows: int) -> IndexedPipeline:
-      train = split == "train"
-      return IndexedPipeline(
-          functools.partial(self.open_split, split),
-          self.train_batch if train else self.eval_batch, batch_size=rows, seed=seed if train else 0, train=train, host=host, hosts=hosts)
-
+  def shapes(self) -> splits.Shapes:
+    """See `DataSet.shapes`."""
     shape, boxes = self.config.image_shape, self.config.max_boxes
     shapes = {"image": (shape, np.float32)}
     if self.boxes:
@@ -144,35 +134,43 @@ class SceneSet(splits.DataSet):
                  "box_mask": ((boxes,), np.float32)}
     if self.segmentation:
       shapes["segmentation"] = (shape[:2], np.int32)
-    return self.data(make, shapes, batch_size, eval_batch_size,
-                     assets=lambda: {"classes": self.class_names(self._targets[0])})
+    return shapes
+
+  def fields(self) -> Mapping[str, Any]:
+    """See `DataSet.fields`."""
+    return {"assets": lambda: {"classes": self.class_names(self._targets[0])}}
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
     config, features = self.config, dataset.features
-    is_image = lambda name: len(getattr(features.get(name), "shape", None) or ()) == 3
-    has = lambda what: UserError(f"--config.data.name: {config.name} does not have {what}, but "
-                                 f"{', '.join(features)}; choose another set")
+
+    def is_image(name: str) -> bool:
+      return len(getattr(features.get(name), "shape", None) or ()) == 3
+
+    def lacks(what: str) -> UserError:
+      return UserError(f"--config.data.name: {config.name} does not have {what}, but "
+                       f"{', '.join(features)}; choose another set")
+
     if not is_image("image"):
-      raise has("an image")
+      raise lacks("an image")
     if self.boxes:
       labels = _object_labels(features)
       if labels is None:
-        raise has("objects with bbox and label")
+        raise lacks("objects with bbox and label")
       if labels.num_classes != config.num_classes:
-        raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has {labels.num_classes} "
-                        "classes of objects")
+        raise UserError(f"--config.data.num_classes={config.num_classes}: {config.name} has "
+                        f"{labels.num_classes} classes of objects")
     if self.segmentation and not is_image(config.mask_feature):
-      raise UserError(f"--config.data.mask_feature={config.mask_feature}: is no image of {config.name}, which has "
-                      f"{', '.join(features)}")
+      raise UserError(f"--config.data.mask_feature={config.mask_feature}: is no image of "
+                      f"{config.name}, which has {', '.join(features)}")
     channels = features["image"].shape[-1]
     if channels not in (None, config.image_shape[-1]):
-      raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has {channels} "
-                      f"channel{'s' * (channels > 1)}")
+      raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has "
+                      f"{channels} channel{'s' * (channels > 1)}")
     super().check(dataset)
 
   def class_names(self, target: str) -> list[str]:
-    """The name of each class of a target; opens the set if need be."""
+    """The names of a target's classes; opens the set if need be."""
     labels, config = _object_labels(self.dataset.features), self.config
     names = [] if labels is None else list(labels.names)
     if target == "boxes":
@@ -183,7 +181,7 @@ class SceneSet(splits.DataSet):
     return names
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
-    """Reads a split into memory if it fits, else reads it as it is needed."""
+    """Reads a split into memory if it fits; otherwise it is streamed from disk."""
     records = self.dataset.records(self.config[split])
     height, width, channels = self.config.image_shape
     if len(records) * height * width * (channels + self.segmentation) <= MEMORY_LIMIT:
@@ -191,11 +189,15 @@ class SceneSet(splits.DataSet):
                 for start in range(0, len(records), DECODE_AT_ONCE)]
       read = [example for block in blocks for example in self.read(records[block], split, block)]
       return InMemory({key: np.stack([example[key] for example in read]) for key in read[0]})
-    load = lambda indices, plan, rows: self.read(records[indices], split, indices)
+
+    def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
+      del plan, rows
+      return self.read(records[indices], split, indices)
+
     return Streaming(len(records), load, pipeline.plan, lambda plan: plan.rows)
 
   def first(self, split: str, count: int) -> HostBatch:
-    """A split's first examples as in an evaluation, on every host; opens the set if need be."""
+    """A split's first examples as evaluation reads them, on every host; may open the set."""
     records = self.dataset.records(self.config[split])
     indices = np.arange(min(count, len(records)))
     read = self.read(records[indices], split, indices)
@@ -203,10 +205,13 @@ class SceneSet(splits.DataSet):
     return {"mask": np.ones(len(indices), np.float32), "id": indices.astype(np.int32),
             **self._finish(batch, indices)}
 
-  def read(self, records: Sequence[Mapping[str, Any]], split: str, indices: Sequence[int]) -> list[HostBatch]:
-    """Examples on the canvas, decoded and checked; `indices` are their numbers, for messages."""
+  def read(
+      self, records: Sequence[Mapping[str, Any]], split: str, indices: Sequence[int],
+  ) -> list[HostBatch]:
+    """Decodes, checks and places examples; `indices` are their numbers, for messages."""
     config, canvas = self.config, self.config.image_shape[:2]
-    images = [decode.decode_image(record["image"][0], config.image_shape[-1]) for record in records]
+    images = [decode.decode_image(record["image"][0], config.image_shape[-1])
+              for record in records]
     masks = [None] * len(records)
     if self.segmentation:
       masks = [decode.decode_image(record[config.mask_feature][0], 1) for record in records]
@@ -219,53 +224,63 @@ class SceneSet(splits.DataSet):
         example |= self._read_boxes(record, pixels.shape[:2], place, where)
       if self.segmentation:
         if mask.shape[:2] != pixels.shape[:2]:
-          raise UserError(f"{where}: {config.mask_feature} has {mask.shape[0]}x{mask.shape[1]} pixels and the image "
-                          f"{pixels.shape[0]}x{pixels.shape[1]}; mend the set")
+          raise UserError(f"{where}: {config.mask_feature} has {mask.shape[0]}x{mask.shape[1]} "
+                          f"pixels and the image {pixels.shape[0]}x{pixels.shape[1]}; mend the "
+                          "set")
         example["segmentation"] = self._fit_mask(mask[..., 0], place, where)
       examples.append(example)
     return examples
 
   def _read_boxes(
-      self, record: Mapping[str, Any], size: Sequence[int], place: Placement, where: str) -> dict[str, np.ndarray]:
+      self, record: Mapping[str, Any], size: Sequence[int], place: Placement, where: str,
+  ) -> dict[str, np.ndarray]:
     config, (h, w) = self.config, size
-    relative = np.asarray(record.get("objects/bbox", ()), np.float64).reshape(-1, 4)  # y0, x0, y1, x1
+    # TFDS has (y0, x0, y1, x1).
+    relative = np.asarray(record.get("objects/bbox", ()), np.float64).reshape(-1, 4)
     boxes = relative[:, [1, 0, 3, 2]] * (w, h, w, h)
     labels = np.asarray(record.get("objects/label", ()), np.int64)
     crowd = np.asarray(record.get("objects/is_crowd", np.zeros(len(labels))), np.float32)
     if len(labels) != len(boxes):
       raise UserError(f"{where}: {len(boxes)} boxes have {len(labels)} labels; mend the set")
     for i in np.flatnonzero((labels < 0) | (labels >= config.num_classes))[:1]:
-      raise UserError(f"{where}: box {i} has the label {labels[i]}, outside of 0 to {config.num_classes - 1}; "
-                      "mend the set, or choose a split with labels")
-    flat = ~np.all(boxes[:, 2:] > boxes[:, :2], axis=1)  # also where a number is none
+      raise UserError(f"{where}: box {i} has the label {labels[i]}, outside of 0 to "
+                      f"{config.num_classes - 1}; mend the set, or choose a split with labels")
+    flat = ~np.all(boxes[:, 2:] > boxes[:, :2], axis=1)  # also for a box with NaN
     outside = np.any((boxes < -SLACK) | (boxes > np.array([w, h, w, h]) + SLACK), axis=1)
     if config.bad_boxes == "refuse":
       for i in np.flatnonzero(flat | outside)[:1]:
         fault = "has no area" if flat[i] else "lies outside of the image"
-        raise UserError(f"{where}: box {i} {fault} ({', '.join(f'{v:.4g}' for v in boxes[i])} of {w}x{h} pixels); "
-                        "mend the set, or --config.data.bad_boxes=drop")
+        raise UserError(f"{where}: box {i} {fault} ({', '.join(f'{v:.4g}' for v in boxes[i])} of "
+                        f"{w}x{h} pixels); mend the set, or --config.data.bad_boxes=drop")
     good = ~(flat | outside)
     if good.sum() > config.max_boxes:
-      raise UserError(f"{where}: there are {good.sum()} boxes; raise --config.data.max_boxes={config.max_boxes}")
+      raise UserError(f"{where}: there are {good.sum()} boxes; raise "
+                      f"--config.data.max_boxes={config.max_boxes}")
     boxes = np.clip(boxes[good], 0, (w, h, w, h))
     boxes = boxes * ([place.across, place.down] * 2) + [place.left, place.top] * 2
     count, pad = len(boxes), config.max_boxes - good.sum()
-    fill = lambda values, dtype: np.concatenate([values, np.zeros((pad, *np.shape(values)[1:]))]).astype(dtype)
+
+    def fill(values: np.ndarray, dtype: Any) -> np.ndarray:
+      return np.concatenate([values, np.zeros((pad, *np.shape(values)[1:]))]).astype(dtype)
+
     return {"boxes": fill(boxes, np.float32), "box_label": fill(labels[good], np.int32),
             "box_mask": fill((crowd[good] == 0) * np.ones(count), np.float32),
             "host/box_crowd": fill(crowd[good], np.float32)}
 
   def _fit_mask(self, mask: np.ndarray, place: Placement, where: str) -> np.ndarray:
-    """u8[h, w] as in the file -> classes on the canvas, u8[H, W]."""
+    """u8[h, w] as it is in the file -> the classes on the canvas, u8[H, W]."""
     from PIL import Image
 
     classes = self._classes[mask]
     if (wrong := classes == VOID_BYTE).any():
       y, x = np.argwhere(wrong)[0]
-      raise UserError(f"{where}: pixel ({x}, {y}) of {self.config.mask_feature} is {mask[y, x]}, the value of no class; "
-                      f"see --config.data.mask_classes={self.config.mask_classes} and --config.data.mask_values")
+      raise UserError(f"{where}: pixel ({x}, {y}) of {self.config.mask_feature} is {mask[y, x]}, "
+                      "the value of no class; see "
+                      f"--config.data.mask_classes={self.config.mask_classes} and "
+                      "--config.data.mask_values")
     if classes.shape != (place.height, place.width):
-      classes = np.asarray(Image.fromarray(classes).resize((place.width, place.height), Image.Resampling.NEAREST))
+      size = place.width, place.height
+      classes = np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
     if classes.shape == self.config.image_shape[:2]:
       return classes
     out = np.full(self.config.image_shape[:2], VOID_BYTE, np.uint8)
@@ -287,11 +302,12 @@ class SceneSet(splits.DataSet):
       batch["box_mask"] = read["box_mask"] * real[:, None].astype(np.float32)
     if self.segmentation:
       stored = read["segmentation"]
-      batch["segmentation"] = np.where((stored == VOID_BYTE) | ~real[:, None, None], VOID, stored.astype(np.int32))
+      batch["segmentation"] = np.where((stored == VOID_BYTE) | ~real[:, None, None], VOID,
+                                       stored.astype(np.int32))
     return batch
 
   def augment(self, read: HostBatch, plan: Plan) -> HostBatch:
-    """Gives each of the host's rows its window; everything is drawn for the global batch."""
+    """Gives each of the host's rows its window; random numbers are drawn for the global batch."""
     config, size = self.config, len(plan.indices)
     draw = plan.rng("window")
     scale = np.exp(draw.uniform(*np.log(config.scale), size))[plan.rows]
@@ -299,11 +315,14 @@ class SceneSet(splits.DataSet):
     flips = ((draw.random(size) < 0.5) & config.flip)[plan.rows]
     if config.shift == 0 and tuple(config.scale) == (1, 1) and not config.flip:
       return read
-    windows = [Window(s, *map(int, move), bool(flip)) for s, move, flip in zip(scale, shift, flips)]
-    fill = np.round(255 * np.asarray(config.mean)).astype(int)  # 0 once it is normalised
-    read = {**read, "image": np.stack([w.of_image(x, fill) for w, x in zip(windows, read["image"])])}
+    windows = [Window(s, *map(int, move), bool(flip))
+               for s, move, flip in zip(scale, shift, flips)]
+    fill = np.round(255 * np.asarray(config.mean)).astype(int)  # is 0 after normalisation
+    read = {**read,
+            "image": np.stack([w.of_image(x, fill) for w, x in zip(windows, read["image"])])}
     if self.segmentation:
-      read["segmentation"] = np.stack([w.of_mask(x) for w, x in zip(windows, read["segmentation"])])
+      read["segmentation"] = np.stack([w.of_mask(x)
+                                       for w, x in zip(windows, read["segmentation"])])
     if self.boxes:
       moved = [w.of_boxes(x, config.image_shape[:2]) for w, x in zip(windows, read["boxes"])]
       seen = np.stack([seen for _, seen in moved])
@@ -313,6 +332,6 @@ class SceneSet(splits.DataSet):
 
 
 def _object_labels(features: Mapping[str, Any]) -> Any:
-  """TFDS's feature of the labels of objects with boxes; None where there is none."""
+  """TFDS's feature for the labels of objects with boxes; None if the set has none."""
   objects = dict(getattr(features.get("objects"), "feature", {}).items())
   return objects["label"] if "bbox" in objects and hasattr(objects.get("label"), "names") else None

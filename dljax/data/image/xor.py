@@ -1,4 +1,4 @@
-"""XOR in the plane: what a perceptron cannot learn (Minsky & Papert, "Perceptrons", 1969)."""
+"""XOR in the plane, which a perceptron cannot learn (Minsky & Papert, "Perceptrons", 1969)."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ MOST_POINTS = 10**6
 def default_config() -> ml_collections.ConfigDict:
   """The fields of `config.data`."""
   return ml_collections.ConfigDict({
-      "noise": 0.15,  # standard deviation around the four corners, which lie 1 from either axis
-      "train": 800,  # points
+      "noise": 0.15,  # standard deviation around the four corners (+-1, +-1)
+      "train": 800,  # number of points, as in the next two
       "validation": 100,
       "test": 400,
   })
@@ -36,13 +36,13 @@ def points(split: str, size: int, noise: float) -> tuple[np.ndarray, np.ndarray]
   """The points of a split around the corners (-1, -1), (-1, 1), (1, -1) and (1, 1).
 
   Args:
-    split: one of `SPLITS`; each draws points of its own.
-    size: how many.
-    noise: standard deviation.
+    split: one of `SPLITS`; each has points of its own.
+    size: the number of points.
+    noise: the standard deviation around a corner.
 
   Returns:
-    f32[size, 2] coordinates and i32[size] labels: 1 where the corner's signs differ. The corners are even, and
-    the same on every machine.
+    f32[size, 2] coordinates and i32[size] labels, which are 1 where the corner's signs differ. The
+    corners take turns, and the points are the same on every machine.
   """
   draw = rng(0, 0, f"xor {split}")
   corner = np.arange(size) % 4
@@ -52,20 +52,22 @@ def points(split: str, size: int, noise: float) -> tuple[np.ndarray, np.ndarray]
 
 
 def pipelines(config: Any, *, batch_size: int, eval_batch_size: int, seed: int) -> Data:
-  """The points' pipelines; fields image f32[b, 2], label, mask and id.
+  """The pipelines of the points; see `DataSet.pipelines`. A batch holds image f32[b, 2], label,
+  mask and id.
 
   Args:
     config: see `default_config`.
-    batch_size: rows of a global training batch.
-    eval_batch_size: rows of a global evaluation batch.
-    seed: the run's seed; the points are the same for all.
+    batch_size: the number of rows of a global training batch.
+    eval_batch_size: the number of rows of a global evaluation batch.
+    seed: the run's seed, which decides the order only; the points are the same for every seed.
   """
   validate(config)
 
   def make(split: str, rows: int) -> Pipeline:
     image, label = points(split, config[split], config.noise)
     examples = InMemory({"image": image, "label": label})
-    return IndexedPipeline(lambda _: examples, _finish, batch_size=rows, seed=seed, train=split == "train")
+    return IndexedPipeline(lambda _: examples, _finish, batch_size=rows, seed=seed,
+                           train=split == "train")
 
   shapes = {"image": ((2,), np.float32), "label": ((), np.int32)}
   return Data(

@@ -1,4 +1,4 @@
-"""A series of values at even times, and how a file of values with commas between becomes one.
+"""A series of values at even times, and how it is read from a .csv file.
 
 Dimensions: T rows of the series, C channels.
 """
@@ -14,9 +14,9 @@ import numpy as np
 
 from dljax.errors import UserError, unknown
 
-SPLIT = "series"  # of a TFDS set of one series
-MOST_MISSING = 0.9  # of the rows; beyond, a mistaken time is more likely
-NO_VALUE = ("", "na", "nan", "null", "none", "-")  # what stands in a file for a value that is missing
+SPLIT = "series"  # the split of a TFDS set that holds one series
+MOST_MISSING = 0.9  # share of the rows; if more are missing, a mistaken time is more likely
+NO_VALUE = ("", "na", "nan", "null", "none", "-")  # the cells of a file that are missing values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Series:
   """Values at times.
 
   Attributes:
-    name: for messages.
-    channels: C names.
-    times: i64[T], seconds from the start of 1970, rising.
-    values: f64[T, C], not finite where there is none.
+    name: the series' name, for messages.
+    channels: the names of the C channels.
+    times: i64[T], in seconds since 1970, ascending.
+    values: f64[T, C], not finite where a value is missing.
   """
 
   name: str
@@ -37,32 +37,36 @@ class Series:
 
   @property
   def step(self) -> int:
-    """Seconds from most rows to the next."""
+    """The number of seconds from most rows to the next."""
     steps, count = np.unique(np.diff(self.times), return_counts=True)
     return int(steps[count.argmax()])
 
   def checked(self, missing: str) -> "Series":
-    """The series at even steps: rows that are left out are there, without values.
+    """The series at even steps, in which rows that were left out are there, without values.
 
     Args:
-      missing: "refuse" or "mask".
+      missing: "refuse" or "mask", what to do about missing values.
 
     Raises:
-      UserError: the times do not rise, or not evenly; a value is missing and that is refused. Names the row.
+      UserError: the times do not ascend, or not evenly, or a value is missing and that is refused;
+        the message names the row.
     """
     if len(self.times) < 2:
       raise UserError(f"{self.name}: holds {len(self.times)} rows, no series; add more")
     for i in np.flatnonzero(np.diff(self.times) <= 0)[:1]:
-      raise UserError(f"{self.name}: row {i + 2} ({when(self.times[i + 1])}) does not come after row {i + 1} "
-                      f"({when(self.times[i])}); sort the rows by time, each time once")
+      raise UserError(f"{self.name}: row {i + 2} ({when(self.times[i + 1])}) does not come after "
+                      f"row {i + 1} ({when(self.times[i])}); sort the rows by time, each time "
+                      "once")
     place, off = np.divmod(self.times - self.times[0], self.step)
     for i in np.flatnonzero(off)[:1]:
-      raise UserError(f"{self.name}: row {i + 1} ({when(self.times[i])}) is not a whole number of steps of "
-                      f"{duration(self.step)} after the first; resample the series to even steps")
+      raise UserError(f"{self.name}: row {i + 1} ({when(self.times[i])}) is not a whole number of "
+                      f"steps of {duration(self.step)} after the first; resample the series to "
+                      "even steps")
     count = int(place[-1]) + 1
     if count * (1 - MOST_MISSING) > len(self.times):
-      raise UserError(f"{self.name}: from {when(self.times[0])} to {when(self.times[-1])} there should be {count:,} "
-                      f"rows, but there are {len(self.times):,}; mend the times")
+      raise UserError(f"{self.name}: from {when(self.times[0])} to {when(self.times[-1])} there "
+                      f"should be {count:,} rows, but there are {len(self.times):,}; mend the "
+                      "times")
     values = np.full((count, len(self.channels)), np.nan)
     values[place] = np.where(np.isfinite(self.values), self.values, np.nan)
     times = self.times[0] + self.step * np.arange(count)
@@ -70,31 +74,33 @@ class Series:
       for i, c in np.argwhere(np.isnan(values))[:1]:
         where = np.flatnonzero(place == i)
         row = f"row {where[0] + 1}" if where.size else "a row that is left out"
-        raise UserError(f"{self.name}: {row} ({when(times[i])}) has no value of {self.channels[c]}; mend it, or "
-                        "--config.data.missing=mask")
+        raise UserError(f"{self.name}: {row} ({when(times[i])}) has no value of "
+                        f"{self.channels[c]}; mend it, or --config.data.missing=mask")
     return dataclasses.replace(self, times=times, values=values)
 
 
 def when(seconds: int) -> str:
-  """As "2016-07-01 13:00:00"."""
+  """A time as a text like "2016-07-01 13:00:00"."""
   return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
 def duration(seconds: int) -> str:
-  """As "1:00:00" or "7 days, 0:00:00"."""
+  """A duration as a text like "1:00:00" or "7 days, 0:00:00"."""
   return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def read_csv(path: Path, time: str, channels: Sequence[str]) -> Series:
-  """Reads a text file of values with commas between and names in the first line.
+  """Reads a .csv file: values separated by commas, with the columns' names in the first line.
 
   Args:
-    path: of the file.
-    time: the column of times, in ISO 8601 ("2016-07-01 13:00", also with slashes).
-    channels: the columns to read; a cell that is empty or one of `NO_VALUE` is a missing value.
+    path: the file's path.
+    time: the name of the column of times, in ISO 8601 ("2016-07-01 13:00", also with slashes).
+    channels: the names of the columns to read; a cell that is one of `NO_VALUE` is a missing
+      value.
 
   Raises:
-    UserError: naming file, row (of values, from 1) and column.
+    UserError: the file cannot be read, or holds something else; the message names the file, the
+      row (counted from 1 after the names) and the column.
   """
   try:
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -102,12 +108,13 @@ def read_csv(path: Path, time: str, channels: Sequence[str]) -> Series:
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror}); name a .csv file") from e
   except (UnicodeDecodeError, csv.Error) as e:
-    raise UserError(f"{path}: is no text of values with commas between; name a .csv file") from e
+    raise UserError(f"{path}: is no text of values separated by commas; name a .csv file") from e
   names = [name.strip() for name in names]
   if not rows:
     raise UserError(f"{path}: holds no rows of values; name another file")
   if time not in names:
-    raise UserError(f"{path}: has no column {time!r} of times, but {', '.join(names)}; name it by --config.data.time")
+    raise UserError(f"{path}: has no column {time!r} of times, but {', '.join(names)}; name it by "
+                    "--config.data.time")
   for channel in channels:
     if channel not in names:
       raise unknown(f"{path}", channel, names)
@@ -115,23 +122,25 @@ def read_csv(path: Path, time: str, channels: Sequence[str]) -> Series:
   times, values = np.zeros(len(rows), np.int64), np.zeros((len(rows), len(channels)))
   for i, row in enumerate(rows):
     if len(row) != len(names):
-      raise UserError(f"{path}: row {i + 1} has {len(row)} values, but there are {len(names)} columns; mend it")
+      raise UserError(f"{path}: row {i + 1} has {len(row)} values, but there are {len(names)} "
+                      "columns; mend it")
     try:
       times[i] = _seconds(row[names.index(time)])
     except ValueError:
-      raise UserError(f"{path}: row {i + 1}: {row[names.index(time)]!r} is no time such as 2016-07-01 13:00; mend "
-                      "it") from None
+      raise UserError(f"{path}: row {i + 1}: {row[names.index(time)]!r} is no time such as "
+                      "2016-07-01 13:00; mend it") from None
     for c, column in enumerate(columns):
       cell = row[column].strip()
       try:
         values[i, c] = math.nan if cell.lower() in NO_VALUE else float(cell)
       except ValueError:
-        raise UserError(f"{path}: row {i + 1}: {cell!r} in the column {names[column]} is no number; mend it") from None
+        raise UserError(f"{path}: row {i + 1}: {cell!r} in the column {names[column]} is no "
+                        "number; mend it") from None
   return Series(str(path), tuple(channels), times, values)
 
 
 def _seconds(text: str) -> int:
-  """From the start of 1970 by the text's own clock, or by UTC where it names its offset."""
+  """Seconds since 1970, by the text's own clock, or in UTC if the text has an offset."""
   time = datetime.datetime.fromisoformat(text.strip().replace("/", "-"))
   if time.tzinfo is None:
     time = time.replace(tzinfo=datetime.timezone.utc)

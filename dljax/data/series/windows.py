@@ -1,19 +1,20 @@
-"""Time series: the past in a window, what comes after it, and the calendar of both; config and
+"""Time series: a window of the past, the horizon to forecast, and the calendar of both; config and
 pipelines.
 
 A batch holds
 
-  window        f32[b, W, C], normalised; where a value is missing, the last one before it
-  horizon       f32[b, H, C], what comes next, normalised; NaN where a value is missing
-  covariates    f32[b, W + H, K], the calendar of window and horizon, which is known in advance; if any are asked for
+  window        f32[b, W, C], normalised; a missing value is replaced by the last one before it
+  horizon       f32[b, H, C], the rows after the window, normalised; NaN where a value is missing
+  covariates    f32[b, W + H, K], the calendar of window and horizon, which is known in advance;
+                only if `config.data.covariates` names any
   mask, id      see `data/pipeline.py`
-  "host/time"   i64[b], in evaluation: when the horizon begins, seconds from the start of 1970
+  "host/time"   i64[b], in evaluation: the time of the horizon's first row, in seconds since 1970
 
-and nothing of a window, its normalisation included, depends on what comes after it: mean and
-standard deviation are those of the training rows. Training draws windows that lie in the training
-rows. The horizons of an evaluation lie in the split's rows, their windows may reach into the rows
-before; every window counts once, in order, as in the literature (Zhou et al. 2021,
-arXiv:2012.07436; Zeng et al. 2023, arXiv:2205.13504).
+No part of a window depends on later rows, nor does its normalisation: mean and standard deviation
+are those of the training rows. In training, window and horizon lie in the training rows. In an
+evaluation, the horizon lies in the split's rows, and the window may reach into the rows before.
+Every window counts once, in order, as in the literature (Zhou et al. 2021, arXiv:2012.07436; Zeng
+et al. 2023, arXiv:2205.13504).
 
 Dimensions: b the host's rows, T rows of the series, W window, H horizon, C channels, K covariates.
 """
@@ -35,7 +36,7 @@ from dljax.errors import UserError, unknown
 ASSET = "normaliser"
 MISSING = ("refuse", "mask")
 DAY = 86400  # seconds
-MONDAY = 3 * DAY  # since the Monday before the start of 1970, a Thursday
+MONDAY = 3 * DAY  # seconds from a Monday to the start of 1970, which was a Thursday
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -43,21 +44,24 @@ def default_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict({
       "name": "temperatures",  # a TFDS name, or the path of a .csv file
       "time": "date",  # the column of a .csv file that holds the time
-      "channels": ("seattle", "san_francisco"),  # which to read, to forecast all of them
-      "train": 5880,  # rows, from the first one; those that are missing count
-      "validation": 1440,  # rows, after those
-      "test": 1440,
-      "window": 168,  # rows that a forecast is made from
-      "horizon": 24,  # rows that are forecast
-      "covariates": ("hour_of_day", "day_of_year"),  # of COVARIATES
-      "missing": "refuse",  # what to do where there is no value; or "mask": the last one stands in, and none is counted
+      "channels": ("seattle", "san_francisco"),  # the channels to read and forecast
+      "train": 5880,  # number of rows, from the first; rows that are missing count
+      "validation": 1440,  # number of rows after the training rows
+      "test": 1440,  # number of rows after those
+      "window": 168,  # number of rows that a forecast is made from
+      "horizon": 24,  # number of rows that are forecast
+      "covariates": ("hour_of_day", "day_of_year"),  # names in COVARIATES
+      # What to do about missing values; or "mask": a window repeats the last value before, and the
+      # loss leaves them out.
+      "missing": "refuse",
   })
 
 
 def validate(config: Any) -> None:
-  """Checks the fields of `config.data` against each other and their ranges; raises `UserError`."""
+  """Checks the fields of `config.data` against their ranges and each other; raises `UserError`."""
   need = functools.partial(splits.need, config)
-  need("channels", 0 < len(config.channels) == len(set(config.channels)), "name one channel or more, each once")
+  need("channels", 0 < len(config.channels) == len(set(config.channels)),
+       "name one channel or more, each once")
   need("covariates", len(config.covariates) == len(set(config.covariates)), "name each once")
   for name in config.covariates:
     if name not in COVARIATES:
@@ -66,10 +70,11 @@ def validate(config: Any) -> None:
   for field in ("window", "horizon"):
     need(field, config[field] > 0, "give a positive number of rows")
   need("window", config.window + config.horizon <= config.train,
-       f"with the horizon of {config.horizon} it is longer than the {config.train} rows of --config.data.train; "
-       "make it smaller")
+       f"with the horizon of {config.horizon} it is longer than the {config.train} rows of "
+       "--config.data.train; make it smaller")
   for field in ("validation", "test"):
-    need(field, config[field] >= config.horizon, f"give {config.horizon} rows or more, a horizon")
+    need(field, config[field] >= config.horizon,
+         f"give {config.horizon} rows or more, the length of a horizon")
   if not _is_csv(config.name):
     sources.parse_name(config.name)
 
@@ -80,12 +85,13 @@ def _is_csv(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-  """What was fitted to the training rows.
+  """What is fitted to the training rows.
 
   Attributes:
-    channels: C names.
-    mean, std: f64[C]; the standard deviation of a channel that never changes is taken to be 1.
-    step: seconds from row to row.
+    channels: the names of the C channels.
+    mean: f64[C], the mean of each channel.
+    std: f64[C], the standard deviation of each channel; 1 for a channel that never changes.
+    step: the number of seconds from a row to the next.
   """
 
   channels: tuple[str, ...]
@@ -95,41 +101,46 @@ class Normaliser:
 
   @classmethod
   def fit(cls, series: table.Series) -> "Normaliser":
-    """Of all values that there are; raises `UserError` for a channel without any."""
+    """Fits to all values that are not missing; raises `UserError` for a channel that has none."""
     for c in np.flatnonzero(np.isnan(series.values).all(axis=0))[:1]:
-      raise UserError(f"{series.name}: {series.channels[c]} has no value in the {len(series.times)} training rows; "
-                      "drop it from --config.data.channels")
+      raise UserError(f"{series.name}: {series.channels[c]} has no value in the "
+                      f"{len(series.times)} training rows; drop it from --config.data.channels")
     std = np.nanstd(series.values, axis=0)
-    return cls(series.channels, np.nanmean(series.values, axis=0), np.where(std > 0, std, 1.0), series.step)
+    return cls(series.channels, np.nanmean(series.values, axis=0), np.where(std > 0, std, 1.0),
+               series.step)
 
   def __call__(self, values: np.ndarray) -> np.ndarray:
-    """f[..., C] in the data's units -> f32[..., C] of mean 0 and standard deviation 1."""
+    """f[..., C] in the data's units -> f32[..., C] with mean 0 and standard deviation 1."""
     return ((values - self.mean) / self.std).astype(np.float32)
 
   def check(self, series: table.Series) -> None:
-    """Raises `UserError` for a series of other channels or another step."""
+    """Raises `UserError` if a series has other channels or another step."""
     if self.channels != series.channels:
-      raise UserError(f"{series.name}: has the channels {', '.join(series.channels)}, but the model was trained on "
-                      f"{', '.join(self.channels)}; name these by --config.data.channels")
+      raise UserError(f"{series.name}: has the channels {', '.join(series.channels)}, but the "
+                      f"model was trained on {', '.join(self.channels)}; name these by "
+                      "--config.data.channels")
     if self.step != series.step:
-      raise UserError(f"{series.name}: has steps of {table.duration(series.step)}, but the model was trained on steps of "
-                      f"{table.duration(self.step)}; resample it")
+      raise UserError(f"{series.name}: has steps of {table.duration(series.step)}, but the model "
+                      f"was trained on steps of {table.duration(self.step)}; resample it")
 
   def asset(self) -> dict[str, Any]:
-    """As it is saved in `workdir/data/`."""
-    return {"channels": list(self.channels), "mean": self.mean.tolist(), "std": self.std.tolist(), "step": self.step}
+    """The value that is saved in `workdir/data/`."""
+    return {"channels": list(self.channels), "mean": self.mean.tolist(), "std": self.std.tolist(),
+            "step": self.step}
 
   @classmethod
   def from_assets(cls, assets: Mapping[str, Any]) -> "Normaliser":
-    """The inverse of `asset`, from all assets of a run; raises `UserError` where it is not among them."""
+    """The inverse of `asset`, given all assets of a run; `UserError` if it is not among them."""
     if ASSET not in assets:
-      raise UserError(f"--workdir: data/{ASSET}.json is missing there; restore it from a copy, or train again")
+      raise UserError(f"--workdir: data/{ASSET}.json is missing there; restore it from a copy, or "
+                      "train again")
     saved = assets[ASSET]
-    return cls(tuple(saved["channels"]), np.array(saved["mean"]), np.array(saved["std"]), int(saved["step"]))
+    return cls(tuple(saved["channels"]), np.array(saved["mean"]), np.array(saved["std"]),
+               int(saved["step"]))
 
 
 def fill_forward(values: np.ndarray) -> np.ndarray:
-  """f[T, C] with the last value before it in place of each NaN; 0, the mean, where none came before."""
+  """f[T, C] with each NaN replaced by the last value before it, or else by 0, the mean."""
   rows = np.arange(len(values))[:, None]
   last = np.maximum.accumulate(np.where(np.isnan(values), 0, rows), axis=0)
   filled = np.take_along_axis(values, last, axis=0)
@@ -137,13 +148,15 @@ def fill_forward(values: np.ndarray) -> np.ndarray:
 
 
 def _of_year(times: np.ndarray) -> np.ndarray:
-  """f64[T], the share of its year that has passed."""
+  """f64[T]: the share of the year that has passed at each time."""
   year = times.astype("datetime64[s]").astype("datetime64[Y]")
-  begin, end = (y.astype("datetime64[s]").astype(np.int64) for y in (year, year + np.timedelta64(1, "Y")))
+  begin, end = (y.astype("datetime64[s]").astype(np.int64)
+                for y in (year, year + np.timedelta64(1, "Y")))
   return (times - begin) / (end - begin)
 
 
-# Name -> times i64[T] -> how much of its cycle has passed, [T] in [0, 1). The week begins on Monday.
+# Name -> (times i64[T]) -> the share of the cycle that has passed at each, [T] in [0, 1). A week
+# starts on Monday.
 COVARIATES = {
     "hour_of_day": lambda times: times % DAY / DAY,
     "day_of_week": lambda times: (times + MONDAY) % (7 * DAY) / (7 * DAY),
@@ -152,10 +165,12 @@ COVARIATES = {
 
 
 def covariates(times: np.ndarray, names: Sequence[str]) -> np.ndarray:
-  """f32[T, 2 len(names)]: of each of `COVARIATES` named the sine and the cosine, which have no jump."""
+  """f32[T, 2 len(names)]: sine and cosine, which do not jump, of the named `COVARIATES`."""
   phases = [2 * np.pi * COVARIATES[name](times) for name in names]
   waves = [wave(phase) for phase in phases for wave in (np.sin, np.cos)]
-  return np.stack(waves, axis=-1).astype(np.float32) if waves else np.zeros((len(times), 0), np.float32)
+  if not waves:
+    return np.zeros((len(times), 0), np.float32)
+  return np.stack(waves, axis=-1).astype(np.float32)
 
 
 class SeriesSet(splits.DataSet):
@@ -171,56 +186,42 @@ class SeriesSet(splits.DataSet):
   def __init__(self, config: Any):
     validate(config)
     super().__init__(config)
-    self._saved: Normaliser | None = None  # takes the place of one fitted here
+    self._saved: Normaliser | None = None  # replaces one fitted here
     self._opened: tuple[Normaliser, np.ndarray, np.ndarray] | None = None
 
-  def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-      hosts: int | None = None,
-  ) -> splits.Data:
-    """The series' pipelines; opens nothing.
+  def pipeline(self, split: str, **options: Any) -> Pipeline:
+    """See `DataSet.pipeline`."""
+    finish = _finish_train if options["train"] else _finish
+    return IndexedPipeline(lambda _: self.windows(split), finish, **options)
 
-    Args:
-      batch_size: rows of a global training batch.
-      eval_batch_size: rows of a global evaluation batch.
-      seed: the run's seed.
-      host: this host's number and
-      hosts: how many there are; by default what JAX says.
-
-    Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the
-        config.
-    """
+  def shapes(self) -> splits.Shapes:
+    """See `DataSet.shapes`."""
     config = self.config
-
-    def make(split: str, rows: int) -> Pipeline:
-      train = split == "train"
-      return IndexedPipeline(
-          lambda _: self.windows(split), _finish_train if train else _finish, batch_size=rows, seed=seed, train=train,
-          host=host, hosts=hosts)
-
     channels, length = len(config.channels), config.window + config.horizon
     shapes = {"window": ((config.window, channels), np.float32),
               "horizon": ((config.horizon, channels), np.float32)}
     if config.covariates:
       shapes["covariates"] = (length, 2 * len(config.covariates)), np.float32
-    own = {}
-    if _is_csv(config.name):
-      own = {"fingerprint": lambda: splits.file_fingerprint(config.name)}
-    return self.data(make, shapes, batch_size, eval_batch_size, restore=self.restore,
-                     assets=lambda: {ASSET: self.normaliser().asset()}, **own)
+    return shapes
+
+  def fields(self) -> Mapping[str, Any]:
+    """See `DataSet.fields`."""
+    fields = {"restore": self.restore, "assets": lambda: {ASSET: self.normaliser().asset()}}
+    if _is_csv(name := self.config.name):
+      fields["fingerprint"] = lambda: splits.file_fingerprint(name)
+    return fields
 
   def restore(self, assets: Mapping[str, Any]) -> None:
-    """Takes the normaliser that a run has saved; to be called before the series is opened."""
+    """Takes the normaliser that a run has saved; call it before the series is opened."""
     self._saved = Normaliser.from_assets(assets)
 
   def normaliser(self) -> Normaliser:
-    """What the batches are normalised by; opens the series if need be."""
+    """The normaliser of the batches; opens the series if need be."""
     return self.opened[0]
 
   @property
   def opened(self) -> tuple[Normaliser, np.ndarray, np.ndarray]:
-    """The normaliser, the times i64[T], and the normalised values f32[T, C] with NaN where one is missing."""
+    """The normaliser, the times i64[T], and the normalised values f32[T, C], NaN if missing."""
     with self.lock:
       if self._opened is None:
         config = self.config
@@ -231,8 +232,9 @@ class SeriesSet(splits.DataSet):
         series = read.checked(config.missing)
         rows = config.train + config.validation + config.test
         if rows > len(series.times):
-          raise UserError(f"--config.data.test={config.test}: with train and validation these are {rows:,} rows, but "
-                          f"{config.name} has {len(series.times):,}; take fewer")
+          raise UserError(f"--config.data.test={config.test}: with train and validation these are "
+                          f"{rows:,} rows, but {config.name} has {len(series.times):,}; take "
+                          "fewer")
         normaliser = self._saved or Normaliser.fit(dataclasses.replace(
             series, times=series.times[:config.train], values=series.values[:config.train]))
         normaliser.check(series)
@@ -240,13 +242,13 @@ class SeriesSet(splits.DataSet):
       return self._opened
 
   def check(self, dataset: sources.Dataset) -> None:
-    """See `DataSet.check`; the splits are rows of one record, which `opened` checks."""
+    """See `DataSet.check`; the splits are rows of one record, and `opened` checks them."""
     if {"time", "values", "channels"} - set(dataset.features):
       raise UserError(f"--config.data.name: {self.config.name} is no time series, but has "
                       f"{', '.join(dataset.features)}; choose another set, or name a .csv file")
 
   def _read_set(self) -> table.Series:
-    """The series of a TFDS set such as those of `dljax.data.datasets.series`."""
+    """The series in a TFDS set such as those in `dljax.data.datasets.series`."""
     record, = self.dataset.records(table.SPLIT)[[0]]
     there = [channel.decode() for channel in record["channels"]]
     for channel in self.config.channels:
@@ -259,18 +261,19 @@ class SeriesSet(splits.DataSet):
         self.config.name, tuple(self.config.channels), times, values.astype(np.float64))
 
   def windows(self, split: str) -> "_Windows":
-    """All windows of a split."""
+    """All windows in a split."""
     config, (_, times, values) = self.config, self.opened
     if split == "train":
       begin, end = 0, config.train
     else:
       begin = config.train + (config.validation if split == "test" else 0) - config.window
       end = begin + config.window + config[split]
-    return _Windows(times[begin:end], values[begin:end], fill_forward(values[:end])[begin:], config)
+    return _Windows(times[begin:end], values[begin:end], fill_forward(values[:end])[begin:],
+                    config)
 
 
 class _Windows:
-  """All windows of some rows, in order; see `pipeline.Examples`."""
+  """All windows in some rows, in order; see `pipeline.Examples`."""
 
   def __init__(self, times: np.ndarray, values: np.ndarray, filled: np.ndarray, config: Any):
     self._times, self._values, self._filled = times, values, filled
@@ -283,7 +286,8 @@ class _Windows:
   def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
     first = np.maximum(plan.indices[rows], 0)
     at = first[:, None] + np.arange(self._window + self._horizon)
-    batch = {"window": self._filled[at[:, :self._window]], "horizon": self._values[at[:, self._window:]],
+    batch = {"window": self._filled[at[:, :self._window]],
+             "horizon": self._values[at[:, self._window:]],
              "host/time": self._times[first + self._window]}
     return batch if self._covariates is None else {**batch, "covariates": self._covariates[at]}
 
@@ -304,19 +308,19 @@ def _finish_train(examples: _Windows, plan: Plan) -> HostBatch:
 def encode(
     paths: Sequence[str | np.ndarray], config: Any, normaliser: Normaliser,
 ) -> tuple[HostBatch, list[str], list[str]]:
-  """The last window of each of the user's series, to forecast what comes after its end.
+  """Reads the last window of each of the user's series, to forecast what comes after its end.
 
   Args:
-    paths: .csv files, or folders of them; or arrays [T, C] or [n, T, C] of the data's units, one
-      row a step, for a model that reads no calendar. An array has no times: its last row counts as
-      the start of 1970.
+    paths: the paths of .csv files or of folders that hold them; or, for a model that reads no
+      calendar, arrays [T, C] or [n, T, C] in the data's units, one row a step. An array has no
+      times: its last row counts as the start of 1970.
     config: `config.data`.
-    normaliser: as it was fitted in training.
+    normaliser: the normaliser that was fitted in training.
 
   Returns:
-    A batch of window, covariates, mask, id and time i32[b, H, 2], the days from the start of 1970
-    and the seconds of the day of each row of the horizon; the name of each row; and one line for
-    each file that could not be used.
+    A batch of window, covariates, mask, id and time i32[b, H, 2], which holds for each row of the
+    horizon the day since 1970 and the second of the day; the name of each row; and a line for each
+    file that could not be used.
 
   Raises:
     UserError: a path does not exist.
@@ -337,16 +341,18 @@ def encode(
           np.concatenate([series.times[-config.window:], ahead]), config.covariates))
       times.append(np.stack(np.divmod(ahead, DAY), axis=-1).astype(np.int32))
       names.append(series.name)
-  stack = lambda arrays: np.stack(arrays) if arrays else np.zeros(0)  # without rows nothing is forecast
-  batch = {"window": stack(windows), "time": stack(times), "mask": np.ones(len(names), np.float32),
+  # Without rows, nothing is forecast.
+  windows, times, calendars = (
+      np.stack(arrays) if arrays else np.zeros(0) for arrays in (windows, times, calendars))
+  batch = {"window": windows, "time": times, "mask": np.ones(len(names), np.float32),
            "id": np.arange(len(names), dtype=np.int32)}
-  return {**batch, "covariates": stack(calendars)} if config.covariates else batch, names, skipped
+  return {**batch, "covariates": calendars} if config.covariates else batch, names, skipped
 
 
 def _read_series(
     name: str, source: Path | np.ndarray, config: Any, normaliser: Normaliser,
 ) -> list[table.Series]:
-  """The series of a file or an array, of the model's channels and steps, no shorter than a window."""
+  """The series in a file or an array, checked against the model's channels, step and window."""
   if isinstance(source, Path):
     found = [table.read_csv(source, config.time, config.channels)]
   else:

@@ -1,13 +1,19 @@
 """Text for language models: the config that they share, and its pipelines.
 
-A batch holds tokens i32[b, L]; targets i32[b, L], the token after each; target_weight f32[b, L], 0
-where none is to be predicted; length i32[b], how many tokens of a row are no padding; reset
-f32[b], 1 where a row continues nothing; mask and id (see `data/pipeline.py`; of a stream's windows
-in evaluation the place of the first token in the split); and in evaluation characters and bytes
-f32[b], how many of the text's the targets are, and "host/position" i64[b], the place in the
-split's tokens of the first that is read.
+A batch holds
 
-The documents of a split are one text or stand each for itself; see `data/text/streams.py`.
+  tokens           i32[b, L]
+  targets          i32[b, L], the token after each token
+  target_weight    f32[b, L], 0 where no token is to be predicted
+  length           i32[b], the number of tokens in a row that are no padding
+  reset            f32[b], 1 where a row does not continue the row of the batch before
+  mask, id         see `data/pipeline.py`; in evaluation, the id of a stream's window is the place
+                   of its first token in the split
+  characters       f32[b], in evaluation: the number of characters that the targets stand for
+  bytes            f32[b], in evaluation: the number of bytes that the targets stand for
+  "host/position"  i64[b], in evaluation: the place of the row's first token in the split
+
+The documents of a split are read as one text, or each on its own; see `data/text/streams.py`.
 """
 
 import functools
@@ -27,25 +33,27 @@ from dljax.errors import UserError, unknown
 
 ASSET = "tokenizer"
 _SPLITS = ("train", "validation", "test")
-_LEAST_VOCABULARY = 300  # of a sub-word tokenizer: 256 bytes and some words
+_LEAST_VOCABULARY = 300  # for a sub-word tokenizer: 256 bytes and some words
 
 
 def default_config() -> ml_collections.ConfigDict:
   """The fields of `config.data`."""
   return ml_collections.ConfigDict({
       "name": "pydoc",  # a TFDS name, possibly with config and version
-      "file": "",  # a UTF-8 text of your own in place of it, whose parts are split_text's
+      "file": "",  # a UTF-8 text of your own in place of a set; split_text makes its splits
       "field": "text",  # the feature of the set that holds the text
-      "train": "train",  # TFDS split expressions that must not overlap, e.g. train[:90%]; "" for none
+      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
+      "train": "train",
       "validation": "validation",
       "test": "test",
       "tokenizer": "byte",  # one of tokenize.TOKENIZERS
       "tokenizer_file": "",  # for "file": a SentencePiece .model or a tokenizer.json
-      "vocab_size": 257,  # of the model; a tokenizer may have fewer tokens
-      "byte_fallback": False,  # write characters that training has not seen as bytes, instead of refusing them
-      "documents": False,  # each document for itself, instead of one text in reading order
-      "length": 64,  # tokens of a window, and of the longest piece that a document is cut into
-      "buckets": ragged.MAX_BUCKETS,  # lengths that batches of documents are padded to
+      "vocab_size": 257,  # the model's; a tokenizer may have fewer tokens
+      # Whether characters that are not in the training text become bytes, or are refused.
+      "byte_fallback": False,
+      "documents": False,  # whether each document is read on its own, or all as one text
+      "length": 64,  # tokens in a window, and in the longest piece that a document is cut into
+      "buckets": ragged.MAX_BUCKETS,  # number of lengths that batches of documents are padded to
   })
 
 
@@ -58,9 +66,11 @@ def validate(config: Any) -> None:
   need("train", bool(config.train), "name the split to train on")
   need("vocab_size", config.vocab_size >= 2, "give at least 2")
   if config.tokenizer == "byte":
-    need("vocab_size", config.vocab_size >= tokenize.Bytes.size, f"bytes need {tokenize.Bytes.size}")
+    need("vocab_size", config.vocab_size >= tokenize.Bytes.size,
+         f"bytes need {tokenize.Bytes.size}")
   if config.tokenizer in ("bpe", "wordpiece", "unigram"):
-    need("vocab_size", config.vocab_size >= _LEAST_VOCABULARY, f"sub-words need at least {_LEAST_VOCABULARY}")
+    need("vocab_size", config.vocab_size >= _LEAST_VOCABULARY,
+         f"sub-words need at least {_LEAST_VOCABULARY}")
   need("tokenizer_file", not config.tokenizer_file or config.tokenizer == "file",
        "goes with --config.data.tokenizer=file; add it, or drop this")
   need("tokenizer_file", config.tokenizer != "file" or bool(config.tokenizer_file),
@@ -69,28 +79,32 @@ def validate(config: Any) -> None:
     sources.parse_name(config.name)
     return
   for split in _SPLITS:
-    need(split, config[split] in ("", split), f"of a file there is only the split {split}; write {split}, or nothing")
+    need(split, config[split] in ("", split),
+         f"a file has only the split {split}; write {split}, or nothing")
 
 
 def split_text(text: str) -> dict[str, str]:
-  """The parts of one text, in order: 90 % of its characters for training, then half and half of the rest."""
+  """The splits of one text, in order: 90 % of its characters, and two halves of the rest."""
   rest = int(len(text) * 0.9)
   middle = rest + int((len(text) - rest) * 0.5)
   return {"train": text[:rest], "validation": text[rest:middle], "test": text[middle:]}
 
 
 def read_file(path: str | Path, flag: str) -> str:
-  """The text of a UTF-8 file.
+  """The text in a UTF-8 file.
 
   Raises:
-    UserError: it cannot be read, is no UTF-8, or is empty; `flag` says where its name came from.
+    UserError: the file cannot be read, is no UTF-8, or is empty; the message starts with `flag`,
+      from which the path came.
   """
   try:
     text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
   except OSError as error:
-    raise UserError(f"{flag}={path} cannot be read ({error.strerror}); name a file of text") from None
+    raise UserError(f"{flag}={path} cannot be read ({error.strerror}); name a file of "
+                    "text") from None
   except UnicodeDecodeError as error:
-    raise UserError(f"{flag}={path} is not UTF-8 (byte {error.start}); convert it, e.g. by iconv -t utf-8") from None
+    raise UserError(f"{flag}={path} is not UTF-8 (byte {error.start}); convert it, e.g. by iconv "
+                    "-t utf-8") from None
   if not text:
     raise UserError(f"{flag}={path} is empty; name a file of text")
   return text
@@ -111,53 +125,38 @@ class TextSet(splits.DataSet):
     super().__init__(config)
     self._tokenizer: tokenize.Tokenizer | None = None
 
-  def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-      hosts: int | None = None,
-  ) -> splits.Data:
-    """The text's pipelines; opens nothing.
+  def pipeline(self, split: str, **options: Any) -> Pipeline:
+    """See `DataSet.pipeline`."""
+    config, read = self.config, functools.partial(self.read, split)
+    if not config.documents:
+      return streams.Streams(read, length=config.length, **options)
+    counts = not options["train"]
+    return ragged.RaggedPipeline(
+        lambda _: streams.Documents(read(), config.length, self.tokenizer().end, counts=counts),
+        lambda documents, plan: documents.gather(plan, plan.rows), longest=config.length,
+        flag="--config.data.length", buckets=config.buckets, **options)
 
-    Args:
-      batch_size: rows of a global training batch.
-      eval_batch_size: rows of a global evaluation batch.
-      seed: the run's seed.
-      host: this host's number and
-      hosts: how many there are; by default what JAX says.
+  def shapes(self) -> splits.Shapes:
+    """See `DataSet.shapes`."""
+    row = (self.config.length,)
+    return {"tokens": (row, np.int32), "targets": (row, np.int32),
+            "target_weight": (row, np.float32), "length": ((), np.int32),
+            "reset": ((), np.float32)}
 
-    Raises:
-      UserError: a value out of range; when opened, data that is missing or does not fit the
-        config.
-    """
-    config, common = self.config, {"host": host, "hosts": hosts}
-
-    def make(split: str, size: int) -> Pipeline:
-      read, train = functools.partial(self.read, split), split == "train"
-      if not config.documents:
-        return streams.Streams(
-            read, batch_size=size, length=config.length, seed=seed, train=train, **common)
-      return ragged.RaggedPipeline(
-          lambda _: streams.Documents(read(), config.length, self.tokenizer().end, counts=not train),
-          lambda documents, plan: documents.gather(plan, plan.rows), longest=config.length,
-          flag="--config.data.length", buckets=config.buckets, batch_size=size, seed=seed,
-          train=train, **common)
-
-    row = (config.length,)
-    shapes = {"tokens": (row, np.int32), "targets": (row, np.int32),
-              "target_weight": (row, np.float32), "length": ((), np.int32),
-              "reset": ((), np.float32)}
-    own = {}
-    if config.file:
-      own = {"name": config.file, "fingerprint": lambda: splits.file_fingerprint(config.file)}
-    return self.data(make, shapes, batch_size, eval_batch_size, restore=self.restore,
-                     assets=lambda: {ASSET: self.tokenizer().to_json()}, **own)
+  def fields(self) -> Mapping[str, Any]:
+    """See `DataSet.fields`."""
+    fields = {"restore": self.restore, "assets": lambda: {ASSET: self.tokenizer().to_json()}}
+    if file := self.config.file:
+      fields |= {"name": file, "fingerprint": lambda: splits.file_fingerprint(file)}
+    return fields
 
   def restore(self, assets: Mapping[str, Any]) -> None:
-    """Takes the tokenizer that a run has saved; to be called before anything is opened."""
+    """Takes the tokenizer that a run has saved; call it before anything is opened."""
     with self.lock:
       self._tokenizer = tokenize.from_json(assets[ASSET])
 
   def tokenizer(self) -> tokenize.Tokenizer:
-    """The run's tokenizer after `restore`, else one that is fitted to the training text."""
+    """The run's tokenizer after `restore`, otherwise a new one, fitted to the training text."""
     config = self.config
     with self.lock:
       if self._tokenizer is None:
@@ -165,13 +164,13 @@ class TextSet(splits.DataSet):
         made = tokenize.make(config.tokenizer, documents, vocab_size=config.vocab_size,
                              byte_fallback=config.byte_fallback, file=config.tokenizer_file)
         if made.size > config.vocab_size:
-          raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has {made.size} tokens; give "
-                          "that")
+          raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has "
+                          f"{made.size} tokens; give that number")
         self._tokenizer = _agreed(made) if config.tokenizer in tokenize.FITTED else made
       return self._tokenizer
 
   def read(self, split: str) -> tuple[tokenize.Encoded, np.ndarray]:
-    """The documents of a split as one text, `end` before each; and i64[n], where each begins."""
+    """A split's documents as one text, with `end` before each; and i64[n], where each starts."""
     tokenizer = self.tokenizer()
     before = tokenize.Encoded(np.array([tokenizer.end], np.int32), *np.zeros((2, 1), np.int32))
     parts, begins, size = [], [], 0
@@ -199,17 +198,18 @@ class TextSet(splits.DataSet):
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
     config = self.config
-    features = {name for name, feature in dataset.features.items() if type(feature).__name__ == "Text"}
+    features = {name for name, feature in dataset.features.items()
+                if type(feature).__name__ == "Text"}
     if config.field not in features:
       if not features:
-        raise UserError(f"--config.data.name: {config.name} has no text, but {', '.join(dataset.features)}; choose "
-                        "another set")
+        raise UserError(f"--config.data.name: {config.name} has no text, but "
+                        f"{', '.join(dataset.features)}; choose another set")
       raise unknown("--config.data.field", config.field, features)
     super().check(dataset)
 
 
 def _agreed(tokenizer: tokenize.Tokenizer) -> tokenize.Tokenizer:
-  """The first host's tokenizer, on every host: two that were fitted to one text may differ."""
+  """The first host's tokenizer, for every host: two tokenizers fitted to one text may differ."""
   if jax.process_count() == 1:
     return tokenizer
   from jax.experimental import multihost_utils
@@ -220,19 +220,23 @@ def _agreed(tokenizer: tokenize.Tokenizer) -> tokenize.Tokenizer:
   return tokenize.from_json(json.loads(bytes(multihost_utils.broadcast_one_to_all(padded))))
 
 
-def encode_prompts(texts: Sequence[str], names: Sequence[str], tokenizer: tokenize.Tokenizer) -> HostBatch:
-  """Prompts to be continued.
+def encode_prompts(
+    texts: Sequence[str], names: Sequence[str], tokenizer: tokenize.Tokenizer,
+) -> HostBatch:
+  """Encodes prompts for the model to continue.
 
   Args:
-    texts: the prompts; may be empty.
-    names: of each, for the message of one that cannot be encoded.
-    tokenizer: of the run.
+    texts: the prompts, which may be empty.
+    names: their names, for the message about a prompt that cannot be encoded.
+    tokenizer: the run's tokenizer.
 
   Returns:
-    prompt i32[n, P], `end` before each and padded; length i32[n]; id i32[n], their numbers; mask
-    f32[n].
+    A batch of prompt i32[n, P], each with `end` before it and padded; length i32[n]; id i32[n],
+    the prompts' numbers; and mask f32[n].
   """
-  rows = [np.append(np.int32(tokenizer.end), tokenizer.encode(text, name).tokens) for text, name in zip(texts, names)]
+  rows = [np.append(np.int32(tokenizer.end), tokenizer.encode(text, name).tokens)
+          for text, name in zip(texts, names)]
   length = np.array([len(row) for row in rows], np.int32)
-  return {"prompt": ragged.pad(rows, length.max(initial=1)) if rows else np.zeros((0, 1), np.int32), "length": length,
+  none = np.zeros((0, 1), np.int32)
+  return {"prompt": ragged.pad(rows, length.max(initial=1)) if rows else none, "length": length,
           "id": np.arange(len(rows), dtype=np.int32), "mask": np.ones(len(rows), np.float32)}

@@ -1,8 +1,9 @@
 """SentencePiece models (Kudo and Richardson 2018) as tokenizers of Hugging Face's `tokenizers`.
 
-The file is a protocol buffer, `ModelProto` of
-https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto, of which only what decides the
-tokens is read here. Unigram and BPE models give the tokens that SentencePiece itself gives.
+The file is a protocol buffer, the `ModelProto` in
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto. Only the fields
+that decide the tokens are read here. Unigram and BPE models give the same tokens as SentencePiece
+itself.
 """
 
 import json
@@ -11,14 +12,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-SPACE = "\u2581"  # what a space is among the pieces
+SPACE = "\u2581"  # stands for a space in a piece
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of pieces
 _UNIGRAM, _BPE = 1, 2  # types of models
-_NEVER = -1e5  # the score of what a text may spell and never means
+_NEVER = -1e5  # the score of pieces that a text may spell but never means
 
 
 class Piece(NamedTuple):
-  """An entry of the vocabulary; its score is a log probability or, in BPE, the merge's rank."""
+  """An entry of the vocabulary; its score is a log probability, or decides a merge's rank."""
 
   text: str
   score: float
@@ -26,10 +27,10 @@ class Piece(NamedTuple):
 
 
 def read(data: bytes) -> Any:
-  """The `tokenizers.Tokenizer` of a SentencePiece model's bytes.
+  """The `tokenizers.Tokenizer` that equals a SentencePiece model, given the bytes of its file.
 
   Raises:
-    ValueError: these are no such bytes, or a model of words or characters.
+    ValueError: they are no SentencePiece model, or the model is neither Unigram nor BPE.
   """
   import tokenizers
 
@@ -39,19 +40,20 @@ def read(data: bytes) -> Any:
     raise ValueError("there is no vocabulary in it")
   trainer = _fields(model.get(2, [b""])[0])
   normalizer = _fields(model.get(3, [b""])[0])
-  flag = lambda fields, number, default: bool(fields.get(number, [default])[0])
-  dummy_prefix = flag(normalizer, 3, True)
+  dummy_prefix = bool(normalizer.get(3, [True])[0])
 
   kind = trainer.get(3, [_UNIGRAM])[0]
   unknown = next(i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN)
-  byte_fallback = flag(trainer, 35, False)
+  byte_fallback = bool(trainer.get(35, [False])[0])
   if kind == _UNIGRAM:
-    scores = [(piece.text, _NEVER if piece.kind in (_CONTROL, _BYTE) else piece.score) for piece in pieces]
+    scores = [(piece.text, _NEVER if piece.kind in (_CONTROL, _BYTE) else piece.score)
+              for piece in pieces]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unknown, byte_fallback))
   elif kind == _BPE:
+    numbers = {piece.text: i for i, piece in enumerate(pieces)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {piece.text: i for i, piece in enumerate(pieces)}, _merges(pieces), unk_token=pieces[unknown].text,
-        fuse_unk=True, byte_fallback=byte_fallback))
+        numbers, _merges(pieces), unk_token=pieces[unknown].text, fuse_unk=True,
+        byte_fallback=byte_fallback))
   else:
     raise ValueError("it is neither Unigram nor BPE")
   special = [piece.text for piece in pieces if piece.kind in (_UNKNOWN, _CONTROL)]
@@ -62,8 +64,9 @@ def read(data: bytes) -> Any:
   steps = []
   if charsmap := normalizer.get(2, [b""])[0]:
     steps.append(tokenizers.normalizers.Precompiled(charsmap))
-  if flag(normalizer, 4, True):  # extra white space goes
-    steps += [tokenizers.normalizers.Strip(), tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+  if normalizer.get(4, [True])[0]:  # extra white space is removed
+    steps += [tokenizers.normalizers.Strip(),
+              tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
   if steps:
     tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
@@ -73,7 +76,7 @@ def read(data: bytes) -> Any:
 
 
 def decoder(dummy_prefix: bool) -> Any:
-  """From pieces to text: bytes, spaces, and away with the space before the first word where one was put there."""
+  """The decoder from pieces to text; `dummy_prefix` drops the space before the first word."""
   from tokenizers import decoders
 
   parts = [decoders.ByteFallback(), decoders.Replace(SPACE, " "), decoders.Fuse()]
@@ -81,26 +84,29 @@ def decoder(dummy_prefix: bool) -> Any:
 
 
 def byte_piece(byte: int) -> str:
-  """How a byte is written as a piece."""
+  """The piece that stands for a byte."""
   return f"<0x{byte:02X}>"
 
 
 def finished_unigram(tokenizer: Any, keep: Sequence[str], byte_fallback: bool) -> Any:
-  """A Unigram tokenizer as it was trained, but no text can spell its special tokens.
+  """The same Unigram tokenizer, except that no text can spell its special tokens.
 
   Args:
-    tokenizer: with the special tokens that it was trained with.
-    keep: those that stay special.
-    byte_fallback: whether the others are the pieces of the 256 bytes, to write with what is unknown.
+    tokenizer: the tokenizer, with the special tokens that it was trained with.
+    keep: the special tokens that stay special.
+    byte_fallback: whether the others are the pieces of the 256 bytes, into which unknown
+      characters are split.
   """
   from tokenizers import Regex, Tokenizer, pre_tokenizers
 
   content = json.loads(tokenizer.to_str())
   spelled = [token["content"] for token in content["added_tokens"]]
   content["model"]["byte_fallback"] = byte_fallback
-  content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in keep]
+  content["added_tokens"] = [token for token in content["added_tokens"]
+                             if token["content"] in keep]
   finished = Tokenizer.from_str(json.dumps(content))
-  # Cut behind the first character, as they have a better score than any word.
+  # The special tokens have better scores than any word, so a text that spells one is cut after its
+  # first character.
   begins = Regex("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in spelled))
   finished.pre_tokenizer = pre_tokenizers.Sequence([
       pre_tokenizers.Split(begins, "isolated"), finished.pre_tokenizer])
@@ -108,9 +114,10 @@ def finished_unigram(tokenizer: Any, keep: Sequence[str], byte_fallback: bool) -
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-  """Every way in which two pieces make a third, in the order of the third's score."""
+  """All pairs of pieces that make a third piece, by the third piece's score."""
   known = {piece.text for piece in pieces}
-  ranked = sorted((p for p in pieces if p.kind == _NORMAL and len(p.text) > 1), key=lambda p: -p.score)
+  ranked = sorted((p for p in pieces if p.kind == _NORMAL and len(p.text) > 1),
+                  key=lambda p: -p.score)
   return [(text[:i], text[i:]) for text, *_ in ranked for i in range(1, len(text))
           if text[:i] in known and text[i:] in known]
 
@@ -122,7 +129,11 @@ def _piece(data: bytes) -> Piece:
 
 
 def _fields(data: bytes) -> dict[int, list[Any]]:
-  """Field number -> its values in a protocol buffer: whole numbers, or bytes; `ValueError` where this is none."""
+  """Field number -> its values in a protocol buffer: integers, or bytes.
+
+  Raises:
+    ValueError: the bytes are no protocol buffer.
+  """
   fields: dict[int, list[Any]] = {}
   for number, value in _wire(data):
     fields.setdefault(number, []).append(value)

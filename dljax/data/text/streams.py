@@ -1,11 +1,14 @@
 """From a tokenized text to batches: as parallel streams, or document by document.
 
-Either the documents of a split are one text in reading order, cut into as many parallel streams as
-a batch has rows, of which step s gives the s-th window, so that a state that is carried from batch
-to batch has read all that came before (truncated backpropagation through time; Werbos 1990,
-"Backpropagation through time: what it does and how to do it"). Or each document stands for itself,
-in batches of documents of like length (`ragged`). Either way an evaluation predicts every token of
-its split once: the first of a text from `Tokenizer.end`.
+`Streams` reads the documents of a split as one text. The text is cut into as many parallel streams
+as a batch has rows, and step s gives the s-th window of each. A state that is carried from batch
+to batch has thus read all that came before (truncated backpropagation through time; Werbos 1990,
+"Backpropagation through time: what it does and how to do it").
+
+`Documents` reads each document on its own, in batches of documents of similar length (`ragged`).
+
+Either way, an evaluation predicts every token of its split once, and the first token of a text
+from `Tokenizer.end`.
 """
 
 import threading
@@ -23,25 +26,27 @@ from dljax.errors import UserError
 class Streams:
   """The `Pipeline` of one text in reading order, in as many streams as a batch has rows.
 
-  Training cuts as many whole windows as there are out of the text, from another place on in each
-  epoch, so that no part of it is left out for ever; every epoch begins with `reset`. Evaluation
-  pads and masks the streams' ends.
+  Training cuts the text into as many whole windows as it holds. Each epoch starts at another
+  place, so that no part of the text is left out for ever, and its first batch has `reset`.
+  Evaluation pads and masks the ends of the streams.
 
   Args:
-    read: () -> (the text, where its documents begin); called once, by `open`.
-    batch_size: B, of the global batch.
-    length: L, the tokens of a window.
-    seed: of the run.
-    train: repeat for ever; otherwise one pass.
-    host: this host's number and
-    hosts: how many there are; by default what JAX says when the data is opened.
+    read: () -> the text, and where its documents start; called once, by `open`.
+    batch_size: B, the number of rows of the global batch.
+    length: L, the number of tokens in a window.
+    seed: the run's seed.
+    train: whether to repeat for ever; otherwise there is one pass.
+    host: this host's number; by default JAX's process index when the data is opened.
+    hosts: the number of hosts; by default JAX's process count then.
   """
 
   def __init__(
-      self, read: Callable[[], tuple[tokenize.Encoded, np.ndarray]], *, batch_size: int, length: int, seed: int = 0,
-      train: bool = False, host: int | None = None, hosts: int | None = None,
+      self, read: Callable[[], tuple[tokenize.Encoded, np.ndarray]], *, batch_size: int,
+      length: int, seed: int = 0, train: bool = False, host: int | None = None,
+      hosts: int | None = None,
   ):
-    self._read, self._size, self._length, self._seed, self._train = read, batch_size, length, seed, train
+    self._read, self._size, self._length = read, batch_size, length
+    self._seed, self._train = seed, train
     self._host, self._hosts = host, hosts
     self._text: tokenize.Encoded | None = None
     self._lock = threading.RLock()
@@ -61,12 +66,14 @@ class Streams:
       if self._hosts is None:
         self._host, self._hosts = jax.process_index(), jax.process_count()
       if self._size % self._hosts:
-        raise UserError(f"--config.batch_size={self._size} is not a multiple of the {self._hosts} hosts")
+        raise UserError(f"--config.batch_size={self._size} is not a multiple of the {self._hosts} "
+                        "hosts")
       text, _ = self._read()
       targets = len(text.tokens) - 1
       if self._train and targets < self._size * self._length:
-        raise UserError(f"--config.data.length={self._length}: the training text has {targets} tokens, too few for "
-                        f"one window in each of {self._size} streams; make it or --config.batch_size smaller")
+        raise UserError(f"--config.data.length={self._length}: the training text has {targets} "
+                        f"tokens, too few for one window in each of {self._size} streams; make it "
+                        "or --config.batch_size smaller")
       self._text = text
       return True
 
@@ -76,13 +83,15 @@ class Streams:
 
   @property
   def num_examples(self) -> int:
-    """Windows, of all streams."""
+    """The number of windows in all streams."""
     return self.num_batches * self._size
 
   @property
   def num_batches(self) -> int:
     targets = self._targets()
-    return targets // (self._size * self._length) if self._train else -(-self._per_stream(targets) // self._length)
+    if self._train:
+      return targets // (self._size * self._length)
+    return -(-self._per_stream(targets) // self._length)
 
   def batch(self, step: int) -> HostBatch:
     targets, length, windows = self._targets(), self._length, self.num_batches
@@ -114,20 +123,25 @@ class Streams:
 
 
 class Documents:
-  """The `RaggedExamples` of documents, each for itself and closed by `end`; a long one in pieces.
+  """The `RaggedExamples` of documents, each on its own and closed by `end`; long ones are cut into
+  pieces.
 
   Args:
-    text: (the documents as one text, `end` before each; where each begins).
-    length: the longest piece, in tokens to be predicted.
-    end: the token.
-    counts: whether batches tell of the characters and bytes.
+    text: the documents as one text, with `end` before each; and where each starts.
+    length: the greatest number of tokens to predict in a piece.
+    end: the token that closes a document.
+    counts: whether batches hold the numbers of characters and bytes.
   """
 
-  def __init__(self, text: tuple[tokenize.Encoded, np.ndarray], length: int, end: int, *, counts: bool):
+  def __init__(
+      self, text: tuple[tokenize.Encoded, np.ndarray], length: int, end: int, *, counts: bool,
+  ):
     encoded, begins = text
-    self._text = tokenize.Encoded(np.append(encoded.tokens, np.int32(end)), *(np.append(x, 0) for x in encoded[1:]))
+    self._text = tokenize.Encoded(np.append(encoded.tokens, np.int32(end)),
+                                  *(np.append(x, 0) for x in encoded[1:]))
     self._longest, self._counts = length, counts
-    sizes = np.diff(begins, append=len(encoded.tokens))  # of a document with the `end` behind it, to be predicted
+    # Tokens to predict, with the `end` after the document.
+    sizes = np.diff(begins, append=len(encoded.tokens))
     pieces = -(-sizes // length)
     piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     self._begins = np.repeat(begins, pieces) + piece * length
@@ -147,9 +161,10 @@ class Documents:
 
 
 def _windows(
-    text: tokenize.Encoded, begins: np.ndarray, counts: np.ndarray, length: int, *, counts_of_text: bool,
+    text: tokenize.Encoded, begins: np.ndarray, counts: np.ndarray, length: int, *,
+    counts_of_text: bool,
 ) -> HostBatch:
-  """The windows from `begins` on in which `counts` tokens are to be predicted, padded to `length`."""
+  """The windows that start at `begins`, with `counts` tokens to predict, padded to `length`."""
   inside = np.arange(length) < counts[:, None]
   places = np.where(inside, begins[:, None] + np.arange(length), 0)
   following = np.where(inside, places + 1, 0)

@@ -1,9 +1,10 @@
-"""Text to numbers and back: bytes, characters, and sub-words by Hugging Face's `tokenizers`.
+"""From text to tokens and back: bytes, characters, and sub-words by Hugging Face's `tokenizers`.
 
-Every tokenizer has one token, `end`, that stands before each document and stands for no text. Beside the tokens it
-tells of how many characters and UTF-8 bytes of the text each one takes care of: what a sub-word tokenizer drops (most
-drop some white space) counts for the token before. So these numbers add up to the text's own, and a loss per token
-becomes one per character or byte without error.
+Every tokenizer has a token `end`, which comes before each document and stands for no text. Besides
+the tokens, a tokenizer gives the number of characters and of UTF-8 bytes that each token stands
+for. What a sub-word tokenizer drops (most drop some white space) counts for the token before it.
+The numbers therefore add up to those of the text, and a loss per token becomes a loss per
+character or byte without error.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +16,12 @@ import numpy as np
 from dljax.data.text import sentencepiece
 from dljax.errors import UserError, unknown
 
-FITTED = ("character", "bpe", "wordpiece", "unigram")  # to the training text
+FITTED = ("character", "bpe", "wordpiece", "unigram")  # the kinds fitted to the training text
 TOKENIZERS = ("byte", *FITTED, "file")
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
-_ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")  # names of `end` in the files of others, the best first
+# Names of `end` in other people's files, the best first.
+_ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")
 _BYTES = 256
 _FILE = "--config.data.tokenizer_file"
 
@@ -29,8 +31,8 @@ class Encoded(NamedTuple):
 
   Attributes:
     tokens: i32[n].
-    characters: i32[n], of the text, for each token.
-    bytes: i32[n], of its UTF-8, for each token.
+    characters: i32[n], the number of the text's characters that each token stands for.
+    bytes: i32[n], the number of bytes of those characters in UTF-8.
   """
 
   tokens: np.ndarray
@@ -50,13 +52,17 @@ class Tokenizer(Protocol):
   end: int
 
   def encode(self, text: str, where: str) -> Encoded:
-    """The tokens of a text, without `end`; `where` names the text in the `UserError` on one that cannot be encoded."""
+    """The tokens of a text, without `end`.
+
+    Raises:
+      UserError: the text cannot be encoded; the message names it by `where`.
+    """
 
   def decode(self, tokens: Sequence[int]) -> str:
-    """The text of tokens; U+FFFD for what is no text, such as half a character."""
+    """The text that tokens stand for, with U+FFFD for what is no text (half a character)."""
 
   def to_json(self) -> Mapping[str, Any]:
-    """What `from_json` makes the same tokenizer of."""
+    """A value for JSON, from which `from_json` makes the same tokenizer."""
 
 
 class Bytes:
@@ -77,12 +83,12 @@ class Bytes:
 
 
 class Characters:
-  """The characters of the training text: `end` is 0, then they follow in order.
+  """The characters of the training text, as the tokens from 1 on; `end` is 0.
 
   Args:
-    characters: each once, in the order of their code points.
-    byte_fallback: whether other characters are written as the bytes of their UTF-8, of which each is a token too, or
-      are an error.
+    characters: the characters, each once, in the order of their code points.
+    byte_fallback: whether other characters become their bytes in UTF-8, which are tokens then too,
+      or are an error.
   """
 
   end = 0
@@ -101,9 +107,10 @@ class Characters:
       return Encoded(tokens, np.ones_like(tokens), sizes)
     if not self._byte_fallback:
       first = text[unseen[0]]
-      raise UserError(f"{where}: the character {first!r} (U+{ord(first):04X}) at position {unseen[0]} is not in the "
-                      "training text; train with --config.data.byte_fallback=true or --config.data.tokenizer=byte")
-    parts = np.split(tokens, unseen)  # each but the first begins with an unseen one
+      raise UserError(f"{where}: the character {first!r} (U+{ord(first):04X}) at position "
+                      f"{unseen[0]} is not in the training text; train with "
+                      "--config.data.byte_fallback=true or --config.data.tokenizer=byte")
+    parts = np.split(tokens, unseen)  # each part but the first starts with an unseen character
     parts[1:] = [np.append(1 + len(self._points) + Bytes().encode(text[i]).tokens, part[1:])
                  for i, part in zip(unseen, parts[1:])]
     repeats = np.ones_like(tokens)
@@ -122,20 +129,21 @@ class Characters:
     return raw.decode(errors="replace")
 
   def to_json(self) -> Mapping[str, Any]:
-    return {"kind": "character", "characters": self._characters, "byte_fallback": self._byte_fallback}
+    return {"kind": "character", "characters": self._characters,
+            "byte_fallback": self._byte_fallback}
 
 
 class Subwords:
-  """A tokenizer of Hugging Face's `tokenizers`.
+  """A tokenizer made by Hugging Face's `tokenizers`.
 
   Args:
-    tokenizer: theirs.
-    end: the token that stands before each document.
+    tokenizer: the `tokenizers.Tokenizer`.
+    end: the token before each document.
   """
 
   def __init__(self, tokenizer: Any, end: int):
     self._tokenizer, self.end = tokenizer, end
-    self._tokenizer.encode_special_tokens = True  # what looks like a special token in a text is text
+    self._tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
     self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
   def encode(self, text: str, where: str = "") -> Encoded:
@@ -143,7 +151,8 @@ class Subwords:
     encoding = self._tokenizer.encode(text, add_special_tokens=False)
     starts = np.array([start for start, _ in encoding.offsets], np.int64)
     starts[:1] = 0
-    bytes_before = np.concatenate([[0], np.cumsum(_utf8_sizes(_code_points(text)), dtype=np.int64)])
+    bytes_before = np.concatenate([[0],
+                                   np.cumsum(_utf8_sizes(_code_points(text)), dtype=np.int64)])
     ends = np.append(starts[1:], len(text)) if len(starts) else starts
     return Encoded(np.array(encoding.ids, np.int32), (ends - starts).astype(np.int32),
                    (bytes_before[ends] - bytes_before[starts]).astype(np.int32))
@@ -156,16 +165,18 @@ class Subwords:
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-  """The text that each token adds to those before it; "¶" and a new line for `end`.
+  """The text that each token adds to the tokens before it; "¶" and a new line for `end`.
 
-  Where a character has several tokens, these are U+FFFD or empty.
+  If a character takes several tokens, their texts are U+FFFD or empty.
   """
   texts, begin, before = [], 0, ""
   for i, token in enumerate(tokens):
     if token == tokenizer.end:
       texts.append("¶\n")
       begin, before = i + 1, ""
-    else:  # what a token adds may depend on all before it: half a character, or a space that the first word lacks
+    else:
+      # The text that a token adds may depend on all tokens before it: it can be half a character,
+      # or start with a space that the first word lacks.
       text = tokenizer.decode(tokens[begin:i + 1])
       texts.append(text[len(before):])
       before = text
@@ -182,19 +193,22 @@ def from_json(value: Mapping[str, Any]) -> Tokenizer:
 
 
 def make(
-    kind: str, documents: Iterable[str], *, vocab_size: int, byte_fallback: bool = False, file: str = "",
+    kind: str, documents: Iterable[str], *, vocab_size: int, byte_fallback: bool = False,
+    file: str = "",
 ) -> Tokenizer:
-  """A tokenizer, fitted to the training text where it is of a kind that is.
+  """A tokenizer; those in `FITTED` are fitted to the training text.
 
   Args:
-    kind: of `TOKENIZERS`.
-    documents: the training text; read by those of `FITTED` only.
-    vocab_size: how many tokens a sub-word tokenizer may have, `end` among them.
-    byte_fallback: whether characters that are not in the training text are written as bytes. BPE always does.
-    file: for the kind "file": a SentencePiece model, or the tokenizer.json of a Hugging Face tokenizer.
+    kind: one of `TOKENIZERS`.
+    documents: the training text, which is read only for a kind in `FITTED`.
+    vocab_size: the greatest number of tokens in a sub-word tokenizer, with `end`.
+    byte_fallback: whether characters that are not in the training text become bytes. With BPE they
+      always do.
+    file: for the kind "file", the path of a SentencePiece model or of a Hugging Face
+      tokenizer.json.
 
   Raises:
-    UserError: an unknown kind, or a file that cannot be read.
+    UserError: the kind is unknown, or the file cannot be read.
   """
   if kind == "byte":
     return Bytes()
@@ -208,8 +222,11 @@ def make(
 
 
 def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: bool) -> Tokenizer:
-  """A sub-word tokenizer: BPE on bytes (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster and Nakajima
-  2012, in BERT's form) or Unigram (Kudo 2018)."""
+  """Trains a sub-word tokenizer.
+
+  It is BPE on bytes (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster and Nakajima
+  2012, in BERT's form) or Unigram (Kudo 2018).
+  """
   lib = _library()
   common = {"vocab_size": vocab_size, "show_progress": False}
   if kind == "bpe":
@@ -227,7 +244,8 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
     tokenizer = lib.Tokenizer(lib.models.Unigram())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = sentencepiece.decoder(dummy_prefix=False)
-    special = [END, UNKNOWN, *(sentencepiece.byte_piece(byte) for byte in range(_BYTES if byte_fallback else 0))]
+    special = [END, UNKNOWN,
+               *(sentencepiece.byte_piece(byte) for byte in range(_BYTES if byte_fallback else 0))]
     trainer = lib.trainers.UnigramTrainer(**common, special_tokens=special, unk_token=UNKNOWN)
   tokenizer.train_from_iterator(documents, trainer)
   if kind == "unigram":
@@ -236,24 +254,25 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
 
 
 def load(file: str) -> Tokenizer:
-  """The tokenizer in a SentencePiece model (.model) or a tokenizer.json; `UserError` where it cannot be read."""
+  """Reads a SentencePiece model (.model) or a tokenizer.json; `UserError` if it cannot."""
   path = Path(file).expanduser()
   if not file:
-    raise UserError(f"{_FILE}: --config.data.tokenizer=file needs one; name a SentencePiece .model or a tokenizer.json")
+    raise UserError(f"{_FILE}: --config.data.tokenizer=file needs one; name a SentencePiece "
+                    ".model or a tokenizer.json")
   try:
     data = path.read_bytes()
   except OSError as error:
-    raise UserError(f"{_FILE}={file} cannot be read ({error.strerror}); name a SentencePiece .model or a "
-                    "tokenizer.json") from None
+    raise UserError(f"{_FILE}={file} cannot be read ({error.strerror}); name a SentencePiece "
+                    ".model or a tokenizer.json") from None
   try:
     if path.suffix == ".json":
       tokenizer = _library().Tokenizer.from_str(data.decode())
     else:
       tokenizer = sentencepiece.read(data)
-  except Exception as error:  # the library raises Exception itself
+  except Exception as error:  # the library raises plain Exception
     reason = " ".join(str(error).split())[:100]
-    raise UserError(f"{_FILE}={file} is neither a SentencePiece model nor a tokenizer.json ({reason}); get it "
-                    "again") from error
+    raise UserError(f"{_FILE}={file} is neither a SentencePiece model nor a tokenizer.json "
+                    f"({reason}); get it again") from error
   vocabulary = tokenizer.get_vocab(with_added_tokens=True)
   end = next((name for name in _ENDS if name in vocabulary), END)
   tokenizer.add_special_tokens([end])
@@ -265,7 +284,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _utf8_sizes(points: np.ndarray) -> np.ndarray:
-  """i32[n], how many bytes each code point takes."""
+  """i32[n]: the number of bytes that each code point takes in UTF-8."""
   return (1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)).astype(np.int32)
 
 

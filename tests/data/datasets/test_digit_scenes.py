@@ -15,12 +15,10 @@ SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(prepared):
   """Split -> (image, segmentation, boxes, labels, ids) of every example."""
-  root = tmp_path_factory.mktemp("tfds")
-  sources.prepare_embedded("digit_scenes", root)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TFDS_DATA_DIR", str(root))
+    patch.setenv("TFDS_DATA_DIR", str(prepared("digit_scenes")))
     dataset = sources.open_dataset("digit_scenes")
     return {split: [read(record) for record in dataset.records(split)[range(len(dataset.records(split)))]]
             for split in SPLITS}

@@ -186,7 +186,7 @@ def test_a_few_of_each_class_are_the_same_few_for_one_seed(digits, limit, monkey
 
 def test_a_class_with_too_few_examples_is_named(digits):
   digits.per_class = 126
-  with pytest.raises(UserError, match=r"--config.data.per_class=126: of '\d' there are but 12\d training examples"):
+  with pytest.raises(UserError, match=r"--config.data.per_class=126: of '\d' there are only 12\d training examples"):
     build(digits).train.open()
 
 

@@ -26,18 +26,10 @@ def play(tmp_path):
   return path
 
 
-@pytest.fixture(scope="module")
-def pydoc_dir(tmp_path_factory):
-  """A data directory that holds pydoc."""
-  root = tmp_path_factory.mktemp("tfds")
-  sources.prepare_embedded(PYDOC, root)
-  return root
-
-
 @pytest.fixture
-def documents(pydoc_dir, monkeypatch):
+def documents(prepared, monkeypatch):
   """split -> the texts of its documents, in the order in which they are stored."""
-  monkeypatch.setenv("TFDS_DATA_DIR", str(pydoc_dir))
+  monkeypatch.setenv("TFDS_DATA_DIR", str(prepared(PYDOC)))
 
   def read(split):
     records = sources.open_dataset(PYDOC).records(split)
@@ -308,7 +300,7 @@ def test_characters_that_training_has_not_seen_are_named(play):
     ({"tokenizer": "bpe", "vocab_size": 257}, "--config.data.vocab_size=257: sub-words need at least 300"),
     ({"tokenizer": "file"}, "--config.data.tokenizer_file='': name a SentencePiece .model"),
     ({"tokenizer_file": "x.model"}, "--config.data.tokenizer_file='x.model': goes with"),
-    ({"train": "train[:50%]"}, "--config.data.train='train\\[:50%\\]': of a file there is only the split train"),
+    ({"train": "train[:50%]"}, "--config.data.train='train\\[:50%\\]': a file has only the split train"),
     ({"train": ""}, "--config.data.train='': name the split"),
     ({"documents": True, "buckets": 9}, "--config.data.buckets=9"),
     ({"file": "", "name": "../x"}, "is not a TFDS name"),
