@@ -34,7 +34,7 @@ class Run:
     experiment: what the config builds.
     folder: the run's folder.
     config: the config that ran.
-    assets: what the run fitted to its data (class names, a tokenizer), by file stem.
+    assets: the values that the run fitted to its data (class names, a tokenizer), by file stem.
     model: the Flax module.
   """
 
@@ -79,12 +79,12 @@ class Run:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What `run.model.apply` takes to predict: the averaged weights where EMA is on."""
+    """The variables for `run.model.apply`: the averaged weights if EMA is on."""
     return split_carry(self.state.variables)[0]
 
   @property
   def metrics(self) -> dict[str, dict[str, float]]:
-    """Split -> metric -> its value, as the run reported them for this step; {} if it did not."""
+    """Split -> metric -> the value that the run reported for this step; {} if it reported none."""
     result = self.folder.result()
     if result and result["checkpoint"] == self.step:
       return result["metrics"]
@@ -100,11 +100,11 @@ class Run:
       inputs: one of these, or a list of them.
         An array that stands in place of a file. Images: [h, w], [h, w, C] or [n, h, w, C], uint8
         or float in [0, 1], of any size; recordings: [N] at the model's sample rate; series:
-        [T, C]. The path of a file or of a folder, as a `pathlib.Path` where the model generates
-        text. A text for the model to continue.
+        [T, C]. The path of a file or of a folder, as a `pathlib.Path` if the model generates text.
+        A text for the model to continue.
 
     Returns:
-      One dict for each row: "input", its name, and what the model says, such as "label" and
+      One dict for each row: its name as "input", and the prediction, such as "label" and
       "probabilities". Inputs that cannot be used are left out, each with a warning.
 
     Raises:
@@ -130,19 +130,19 @@ class Run:
     return found
 
   def raw(self, inputs: Inputs) -> Any:
-    """What `Task.predict` gives for the rows, as NumPy arrays with the rows leading."""
+    """The result of `Task.predict` for the rows, as NumPy arrays with leading axis rows."""
     if self._predictor is None:
       self._predictor = evaluate.Predictor(
           self.experiment, self.program, self._options.parallelism)
     return self._predictor(self.state, inputs.batch)
 
   def generate(self, inputs: Inputs) -> Iterator[np.ndarray]:
-    """The tokens i32[rows, n] that continue the rows, as they come."""
+    """The tokens i32[rows, n] that continue the rows, a part at a time."""
     return evaluate.generate(
         self.experiment, self.program, self._options.parallelism, self.state, inputs.batch)
 
   def rows(self, inputs: Inputs, predictions: Any) -> list[dict[str, Any]]:
-    """A dict for each row, of its name as "input" and of what was predicted."""
+    """A dict for each row, with its name as "input" and its prediction."""
     shown = self.experiment.show(inputs, predictions, self.assets)
     return [{"input": name, **row} for name, row in zip(inputs.names, shown, strict=True)]
 
@@ -174,8 +174,8 @@ def load(
 
   Args:
     workdir: the run's folder.
-    step: which checkpoint: "best" (the latest where nothing is monitored), "latest" or its step.
-    build: config -> experiment, as it was when the run was trained; by default that of
+    step: the checkpoint: "best" (the latest if nothing is monitored), "latest" or a step.
+    build: config -> experiment, the function that built it for training; by default that of
       experiments.FAMILY, with FAMILY from the run's config.json.
 
   Raises:
@@ -204,7 +204,7 @@ def _path(path: str | os.PathLike[str]) -> str:
 
 
 def _experiment_module(folder: Workdir, family: Any) -> ModuleType:
-  """The module experiments.FAMILY that lies beside this dljax; `UserError` where there is none."""
+  """The module experiments.FAMILY next to this dljax; `UserError` if there is none."""
   home = Path(__file__).absolute().parents[1] / "experiments"
   mend = "or give the function that builds the experiment, dljax.load(workdir, build=build)"
   spec = importlib.util.find_spec("experiments")
@@ -231,7 +231,7 @@ def _restore(
     if which not in ("best", "latest") and not which.isdecimal():
       raise UserError(f"--step={which}: must be best, latest or a number, one of {steps}")
     if best not in steps:
-      if which == "best" and best >= 0:  # there is none where nothing is monitored
+      if which == "best" and best >= 0:  # it is negative if nothing is monitored
         logging.warning(
             "checkpoint %d, the best, is gone; the latest, %d, takes its place", best, steps[-1])
       best = None

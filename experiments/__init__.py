@@ -6,11 +6,13 @@ from pathlib import Path
 
 
 def _use_huge_pages() -> None:
-  """Starts the program again, with the memory of the C library in huge pages, where Linux gives them on request.
+  """Restarts the program with the C library's memory in huge pages, if Linux gives them on
+  request.
 
-  On a CPU the compiled step asks for its memory anew each time, and in pages of 4 kB half of a step can go into
-  getting them. The C library reads its settings once, when a program starts, so this comes before all that takes
-  time; an environment that sets `glibc.malloc.hugetlb` itself is left alone.
+  On a CPU the compiled step allocates its memory again in each step, and with pages of 4 kB half
+  of a step can go into that. The C library reads its settings once, when a program starts, so this
+  runs before anything that takes time. An environment that sets `glibc.malloc.hugetlb` is left as
+  it is.
   """
   name, tunables = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
   try:
@@ -19,10 +21,11 @@ def _use_huge_pages() -> None:
     on_request = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
   except (AttributeError, OSError, ValueError):  # another library, or another system
     return
-  if knows and on_request and name not in tunables and sys.gettrace() is None:  # a debugger would lose the program
+  # A restart would take the program away from a debugger.
+  if knows and on_request and name not in tunables and sys.gettrace() is None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{name}=1"]))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-if sys.argv[0] == "-m":  # `python -m` is looking for the experiment, and has run nothing yet
+if sys.argv[0] == "-m":  # `python -m` is still looking for the experiment
   _use_huge_pages()

@@ -1,18 +1,19 @@
-"""AlexNet: the network of 2012 as torchvision has it ("alexnet") and as the paper has it ("alexnet_2012").
+"""AlexNet: the network of 2012 as torchvision has it ("alexnet") and as the paper has it
+("alexnet_2012").
 
   python -m experiments.alexnet
 
 Test accuracy of the other presets:
 
-  fashion_mnist  92.66 %, one seed, two shared CPU cores with AVX-512, 49 minutes beside other work
+  fashion_mnist  92.66 %, one seed, two shared CPU cores with AVX-512, 49 minutes with other load
   cifar10        not run here
-  imagenet2012   not run here; published: 56.52 % with one crop (torchvision's weights), 59.3 % with five crops and
-                 reflections (Krizhevsky et al. 2012, table 2, "1 CNN")
+  imagenet2012   not run here; published: 56.52 % with one crop (torchvision's weights), 59.3 %
+                 with five crops and reflections (Krizhevsky et al. 2012, table 2, "1 CNN")
 
-For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+For ImageNet, prepare the set with TFDS (which asks for image-net.org's files), then run
   python -m experiments.alexnet --preset=imagenet2012 --data_dir=DIR
-Where the paper crops 224 pixels out of 256 and shifts colours along their principal components, crops here have
-random sizes and shapes (Szegedy et al. 2015).
+The paper crops 224 pixels out of 256 and shifts colours along their principal components; here
+crops have random sizes and shapes (Szegedy et al. 2015).
 """
 
 from collections.abc import Mapping

@@ -1,18 +1,19 @@
-"""Deep Speech 2: text from sound.
+r"""Deep Speech 2: text from sound.
 
   python -m experiments.deepspeech
 
-In 2 minutes on two CPU cores none of the characters of Morse's 300 test recordings at 10 dB is wrong, and of those at
-0 dB 1.93 %. For the second, once it has run:
-  python -m experiments.deepspeech --mode=eval --workdir=runs/deepspeech-morse --config.data.test=test_0db
+After 2 minutes on two CPU cores no character of the 300 Morse test recordings at 10 dB is wrong,
+and 1.93 % are wrong at 0 dB. The second number comes, after the training, from
+  python -m experiments.deepspeech --mode=eval --workdir=runs/deepspeech-morse \
+      --config.data.test=test_0db
 
-The prompts are Debian's, 17 minutes of speech to learn from:
+The prompts are a package of Debian, with 17 minutes of speech for training:
   python -m dljax.data.prepare telephone_prompts
   python -m experiments.deepspeech --preset=telephone_prompts
-In 4.5 minutes 20.0 % of the test's characters are wrong, and 57.8 % of its words; no sentence of the test was heard in
-training, and there is no dictionary.
+After 4.5 minutes 20.0 % of the test's characters and 57.8 % of its words are wrong. No test
+sentence occurs in the training set, and there is no dictionary.
 
-The hundred hours of LibriSpeech are TFDS' (which prepares them with TensorFlow); that preset has not been run here:
+TFDS prepares the hundred hours of LibriSpeech, with TensorFlow; that preset has not been run here:
   python -m dljax.data.prepare librispeech
 """
 
@@ -27,8 +28,8 @@ from dljax.models import deepspeech
 from dljax.train.experiment import Experiment
 
 PRESETS: Mapping[str, str] = {
-    "morse": "The small form on Morse code under noise, which is made here; offline.",
-    "telephone_prompts": "The small form on a telephone exchange's announcements (Debian): one speaker, 23 minutes.",
+    "morse": "The small form on Morse code under noise, which dljax synthesises; offline.",
+    "telephone_prompts": "The small form on the announcements of a telephone exchange (Debian): one speaker, 23 minutes.",
     "librispeech": "Deep Speech 2 on the 100 hours of LibriSpeech's train_clean100.",
 }
 

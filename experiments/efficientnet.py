@@ -4,13 +4,13 @@
 
 Test accuracy of the other presets:
 
-  fashion_mnist  93.62 %, one seed, two shared CPU cores with AVX-512, 29 minutes beside other work
+  fashion_mnist  93.62 %, one seed, two shared CPU cores with AVX-512, 29 minutes with other load
   cifar10        not run here; published for training from scratch on CIFAR-10: none
   imagenet2012   not run here; published: 77.1 % with one crop (Tan and Le 2019, table 2)
 
-For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+For ImageNet, prepare the set with TFDS (which asks for image-net.org's files), then run
   python -m experiments.efficientnet --preset=imagenet2012 --data_dir=DIR
-Where the paper augments with AutoAugment, crops and flips are random here and nothing else.
+The paper augments with AutoAugment; here only crops and flips are random.
 """
 
 from collections.abc import Mapping
@@ -115,10 +115,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   for field, strides in (("stem_stride", (model.stem_stride,)), ("strides", model.strides)):
     if any(stride not in (1, 2) for stride in strides):
       raise UserError(f"--config.model.{field}={model[field]}: a stride must be 1 or 2")
-  network = variant(
-      num_classes=config.data.num_classes, stem_stride=model.stem_stride, strides=tuple(model.strides),
-      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=common.dtype(config),
-      remat=model.remat)
+  network = variant(num_classes=config.data.num_classes, stem_stride=model.stem_stride,
+                    strides=tuple(model.strides), dropout=model.dropout,
+                    stochastic_depth=model.stochastic_depth, dtype=common.dtype(config),
+                    remat=model.remat)
   if len(network.strides) != len(network.stages):
     raise UserError(f"--config.model.strides={model.strides}: must be {len(network.stages)} numbers, one for each "
                     f"stage of {model.variant}")

@@ -4,12 +4,13 @@
 
 Test accuracy, all on two shared CPU cores:
 
-  digits           99.28 %, the mean of five seeds (--seed=0 to 4), on a stratified fifth, 360 images; 14 s for one
-                   on an otherwise idle machine, start and compilation included
-  digits/by_writer 97.22 %, the mean of five seeds, on the last 360 images of the file, which other people wrote:
-                   --config.data.name=digits/by_writer
-  mnist            99.38 %, one seed (published: 99.05 %, LeCun et al. 1998, without distortions; 99.2 % with);
-                   1.1 minutes
+  digits           99.28 %, the mean of five seeds (--seed=0 to 4), on a stratified fifth, 360
+                   images; 14 s for one seed on an otherwise idle machine, with start and
+                   compilation
+  digits/by_writer 97.22 %, the mean of five seeds, on the last 360 images of the file, which other
+                   people wrote: --config.data.name=digits/by_writer
+  mnist            99.38 %, one seed (published: 99.05 %, LeCun et al. 1998, without distortions;
+                   99.2 % with); 1.1 minutes
 """
 
 from collections.abc import Mapping

@@ -4,8 +4,8 @@
 
 Test accuracy, one seed each, on two shared CPU cores:
 
-  mnist  99.06 % (published: 98.4 % for two layers, 800 hidden units and cross-entropy, Simard et al. 2003);
-         0.9 minutes
+  mnist  99.06 % (published: 98.4 % for two layers, 800 hidden units and cross-entropy, Simard et
+         al. 2003); 0.9 minutes
   xor    100 %; the perceptron (--config.model.variant=perceptron) 50 %
 """
 
@@ -100,10 +100,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       widths=tuple(config.model.widths), remat=config.model.remat)
   if config.task != "xor":
     return image_classification.build(config, model, config.model.criterion)
-  data = xor.pipelines(
-      config.data, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
-  task = classification.Classification(
-      model=model, num_classes=2, label_smoothing=config.model.label_smoothing, criterion=config.model.criterion)
+  data = xor.pipelines(config.data, batch_size=config.batch_size,
+                       eval_batch_size=config.eval_batch_size, seed=config.seed)
+  task = classification.Classification(model=model, num_classes=2,
+                                       label_smoothing=config.model.label_smoothing,
+                                       criterion=config.model.criterion)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
       read=_read_points,

@@ -4,12 +4,12 @@
 
 Test accuracy of the other presets:
 
-  fashion_mnist  93.70 %, one seed, two shared CPU cores, 33 minutes beside other work
+  fashion_mnist  93.70 %, one seed, two shared CPU cores, 33 minutes with other load
   cifar10        not run here; published: 91.25 % (He et al. 2016, table 6)
   imagenet2012   not run here; published: 76.40 % with one crop (Goyal et al. 2017, table 1)
 
-For the emoji, first run `python -m dljax.data.prepare emoji`. For ImageNet, prepare the set with TFDS (it asks for the
-files of image-net.org), then
+For the emoji, first run `python -m dljax.data.prepare emoji`. For ImageNet, prepare the set with
+TFDS (which asks for image-net.org's files), then run
   python -m experiments.resnet --preset=imagenet2012 --data_dir=DIR
 """
 

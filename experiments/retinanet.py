@@ -2,20 +2,21 @@ r"""RetinaNet: ResNet-50 with a feature pyramid for COCO, a small form for scene
 
   python -m experiments.retinanet
 
-The default reaches an AP50 of 98.2 % and an AP of 84.1 % on its 400 test scenes, one seed, two shared CPU cores with
-AVX-512, 22 minutes beside other work. The other presets:
+The default reaches an AP50 of 98.2 % and an AP of 84.1 % on its 400 test scenes: one seed, two
+shared CPU cores with AVX-512, 22 minutes with other load. The other presets:
 
-  emoji_scenes  not run here; `python -m dljax.data.prepare emoji_scenes` makes it
-  coco          not run here; published: AP 32.5 with the short side at 500 pixels, about that of COCO's own images, and
-                35.7 at 800 (Lin et al. 2017, table 1e)
+  emoji_scenes  not run here; `python -m dljax.data.prepare emoji_scenes` makes the set
+  coco          not run here; published: AP 32.5 with a short side of 500 pixels, about that of
+                COCO's images, and 35.7 with 800 (Lin et al. 2017, table 1e)
 
-That of COCO has the paper's recipe (section 4.1, "Optimization"), but for the size: every image lies as it is on
-640x640 pixels, where the paper magnifies it to a short side of 800. The paper begins with a backbone that was trained
-on ImageNet, and leaves its norms as they are. Prepare the set with TFDS, then
+The preset coco has the paper's recipe (section 4.1, "Optimization") except for the size: every
+image lies unscaled on 640x640 pixels, whereas the paper magnifies it to a short side of 800. The
+paper starts from a backbone that was trained on ImageNet, and keeps its norms frozen. Prepare the
+set with TFDS, then run
   python -m experiments.retinanet --preset=coco --data_dir=DIR \
       --config.init.source=resnet50.safetensors --config.model.frozen_norm=true
-with torchvision's weights of resnet50, or the workdir of a run of experiments.resnet. Without these two flags it starts
-from nothing.
+with torchvision's weights of resnet50, or with the workdir of a run of experiments.resnet. Without
+these two flags the backbone starts from scratch.
 """
 
 from collections.abc import Mapping

@@ -2,11 +2,11 @@
 
   python -m experiments.unet
 
-The default reaches a mean IoU of 91.4 % over the ten digits on its 400 test scenes, one seed, two shared CPU cores with
-AVX-512, 15 minutes beside light work. The other presets:
+The default reaches a mean IoU of 91.4 % over the ten digits on its 400 test scenes: one seed, two
+shared CPU cores with AVX-512, 15 minutes with light other load. The other presets:
 
   emoji_scenes     not run here; `python -m dljax.data.prepare emoji_scenes` makes the set
-  oxford_iiit_pet  not run here; prepare the set with TFDS and say where it is by --data_dir
+  oxford_iiit_pet  not run here; prepare the set with TFDS and name its folder by --data_dir
 """
 
 from collections.abc import Mapping
@@ -81,9 +81,9 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       raise UserError(f"--config.model.{field}={config.model[field]}: must be at least {least}")
   if not 0 <= config.model.dropout < 1:
     raise UserError(f"--config.model.dropout={config.model.dropout}: must be at least 0 and below 1")
-  model = variant(
-      num_classes=config.data.mask_classes, width=config.model.width, num_pools=config.model.num_pools,
-      dropout=config.model.dropout, dtype=common.dtype(config), remat=config.model.remat)
+  model = variant(num_classes=config.data.mask_classes, width=config.model.width,
+                  num_pools=config.model.num_pools, dropout=config.model.dropout,
+                  dtype=common.dtype(config), remat=config.model.remat)
   shape = tuple(config.data.image_shape)
   if not all(map(model.fits, shape[:2])):
     raise UserError(f"--config.data.image_shape={','.join(map(str, shape))}: {model.misfit(shape)}")

@@ -4,16 +4,18 @@
 
 Test accuracy of the other presets:
 
-  fashion_mnist  93.82 %, one seed, two shared CPU cores with AVX-512, 29 minutes beside other work, when the narrow
-                 linear layers still started with a deviation of 0.01
-  cifar10        not run here; published: 93.25 % (VGG-16 with batch normalisation, Li et al. 2017, table 1)
-  imagenet2012   not run here; published: 71.59 % with one crop (torchvision's weights), 73.0 % of whole images at one
-                 scale, as trained (Simonyan and Zisserman 2014, table 3, D, 256)
+  fashion_mnist  93.82 %, one seed, two shared CPU cores with AVX-512, 29 minutes with other load,
+                 when the narrow linear layers still started with a deviation of 0.01
+  cifar10        not run here; published: 93.25 % (VGG-16 with batch normalisation, Li et al. 2017,
+                 table 1)
+  imagenet2012   not run here; published: 71.59 % with one crop (torchvision's weights), 73.0 % of
+                 whole images at one scale, as trained (Simonyan and Zisserman 2014, table 3, D,
+                 256)
 
-For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+For ImageNet, prepare the set with TFDS (which asks for image-net.org's files), then run
   python -m experiments.vgg --preset=imagenet2012 --data_dir=DIR
-Where the paper scales images and crops 224 pixels, crops here have random sizes and shapes (Szegedy et al. 2015);
-where it starts from a trained vgg11, all layers start at random.
+The paper scales images and crops 224 pixels; here crops have random sizes and shapes (Szegedy et
+al. 2015). The paper starts from a trained vgg11; here all layers start at random.
 """
 
 from collections.abc import Mapping
@@ -102,10 +104,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   common.check_model(model)
   if not 0 <= model.num_pools <= len(vgg.WIDTHS):
     raise UserError(f"--config.model.num_pools={model.num_pools}: must be from 0 to {len(vgg.WIDTHS)}")
-  network = variant(
-      num_classes=config.data.num_classes, num_pools=model.num_pools, width_factor=model.width_factor,
-      pooled_size=model.pooled_size, hidden_width=model.hidden_width, dropout=model.dropout,
-      dtype=common.dtype(config), remat=model.remat)
+  network = variant(num_classes=config.data.num_classes, num_pools=model.num_pools,
+                    width_factor=model.width_factor, pooled_size=model.pooled_size,
+                    hidden_width=model.hidden_width, dropout=model.dropout,
+                    dtype=common.dtype(config), remat=model.remat)
   return image_classification.build(config, network)
 
 

@@ -4,14 +4,15 @@
 
 Test accuracy of the other presets:
 
-  fashion_mnist  91.14 %, one seed, two shared CPU cores with AVX-512, 49 minutes beside other work
+  fashion_mnist  91.14 %, one seed, two shared CPU cores with AVX-512, 49 minutes with other load
   cifar10        not run here
   imagenet2012   not run here; published: 76.5 % (ViT-S/16, 90 epochs, Beyer et al. 2022)
 
-For ImageNet, prepare the set with TFDS (it asks for the files of image-net.org), then
+For ImageNet, prepare the set with TFDS (which asks for image-net.org's files), then run
   python -m experiments.vit --preset=imagenet2012 --data_dir=DIR
-The recipe is that of Beyer et al. 2022 (https://arxiv.org/abs/2205.01580, "Better plain ViT baselines for
-ImageNet-1k") for 90 epochs, by authors of the first paper, who there train on more images than ImageNet's first.
+The recipe is that of Beyer et al. 2022 (https://arxiv.org/abs/2205.01580, "Better plain ViT
+baselines for ImageNet-1k") for 90 epochs. Its authors wrote the first paper too, which trains on
+more images before ImageNet.
 """
 
 from collections.abc import Mapping
@@ -116,10 +117,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   if model.patch_size < 1 or any(side % model.patch_size for side in sides):
     raise UserError(f"--config.model.patch_size={model.patch_size}: must divide the images' sides, "
                     f"{sides[0]}x{sides[1]} pixels")
-  network = variant(
-      num_classes=config.data.num_classes, patch_size=model.patch_size, pool=model.pool, positions=model.positions,
-      dropout=model.dropout, stochastic_depth=model.stochastic_depth, dtype=common.dtype(config),
-      remat=model.remat)
+  network = variant(num_classes=config.data.num_classes, patch_size=model.patch_size,
+                    pool=model.pool, positions=model.positions, dropout=model.dropout,
+                    stochastic_depth=model.stochastic_depth, dtype=common.dtype(config),
+                    remat=model.remat)
   return image_classification.build(config, network)
 
 

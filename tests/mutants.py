@@ -230,8 +230,8 @@ MUTANTS = (
         ("tests/recipes/test_speech.py::test_the_users_recordings_are_decoded_by_the_beam",)),
     Mutant(
         "label_smoothing_lost", "dljax/recipes/image_classification.py",
-        "label_smoothing=config.model.label_smoothing,\n",
-        "label_smoothing=0.0,\n",
+        "label_smoothing=config.model.label_smoothing, criterion",
+        "label_smoothing=0.0, criterion",
         ("tests/recipes/test_image_classification.py::"
          "test_the_label_smoothing_reaches_the_task",)),
     Mutant(
@@ -312,8 +312,8 @@ MUTANTS = (
     # interop
     Mutant(
         "conv_layout", "dljax/interop/table.py",
-        "x.transpose(3, 2, 0, 1))  # OIHW",
-        "x.transpose(3, 2, 1, 0))  # OIHW",
+        "2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))",
+        "2, 3, 1, 0), lambda x: x.transpose(3, 2, 1, 0))",
         ("tests/interop/test_interop.py::"
          "test_load_is_the_inverse_of_dump_for_other_sizes_and_channels",)),
     Mutant(

@@ -13,7 +13,10 @@ import pytest
 from tests.families import FAMILIES, ROOT, SHOWN, WITH_PEER
 
 SOURCES = sorted(p for folder in ("dljax", "experiments") for p in (ROOT / folder).rglob("*.py"))
-MAX_LINES = 250  # of a model file, and of the loop
+MAX_LINES = 250  # in a model file, and in the loop
+MAX_COLUMNS = 100
+MAX_LONG = 0.01  # the share of non-blank lines that may be longer
+MAX_NAMED_LAMBDAS = 1.5  # per 1,000 lines
 
 # What each room may import of the project; "dljax.data" stands for everything below it too.
 TASKS = ["dljax.tasks", "dljax.ops", "dljax.report", "dljax.errors"]
@@ -163,6 +166,35 @@ def test_the_axis_of_devices_is_named_in_one_place():
 
 def test_the_loop_can_be_read_in_one_sitting():
   assert len((ROOT / "dljax" / "train" / "loop.py").read_text().splitlines()) <= MAX_LINES
+
+
+def _worst(counts: dict[Path, int]) -> str:
+  files = sorted(counts, key=counts.get, reverse=True)[:8]
+  return ", ".join(f"{path.relative_to(ROOT)} {counts[path]}" for path in files if counts[path])
+
+
+def test_lambdas_have_no_names():
+  """Except for the few formulas that read better with one; a function says what it is for."""
+  def count(path: Path) -> int:
+    assignments = (ast.Assign, ast.AnnAssign, ast.NamedExpr)
+    return sum(isinstance(node, assignments) and isinstance(node.value, ast.Lambda)
+               for node in ast.walk(ast.parse(path.read_text())))
+
+  counts = {path: count(path) for path in SOURCES}
+  lines = sum(len(path.read_text().splitlines()) for path in SOURCES)
+  named, most = sum(counts.values()), int(MAX_NAMED_LAMBDAS * lines / 1000)
+  assert named <= most, (f"{named} lambdas have a name, and {lines} lines may hold {most}; make "
+                         f"some of them functions: {_worst(counts)}")
+
+
+def test_lines_end_before_column_100():
+  """Except for the few that a formula or a link would break."""
+  lines = {path: [line for line in path.read_text().splitlines() if line.strip()]
+           for path in SOURCES}
+  counts = {path: sum(len(line) > MAX_COLUMNS for line in lines[path]) for path in SOURCES}
+  long, most = sum(counts.values()), int(MAX_LONG * sum(map(len, lines.values())))
+  assert long <= most, (f"{long} lines are longer than {MAX_COLUMNS} columns, and {most} may be; "
+                        f"break some of them: {_worst(counts)}")
 
 
 def test_there_are_families():

@@ -55,6 +55,7 @@ RECIPES = {
 }
 # Known of some, beyond what is asked of all: to what share the loss falls, and how many parameters there are.
 FALLS_TO = {"mlp": 0.3}
+TOTAL_STEPS = {"vit": 90}  # it learns more slowly
 SIZES = ("ap_small", "ap_medium", "ap_large")
 PARAMETERS = {"mlp": 301_066, "lenet": 61_706, "resnet": 269_434, "alexnet": 552_890, "vgg": 679_594,
               "efficientnet": 178_962, "vit": 675_562, "retinanet": 1_562_116, "unet": 482_619,
@@ -83,6 +84,8 @@ def _shortened(family: str) -> dict[str, Any]:
   Deep networks, which normalise over the batch or look for things in pictures, take a few steps only.
   """
   fields = RECIPES.get(_recipe(family), SHORTENED)
+  if family in TOTAL_STEPS:
+    fields = fields | {"total_steps": TOTAL_STEPS[family]}
   if "batch_stats" in _abstract_state(family, next(iter(EXPERIMENTS[family].PRESETS))).model_state:
     fields = fields | FEW_STEPS
   return fields

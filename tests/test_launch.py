@@ -117,7 +117,7 @@ def test_help_names_every_flag_preset_and_config_field(experiment):
   for name, text in experiment.PRESETS.items():
     assert name in outcome.out and text in outcome.out
   default = experiment.get_config(next(iter(experiment.PRESETS)))
-  settable = set(config_lib.flatten(default)) - {"family", "preset", "seed"}
+  settable = set(config_lib.flatten(default)) - {"family", "preset", "task", "seed"}
   lines = outcome.out.splitlines()
   printed = {line.strip().partition("=")[0] for line in lines if line.startswith("  --config.")}
   assert printed == {f"--config.{name}" for name in settable}

@@ -3,12 +3,13 @@
     variables = interop.load(resnet.VARIANTS["resnet50"](num_classes=1000),
                              interop.read("resnet50.safetensors"), "torchvision")
     tensors = interop.dump(model, variables, "torchvision")
-    model, variables = interop.from_folder("vit_tiny_patch16_224/", "timm")  # sizes from its config.json
+    # The folder's config.json gives the sizes.
+    model, variables = interop.from_folder("vit_tiny_patch16_224/", "timm")
 
-A family's names in every source are in one file, `interop/families/x.py`: for each of our
-parameter paths the source's name, and how the array is laid out there. A model's family is found
-by the module that its class is from, and only that family is imported. Checkpoints are read from
-safetensors files only: a pickle can run any code.
+The file `interop/families/x.py` holds a family's names in every source: for each of our parameter
+paths the source's name, and the array's layout in the source. The module of a model's class says
+its family, and only that family is imported. Weights are read from safetensors files only, because
+a pickle can run any code.
 """
 
 from dljax.interop.files import read
@@ -16,5 +17,5 @@ from dljax.interop.folder import from_folder
 from dljax.interop.weights import (
     OURS, Specs, Tensors, all_sources, check_source, dump, find_table, load, recognise, sources)
 
-__all__ = ["OURS", "Specs", "Tensors", "all_sources", "check_source", "dump", "find_table", "from_folder", "load",
-           "read", "recognise", "sources"]
+__all__ = ["OURS", "Specs", "Tensors", "all_sources", "check_source", "dump", "find_table",
+           "from_folder", "load", "read", "recognise", "sources"]

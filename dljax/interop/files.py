@@ -1,4 +1,4 @@
-"""The files that weights are read from."""
+"""Reads the files that hold weights."""
 
 import json
 import re
@@ -22,13 +22,13 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       "hub:OWNER/NAME".
 
   Raises:
-    UserError: on a file that is missing, damaged, or a pickle, and on a folder without any of
-      these.
+    UserError: the file is missing, damaged or a pickle, or the folder holds no such file.
   """
-  import safetensors.numpy  # not needed by those who never read a file
+  import safetensors.numpy  # late, because most runs read no such file
 
   if str(path).startswith(hub.PREFIX):
-    return {name: tensor for part in hub.download(str(path)) for name, tensor in read(part).items()}
+    return {name: tensor for part in hub.download(str(path))
+            for name, tensor in read(part).items()}
   path = Path(path)
   if path.is_dir():
     return _read_folder(path)
@@ -50,7 +50,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:
-  """The tensors of a folder: of one file, or of the files that the index says."""
+  """The tensors of a folder, from its one file or from the files that its index names."""
   if (folder / WHOLE).is_file():
     return read(folder / WHOLE)
   index = folder / INDEX

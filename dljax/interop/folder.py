@@ -1,10 +1,10 @@
-"""Folders that hold weights and say which model these are of, and the files written for others.
+"""Folders that hold weights and name their model, and weight files for other libraries.
 
 A folder of ours holds weights.safetensors, whose tensors are named by our paths
-("params/stem_conv/kernel", "batch_stats/stem_norm/mean"), and model.json, which says of which
-model: {"model": "resnet50", "settings": {"num_classes": 1000}, "source": where the weights came
-from} (see `variants.describe`). In a folder of another library's lies config.json, from which the
-family's file in `interop/families` reads the sizes.
+("params/stem_conv/kernel", "batch_stats/stem_norm/mean"), and model.json, which names the model:
+{"model": "resnet50", "settings": {"num_classes": 1000}, "source": the origin of the weights} (see
+`variants.describe`). A folder of another library holds config.json, from which the family's file
+in `interop/families` reads the sizes.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ def write_folder(path: Path, tensors: Tensors, model: Mapping[str, Any]) -> None
   """Writes a folder, all of it or nothing.
 
   Args:
-    path: must not exist yet.
+    path: the new folder, which must not exist yet.
     tensors: our path -> array.
-    model: for model.json.
+    model: the content of model.json.
   """
   import safetensors.numpy
 
@@ -44,7 +44,7 @@ def write_folder(path: Path, tensors: Tensors, model: Mapping[str, Any]) -> None
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(tensors by our path, what model.json holds).
+  """(tensors by our path, the content of model.json).
 
   Raises:
     UserError: the folder is not one of ours, or damaged.
@@ -59,12 +59,12 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def from_folder(path: str | Path, source: str) -> tuple[nn.Module, dict[str, Any]]:
-  """A model of the sizes that a folder says, and its variables.
+  """A model with the sizes that a folder states, and its variables.
 
   Args:
-    path: a folder of ours, or one as another library writes or downloads it: config.json beside
-      model.safetensors, or beside model.safetensors.index.json and the files that it names.
-    source: who wrote it: `OURS`, or a source of whose folders some family knows the config.json.
+    path: a folder of ours, or a folder as another library writes or downloads it: config.json
+      beside model.safetensors, or beside model.safetensors.index.json and the files that it names.
+    source: the library that wrote it: `OURS`, or a source whose config.json some family can read.
 
   Raises:
     UserError: a file is missing or damaged, the model is unknown, or the weights do not fit it.
@@ -79,7 +79,7 @@ def from_folder(path: str | Path, source: str) -> tuple[nn.Module, dict[str, Any
 
 
 def model_of(path: Path, source: str) -> nn.Module:
-  """The model that the config.json in another library's folder says; raises as `from_folder` does."""
+  """The model that another library's config.json describes; raises as `from_folder` does."""
   check_source("interop source", source)
   tables = [getattr(family, "CONFIGS", {}) for family in all_families()]
   makers = [table[source] for table in tables if source in table]
@@ -110,7 +110,9 @@ def model_of(path: Path, source: str) -> nn.Module:
 
 
 def write_file(path: Path, tensors: Tensors) -> None:
-  """Writes a .safetensors file for another library, all of it or nothing; `path` must not exist yet."""
+  """Writes a .safetensors file for another library, all of it or nothing; `path` must not exist
+  yet.
+  """
   import safetensors.numpy
 
   with _appearing(path) as temporary:
@@ -119,7 +121,7 @@ def write_file(path: Path, tensors: Tensors) -> None:
 
 
 def check_new(path: Path) -> None:
-  """Raises a `UserError` where `path` exists or there is no folder for it."""
+  """Raises a `UserError` if `path` exists or its parent folder does not."""
   if path.exists():
     raise errors.UserError(f"{path} exists; name another place, or remove it")
   if not path.absolute().parent.is_dir():
@@ -128,7 +130,7 @@ def check_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-  """Gives a path beside `path` that becomes it at the end, or vanishes."""
+  """Yields a temporary path, which becomes `path` at the end, or is removed after an error."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     with errors.writing(path):

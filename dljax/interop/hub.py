@@ -1,7 +1,7 @@
 """Weights from the Hugging Face Hub, by plain HTTPS: hub:OWNER/NAME.
 
-Only .safetensors files are taken. They lie in the user's cache, under the commit that they are of, and what is
-there is not asked for again.
+Only .safetensors files are downloaded. They lie in the user's cache, under their commit, and a
+file in the cache is not downloaded again.
 """
 
 import http.client
@@ -25,13 +25,14 @@ def download(name: str) -> list[Path]:
   """The files of a model's weights, from the cache or the network.
 
   Args:
-    name: "hub:OWNER/NAME", or "hub:OWNER/NAME/FILE.safetensors" where a repository holds several.
+    name: "hub:OWNER/NAME", or "hub:OWNER/NAME/FILE.safetensors" if a repository holds several.
 
   Returns:
-    One file, or all parts of one that was split.
+    One file, or all parts of a file that was split.
 
   Raises:
-    UserError: no such repository or file, several to choose from, only pickles, or no network.
+    UserError: there is no such repository or file, there are several files, there are only
+      pickles, or there is no network.
   """
   match = re.fullmatch(PREFIX + r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", name)
   if not match:
@@ -45,7 +46,8 @@ def download(name: str) -> list[Path]:
     entry = listing["files"][file]
     if not path.is_file():
       mend = f"download {file} elsewhere and give its path in place of {name}"
-      downloads.fetch(f"{_endpoint()}/{repository}/resolve/{listing['commit']}/{file}", path, entry["size"], mend=mend)
+      downloads.fetch(f"{_endpoint()}/{repository}/resolve/{listing['commit']}/{file}", path,
+                      entry["size"], mend=mend)
       if entry["sha256"] and downloads.sha256(path) != entry["sha256"]:
         path.unlink()
         raise UserError(f"{name}: the download of {file} does not have the Hub's checksum and was removed; try again")
@@ -54,7 +56,8 @@ def download(name: str) -> list[Path]:
 
 
 def _endpoint() -> str:
-  """The Hub, or the mirror of it that the variable names, as for Hugging Face's own libraries."""
+  """The Hub's address, or that of the mirror in HF_ENDPOINT, as Hugging Face's libraries read it.
+  """
   return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
@@ -63,14 +66,17 @@ def _cache() -> Path:
 
 
 def _listing(name: str, repository: str, cached: Path) -> dict[str, Any]:
-  """{"commit": ..., "files": {name: {"size": bytes, "sha256": hex or None}}}; offline as it was last seen."""
+  """{"commit": ..., "files": {name: {"size": bytes, "sha256": hex or None}}}.
+
+  Without a network, it is the listing that was last seen.
+  """
   try:
     with urllib.request.urlopen(f"{_endpoint()}/api/models/{repository}?blobs=true",
                                 timeout=downloads.TIMEOUT) as response:
       answer = json.load(response)
-    files = {
-        entry["rfilename"]: {"size": entry["size"], "sha256": (entry.get("lfs") or {}).get("sha256")}
-        for entry in answer["siblings"]}
+    files = {entry["rfilename"]: {"size": entry["size"],
+                                  "sha256": (entry.get("lfs") or {}).get("sha256")}
+             for entry in answer["siblings"]}
     listing = {"commit": answer["sha"], "files": files}
   except urllib.error.HTTPError as e:
     raise UserError(f"{name}: the Hub says {e.code} {e.reason}; check the name on https://huggingface.co") from e

@@ -1,4 +1,4 @@
-"""What a table of names is made of: rules, and the layouts of arrays."""
+"""The parts of a table of names: rules, and the layouts of arrays."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How arrays lie in the source and with us: two functions, each the inverse of the other.
+  """The layouts of arrays in the source and in dljax: two functions, each the other's inverse.
 
   A function takes all arrays that a rule names on its side, one argument each. It returns the
-  array of the other side, or a tuple of them where the rule names several there.
+  array of the other side, or a tuple if the rule names several there.
   """
 
   to_ours: Callable[..., Any]
@@ -29,27 +29,29 @@ class Layout:
 
 SAME = Layout(lambda x: x, lambda x: x)
 LINEAR = Layout(lambda x: x.transpose(), lambda x: x.transpose())  # [out, in] <-> [in, out]
-CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+# OIHW <-> HWIO.
+CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 
 
 def concatenate(arrays: Sequence[Array], axis: int) -> Array:
-  """The arrays one after another, for layouts that join: NumPy's stay on the host, traced ones work too."""
+  """Concatenates arrays, for layouts that join; NumPy arrays stay on the host."""
   host = all(isinstance(array, np.ndarray) for array in arrays)
   return (np if host else jnp).concatenate(arrays, axis)
 
 
 def flattened(channels: int, height: int, width: int) -> Layout:
   """A linear layer after flattening an image: [out, C H W] in the source, [H W C, out] with us."""
-  return Layout(
-      lambda x: x.reshape(-1, channels, height, width).transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-      lambda x: x.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(x.shape[1], -1))
+  return Layout(lambda x: x.reshape(-1, channels, height,
+                                    width).transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+                lambda x: x.reshape(height, width, channels,
+                                    -1).transpose(3, 2, 0, 1).reshape(x.shape[1], -1))
 
 
 def joint_heads(parts: int, heads: int) -> tuple[Layout, Layout]:
-  """Kernel and bias of a projection to `parts` vectors a head, in the source one after another.
+  """The layouts of kernel and bias of a projection to `parts` vectors for each head.
 
-  The kernel is [parts heads D', D] in the source and [D, heads, parts, D'] with us; the bias is
-  both without D.
+  The kernel is [parts heads D', D] in the source, part after part, and [D, heads, parts, D'] with
+  us. The bias has the same layouts without D.
   """
   return (
       Layout(lambda x: x.reshape(parts, heads, -1, x.shape[1]).transpose(3, 1, 0, 2),
@@ -64,10 +66,10 @@ def merged_heads(heads: int) -> Layout:
                 lambda x: x.transpose(2, 0, 1).reshape(x.shape[2], -1))
 
 
-# (our paths, the source's names, layout). A text where one array is meant, a tuple for several:
+# (our paths, the source's names, layout). A string names one array, and a tuple several:
 #   ("params/out/kernel", "out.weight", LINEAR)                        one to one
-#   ("params/qkv/kernel", ("q.weight", "k.weight", "v.weight"), JOIN)  separate there, joint with us
-#   (("params/q/kernel", "params/k/kernel"), "qk.weight", SPLIT)       joint there, separate with us
+#   ("params/qkv/kernel", ("q.weight", "k.weight", "v.weight"), JOIN)  joint only with us
+#   (("params/q/kernel", "params/k/kernel"), "qk.weight", SPLIT)       joint only in the source
 Rule = tuple[str | tuple[str, ...], str | tuple[str, ...], Layout]
 
 
@@ -77,8 +79,8 @@ class Entry:
 
   Attributes:
     paths: our paths.
-    names: the source's names for what these hold.
-    layout: leads from one to the other.
+    names: the source's names of the same weights.
+    layout: the layout that leads from one side to the other.
   """
 
   paths: tuple[str, ...]
@@ -99,16 +101,16 @@ class Table:
   """One architecture in one source.
 
   Attributes:
-    rules: tried in this order. The first of a rule's paths is a pattern that matches the whole of
-      our path, as "params/stage1_block0/conv1/kernel"; its other paths and the source's names have
-      the pattern's groups as \\1, \\2, ...
-    inputs: the source's tensors -> the model's inputs, whose shapes decide the parameters'. It
-      must do without any tensor that might be missing.
-    no_weight: pattern of the source's names of buffers that hold no weight.
-    older: (pattern, name): what earlier versions of the source called a tensor, and what it is
-      called now.
+    rules: the rules, tried in this order. A rule's first path is a pattern that matches the whole
+      of our path, such as "params/stage1_block0/conv1/kernel"; its other paths and the source's
+      names refer to the pattern's groups as \\1, \\2, ...
+    inputs: the source's tensors -> the model's inputs, whose shapes decide the parameters' shapes.
+      Any tensor may be missing.
+    no_weight: the pattern of the source's names of buffers that hold no weight.
+    older: (pattern, name): the name of a tensor in earlier versions of the source, and its name
+      now.
     tied: the source's second name of a tensor -> its first name, which a rule has. The source may
-      hold either of them or both, which must then be equal; both are written.
+      hold one of them, or both with equal values; both are written.
   """
 
   rules: Sequence[Rule]
@@ -118,7 +120,7 @@ class Table:
   tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def entries(self, paths: Iterable[str]) -> list[Entry]:
-    """The rules that cover our `paths`, in their order; `UserError` where no rule covers one."""
+    """The rules for our `paths`, in the paths' order; `UserError` if a path has no rule."""
     order = {path: place for place, path in enumerate(paths)}
     left, found = set(order), []
     for ours, names, layout in self.rules:
@@ -139,7 +141,7 @@ class Table:
     return sorted(found, key=lambda entry: order[entry.paths[0]])
 
   def rename(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors under the names that the rules have: the newest version's, each tied tensor once.
+    """The tensors under the names in the rules: the newest version's, with each tied tensor once.
 
     Raises:
       UserError: two names of a tied tensor hold different values.
@@ -162,7 +164,7 @@ class Table:
     return {**tensors, **seconds}
 
   def holds_no_weight(self, name: str) -> bool:
-    """Whether the source's tensor `name` may be left over."""
+    """Whether the source's tensor `name` is a buffer, which may be left over."""
     return re.fullmatch(self.no_weight, name) is not None
 
 
@@ -171,13 +173,18 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 
 def layer(path: str, name: str, layout: Layout) -> list[Rule]:
-  """The rules of a convolution or a linear layer at our `path` (a pattern) and the source's `name`."""
+  """The rules for a convolution or a linear layer at our `path` (a pattern) and the source's
+  `name`.
+  """
   return [(f"params/{path}/kernel", f"{name}.weight", layout),
           (f"params/{path}/bias", f"{name}.bias", SAME)]
 
 
 def batch_norm(path: str, name: str) -> list[Rule]:
-  """The four rules of a BatchNorm at our `path` (a pattern) and the source's `name`; frozen, it is all statistics."""
+  """The four rules for a BatchNorm at our `path` (a pattern) and the source's `name`.
+
+  In a frozen one, scale and bias are statistics too.
+  """
   return [
       (f"(?:params|batch_stats)/{path}/scale", f"{name}.weight", SAME),
       (f"(?:params|batch_stats)/{path}/bias", f"{name}.bias", SAME),
@@ -186,8 +193,11 @@ def batch_norm(path: str, name: str) -> list[Rule]:
   ]
 
 
-def image(size: int, conv: str) -> Callable[[Mapping[str, np.ndarray]], tuple[jax.ShapeDtypeStruct, ...]]:
-  """`Table.inputs` of a model of images [1, size, size, C], with C read off the first convolution, `conv`."""
+def image(
+    size: int, conv: str,
+) -> Callable[[Mapping[str, np.ndarray]], tuple[jax.ShapeDtypeStruct, ...]]:
+  """`Table.inputs` for images [1, size, size, C], with C read off the first convolution, `conv`.
+  """
 
   def inputs(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
     shape = np.shape(tensors.get(conv))
@@ -197,13 +207,18 @@ def image(size: int, conv: str) -> Callable[[Mapping[str, np.ndarray]], tuple[ja
 
 
 def columns(tensors: Mapping[str, np.ndarray], name: str) -> int:
-  """How many columns the matrix `name` has, 1 where it is missing."""
+  """The number of columns of the matrix `name`, or 1 if it is missing."""
   shape = np.shape(tensors.get(name))
   return shape[1] if len(shape) == 2 else 1
 
 
-def patches(side: int, conv: str, positions: str) -> Callable[[Mapping[str, np.ndarray]], tuple[Any, ...]]:
-  """`Table.inputs` of a vision transformer with a class token: the image's size is read off `positions`, if square."""
+def patches(
+    side: int, conv: str, positions: str,
+) -> Callable[[Mapping[str, np.ndarray]], tuple[Any, ...]]:
+  """`Table.inputs` for a vision transformer with a class token.
+
+  A square image's size is read off the tensor `positions`.
+  """
 
   def inputs(tensors: Mapping[str, np.ndarray]) -> tuple[jax.ShapeDtypeStruct, ...]:
     shape = np.shape(tensors.get(positions))

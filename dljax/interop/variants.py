@@ -1,12 +1,13 @@
-"""A module from its description, {"model": name, "settings": {field: value}}, and the reverse.
+"""Builds a module from its description, {"model": name, "settings": {field: value}}, and describes
+one.
 
-The name is a key of any family's VARIANTS, "resnet50", or where a class has none, "rnn.Stack".
-Settings are the fields of the module that differ from it, as JSON. What JSON lacks is an object
-with a key of its own: {"callable": "flax.linen.relu"}, {"partial":
+The name is a key of any family's VARIANTS, such as "resnet50"; a class without variants is named
+as "rnn.Stack". The settings are the module's fields that differ from the variant, as JSON. A value
+that JSON lacks becomes an object with its own key: {"callable": "flax.linen.relu"}, {"partial":
 "dljax.models.layers.BatchNorm", "settings": {...}} for `functools.partial`, {"tuple":
 "dljax.models.efficientnet.Stage", "settings": {...}} for a named tuple, and {"model": ...,
-"settings": ...} for a module in a module. Only what `dljax.models`, `flax.linen` and `jax.nn`
-define is looked up, so that a file can run nothing else.
+"settings": ...} for a module in a module. Only names in `dljax.models`, `flax.linen` and `jax.nn`
+are looked up, so that a file can run nothing else.
 """
 
 import dataclasses
@@ -26,17 +27,17 @@ from flax import traverse_util
 from dljax import errors, models
 from dljax.interop.weights import Tensors, find_table
 
-_NOT_SETTINGS = ("parent", "name", "dtype", "remat")  # how a model is run, not which model it is
-_OPEN = ("flax.linen", "jax.nn")  # besides `dljax.models`, where callables are looked up
+_NOT_SETTINGS = ("parent", "name", "dtype", "remat")  # they say how a model runs, not which it is
+_OPEN = ("flax.linen", "jax.nn")  # callables are looked up here and in `dljax.models`
 
 
 def find(name: str) -> Callable[..., nn.Module]:
-  """The constructor of `name`, such as "resnet50", whatever the family.
+  """The constructor of the model `name`, such as "resnet50", of any family.
 
   If `name` begins with the family's name, no other family is imported.
 
   Raises:
-    UserError: no family has it.
+    UserError: no family has such a model.
   """
   known = [info.name for info in pkgutil.iter_modules(models.__path__)]
   family, _, kind = name.partition(".")
@@ -60,7 +61,7 @@ def _variants(family: str) -> Mapping[str, Callable[..., nn.Module]]:
 
 
 def build(model: str, settings: Mapping[str, Any]) -> nn.Module:
-  """The module of a name, with settings, among which `num_classes` may be missing.
+  """The module of a name, with settings, of which `num_classes` may be missing.
 
   Raises:
     UserError: an unknown name or setting.
@@ -78,13 +79,14 @@ def build(model: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def describe(model: nn.Module | None) -> dict[str, Any] | None:
-  """What `build` makes `model` from again, but for its dtype and remat: {"model": name, "settings": {...}}.
+  """The description {"model": name, "settings": {...}} from which `build` makes `model` again.
 
-  Of the variants of its class it takes the one that leaves the fewest settings to be named.
+  It leaves out dtype and remat. It names the variant of the model's class that needs the fewest
+  settings.
 
   Returns:
-    None where there is no model, it is not of `dljax.models`, or a setting that differs is some
-    other callable.
+    None if there is no model, it is not from `dljax.models`, or a setting is a callable that
+    cannot be looked up.
   """
   package, _, family = type(model).__module__.rpartition(".")
   if package != models.__name__:
@@ -142,7 +144,7 @@ def _encode_all(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decode(value: Any) -> Any:
-  """The setting that `_encode` made JSON of; a list becomes a tuple, as modules must be hashable."""
+  """The reverse of `_encode`; a list becomes a tuple, because modules must be hashable."""
   if isinstance(value, (tuple, list)):
     return tuple(map(_decode, value))
   if not isinstance(value, dict):
@@ -170,7 +172,7 @@ def _reference(value: Any) -> str:
 
 
 def _look_up(name: str) -> Any:
-  """The class or function of a dotted name; `UserError` where it is not one that may be looked up."""
+  """The class or function of a dotted name; `UserError` if it may not be looked up."""
   module, _, attribute = str(name).rpartition(".")
   allowed = module in _OPEN or module.rpartition(".")[0] == models.__name__
   try:
@@ -187,9 +189,9 @@ class HeadArray(NamedTuple):
   """A variable whose size depends on the number of classes.
 
   Attributes:
-    rank: of the array.
-    axis: whose size is slope * classes + offset.
-    slope, offset: see there.
+    rank: the array's rank.
+    axis: the axis whose size is slope * classes + offset.
+    slope, offset: the numbers in that formula.
   """
 
   rank: int
@@ -199,15 +201,16 @@ class HeadArray(NamedTuple):
 
 
 def head(init: Callable[[int], Any]) -> dict[str, HeadArray]:
-  """Which variables depend on the number of classes, found by asking for two and for three.
+  """The variables that depend on the number of classes, found from their shapes for two and three.
 
   Args:
-    init: number of classes -> variables; is only traced.
+    init: number of classes -> variables; it is only traced.
 
   Returns:
-    Path ("params/head/kernel") -> how.
+    Path ("params/head/kernel") -> how its size depends on the number of classes.
   """
-  two, three = (traverse_util.flatten_dict(jax.eval_shape(lambda: init(n)), sep="/") for n in (2, 3))
+  two, three = (traverse_util.flatten_dict(jax.eval_shape(lambda: init(n)), sep="/")
+                for n in (2, 3))
   found = {}
   for path, spec in two.items():
     for axis, (a, b) in enumerate(zip(spec.shape, three[path].shape)):
@@ -217,7 +220,7 @@ def head(init: Callable[[int], Any]) -> dict[str, HeadArray]:
 
 
 def num_classes(model: nn.Module, tensors: Tensors, source: str) -> int | None:
-  """How many classes another implementation's weights are for; None where the head is not among them.
+  """The number of classes of another implementation's weights; None if they have no head.
 
   Args:
     model: a module with an attribute `num_classes`, of any value.

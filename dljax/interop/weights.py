@@ -1,4 +1,4 @@
-"""The weights of a model under the names of another implementation, and back."""
+"""Weights under the names of other implementations: loading and writing them."""
 
 import importlib
 import pkgutil
@@ -18,7 +18,8 @@ from dljax.interop.table import SAME, Entry, Layout, Table
 
 Tensors = Mapping[str, np.ndarray]
 Specs = Mapping[str, jax.ShapeDtypeStruct]
-# Source -> class -> its table, or where the names depend on the model's sizes, what makes one for a model.
+# Source -> class -> its table, or a function from a model to its table if the names depend on
+# sizes.
 Tables = Mapping[str, Mapping[type[nn.Module], Table | Callable[[Any], Table]]]
 
 OURS = "dljax"  # our own paths as names, "params/conv1/kernel"
@@ -35,17 +36,17 @@ def load(
     model: the module, with the same sizes as the source's (`num_classes` among them).
     tensors: name -> array, as the source's `state_dict()` has them. Other floating types become
       float32.
-    source: who wrote them: `OURS` (which needs `specs`) or one of `sources(model)`.
-    specs: path ("params/conv1/kernel") -> shape and dtype of the variables wanted; by default
-      those for images of as many channels as the tensors have.
-    head: paths that are left out together if the source lacks one of them or has it in another
+    source: the library that wrote them: `OURS` (which needs `specs`) or one of `sources(model)`.
+    specs: path ("params/conv1/kernel") -> shape and dtype of the wanted variables; by default
+      those for inputs with as many channels as the tensors have.
+    head: the paths that are left out together if the source lacks one of them or has it in another
       shape.
 
   Returns:
-    What `model.init` returns, as NumPy arrays: {"params": ..., "batch_stats": ...}.
+    Variables as `model.init` returns them, as NumPy arrays: {"params": ..., "batch_stats": ...}.
 
   Raises:
-    UserError: naming the first tensors that are missing, left over, or of another shape or kind.
+    UserError: tensors are missing, left over, or of another shape or kind; it names the first.
   """
   table = find_table(model, source)
   tensors = table.rename(tensors)
@@ -80,15 +81,15 @@ def load(
 
 
 def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) -> str:
-  """Who wrote the weights: `OURS`, or that of `sources(model)` with the most names in common.
+  """The library that wrote the weights: `OURS`, or the source with the most names in common.
 
   Args:
     model: the module.
     tensors: name -> array.
-    specs: as for `load`.
+    specs: see `load`.
 
   Raises:
-    UserError: nobody's names are among them.
+    UserError: the tensors have no source's names.
   """
   if any(name.startswith("params/") for name in tensors):
     return OURS
@@ -115,7 +116,7 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
   Args:
     model: the module.
     variables: its variables, e.g. `TrainState.variables`.
-    source: for whom: `OURS` or one of `sources(model)`.
+    source: the library to write for: `OURS` or one of `sources(model)`.
   """
   table = find_table(model, source)
   flat = traverse_util.flatten_dict(variables, sep="/")
@@ -127,7 +128,7 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
 
 
 def find_table(model: nn.Module, source: str) -> Table:
-  """The table of names of `model` in `source`; raises `UserError` where there is none."""
+  """The table of names of `model` in `source`; raises `UserError` if there is none."""
   if source == OURS:
     return _OURS
   if source not in sources(model):
@@ -162,14 +163,16 @@ def check_source(what: str, source: str) -> None:
 def all_families() -> list[ModuleType]:
   """The module of names of every family.
 
-  This imports them all: it is for messages and the command, as training one family imports no other.
+  This imports all families, so only messages and the conversion command call it: training one
+  family imports no other.
   """
   return [importlib.import_module(f"{families.__name__}.{info.name}")
           for info in pkgutil.iter_modules(families.__path__)]
 
 
 def _tables(model: nn.Module) -> Tables:
-  """The `TABLES` of the model's family alone: for dljax/models/x.py that is interop/families/x.py."""
+  """The `TABLES` of the model's family alone: for dljax/models/x.py that is interop/families/x.py.
+  """
   package, _, family = type(model).__module__.rpartition(".")
   if package != models.__name__:
     return {}
@@ -196,15 +199,16 @@ def _shapes(entry: Entry, specs: Specs) -> tuple[tuple[int, ...], ...]:
 
 
 def _shapes_of(tensors: Tensors, names: Collection[str]) -> tuple[tuple[int, ...] | None, ...]:
-  """The shapes that they have; None for one that is missing."""
+  """The shapes of the named tensors; None for a missing one."""
   return tuple(np.shape(tensors[name]) if name in tensors else None for name in names)
 
 
 def _why(found: tuple[int, ...], wanted: tuple[int, ...], layout: Layout) -> str:
-  """What to look at where a shape is not the one that it should be."""
+  """What to check if a shape is wrong."""
   if len(found) == len(wanted) == 4:
-    ours = lambda shape: jax.eval_shape(layout.to_ours, jax.ShapeDtypeStruct(shape, np.float32)).shape
-    (*size, channels, _), (*size_here, channels_here, _) = ours(found), ours(wanted)
+    kernels = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (found, wanted))
+    (*size, channels, _), (*size_here, channels_here, _) = (
+        jax.eval_shape(layout.to_ours, kernel).shape for kernel in kernels)
     if size == size_here and channels != channels_here and {channels, channels_here} <= {1, 3, 4}:
       return f"they were trained on images of {channels} channels, and these have {channels_here}"
   return "check num_classes and the model's other sizes"

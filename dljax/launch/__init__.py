@@ -24,15 +24,16 @@ Build = Callable[[ml_collections.ConfigDict], Experiment]
 def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> None:
   """Runs an experiment's command line, and exits.
 
-  Exit status: 0 done; 1 failed; 2 bad input; 75 preempted, with the state saved. In prediction 1
-  means that some inputs were skipped, and 2 that none was usable.
+  The exit status is 0 when done, 1 after a failure, 2 on bad input, and 75 if the run was
+  preempted and its state saved. In prediction, 1 means that some inputs were skipped, and 2 that
+  none was usable.
 
   Args:
     get_config: preset -> config.
     build: config -> experiment.
     presets: preset -> one line that says what it runs; the first is the default.
   """
-  absl_flags.FLAGS.mark_as_parsed()  # absl's own, which only its logging reads
+  absl_flags.FLAGS.mark_as_parsed()  # only absl's logging reads these flags
   logging.use_absl_handler()
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.set_verbosity(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Which config the flags ask for, and which folder its run has."""
+"""The config that the flags ask for, and the folder of its run."""
 
 import hashlib
 from collections.abc import Callable, Container, Sequence
@@ -28,7 +28,7 @@ def resolve(
     presets: the names that `get_config` knows.
 
   Raises:
-    UserError: a bad override; in evaluation and prediction also a folder that holds no run of
+    UserError: an override is bad; or, in evaluation and prediction, the folder holds no run of
       this family.
   """
   trains, preset = values.mode == "train", config.preset
@@ -48,7 +48,7 @@ def _as_it_ran(
     folder: Workdir, overrides: Sequence[str], config: ml_collections.ConfigDict,
     get_config: GetConfig, presets: Container[str],
 ) -> ml_collections.ConfigDict:
-  """The config of the folder's run, with the overrides, where that is a run of `config.family`."""
+  """The config of the folder's run, with the overrides; refuses a run of another family."""
   family, preset, config = config.family, config.preset, folder.read_config()
   ran, preset = config.get("family", family), config.get("preset", preset)
   if ran != family:

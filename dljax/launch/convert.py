@@ -5,11 +5,12 @@
     python -m dljax.interop --to=torchvision runs/resnet-imagenet2012 resnet50.safetensors
     python -m dljax.interop --source=torchvision --model=resnet18 hub:OWNER/NAME resnet18/
 
-The first gives a folder from which any experiment of that model can start
-(--config.init.source=resnet50), with our names for the tensors. The input may also be such a
-folder, the workdir of a run (its best checkpoint is taken), a repository of the Hugging Face Hub
-or a folder as one downloads it, with model.safetensors or its parts; where its config.json is
-known here, it says the model. Only safetensors are read: a pickle can run any code.
+The first command writes a folder, with our names for the tensors, from which any experiment of
+that model can start (--config.init.source=resnet50). The input may also be such a folder, the
+workdir of a run (of which the best checkpoint is taken), a repository of the Hugging Face Hub, or
+a downloaded folder with model.safetensors or its parts. If dljax can read the folder's
+config.json, it names the model. Only safetensors files are read, because a pickle can run any
+code.
 """
 
 import argparse
@@ -27,20 +28,23 @@ from dljax.train import pretrained
 from dljax.train.workdir import Workdir, read_json
 
 
-def convert(source: str, to: str, name: str, settings: Mapping[str, Any], input_: str, output: Path) -> str:
-  """Converts, and says what was done.
+def convert(
+    source: str, to: str, name: str, settings: Mapping[str, Any], input_: str, output: Path,
+) -> str:
+  """Converts weights, and returns a line that says what was written.
 
   Args:
-    source: whose names the input has: `interop.OURS` or one of `interop.all_sources()`.
-    to: whose names the output gets.
-    name: the model's name, a key of a family's VARIANTS; "" where the input says it.
-    settings: the model's settings; `num_classes` is read off the weights if it is not among them.
-    input_: a .safetensors file, hub:OWNER/NAME, a folder of ours or of another library's, or a
-      run's workdir.
-    output: a folder (to ours) or a .safetensors file; must not exist yet.
+    source: the library whose names the input has: `interop.OURS` or one of
+      `interop.all_sources()`.
+    to: the library whose names the output gets.
+    name: the model's name, a key of a family's VARIANTS; "" if the input names it.
+    settings: the model's settings; `num_classes` is read off the weights if it is missing.
+    input_: a .safetensors file, hub:OWNER/NAME, a folder of ours or of another library, or a run's
+      workdir.
+    output: a new folder (for us) or a new .safetensors file.
 
   Raises:
-    UserError: on bad input; nothing was written.
+    UserError: the input is bad; nothing was written.
     RunError: the output could not be written.
   """
   for flag, value in ("--source", source), ("--to", to):
@@ -64,7 +68,8 @@ def convert(source: str, to: str, name: str, settings: Mapping[str, Any], input_
     model, settings = _with_classes(model, settings, tensors, source)
     tensors = traverse_util.flatten_dict(interop.load(model, tensors, source), sep="/")
   if to == interop.OURS:
-    folder.write_folder(output, tensors, {**variants.describe(model), "source": f"{source}: {input_}"})
+    folder.write_folder(output, tensors,
+                        {**variants.describe(model), "source": f"{source}: {input_}"})
   else:
     theirs = interop.dump(model, traverse_util.unflatten_dict(tensors, sep="/"), to)
     model, _ = _with_classes(model, settings, theirs, to)
@@ -73,8 +78,10 @@ def convert(source: str, to: str, name: str, settings: Mapping[str, Any], input_
   return f"{len(tensors)} tensors of {name} written to {output}"
 
 
-def _ours(path: str, name: str, settings: Mapping[str, Any]) -> tuple[interop.Tensors, str, Mapping[str, Any]]:
-  """(tensors, model's name, settings) from our folder or a run; what the flags say goes first."""
+def _ours(
+    path: str, name: str, settings: Mapping[str, Any],
+) -> tuple[interop.Tensors, str, Mapping[str, Any]]:
+  """(tensors, model's name, settings) from our folder or a run; the flags win over both."""
   place = Path(path)
   if not place.is_dir():
     if path.endswith(".safetensors") or path.startswith(hub.PREFIX):
@@ -98,7 +105,7 @@ def _ours(path: str, name: str, settings: Mapping[str, Any]) -> tuple[interop.Te
 def _with_classes(
     model: Any, settings: Mapping[str, Any], tensors: interop.Tensors, source: str,
 ) -> tuple[Any, Mapping[str, Any]]:
-  """The model and its settings with the number of classes that the weights are for, unless it is set."""
+  """The model and its settings, with the weights' number of classes unless it is set."""
   if not hasattr(model, "num_classes") or "num_classes" in settings:
     return model, settings
   classes = variants.num_classes(model, tensors, source) or model.num_classes
@@ -106,7 +113,7 @@ def _with_classes(
 
 
 def _setting(text: str) -> tuple[str, Any]:
-  """("width", 32) for "width=32"; what is not JSON is text."""
+  """("width", 32) for "width=32"; a value that is not JSON is text."""
   key, equals, value = text.partition("=")
   if not (key and equals):
     raise UserError(f"--set={text}: write --set=FIELD=VALUE, such as --set=num_classes=10")
@@ -117,7 +124,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 class _Parser(argparse.ArgumentParser):
-  """Bad input is a `UserError`, in place of the usage and an exit."""
+  """Raises a `UserError` for bad input, instead of printing the usage and exiting."""
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f"{message}; see --help")
@@ -137,11 +144,14 @@ def _run(argv: Sequence[str] | None) -> int:
   parser = _Parser(prog="python -m dljax.interop", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder of ours or a run's workdir")
-  parser.add_argument("output", type=Path, help="a new folder or, with --to, a new .safetensors file")
+  parser.add_argument("output", type=Path,
+                      help="a new folder or, with --to, a new .safetensors file")
   parser.add_argument("--source", default=interop.OURS,
                       help=f"whose names the input has, one of {', '.join(libraries)} (default: %(default)s)")
-  parser.add_argument("--to", default=interop.OURS, help="for whom to write, one of the same (default: %(default)s)")
-  parser.add_argument("--model", default="", help="a name of any family's VARIANTS, such as resnet50; our folders and "
+  parser.add_argument("--to", default=interop.OURS,
+                      help="for whom to write, one of the same (default: %(default)s)")
+  parser.add_argument("--model", default="",
+                      help="a name of any family's VARIANTS, such as resnet50; our folders and "
                       "runs say it themselves")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="an attribute of the model, such as small_stem=true; num_classes is read off the weights")

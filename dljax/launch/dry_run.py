@@ -1,4 +1,4 @@
-"""--dry_run: the model, the batch and the compiled step's memory, from shapes alone."""
+"""--dry_run: shows the model, the batch and the compiled step's memory, from shapes alone."""
 
 import jax
 
@@ -10,10 +10,10 @@ from dljax.train.program import Program, RunOptions
 
 
 def dry_run(experiment: Experiment, options: RunOptions, machine: str) -> int:
-  """Shows what a training step takes on `machine`; gives the exit status.
+  """Shows the memory and work of a training step on `machine`; returns the exit status.
 
   Args:
-    experiment: what would be trained.
+    experiment: the experiment that would be trained.
     options: the mesh and the parallelism.
     machine: a name of `topology.TOPOLOGIES`, or "" for this machine.
   """

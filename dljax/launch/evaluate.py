@@ -1,4 +1,4 @@
-"""--mode=eval: all metrics of every split, shown and written to evaluation.json."""
+"""--mode=eval: shows all metrics of every split, and writes them to evaluation.json."""
 
 import jax
 from absl import logging
@@ -12,7 +12,7 @@ from dljax.train.workdir import write_json
 
 
 def evaluate(run: Run, parallelism: Mode) -> int:
-  """Evaluates the run's checkpoint on all splits; gives the exit status."""
+  """Evaluates the run's checkpoint on all splits; returns the exit status."""
   experiment, folder = run.experiment, run.folder
   program, step, state = run.restore()
   evaluator = Evaluator(experiment.task, parallelism, program.mesh, experiment.data.context)
@@ -29,6 +29,6 @@ def evaluate(run: Run, parallelism: Mode) -> int:
       folder.write_findings(findings)
       write_json(folder.path / "evaluation.json", entries)
       print(f"written to {folder.path / 'evaluation.json'}")
-    except RunError as error:  # a run that one may only read can be evaluated too
+    except RunError as error:  # a read-only run can be evaluated too
       logging.warning("%s", error)
   return DONE

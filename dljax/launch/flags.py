@@ -1,4 +1,4 @@
-"""The flags of every experiment's command line: defined for each call, parsed and explained."""
+"""The flags of every experiment's command line: their definition, parsing and explanation."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from dljax.errors import UserError
 
 
 class _PathParser(flags.ArgumentParser):
-  """Paths: of --workdir=~/runs no shell expands the ~."""
+  """Parses paths, because no shell expands the ~ in --workdir=~/runs."""
 
   def parse(self, argument):
     return os.path.expanduser(argument)
@@ -37,29 +37,32 @@ def define() -> flags.FlagValues:
 
   string("preset", "", "What to run; see --list_presets. The default runs at once, offline.")
   path("workdir", "The run's folder; by default runs/FAMILY-PRESET.")
-  choice("mode", ["train", "eval", "predict"], "What to do with the workdir's run.")
+  choice("mode", ["train", "eval", "predict"], "What to do with the run in the workdir.")
   string("step", "best",
-         "Which checkpoint to evaluate or to predict with: best, latest or a number.")
-  flags.DEFINE_list("input", [], "What to predict for: files or folders, with commas between.",
+         "The checkpoint to evaluate or to predict with: best, latest or a number.")
+  flags.DEFINE_list("input", [], "The files or folders to predict for, separated by commas.",
                     flag_values=values)
-  string("prompt", None, "A text to continue, which may be empty, for families that generate "
-         "text; shown as it comes.")
-  flags.DEFINE_integer("count", None, "How many predictions to draw for each input, for families "
+  string("prompt", None,
+         "Text for the model to continue; may be empty. For families that generate "
+         "text; the continuation is shown as it comes.")
+  flags.DEFINE_integer("count", None,
+                       "The number of predictions to draw for each input, for families "
                        "that draw them.", flag_values=values)
-  flags.DEFINE_list("label", [], "What to draw predictions of, for families that generate by "
-                    "class; names with commas between.", flag_values=values)
-  path("output", "Where to write predictions: a .jsonl, .json or .csv file, or a new folder for "
-       "those that can be drawn; by default only shown.")
+  flags.DEFINE_list("label", [],
+                    "The classes to draw predictions of, for families that generate by "
+                    "class; names separated by commas.", flag_values=values)
+  path("output", "The file for predictions (.jsonl, .json or .csv), or a new folder if they can "
+       "be drawn; by default they are only shown.")
   choice("parallelism", ["jit", "pmap"], "How to compile for several devices.")
   string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
   choice("resume", ["auto", "never", "must"],
-         "auto continues what is in the workdir; never refuses a run there; must refuses to begin "
-         "one.")
-  flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0, upper_bound=2**32 - 1,
-                       flag_values=values)
+         "auto continues the run in the workdir; never refuses a workdir with a run; must refuses "
+         "to start a new run.")
+  flags.DEFINE_integer("seed", 0, "The seed of everything random.", lower_bound=0,
+                       upper_bound=2**32 - 1, flag_values=values)
   path("data_dir", "The TFDS directory; also the variable TFDS_DATA_DIR.")
   string("wandb", "", "A Weights & Biases project to log to.")
-  switch("dry_run", "Show the model, the batch and the compiled step's memory; needs no data.")
+  switch("dry_run", "Show the model, the batch and the compiled step's memory, without any data.")
   string("topology", "", "With --dry_run: a machine to compile for, such as v5e:4x4 or h100:4.")
   switch("list_presets", "List the presets.")
   switch("help", "Show this help.")
@@ -73,7 +76,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     argv: the program's name and its arguments.
 
   Raises:
-    UserError: an unknown flag, a bad value or an argument that is no flag.
+    UserError: there is an unknown flag, a bad value or an argument that is no flag.
   """
   values = define()
   overrides = [a for a in argv[1:] if a.startswith("--config.")]
@@ -93,7 +96,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 
 
 def check_together(values: flags.FlagValues) -> None:
-  """Raises `UserError` where a flag was given that has no meaning beside the others."""
+  """Raises `UserError` if a flag has no meaning together with the others."""
   trains, predicts = values.mode == "train", values.mode == "predict"
   named = not trains and values.workdir  # a run that is named brings its own preset and seed
   for name, with_what, there in (

@@ -12,11 +12,11 @@ from dljax.train.workdir import write_csv, write_json
 
 
 def check(place: Path, drawn: bool) -> None:
-  """Raises `UserError` where predictions cannot be written to `place`.
+  """Raises `UserError` if predictions cannot be written to `place`.
 
   Args:
-    place: a file by its suffix, or a new or empty folder.
-    drawn: whether predictions can be drawn, which alone go into a folder.
+    place: a file with a known suffix, or a new or empty folder.
+    drawn: whether predictions can be drawn; only drawings go into a folder.
   """
   if place.suffix not in _WRITERS and (place.suffix or not drawn):
     raise UserError(f"--output={place}: must end in {', '.join(_WRITERS)}"
@@ -39,10 +39,10 @@ def write(
   """Writes predictions.
 
   Args:
-    place: where to, as `check` accepts it.
+    place: the file or folder, as `check` accepts it.
     rows: one dict for each prediction, with the same keys.
-    draw: gives each row's picture or sound, see `Experiment.draw`; called only where `place` is a
-      folder.
+    draw: () -> each row's picture or sound, see `Experiment.draw`; it is called only if `place` is
+      a folder.
 
   Raises:
     RunError: the disk is full, or the like.
@@ -55,7 +55,7 @@ def write(
 
 
 def _check_writable(place: Path) -> None:
-  """Tries it: permissions say nothing about a folder, /proc or a read-only disk."""
+  """Opens the file, because permissions do not show a folder, /proc or a read-only disk."""
   new = not place.exists()
   try:
     place.open("a").close()
@@ -75,7 +75,7 @@ def _write_folder(
 ) -> None:
   """Makes a folder with `_ROWS` and each row's drawing, "a.png" for "scans/a.jpg".
 
-  Of equal names the later ones are numbered. A prompt that is no file's name gives "text.png".
+  Equal names are numbered from the second on. A prompt that is no file name gives "text.png".
   """
   folder.mkdir(exist_ok=True)
   names: list[str] = []

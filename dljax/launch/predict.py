@@ -18,7 +18,7 @@ from dljax.train.experiment import Inputs, Request
 
 
 def predict(run: Run, values: flags.FlagValues) -> int:
-  """Predicts what the flags ask for; gives the exit status: `FAILED` if inputs were skipped."""
+  """Predicts what the flags ask for; returns the exit status, `FAILED` if inputs were skipped."""
   place = Path(values.output) if values.output else None
   draw = run.experiment.draw
   if place:
@@ -51,10 +51,10 @@ def _request(values: flags.FlagValues) -> Request:
 def _stream(
     run: Run, inputs: Inputs, first: bool,
 ) -> tuple[Any, Sequence[Mapping[str, Any]]]:
-  """Shows prompts and their continuations: the first as it comes, the others when all are done.
+  """Shows prompts and their continuations: the first as it comes, the others at the end.
 
   Args:
-    run: its predictions are tokens.
+    run: a run whose predictions are tokens.
     inputs: the prompts.
     first: whether this is the host that prints.
 
@@ -70,7 +70,7 @@ def _stream(
     predictions = {"tokens": np.concatenate([*before, tokens], axis=1)}
     rows = run.rows(inputs, predictions)
     text = rows[0]["text"]
-    # The rest may be the first half of a character.
+    # The end of the text may be the first half of a character.
     whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
     show(text[shown:whole])
     shown = max(shown, whole)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_MAX_METRIC_COLUMNS = 7  # of a table that has to fit 120 characters
+_MAX_METRIC_COLUMNS = 7  # so that a table fits into 120 characters
 
 
 def metrics(by_split: Mapping[str, Mapping[str, float]]) -> Any:
@@ -43,7 +43,7 @@ def corruptions(rows: Sequence[Mapping[str, Any]], clean: Mapping[str, float]) -
 
 
 def show(renderable: Any) -> None:
-  """Prints a table, or what else rich can print, as wide as the terminal or 120 characters."""
+  """Prints a table, or anything that rich can print, as wide as the terminal or 120 characters."""
   from rich.console import Console  # pylint: disable=g-import-not-at-top
 
   Console(width=None if sys.stdout.isatty() else 120).print(renderable)

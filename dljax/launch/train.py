@@ -1,4 +1,4 @@
-"""--mode=train: fits, then shows the result."""
+"""--mode=train: trains, then shows the result."""
 
 import jax
 
@@ -11,7 +11,7 @@ from dljax.train.workdir import Workdir
 
 
 def train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
-  """Trains the run of `folder` to its end, or finds it finished; gives the exit status."""
+  """Trains the run of `folder` to its end, unless it is finished; returns the exit status."""
   folder.check(experiment.config, options.resume)
   if folder.is_finished(experiment.config.total_steps):
     print("this run has finished; its result:")
@@ -23,7 +23,7 @@ def train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
 
 
 def _print_result(folder: Workdir) -> None:
-  """A short table of results, and where the files are."""
+  """Prints a short table of results, and the places of the files."""
   result = folder.result()
   print(f"\n{result['family']} {result['preset']}: {result['steps']} steps, "
         f"{result['params']:,} parameters, {result['seconds']:.1f} s on {result['devices']}")

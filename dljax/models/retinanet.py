@@ -83,10 +83,10 @@ class FeaturePyramid(nn.Module):
     """[B, h, w, c] of each stage -> [B, h, w, D] of each level, the finest first."""
     init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
     conv = functools.partial(self.conv, self.width, kernel_init=init)
-    levels = []
+    levels, merged = [], None
     for i, stage in reversed(list(enumerate(stages))):
       lateral = conv((1, 1), name=f"lateral{i}")(stage)
-      merged = lateral if i + 1 == len(stages) else lateral + _upsample(merged, lateral.shape)
+      merged = lateral if merged is None else lateral + _upsample(merged, lateral.shape)
       levels.insert(0, conv((3, 3), padding=1, name=f"output{i}")(merged))
     for i in range(self.extra_levels):
       x = nn.relu(levels[-1]) if i else stages[-1] if self.extra_of_stage else levels[-1]

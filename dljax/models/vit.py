@@ -15,8 +15,8 @@ from the paper:
   not of 0.02: small networks learn faster.
 - `vit_nano` is not in the paper; it is made of the same blocks, for images of 16 to 32 pixels.
 
-Queries, keys and values come from one projection, whose kernel is [D, heads, 3, D / heads]. Devices
-that share a layer hold whole heads of it, so attention moves nothing between them.
+Queries, keys and values come from one projection, whose kernel is [D, heads, 3, D / heads]. So
+devices that share a layer hold whole heads, and attention moves nothing between them.
 
 Dimensions: `B` batch, `H` height, `W` width, `P` patch side, `N` tokens, `D` embedding.
 """
@@ -184,7 +184,7 @@ class ViT(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
-  """Sine and cosine of column, then row, at width / 4 frequencies: f32[1, rows * columns, width]."""
+  """Sine and cosine of column, then row, at width / 4 frequencies: f32[1, grid's size, width]."""
   if width % 4:
     raise errors.UserError(f"sincos positions need a width that 4 divides, not {width}")
   frequencies = 10_000.0**(-np.arange(width // 4) / (width // 4))

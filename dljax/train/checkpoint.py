@@ -1,19 +1,22 @@
 """Checkpoints that are intact or do not exist. The only file that imports Orbax.
 
-Orbax writes the arrays, asynchronously; four things that it leaves open are closed here:
+Orbax writes the arrays asynchronously. This file closes four gaps that it leaves open:
 
-* Its files carry no checksum of the payload. Once it has committed a step, `<step>/manifest.json` is
-  written, durably and last: size and SHA-256 of every file, dtype and shape of every array, and a hash of
-  itself. A step without a valid manifest does not exist, so one still in flight, one that failed and an
-  empty directory are never taken for the latest.
-* It restores whatever it finds. Here every file is verified first; a step that fails is moved to
-  `corrupt-<step>`, with a warning that says why, and the next older one is used.
-* It may refuse a save by returning False, and forgets errors of the background if nobody asks. Both are
-  a `CheckpointError` here, at the next `save` or at `close`; `failed` tells of it before.
-* It casts arrays to what the caller asks for. Here another name, dtype or shape is refused by name.
+* Orbax writes no checksum of the payload. Once Orbax has committed a step, this file writes
+  `<step>/manifest.json`, durably and last. It holds the size and SHA-256 of every file, the dtype
+  and shape of every array, and a hash of the manifest itself. A step without a valid manifest does
+  not exist, so a save in flight, a failed save and an empty directory are never taken for the
+  latest step.
+* Orbax restores whatever it finds. Here every file is verified first. A step that fails is moved
+  to `corrupt-<step>`, with a warning that says why, and the next older step is used.
+* Orbax may refuse a save by returning False, and it forgets an error of its background thread if
+  nobody asks. Both raise a `CheckpointError` here, at the next `save` or at `close`; the property
+  `failed` shows it earlier.
+* Orbax casts arrays to the dtypes that the caller asks for. Here an array with another name, dtype
+  or shape is refused by name.
 
-Old steps go only after the manifest of the new one is on disk: at any moment, kill -9 included, what was
-intact before is intact, or something newer is.
+Old steps are deleted only after the manifest of the new step is on disk. So at any moment, even
+after kill -9, either the previous step or a newer one is intact.
 """
 
 import concurrent.futures
@@ -37,7 +40,7 @@ from dljax.train import parallel
 from dljax.train.state import FORMAT, check_format, path_name
 
 MANIFEST = "manifest.json"
-_NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
+_NONE, _FAILED = -1, -2  # what process 0 sends to the others in place of a step
 
 
 class CheckpointError(RunError):
@@ -59,7 +62,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-  """Saves and restores a state under `directory`. A context manager; every process of a run makes one."""
+  """Saves and restores a state under `directory`; a context manager that every process makes."""
 
   def __init__(
       self, directory: str | os.PathLike[str], *, keep: int = 2,
@@ -68,11 +71,13 @@ class Checkpointer:
     """Touches nothing on disk.
 
     Args:
-      directory: holds one directory per step, named by its decimal number; made by the first `save`.
-      keep: how many of the newest steps to keep, beside the best one.
-      assets: a directory of files without which the state is worthless (a tokenizer); `save` notes
-        their hashes, `restore` verifies them.
-      read_only: for evaluation, perhaps beside a living run: restores, but moves and deletes nothing.
+      directory: the directory that holds one directory per step, named by its decimal number; the
+        first `save` makes it.
+      keep: the number of newest steps to keep, besides the best one.
+      assets: a directory of files without which the state is worthless (a tokenizer); `save`
+        records their hashes, and `restore` verifies them.
+      read_only: whether to restore only, and to move and delete nothing, as for an evaluation
+        during a run.
     """
     self.directory = Path(directory).absolute()
     self._keep = keep
@@ -82,15 +87,18 @@ class Checkpointer:
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
   def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
-    """Starts saving, and returns as soon as the arrays may be donated; waits for an earlier save first.
+    """Starts a save, and returns as soon as the arrays may be donated.
+
+    It waits for an earlier save first.
 
     Args:
-      step: above every step that exists.
+      step: a number above every step that exists.
       state: a pytree of arrays, on any devices, with any shardings.
-      host: JSON-able. `host["best_step"]` (a step or None), where given, is kept whatever its age.
+      host: what the host has decided, JSON-able. The step `host["best_step"]`, if there is one, is
+        kept whatever its age.
 
     Raises:
-      CheckpointError: this save was refused, or the one before has failed.
+      CheckpointError: this save was refused, or the previous one failed.
     """
     failure = None
     try:
@@ -99,10 +107,11 @@ class Checkpointer:
       failure = error
     host = json.loads(json.dumps(host))
     flat, _ = _flatten(state)
-    leaves = {name: {"dtype": leaf.dtype.name, "shape": list(leaf.shape)} for name, leaf in flat.items()}
+    leaves = {name: {"dtype": leaf.dtype.name, "shape": list(leaf.shape)}
+              for name, leaf in flat.items()}
     if not failure and jax.process_index() == 0 and self._path(step).exists() and self._manifest(step) is None:
       self._set_aside(step, self._fault(step))
-    if parallel.any_host(failure is not None):  # asking also makes all wait for process 0
+    if parallel.any_host(failure is not None):  # the question also makes all wait for process 0
       raise failure or CheckpointError(f"a checkpoint in {self.directory} was not saved; another process says why")
     try:
       self._manager.reload()
@@ -115,15 +124,19 @@ class Checkpointer:
 
   @property
   def failed(self) -> bool:
-    """Whether the last save is known to have failed, on this process; the next `save` raises its error on all."""
+    """Whether this process knows that the last save failed.
+
+    The next `save` raises the error on all processes.
+    """
     return self._pending is not None and self._pending[1].done() and self._pending[1].exception() is not None
 
   def steps(self) -> list[int]:
-    """The steps that exist, ascending: those with a valid manifest (the other files are not verified)."""
+    """The steps with a valid manifest, ascending; their other files are not verified."""
     return [step for step in self._numbered() if self._manifest(step) is not None]
 
   def host(self, step: int | None = None) -> dict[str, Any] | None:
-    """What was given as `host` with `step`, by default the newest; None where there is no such step."""
+    """The `host` that was saved with `step`, by default the newest; None if there is no such step.
+    """
     step = max(self.steps(), default=None) if step is None else step
     manifest = None if step is None else self._manifest(step)
     return manifest and manifest["host"]
@@ -133,16 +146,16 @@ class Checkpointer:
 
     Args:
       abstract_state: the state's structure, with shape, dtype and sharding in each leaf (arrays or
-        `jax.ShapeDtypeStruct`). Shardings may differ from those it was saved with; where one is missing the
-        array goes to the first device.
-      step: which; by default the newest intact one.
+        `jax.ShapeDtypeStruct`). A sharding may differ from the one at the save; an array without a
+        sharding goes to the first device.
+      step: the step to restore; by default the newest intact one.
 
     Returns:
-      The step, or None if none was asked for and no intact one exists.
+      The restored step, or None if `step` is None and no step is intact.
 
     Raises:
-      UserError: the step asked for is not there or not intact; arrays differ in name, dtype or shape; an
-        asset is missing or differs.
+      UserError: `step` does not exist or is not intact; an array differs in name, dtype or shape;
+        an asset is missing or differs.
     """
     self._wait()
     step = _agree(lambda: self._choose(step))
@@ -164,22 +177,23 @@ class Checkpointer:
         })
     self._manager.reload()
     flat = self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"]
-    return Restored(step, jax.tree.unflatten(treedef, [flat[name] for name in wanted]), manifest["host"])
+    return Restored(step, jax.tree.unflatten(treedef, [flat[name] for name in wanted]),
+                    manifest["host"])
 
   def restore_arrays(
       self, choose: Callable[[Iterable[str]], Iterable[str]], step: int | None = None,
   ) -> Restored | None:
-    """Restores some arrays of a step, after verifying it, without knowing the state that was saved.
+    """Restores some arrays of a step, after verifying it; the saved state need not be known.
 
     Args:
-      choose: the names of all arrays ("params/conv1/kernel") -> the names of those wanted.
-      step: as in `restore`.
+      choose: the names of all arrays ("params/conv1/kernel") -> the names of the wanted ones.
+      step: see `restore`.
 
     Returns:
-      As `restore`, with name -> NumPy array as the state.
+      The result of `restore`, whose state is a mapping from names to NumPy arrays.
 
     Raises:
-      UserError: the step asked for is not there or not intact.
+      UserError: `step` does not exist or is not intact.
     """
     self._wait()
     step = _agree(lambda: self._choose(step))
@@ -191,7 +205,8 @@ class Checkpointer:
         item={name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()},
         restore_args={name: _orbax().RestoreArgs(restore_type=np.ndarray) for name in leaves}, partial_restore=True)
     self._manager.reload()
-    return Restored(step, self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"],
+    return Restored(step,
+                    self._manager.restore(step, args=_orbax().args.Composite(state=args))["state"],
                     manifest["host"])
 
   def close(self) -> None:
@@ -222,7 +237,7 @@ class Checkpointer:
         shutil.rmtree(rest, ignore_errors=True)
     return ocp.CheckpointManager(
         self.directory,
-        # Weights hardly compress, and the attempt would take its time from the training.
+        # Weights hardly compress, and the attempt would slow the training down.
         item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)},
         options=ocp.CheckpointManagerOptions(
             create=write, cleanup_tmp_directories=write, lightweight_initialize=True))
@@ -240,12 +255,13 @@ class Checkpointer:
       raise self._error(step, error) from error
 
   def _commit(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
-    """In the background: waits for Orbax, writes the manifest, and then lets old steps go."""
+    """Waits for Orbax, writes the manifest, and then deletes old steps; runs in the background."""
     self._manager.wait_until_finished()
     try:
       if jax.process_index() == 0:
         self._finalize(step, leaves, host)
-    finally:  # a step exists on every process at once; in a thread, only this kind of barrier is safe
+    finally:
+      # A step appears on every process at once. In a thread, only this kind of barrier is safe.
       _orbax().multihost.get_barrier_sync_fn()(key=f"manifest:{step}", timeout_ms=600_000)
 
   def _finalize(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
@@ -261,12 +277,12 @@ class Checkpointer:
     _write_durably(directory / MANIFEST, _sealed(manifest))
     steps = self.steps()
     for old in {*steps[:-self._keep]} - {host.get("best_step")}:
-      # Renamed first: a step that is half deleted would look like a corrupt one.
+      # It is renamed first, because a half-deleted step would look like a corrupt one.
       doomed = self._path(old).rename(self.directory / f"deleting-{old}")
       shutil.rmtree(doomed, ignore_errors=True)
 
   def _choose(self, step: int | None) -> int:
-    """The step to restore, verified, or `_NONE`; sets corrupt ones aside where no step was asked for."""
+    """The verified step to restore, or `_NONE`; moves corrupt steps aside if `step` is None."""
     if step is not None:
       if fault := self._fault(step):
         rest = [other for other in self.steps() if other != step]
@@ -320,13 +336,17 @@ class Checkpointer:
             f"{new} here; use the config that it was saved with")
 
   def _manifest(self, step: int) -> dict[str, Any] | None:
-    """The manifest of a step, or None if it is missing, damaged or another step's; `UserError` on another format."""
+    """The manifest of a step, or None if it is missing, damaged or for another step.
+
+    Raises:
+      UserError: the run has another format.
+    """
     manifest = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
       data = (self._path(step) / MANIFEST).read_bytes()
       read = json.loads(data)
       del read["sha256"]
-      # Compared as bytes, so that no flipped bit is harmless enough to pass.
+      # The comparison is by bytes, so that no flipped bit passes.
       if _sealed(read) == data and read["step"] == step:
         manifest = read
     if manifest is not None:
@@ -345,13 +365,17 @@ class Checkpointer:
 
   def _error(self, step: int, reason: object) -> CheckpointError:
     line = str(reason).partition("\n")[0] or type(reason).__name__
-    line = line if len(line) <= 200 else f"... {line[-200:]}"  # TensorStore says what happened at the end
+    # TensorStore says what happened at the end.
+    line = line if len(line) <= 200 else f"... {line[-200:]}"
     return CheckpointError(f"checkpoint {step} in {self.directory} was not saved: {line}")
 
 
 @functools.cache
 def _orbax() -> Any:
-  """Orbax, imported late because that takes its time, and quiet: what matters is raised by this file."""
+  """Orbax, imported late because the import is slow, and without its log messages.
+
+  This file raises an error for everything that matters.
+  """
   import orbax.checkpoint as ocp
 
   inside = f"{os.sep}orbax{os.sep}"
@@ -384,7 +408,9 @@ def _flatten(state: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _describe(directory: Path) -> dict[str, Any]:
-  """`{"relative/path": {"size": bytes, "sha256": hex}}` of the files below `directory`, made durable."""
+  """`{"relative/path": {"size": bytes, "sha256": hex}}` of the files below `directory`, made
+  durable.
+  """
   entries = {}
   for path in sorted(directory.rglob("*")):
     if path.is_file():
@@ -398,7 +424,7 @@ def _describe(directory: Path) -> dict[str, Any]:
 
 
 def _file_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
-  """How a file differs from its entry in a manifest, or None."""
+  """How a file differs from its entry in a manifest, or None if it does not."""
   try:
     size = path.stat().st_size
     if size != entry["size"]:
@@ -413,13 +439,13 @@ def _file_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-  """The manifest's one form as bytes, with a hash of the rest of it."""
+  """The manifest's only form as bytes, with the hash of all its other fields."""
   digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
   return (json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-  """Writes a file so that it is there in full or not at all, also after a power failure."""
+  """Writes a file so that it exists in full or not at all, even after a power failure."""
   temporary = path.with_name(path.name + ".tmp")
   with temporary.open("wb") as file:
     file.write(data)

@@ -1,4 +1,4 @@
-"""What an experiment is: all that the engine sees of a family."""
+"""The experiment: everything that the engine sees of a family."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,14 +15,15 @@ Assets = Mapping[str, Any]  # what was fitted to the data, by file stem; see `Da
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What a user asks predictions for. A part that the experiment has no use for is refused by its
-  flag.
+  """The inputs that a user wants predictions for.
+
+  A part that the experiment has no use for is refused by its flag.
 
   Attributes:
-    paths: --input, files and folders.
-    texts: --prompt.
-    count: --count, how many predictions to draw for each of the inputs; None where nobody said.
-    labels: --label, what to draw predictions of.
+    paths: the files and folders of --input.
+    texts: the text of --prompt.
+    count: the number of predictions to draw for each input, from --count; None if it is not set.
+    labels: the classes to draw predictions of, from --label.
   """
 
   paths: Sequence[str] = ()
@@ -33,11 +34,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """A request made into rows.
+  """The rows that a request asks for.
 
   Attributes:
-    batch: the fields of prediction, leading axis rows; among them id, the row that was asked for,
-      and mask, all ones.
+    batch: the fields of prediction, with leading axis rows; among them id, the requested row, and
+      mask, all ones.
     names: each row's name, such as the file that it comes from.
     skipped: one line for each input that cannot be used.
   """
@@ -49,20 +50,20 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What `experiments/x.py` builds from a config. Building one opens no data.
+  """An experiment as `experiments/x.py` builds it from a config. Building it opens no data.
 
   Attributes:
-    task: the loss and the metrics; holds the model.
-    data: the pipelines, and what was fitted to the data.
+    task: the loss and the metrics, with the model.
+    data: the pipelines, and the assets that were fitted to the data.
     config: the config it was built from.
     monitor: the metric that early stopping, plateau and "best" watch, as "split/metric"
       ("validation/accuracy"), or None.
-    read: (request, assets) -> its rows, as evaluation would read them. Raises `UserError` for a
-      path that does not exist and for a part of the request that has no meaning here.
+    read: (request, assets) -> the request's rows, as evaluation would read them. It raises
+      `UserError` for a path that does not exist and for a part of the request without a meaning.
     show: (inputs, predictions, assets) -> one JSON-able dict per row, to print and to write.
-    draw: (inputs, predictions, assets) -> for each row a picture or a sound as a file's suffix
-      (".png") and bytes, or None where the row has none; None where predictions cannot be drawn at
-      all.
+    draw: (inputs, predictions, assets) -> for each row the suffix (".png") and the bytes of a
+      picture or a sound, or None if the row has none. The attribute is None if predictions cannot
+      be drawn.
     preview: () -> a fixed batch whose predictions are drawn at every evaluation, or None where the
       data has none; None where nothing is drawn.
   """

@@ -1,17 +1,17 @@
 """Floating-point operations, counted from the traced program, in total and by layer.
 
-What counts:
-- Products: two per multiply-add of a matrix product or a convolution. Every output position of a
-  convolution costs its whole window, taps on padding included (as published counts have it); taps on
-  the zeros that a transposed convolution puts between its inputs are free.
-- Elementwise arithmetic on floating-point numbers: one per result, be it a sum or a tanh.
-- Reductions, windowed ones too: one per number that goes in.
-What does not: comparison, selection, conversion, moving data, random bits, communication.
+These operations count:
+- Products: a multiply-add of a matrix product or a convolution counts two. Every output position
+  of a convolution costs its whole window, taps on padding included, as in published counts; taps
+  on the zeros that a transposed convolution puts between its inputs are free.
+- Elementwise arithmetic on floating-point numbers: each result counts one, be it a sum or a tanh.
+- Reductions, windowed ones too: each input number counts one.
+Comparison, selection, conversion, data movement, random bits and communication do not count.
 
-A loop counts its body times its length (a `while` of unknown length: once), a branch its costliest
-side, a rematerialised part each time that it runs. Counts are of the global program: the work of all
-devices together. Papers on convolutional networks give the multiply-adds of products alone: twice
-theirs is ours within about 2 %.
+A loop counts its body times its length (once for a `while` of unknown length), a branch its
+costliest side, and a rematerialised part each time that it runs. The counts are those of the
+global program: the work of all devices together. Papers on convolutional networks give the
+multiply-adds of products alone; twice their number equals ours within about 2 %.
 """
 
 import collections
@@ -39,7 +39,8 @@ _REDUCTIONS = frozenset(
 _WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
 _SCATTERS = frozenset("scatter-add scatter_add scatter-mul scatter_mul".split())
 
-_SCOPE = "dljax_layer_"  # marks the equations of a layer in the name stack, through jit, remat, scan and grad
+# Marks the equations of a layer in the name stack, through jit, remat, scan and grad.
+_SCOPE = "dljax_layer_"
 OUTSIDE = "(outside the layers)"
 
 
@@ -48,12 +49,12 @@ class Layer:
   """One row of the model's table.
 
   Attributes:
-    path: where it is in the tree of modules, as in the parameters: "stage1_block0/conv1"; "" is the
-      model itself.
+    path: the layer's place in the tree of modules, as in the parameters: "stage1_block0/conv1"; ""
+      is the model itself.
     kind: the module's class, e.g. "Conv".
-    shape: of its (first) output, or None where there is none.
-    parameters: how many scalars it holds, its sub-layers not included.
-    flops: of the forward pass, its sub-layers not included.
+    shape: the shape of its (first) output, or None where there is none.
+    parameters: the number of scalars that it holds, without its sub-layers.
+    flops: the operations of its forward pass, without its sub-layers.
   """
 
   path: str
@@ -90,7 +91,7 @@ def layers(fn: Callable[..., Any], params: Any, *args: Any) -> list[Layer]:
   shapes: dict[str, tuple[int, ...] | None] = {}
 
   def watch(method, method_args, kwargs, context):
-    if context.module.scope is None:  # asked for something outside `apply`, such as a size: no layer runs
+    if context.module.scope is None:  # a call outside `apply`, such as for a size, runs no layer
       return method(*method_args, **kwargs)
     path = "/".join(context.module.path)
     if path not in seen:
@@ -103,7 +104,7 @@ def layers(fn: Callable[..., Any], params: Any, *args: Any) -> list[Layer]:
     return out
 
   with nn.intercept_methods(watch):
-    # A function of its own, as a trace that was cached would carry no scopes.
+    # The function is a new one, because a cached trace would carry no scopes.
     jaxpr = jax.make_jaxpr(lambda *a: fn(*a))(params, *args).jaxpr
   flops = _count(jaxpr, "")
 
@@ -113,8 +114,8 @@ def layers(fn: Callable[..., Any], params: Any, *args: Any) -> list[Layer]:
     while owner and owner not in seen:
       owner = owner.rpartition("/")[0]
     parameters[owner] += math.prod(leaf.shape)
-  rows = [Layer(path, kinds[i].removeprefix("Checkpoint"), shapes.get(path), parameters[path], flops[i])
-          for path, i in seen.items()]
+  rows = [Layer(path, kinds[i].removeprefix("Checkpoint"), shapes.get(path), parameters[path],
+                flops[i]) for path, i in seen.items()]
   if "" not in seen:
     rows.append(Layer("", "", None, parameters[""], 0))
   rows.append(Layer(OUTSIDE, "", None, 0, flops[None]))
@@ -130,8 +131,8 @@ def task_layers(task: Task, batch_spec: Mapping[str, jax.ShapeDtypeStruct]) -> l
   params = variables.pop("params")
 
   def loss(params, model_state, batch, rng):
-    return task.loss(params, model_state, batch, rng, denominators=task.denominators(batch), train=True,
-                     player=task.players[-1]).loss
+    return task.loss(params, model_state, batch, rng, denominators=task.denominators(batch),
+                     train=True, player=task.players[-1]).loss
 
   return layers(loss, params, variables, batch, key)
 
@@ -142,7 +143,8 @@ def totals(rows: Sequence[Layer]) -> tuple[int, int]:
 
 
 def fold(rows: Sequence[Layer], limit: int) -> list[Layer]:
-  """The same rows in about `limit` lines: blocks in place of their layers, then runs of equal blocks.
+  """The same rows in about `limit` lines: blocks in place of their layers, then runs of equal
+  blocks.
 
   Where there are more rows than `limit`, cuts every path at the greatest depth (at least 1) that
   gives no more, and adds up what falls together; if that is not enough, also neighbours that are
@@ -156,9 +158,10 @@ def fold(rows: Sequence[Layer], limit: int) -> list[Layer]:
     return blocks
   runs = [list(run) for _, run in itertools.groupby(
       blocks, key=lambda row: (row.kind, row.shape, row.parameters, row.flops))]
-  return [dataclasses.replace(
-      run[0], path=run[0].path if len(run) == 1 else f"{run[0].path} to {run[-1].path}: {len(run)} alike",
-      parameters=sum(row.parameters for row in run), flops=sum(row.flops for row in run)) for run in runs]
+  return [dataclasses.replace(run[0], path=run[0].path if len(run) == 1
+                              else f"{run[0].path} to {run[-1].path}: {len(run)} alike",
+                              parameters=sum(row.parameters for row in run),
+                              flops=sum(row.flops for row in run)) for run in runs]
 
 
 def _cut(rows: Sequence[Layer], depth: int) -> list[Layer]:
@@ -173,7 +176,7 @@ def _cut(rows: Sequence[Layer], depth: int) -> list[Layer]:
 
 
 def _count(jaxpr: core.Jaxpr, stack: str) -> collections.Counter:
-  """Operations by the number of the layer (None: outside any), each put to its innermost layer."""
+  """Operations by the number of their innermost layer, or None for those outside any layer."""
   total = collections.Counter()
   for eqn in jaxpr.eqns:
     name, params = eqn.primitive.name, eqn.params
@@ -184,7 +187,8 @@ def _count(jaxpr: core.Jaxpr, stack: str) -> collections.Counter:
       total[int(scopes[-1]) if scopes else None] += own
     elif name == "cond":
       branches = params["branches"]
-      if params.get("branches_platforms"):  # forms of one operator: what counts is the definition, the last
+      # The branches may be forms of one operator by platform; the last one is its definition.
+      if params.get("branches_platforms"):
         branches = branches[-1:]
       branches = [_count(_open(branch), inner) for branch in branches]
       total.update(max(branches, key=lambda counts: sum(counts.values())))
@@ -205,7 +209,7 @@ def _open(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
 
 
 def _own_flops(eqn: core.JaxprEqn) -> int | None:
-  """The operations of one equation, or None where they are those of the programs within it."""
+  """The operations of one equation, or None if they are those of the programs inside it."""
   name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
   if name == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -220,7 +224,8 @@ def _own_flops(eqn: core.JaxprEqn) -> int | None:
   if name == "select_and_scatter_add":
     return math.prod(eqn.invars[0].aval.shape)
   if name in _REDUCTIONS:
-    return math.prod(eqn.invars[0].aval.shape) if jax.dtypes.issubdtype(out.dtype, np.inexact) else 0
+    return math.prod(eqn.invars[0].aval.shape) if jax.dtypes.issubdtype(out.dtype,
+                                                                        np.inexact) else 0
   if name in _ELEMENTWISE:
     return math.prod(out.shape) if jax.dtypes.issubdtype(out.dtype, np.inexact) else 0
   return None
@@ -230,7 +235,8 @@ def _convolution_macs(eqn: core.JaxprEqn) -> int:
   numbers, params = eqn.params["dimension_numbers"], eqn.params
   rhs, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
   macs = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * rhs[numbers.rhs_spec[1]]
-  for i, (out_dim, rhs_dim) in enumerate(zip(numbers.out_spec[2:], numbers.rhs_spec[2:], strict=True)):
+  for i, (out_dim, rhs_dim) in enumerate(zip(numbers.out_spec[2:], numbers.rhs_spec[2:],
+                                             strict=True)):
     position = (np.arange(out[out_dim])[:, None] * params["window_strides"][i]
                 + np.arange(rhs[rhs_dim])[None, :] * params["rhs_dilation"][i] - params["padding"][i][0])
     macs *= int(np.sum(position % params["lhs_dilation"][i] == 0))

@@ -1,7 +1,8 @@
-"""What a dry run tells: the model's layers, and the compiled step's memory, work and communication.
+"""What a dry run shows: the model's layers, and the compiled step's memory, work and
+communication.
 
-Nothing here runs a step. `summarize_compiled` reads a program compiled for any machine, there or not
-(see `dljax/train/topology.py`); `render_dry_run` makes it readable.
+Nothing here runs a step. `summarize_compiled` reads a program that was compiled for any machine,
+present or not (see `dljax/train/topology.py`); `render_dry_run` makes it readable.
 """
 
 import collections
@@ -25,10 +26,10 @@ class Memory:
   """Bytes on one device while the program runs, as its compiler planned them.
 
   Attributes:
-    arguments: what goes in: the state and the batch.
-    outputs: what comes out.
-    aliased: the part of the outputs that takes over buffers of arguments (donated).
-    temporaries: everything between.
+    arguments: the arguments, that is the state and the batch.
+    outputs: the results.
+    aliased: the part of the results that takes over (donated) buffers of arguments.
+    temporaries: everything in between.
     code: the program itself, where it lies in the device's memory.
   """
 
@@ -40,7 +41,7 @@ class Memory:
 
   @property
   def total(self) -> int:
-    """What must be free for it."""
+    """The memory that must be free for the program."""
     return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -50,9 +51,10 @@ class Collective:
 
   Attributes:
     kind: one of `COLLECTIVES`.
-    count: how often one device takes part, each turn of a loop counted where its length is known.
-    size: bytes, the sum over them of what one device puts in or gets out, whichever is more. How much
-      of it crosses a wire depends on the algorithm (a ring all-reduce: nearly twice).
+    count: how often one device takes part; each turn of a loop counts where its length is known.
+    size: the bytes that one device puts in or gets out, whichever is more, summed over the
+      collectives. How much of it crosses a wire depends on the algorithm: a ring all-reduce sends
+      nearly twice as much.
   """
 
   kind: str
@@ -62,14 +64,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSummary:
-  """What a compiled program says of itself, for one device; None where its compiler is silent.
+  """What a compiled program says about itself, for one device; None where its compiler says
+  nothing.
 
   Attributes:
     memory: see `Memory`.
-    collectives: by kind, in the order of `COLLECTIVES`; kinds that do not occur are left out.
-    flops: the compiler's count. It knows no loop lengths: a loop's body is in it once.
+    collectives: the collectives by kind, in the order of `COLLECTIVES`; kinds that do not occur
+      are left out.
+    flops: the compiler's count. The compiler knows no loop lengths, so a loop's body counts once.
     bytes_accessed: the compiler's count of bytes read and written, with the same limit.
-    cycles: the TPU compiler's estimate for all kernels, communication not included.
+    cycles: the TPU compiler's estimate for all kernels, without communication.
   """
 
   memory: Memory
@@ -88,10 +92,12 @@ def summarize_compiled(compiled: jax.stages.Compiled) -> CompiledSummary:
       code=stats.generated_code_size_in_bytes)
   cost = compiled.cost_analysis() or {}
   collectives, cycles = _read_hlo(compiled.as_text())
-  return CompiledSummary(memory, collectives, cost.get("flops"), cost.get("bytes accessed"), cycles or None)
+  return CompiledSummary(memory, collectives, cost.get("flops"), cost.get("bytes accessed"),
+                         cycles or None)
 
 
-# One instruction of XLA's text form:   ROOT %name = f32[8,128]{1,0:T(8,128)} opcode(%a, %b), attributes
+# An instruction in XLA's text form:
+#   ROOT %name = f32[8,128]{1,0:T(8,128)} opcode(%a, %b), attributes
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?)\s([a-z][\w-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations|"
@@ -108,7 +114,7 @@ class _Instruction:
   shape: str
   opcode: str
   rest: str  # operands and attributes
-  root: bool  # whether it is what its computation gives
+  root: bool  # whether its value is that of its computation
 
   def operands(self) -> list[str]:
     depth, end = 1, 0
@@ -125,7 +131,7 @@ def _read_hlo(text: str) -> tuple[tuple[Collective, ...], int]:
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
       current = computations.setdefault(match[2], {})
-      # What a TPU calls a sum of which each device keeps its part.
+      # This is a TPU's name for a sum of which each device keeps its part.
       scatters = match[2].startswith("all-reduce-scatter")
       entry = match[2] if match[1] else entry
     elif match := _INSTRUCTION.match(line):
@@ -134,8 +140,9 @@ def _read_hlo(text: str) -> tuple[tuple[Collective, ...], int]:
 
   counts, sizes, cycles, chains = collections.Counter(), collections.Counter(), 0, set()
   for instruction, scope, times, fused in _walk(computations, entry, 1, False):
-    kind = instruction.opcode.removesuffix("-done")  # its pair, "-start", has other buffers in its result too
-    # A TPU spreads one collective over a chain of kernels, each of which names it.
+    # The matching "-start" has other buffers in its result too.
+    kind = instruction.opcode.removesuffix("-done")
+    # A TPU spreads one collective over a chain of kernels, and each of them names it.
     link = _CHAIN.search(instruction.rest) if kind in COLLECTIVES else None
     if kind in COLLECTIVES and not (link and link.groups() in chains):
       if link:
@@ -147,32 +154,38 @@ def _read_hlo(text: str) -> tuple[tuple[Collective, ...], int]:
       sizes[kind] += times * max(_bytes(instruction.shape), sum(_bytes(i.shape) for i in inputs))
     if not fused and (match := _CYCLES.search(instruction.rest)):
       cycles += times * int(match[1])
-  return tuple(Collective(kind, counts[kind], sizes[kind]) for kind in COLLECTIVES if kind in counts), cycles
+  return tuple(Collective(kind, counts[kind], sizes[kind]) for kind in COLLECTIVES
+               if kind in counts), cycles
 
 
 def _walk(
     computations: Mapping[str, dict[str, _Instruction]], name: str, times: int, fused: bool,
 ) -> Iterator[tuple[_Instruction, dict[str, _Instruction], int, bool]]:
-  """Each instruction under a computation, with its neighbours, how often it runs, and if within a kernel."""
+  """Each instruction under a computation, with its neighbours.
+
+  Yields:
+    (the instruction, its computation, how often it runs, whether it is inside a kernel).
+  """
   scope = computations.get(name, {})
   for instruction in scope.values():
     yield instruction, scope, times, fused
     if instruction.opcode.endswith(("-done", "-update")):
-      continue  # they name again what their "-start" calls
+      continue  # they name what their "-start" calls once more
     turns = _turns(computations, scope, instruction) if instruction.opcode == "while" else 1
     for called in _CALLED.findall(instruction.rest):
       for callee in re.findall(r"%([\w.-]+)", called):
-        yield from _walk(computations, callee, times * turns, fused or instruction.opcode == "fusion")
+        yield from _walk(computations, callee, times * turns,
+                         fused or instruction.opcode == "fusion")
 
 
 def _turns(
     computations: Mapping[str, dict[str, _Instruction]], scope: Mapping[str, _Instruction],
     loop: _Instruction,
 ) -> int:
-  """The length of a loop: what the compiler wrote beside it, else what its counter says, else 1.
+  """The length of a loop: as the compiler states it, else as the counter implies it, else 1.
 
-  The counter may be of any integer type and start anywhere, and grow by more than 1: the loops
-  that overlap a product with the transfer of its parts do two parts a turn.
+  The counter may have any integer type and any start, and may grow by more than 1: the loops that
+  overlap a product with the transfer of its parts do two parts in each turn.
   """
   if match := _TRIPS.search(loop.rest):
     return int(match[1])
@@ -202,21 +215,21 @@ def _root(computation: Mapping[str, _Instruction]) -> _Instruction | None:
 
 
 def _tuple(instruction: _Instruction | None) -> list[str] | None:
-  """The elements' names, where an instruction makes a tuple."""
+  """The names of a tuple's elements, or None if the instruction makes no tuple."""
   return instruction.operands() if instruction and instruction.opcode == "tuple" else None
 
 
 def _unwrapped(
     computations: Mapping[str, dict[str, _Instruction]], instruction: _Instruction | None,
 ) -> _Instruction | None:
-  """An instruction, or the one that a kernel wraps; its operands are those of the kernel."""
+  """The instruction itself, or the root of the kernel that it calls."""
   if instruction is not None and instruction.opcode == "fusion":
     return _root(computations.get(re.search(r"calls=%([\w.-]+)", instruction.rest)[1], {}))
   return instruction
 
 
 def _place(instruction: _Instruction | None) -> int | None:
-  """Which element of a loop's state an instruction reads; None where it is another instruction."""
+  """The index of the loop-state element that an instruction reads, or None if it reads none."""
   if instruction is None or instruction.opcode != "get-tuple-element":
     return None
   return int(re.search(r"index=(\d+)", instruction.rest)[1])
@@ -226,7 +239,7 @@ def _constant(
     scope: Mapping[str, _Instruction], instruction: _Instruction | None, state: list[str] | None,
     outside: Mapping[str, _Instruction],
 ) -> int | None:
-  """An integer that an instruction of `scope` gives: itself, or through a loop's first state."""
+  """The integer that an instruction of `scope` holds, directly or through a loop's first state."""
   while instruction is not None and instruction.opcode in ("copy", "bitcast"):
     instruction = scope.get(instruction.operands()[0])
   if instruction is None or not _INTEGER.match(instruction.shape):
@@ -242,7 +255,8 @@ def _bytes(shape: str) -> int:
   """Bytes of all arrays in a shape of XLA's text form, e.g. "(f32[8,128]{1,0}, bf16[64])"."""
   total = 0
   for dtype, dims in _ARRAY.findall(shape):
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])  # s32, bf16, f8e4m3fn; c64 is 64 in all
+    # S32, bf16, f8e4m3fn; c64 is 64 in all.
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     total += math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d) * bits
   return math.ceil(total / 8)
 
@@ -272,12 +286,12 @@ def render_dry_run(
 
   Args:
     batch: field -> shape and dtype of the global batch.
-    rows: of the model, from `flops.task_layers`.
-    step_flops: of one train step, from `flops.count_flops`.
-    summary: of the compiled step.
-    devices: how many it was compiled for.
-    machine: what they are, e.g. "v5e:4x4" or "cpu".
-    device_memory: bytes of one device, where known.
+    rows: the model's layers, from `flops.task_layers`.
+    step_flops: the operations of one train step, from `flops.count_flops`.
+    summary: the summary of the compiled step.
+    devices: the number of devices that it was compiled for.
+    machine: the name of the machine, e.g. "v5e:4x4" or "cpu".
+    device_memory: the memory of one device in bytes, where known.
 
   Returns:
     A `rich.console.Group`.
@@ -304,7 +318,8 @@ def render_dry_run(
   model.add_row("total", "", "", f"{parameters:,}", format_flops(flops))
 
   memory = summary.memory
-  step = make(f"Train step compiled for {machine}, {devices} device{'s' if devices > 1 else ''}", "", "")
+  step = make(f"Train step compiled for {machine}, {devices} device{'s' if devices > 1 else ''}",
+              "", "")
   step.add_row("FLOPs of one step, all devices", format_flops(step_flops))
   step.add_row("FLOPs of one step, one device", format_flops(step_flops / devices))
   if summary.flops is not None:
@@ -322,7 +337,8 @@ def render_dry_run(
   step.add_row("total", format_bytes(memory.total))
   if device_memory is not None:
     fits = memory.total <= device_memory
-    step.add_row("the device has" if fits else "does not fit: the device has", format_bytes(device_memory))
+    step.add_row("the device has" if fits else "does not fit: the device has",
+                 format_bytes(device_memory))
 
   moved = make("Collectives of one step, one device", "kind", "count", "bytes")
   for collective in summary.collectives:

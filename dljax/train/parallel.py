@@ -1,11 +1,11 @@
-"""Devices: the mesh, who holds what, and the only place that says jit or pmap.
+"""Devices: the mesh, the sharding of arrays, and the only use of jit and pmap.
 
-A step is a pure function; `compile_step` compiles it for many devices, one way or the other:
+A step is a pure function; `compile_step` compiles it for many devices in one of two ways:
 
 - "jit": arrays are global, sharded by NamedSharding over a mesh with the axes `data`, `fsdp` and
   `tensor`; XLA inserts the collectives.
-- "pmap": each device traces the step on its own rows, and `ops.collectives` inserts them. Data
-  parallel only; kept for code bases that still live in pmap.
+- "pmap": each device runs the step on its own rows, and `ops.collectives` inserts the collectives.
+  It is data parallel only, and kept for code bases that still use pmap.
 
 Under both the state has no device axis, so a checkpoint of one restores under the other.
 """
@@ -38,24 +38,26 @@ HOST = "host/"  # fields of a batch that stay on the host
 _PMAP_AXIS = "batch"
 
 Mode = Literal["jit", "pmap"]
-# What an argument or result of a step is: the TrainState (or part of one), rows of a batch, or the
-# same everywhere.
+# The role of a step's argument or result: the TrainState (or a part of it), rows of a batch, or a
+# value that is the same everywhere.
 Role = Literal["state", "batch", "shared"]
 
 
 def initialize() -> None:
-  """Joins the other hosts, where the environment says that there may be some.
+  """Joins the other hosts, if the environment says that there may be some.
 
   A TPU pod, SLURM and Open MPI are recognised; anywhere else set JAX_COORDINATOR_ADDRESS
   (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
   Raises:
-    UserError: what the environment says is not enough, or cannot be.
+    UserError: the environment says too little, or what it says is impossible.
   """
   env = os.environ
   by_hand = {name: env[name] for name in _BY_HAND if env.get(name)}
-  on_tpu = bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
-  # SLURM_NTASKS is what a job asked for; only srun starts them, and says so for the step that it starts.
+  on_tpu = bool(glob.glob("/dev/accel*")
+                + glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
+  # SLURM_NTASKS is the number that a job asked for. Only srun starts the tasks, and it states
+  # their number for the step that it starts.
   tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
   try:
     if by_hand:
@@ -64,7 +66,8 @@ def initialize() -> None:
     elif tasks != "1" or (on_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")):
       jax.distributed.initialize()
   except (LookupError, RuntimeError, ValueError) as error:
-    found = " ".join(f"{name}={value}" for name, value in by_hand.items()) or "SLURM, Open MPI or a TPU pod"
+    found = " ".join(f"{name}={value}"
+                     for name, value in by_hand.items()) or "SLURM, Open MPI or a TPU pod"
     reason = " ".join(str(error).split())
     raise UserError(f"{found}: the other processes cannot be joined ({reason}); set {', '.join(_BY_HAND)} to "
                     "host:port of process 0, the number of processes, and this one's, from 0") from None
@@ -88,8 +91,10 @@ def parse_mesh(text: str) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(sizes: Mapping[str, int], mode: Mode = "jit", devices: Sequence[Any] | None = None) -> Mesh:
-  """The mesh of `sizes` over `devices` (all there are by default; the first ones if it needs fewer).
+def make_mesh(
+    sizes: Mapping[str, int], mode: Mode = "jit", devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """The mesh of `sizes` over `devices`: by default all; the first ones if it needs fewer.
 
   Raises:
     UserError: the mesh needs more devices than there are, or another number where several hosts
@@ -105,7 +110,8 @@ def make_mesh(sizes: Mapping[str, int], mode: Mode = "jit", devices: Sequence[An
     text = ",".join(f"{k}:{v}" for k, v in sizes.items())
     raise UserError(f"--mesh={text} needs {count} devices and there are {len(devices)}; "
                     f"choose sizes whose product is {len(devices)}")
-  return Mesh(np.array(devices[:count]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(np.array(devices[:count]).reshape(shape), AXES,
+              axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def count_shards(mesh: Mesh) -> int:
@@ -113,11 +119,14 @@ def count_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch_size(flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1, parts: int = 1) -> None:
-  """Raises a UserError unless every device gets the same number of rows of every micro-batch and part.
+def check_batch_size(
+    flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1, parts: int = 1,
+) -> None:
+  """Raises a UserError unless every device gets the same number of rows of every micro-batch and
+  part.
 
   Args:
-    flag: names the batch size in the message.
+    flag: the flag of the batch size, for the message.
     batch_size: the number of rows over all devices.
     mesh: the devices.
     accumulation: the number of micro-batches.
@@ -136,9 +145,9 @@ class Sharding:
   """How parameters lie on a mesh.
 
   Attributes:
-    rules: (pattern of a parameter's path, mesh axis of each dimension), the first that matches
-      counts; see `tasks.base.TaskBase.sharding`.
-    above: bytes from which on `fsdp` splits an array without a rule.
+    rules: (pattern of a parameter's path, mesh axis of each dimension); the first match counts.
+      See `tasks.base.TaskBase.sharding`.
+    above: the size in bytes from which `fsdp` splits an array that has no rule.
   """
 
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
@@ -147,9 +156,9 @@ class Sharding:
   def spec(self, path: str, x: Any, mesh: Mesh) -> P:
     """The mesh axes of each dimension of the parameter `x` (with a shape and dtype) at `path`.
 
-    A rule is obeyed whatever the array's size. Without one `fsdp` splits the largest dimension
-    that it divides; of a convolution's kernel (rank 4) the last, its output channels. Axes of one
-    device are left out.
+    A rule applies whatever the array's size. Without a rule, `fsdp` splits the largest dimension
+    that it divides, or in a convolution's kernel (rank 4) the last, its output channels. Axes of
+    one device are left out.
 
     Raises:
       UserError: a rule is for another rank, or an axis does not divide the dimension that its rule
@@ -170,7 +179,8 @@ class Sharding:
     return P(*("fsdp" if d == largest else None for d in range(len(x.shape))))
 
   def _check(
-      self, pattern: str, axes: Sequence[str | None], path: str, shape: tuple[int, ...], mesh: Mesh,
+      self, pattern: str, axes: Sequence[str | None], path: str, shape: tuple[int, ...],
+      mesh: Mesh,
   ) -> None:
     if len(axes) != len(shape):
       raise UserError(f"the sharding rule {pattern!r} has {len(axes)} dimensions and {path} has "
@@ -187,17 +197,20 @@ class Sharding:
 def state_shardings(state: Any, mesh: Mesh, sharding: Sharding) -> Any:
   """The sharding of each array of a TrainState, or of variables by collection.
 
-  Parameters lie as `sharding` says, and so does what the optimizer and the EMA keep of each: an
-  array whose path ends with the parameter's and whose shape is the parameter's. A recurrent carry
-  lies as the batch does. All else (other model state, counters, keys, an optimizer's factored
-  moments) is the same everywhere.
+  Parameters lie as `sharding` says, and so do the arrays that the optimizer and the EMA keep for
+  each parameter: those whose path ends with the parameter's and whose shape is the same. A
+  recurrent carry is split as the batch is. All else (other model state, counters, keys, an
+  optimizer's factored moments) is the same on every device.
 
   Raises:
     UserError: see `Sharding.spec`.
   """
   replicated = NamedSharding(mesh, P())
   if isinstance(state, TrainState):
-    like = lambda tree, params: _like_params(tree, params, mesh, sharding)
+
+    def like(tree: Any, params: Any) -> Any:
+      return _like_params(tree, params, mesh, sharding)
+
     return state.replace(
         step=replicated, rng=replicated, failed_step=replicated,
         model_state=state_shardings(state.model_state, mesh, sharding),
@@ -205,8 +218,9 @@ def state_shardings(state: Any, mesh: Mesh, sharding: Sharding) -> Any:
         opt_state={player: like(part, player_params(state.params, player))
                    for player, part in state.opt_state.items()},
         ema=like(state.ema, state.params))
-  of = lambda name: batch_sharding(mesh) if name == CARRY else replicated
-  return {name: jax.tree.map(lambda _: of(name), part) for name, part in state.items()}
+  rows = batch_sharding(mesh)
+  return {name: jax.tree.map(lambda _: rows if name == CARRY else replicated, part)
+          for name, part in state.items()}
 
 
 def _like_params(tree: Any, params: Any, mesh: Mesh, sharding: Sharding) -> Any:
@@ -230,7 +244,7 @@ def idle_axes(state: TrainState, mesh: Mesh) -> list[str]:
   """The axes `fsdp` and `tensor`, where they have several devices and split no parameter.
 
   Args:
-    state: with a sharding in each array, as `abstract_state` gives it.
+    state: the state with a sharding in each array, as `abstract_state` gives it.
     mesh: the devices.
   """
   placed = {axis for x in jax.tree.leaves(state.params) for axis in x.sharding.spec}
@@ -238,13 +252,15 @@ def idle_axes(state: TrainState, mesh: Mesh) -> list[str]:
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-  """Shapes and dtypes of `tree` with their shardings: what a restore or a compilation needs."""
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+  """The shapes, dtypes and shardings of `tree`, as a restore or a compilation needs them."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                      shardings)
 
 
 def init_state(create: Callable[[], TrainState], mesh: Mesh, sharding: Sharding) -> TrainState:
   """Runs the pure function `create` on the mesh; every device makes only what it holds."""
-  # It runs once: on a CPU the random numbers of a resnet20 take 20 s to compile well, and 3 s like this.
+  # The program runs only once. On a CPU the random numbers of a resnet20 take 20 s to compile with
+  # all optimisations, and 3 s like this.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   options = {"xla_backend_optimization_level": 1} if on_cpu else None
   shardings = state_shardings(jax.eval_shape(create), mesh, sharding)
@@ -258,14 +274,14 @@ def abstract_state(create: Callable[[], TrainState], mesh: Mesh, sharding: Shard
 
 
 def compile_step(
-    step: Callable[..., Any], mode: Mode, mesh: Mesh, *, inputs: Sequence[Role], outputs: Sequence[Role],
-    donate: Sequence[int] = (), sharding: Sharding = Sharding(),
+    step: Callable[..., Any], mode: Mode, mesh: Mesh, *, inputs: Sequence[Role],
+    outputs: Sequence[Role], donate: Sequence[int] = (), sharding: Sharding = Sharding(),
 ) -> Callable[..., Any]:
   """Compiles a pure step for the devices of `mesh`, as "jit" or as "pmap".
 
   Args:
     step: a function of arrays that returns a tuple, one entry per role of `outputs`.
-    mode: which of the two.
+    mode: "jit" or "pmap".
     mesh: the devices.
     inputs: the role of each argument. Batches come from `put_batch`.
     outputs: the role of each result.
@@ -276,7 +292,7 @@ def compile_step(
     The compiled function. It has `.lower(*arguments)` too, for abstract arguments.
   """
   if mode == "pmap" and "batch" not in inputs:
-    return jax.jit(step)  # of what every device holds, nothing is mapped
+    return jax.jit(step)  # every device holds all arguments, so there is nothing to map over
   if mode == "pmap":
     return _Mapped(step, mesh, inputs, outputs, donate)
 
@@ -285,9 +301,8 @@ def compile_step(
   @functools.wraps(step)
   def constrained(*args):
     results = step(*args)
-    constrain = lambda tree: jax.lax.with_sharding_constraint(
-        tree, state_shardings(tree, mesh, sharding))
-    return tuple(constrain(x) if r == "state" else x for x, r in zip(results, outputs, strict=True))
+    return tuple(jax.lax.with_sharding_constraint(x, state_shardings(x, mesh, sharding))
+                 if r == "state" else x for x, r in zip(results, outputs, strict=True))
 
   return jax.jit(
       constrained, in_shardings=tuple(shardings[r] for r in inputs),
@@ -295,9 +310,15 @@ def compile_step(
 
 
 class _Mapped:
-  """A step compiled by pmap. A carry within a state has no axis of devices outside of it, as nothing of a state has."""
+  """A step compiled by pmap.
 
-  def __init__(self, step, mesh: Mesh, inputs: Sequence[Role], outputs: Sequence[Role], donate: Sequence[int]):
+  Outside of it a carry has no axis of devices, like the rest of a state.
+  """
+
+  def __init__(
+      self, step, mesh: Mesh, inputs: Sequence[Role], outputs: Sequence[Role],
+      donate: Sequence[int],
+  ):
     def mapped(states, shared, batches, carries):
       values = {"state": iter(states), "shared": iter(shared), "batch": iter(batches)}
       args = [next(values[role]) for role in inputs]
@@ -307,7 +328,8 @@ class _Mapped:
 
     axes = {"batch": 0, "state": None, "shared": None}
     self._mesh, self._inputs = mesh, inputs
-    # An argument without an array, such as an empty context, would shift pmap's axes: one argument for each role.
+    # pmap takes one argument for each role, because an argument without an array, such as an empty
+    # context, would shift its axes.
     self._step = jax.pmap(
         mapped, axis_name=_PMAP_AXIS, in_axes=(None, None, 0, 0),
         out_axes=(*(axes[r] for r in outputs), 0), devices=list(mesh.devices.flat),
@@ -322,23 +344,32 @@ class _Mapped:
 
   def _arguments(self, args):
     carries, args = _split_carries(args, self._inputs)
-    of_role = lambda role: [x for x, own in zip(args, self._inputs, strict=True) if own == role]
     carries = jax.tree.map(lambda x: _split_devices(x, self._mesh), carries)
-    return of_role("state"), of_role("shared"), of_role("batch"), carries
+    states, shared, batches = (
+        [x for x, own in zip(args, self._inputs, strict=True) if own == role]
+        for role in ("state", "shared", "batch"))
+    return states, shared, batches, carries
 
 
 def _split_carries(args: Sequence[Any], roles: Sequence[Role]) -> tuple[list[Any], list[Any]]:
-  """(the carry of each, {} where there is none; the rest of each)."""
-  parts = [split_carry(x) if role == "state" else (x, {}) for x, role in zip(args, roles, strict=True)]
+  """(each argument's carry, or {} if it has none; the rest of each argument)."""
+  parts = [split_carry(x) if role == "state" else (x, {})
+           for x, role in zip(args, roles, strict=True)]
   return [carry for _, carry in parts], [rest for rest, _ in parts]
 
 
 def _join_carries(args: Sequence[Any], carries: Sequence[Any]) -> tuple[Any, ...]:
-  return tuple(join_carry(x, carry) if carry else x for x, carry in zip(args, carries, strict=True))
+  return tuple(join_carry(x, carry) if carry else x
+               for x, carry in zip(args, carries, strict=True))
 
 
 def _split_devices(x: Any, mesh: Mesh) -> Any:
-  """Rows [B, ...] -> [devices, B / devices, ...] as pmap takes them: an array, its specification, or one traced."""
+  """Rows [B, ...] -> [devices, B / devices, ...], as pmap takes them.
+
+  Args:
+    x: an array, its specification, or a tracer.
+    mesh: the devices.
+  """
   count = mesh.devices.size
   shape = (count, x.shape[0] // count, *x.shape[1:])
   if isinstance(x, jax.ShapeDtypeStruct):
@@ -362,45 +393,51 @@ def zero_rows(tree: Any, mesh: Mesh) -> Any:
   """Zeros of the shapes and dtypes in `tree`, [B, ...], split as a batch is."""
   if not tree:
     return tree
-  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+  def zeros() -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
   return jax.jit(zeros, out_shardings=batch_sharding(mesh))()
 
 
 def step_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
-  """A state of `mesh` as the steps return it, so that they are compiled once; copies nothing.
+  """A state of `mesh` as the steps return it, so that they compile once; copies nothing.
 
-  The results of pmap are arrays of a mesh of its own, of this host's devices.
+  The results of pmap are arrays of its own mesh, which has this host's devices.
   """
-  return _on_every_device(state, Mesh(np.array(mesh.local_devices), (_PMAP_AXIS,))) if mode == "pmap" else state
+  return _on_every_device(state, Mesh(np.array(mesh.local_devices),
+                                      (_PMAP_AXIS,))) if mode == "pmap" else state
 
 
 def global_state(state: TrainState, mode: Mode, mesh: Mesh) -> TrainState:
-  """The reverse: a state as arrays of `mesh`, of all hosts' devices, as a checkpoint needs it."""
+  """The reverse of `step_state`: arrays of `mesh`, over all hosts, as a checkpoint needs them."""
   return _on_every_device(state, mesh) if mode == "pmap" else state
 
 
 def _on_every_device(state: TrainState, mesh: Mesh) -> TrainState:
-  """A state whose arrays, but the carry's, are the same on every device, with these as arrays of another mesh."""
+  """The state with all arrays but the carry, which are the same everywhere, on another mesh."""
   rest, carry = split_carry(state)
   return join_carry(jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
       x.shape, NamedSharding(mesh, P()), [shard.data for shard in x.addressable_shards]), rest), carry)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """How a batch, and a carry, lies on the mesh: split over its leading axis.
+  """The sharding of a batch or a carry, which splits its leading axis.
 
-  Without axes of one device, as a compiled step names the sharding of what it returns.
+  It leaves out axes of one device, as a compiled step does for its results.
   """
   axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
   return NamedSharding(mesh, P(axes if len(axes) > 1 else axes[0]) if axes else P())
 
 
-def abstract_batch(spec: Mapping[str, jax.ShapeDtypeStruct], mode: Mode, mesh: Mesh) -> dict[str, Any]:
+def abstract_batch(
+    spec: Mapping[str, jax.ShapeDtypeStruct], mode: Mode, mesh: Mesh,
+) -> dict[str, Any]:
   """The global batch of `spec` as `compile_step(...).lower` takes it."""
   count = mesh.devices.size
   shape = lambda s: (count, s.shape[0] // count, *s.shape[1:]) if mode == "pmap" else s.shape
-  return {k: jax.ShapeDtypeStruct(shape(s), s.dtype, sharding=batch_sharding(mesh)) for k, s in spec.items()
-          if not k.startswith(HOST)}
+  return {k: jax.ShapeDtypeStruct(shape(s), s.dtype, sharding=batch_sharding(mesh))
+          for k, s in spec.items() if not k.startswith(HOST)}
 
 
 def abstract_shared(value: np.generic, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -409,7 +446,7 @@ def abstract_shared(value: np.generic, mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh) -> dict[str, jax.Array]:
-  """Puts this host's rows on its devices, without the host's own fields; does not wait.
+  """Puts this host's rows on its devices, without the fields for the host; does not wait.
 
   Returns:
     Global arrays [B, ...], or [devices, B / devices, ...] for pmap.
@@ -424,9 +461,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh) -> dict[s
 
 @functools.cache
 def _putter(mesh: Mesh) -> Callable[[Any], Any]:
-  """What puts host arrays on the mesh. The way into a compiled program costs a fifth of `jax.device_put`."""
+  """A compiled program that puts host arrays on the mesh, in a fifth of `jax.device_put`'s time.
+  """
   sharding = batch_sharding(mesh)
-  return jax.jit(lambda rows: rows, in_shardings=sharding, out_shardings=sharding, donate_argnums=0)
+  return jax.jit(lambda rows: rows, in_shardings=sharding, out_shardings=sharding,
+                 donate_argnums=0)
 
 
 def put_shared(value: Any, mesh: Mesh) -> Any:
@@ -443,15 +482,20 @@ def rows_to_host(tree: Any, mode: Mode) -> Any:
 
 
 def gather_hosts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The global batch on every host, its rows in the order of `rows_to_host`; objects and bytes stay at home."""
+  """The global batch on every host, with its rows in the order of `rows_to_host`.
+
+  Fields of objects and bytes are left out.
+  """
   if jax.process_count() == 1:
     return dict(batch)
-  gather = lambda value: _multihost().process_allgather(value, tiled=True)
+  gather = functools.partial(_multihost().process_allgather, tiled=True)
   found = gather({k: v for k, v in batch.items() if v.dtype.kind not in "OUS"})
   for key, texts in sorted(batch.items()):
-    if texts.dtype.kind == "U":  # as code points, of which a host's longest text decides the number
+    # Texts travel as code points; the longest text decides their number.
+    if texts.dtype.kind == "U":
       width = int(gather(np.asarray([texts.dtype.itemsize])).max()) // 4
-      points = np.ascontiguousarray(texts.astype(f"U{width}")).view(np.uint32).reshape(len(texts), width)
+      points = np.ascontiguousarray(texts.astype(f"U{width}")).view(np.uint32).reshape(len(texts),
+                                                                                       width)
       found[key] = np.ascontiguousarray(gather(points)).view(f"U{width}").reshape(-1)
   return found
 
@@ -464,11 +508,13 @@ def state_to_host(state: TrainState, mesh: Mesh) -> Any:
 
 
 def of_first_host(value: float) -> float:
-  """The first host's number on every host: what is decided by it is decided alike."""
+  """The first host's number on every host, so that all hosts decide alike by it."""
   if jax.process_count() == 1:
     return value
-  words = np.frombuffer(np.float64(value).tobytes(), np.uint32)  # arrays on devices may know no float64
-  return float(np.frombuffer(np.asarray(_multihost().broadcast_one_to_all(words)).tobytes(), np.float64)[0])
+  # Arrays on devices may know no float64.
+  words = np.frombuffer(np.float64(value).tobytes(), np.uint32)
+  return float(np.frombuffer(np.asarray(_multihost().broadcast_one_to_all(words)).tobytes(),
+                             np.float64)[0])
 
 
 def any_host(flag: bool) -> bool:
@@ -484,10 +530,10 @@ def _multihost():
 
 
 def steps_in_flight(mesh: Mesh) -> int:
-  """How many steps may be dispatched and not done.
+  """The number of steps that may be dispatched before the first is done.
 
-  Two keep a device busy. Virtual CPU devices share one thread pool, in which the collectives of two
-  steps at once can wait for each other for ever: one there.
+  Two keep a device busy. Virtual CPU devices allow one, because they share one thread pool, in
+  which the collectives of two steps can wait for each other for ever.
   """
   virtual = mesh.devices.flat[0].platform == "cpu" and len(mesh.local_devices) > 1
   return 1 if virtual else 2

@@ -1,13 +1,13 @@
 """Starting from weights that were trained before: `--config.init.source`.
 
-What the source holds under the names of this model is taken. The head, that is every array whose
-size depends on the number of classes, starts from scratch where the source is for another number
-of classes or has none, or where `--config.init.new_head` says so; anything else that is missing,
-left over or of another shape is an error that names it.
+The model takes the source's arrays by name. The head, that is every array whose size depends on
+the number of classes, starts from scratch if the source has another number of classes or no head,
+or if `--config.init.new_head` is set. Any other array that is missing, left over or of another
+shape is an error that names it.
 
-A model with an attribute `backbone`, a module whose variables lie under "backbone/" in its own,
-can start from the weights of that alone: all else then starts from scratch, and the source's head
-is left out.
+A model with an attribute `backbone`, a module whose variables lie under "backbone/" in the model's
+own, can start from the backbone's weights alone. All else then starts from scratch, and the
+source's head is left out.
 """
 
 import dataclasses
@@ -39,18 +39,20 @@ class Weights:
   """Variables to start from.
 
   Attributes:
-    arrays: path ("params/conv1/kernel", "batch_stats/norm1/mean") -> array; without what starts
-      from scratch.
-    summary: one line that says what was taken from where, and what starts from scratch.
+    arrays: path ("params/conv1/kernel", "batch_stats/norm1/mean") -> array, without the arrays
+      that start from scratch.
+    summary: one line that names the source, and the arrays that start from scratch.
   """
 
   arrays: Mapping[str, np.ndarray]
   summary: str
 
   def put(self, state: TrainState) -> TrainState:
-    """A new `state`, on its devices, with these variables; the average of the parameters starts there too."""
+    """The initial `state`, on its devices, with these variables, and the averages equal to them.
+    """
     flat = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
-    flat |= {path: jax.device_put(array, flat[path].sharding) for path, array in self.arrays.items()}
+    flat |= {path: jax.device_put(array, flat[path].sharding)
+             for path, array in self.arrays.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
     params = variables.pop("params")
     model_state = state.model_state | variables
@@ -62,14 +64,14 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   """The weights that `experiment.config.init` names.
 
   Args:
-    experiment: what is to be trained.
+    experiment: the experiment to train.
     abstract_state: the shapes of its state.
 
   Raises:
-    UserError: the source is not there, is none, or does not fit the model.
+    UserError: the source does not exist, holds no weights, or does not fit the model.
   """
   init, task = experiment.config.init, experiment.task
-  state, _ = split_carry(abstract_state)  # which belongs to the text, and starts from scratch
+  state, _ = split_carry(abstract_state)  # the carry belongs to the data, and starts from scratch
   specs = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
   model, prefix = getattr(task, "model", None), ""
   head = {}
@@ -88,10 +90,12 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
         interop.check_source("--config.init.format", source)
     backbone = getattr(model, "backbone", None)
     if backbone is not None and not _is_of(model, tensors, specs):
-      prefix, part = BACKBONE, {path.replace(BACKBONE, "", 1): spec for path, spec in specs.items() if BACKBONE in path}
+      prefix, part = BACKBONE, {path.replace(BACKBONE, "", 1): spec for path, spec in specs.items()
+                                if BACKBONE in path}
       source = source or interop.recognise(backbone, tensors, part)
       inputs = _inputs(experiment, BACKBONE.rstrip("/"))
-      variables = interop.load(backbone, _headless(backbone, inputs, tensors, source, part), source, specs=part)
+      variables = interop.load(backbone, _headless(backbone, inputs, tensors, source, part),
+                               source, specs=part)
     else:
       source = source or interop.recognise(model, tensors, specs)
       variables = interop.load(model, tensors, source, specs=specs, head=head)
@@ -112,9 +116,10 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
 
 
 def _is_of(model: Any, tensors: interop.Tensors, specs: interop.Specs) -> bool:
-  """Whether any of the tensors has a name of this model, in whatever source."""
+  """Whether any tensor has a name that this model has in some source."""
   try:
-    return interop.recognise(model, tensors, specs) != interop.OURS or bool(specs.keys() & tensors.keys())
+    return interop.recognise(model, tensors,
+                             specs) != interop.OURS or bool(specs.keys() & tensors.keys())
   except UserError:
     return False
 
@@ -124,7 +129,7 @@ def _zeros(specs: Any) -> Any:
 
 
 def _inputs(experiment: Experiment, part: str) -> tuple[Any, ...]:
-  """The shapes and dtypes of what the task's model calls its submodule `part` with, for a training batch."""
+  """The shapes and dtypes of the arguments of the submodule `part`, for a training batch."""
   found = []
 
   def record(
@@ -146,14 +151,14 @@ def _headless(
 ) -> dict[str, np.ndarray]:
   """The tensors without the backbone's head.
 
-  Our own tensors of norms get the names of frozen norms where `specs` has those.
+  Our own tensors of norms get the names of frozen norms if `specs` has frozen norms.
 
   Args:
     backbone: the module.
-    inputs: the shapes and dtypes that it is called with.
+    inputs: the shapes and dtypes of its arguments.
     tensors: name -> array, as `source` has them.
-    source: whose names the tensors have.
-    specs: path -> shape and dtype of the variables wanted.
+    source: the library whose names the tensors have.
+    specs: path -> shape and dtype of the wanted variables.
   """
   table = interop.find_table(backbone, source)
   head = variants.head(
@@ -169,7 +174,8 @@ def _headless(
 
 
 def _read(source: str) -> tuple[Mapping[str, np.ndarray], str, str]:
-  """(tensors, whose names they have or "" where that is to be found out, what to call the place)."""
+  """(tensors, the source of their names or "" if it is not known yet, the place for the message).
+  """
   path = Path(source).expanduser()
   if source.startswith(hub.PREFIX) or not path.is_dir():
     return interop.read(source if source.startswith(hub.PREFIX) else path), "", source
@@ -185,7 +191,7 @@ def _read(source: str) -> tuple[Mapping[str, np.ndarray], str, str]:
 
 
 def is_run(path: Path) -> bool:
-  """Whether a folder is a run's; another library's, too, may hold a config.json, beside its weights."""
+  """Whether a folder is a run's. Another library's folder may also hold a config.json."""
   run = Workdir(path)
   return run.config_file.exists() and (run.checkpoints.exists() or not files.has_weights(path))
 
@@ -197,29 +203,33 @@ def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
     path: the run's workdir.
 
   Returns:
-    Its step, and what evaluation uses: path ("params/conv1/kernel") -> array, averaged where the
-      run averages.
+    The step, and the variables that evaluation uses: path ("params/conv1/kernel") -> array,
+      averaged if the run averages.
 
   Raises:
     UserError: the run has no intact checkpoint.
   """
   with Checkpointer(Workdir(path).checkpoints, read_only=True) as checkpointer:
     best = (checkpointer.host() or {}).get("best_step")
-    restored = checkpointer.restore_arrays(_of_evaluation, best if best in checkpointer.steps() else None)
+    restored = checkpointer.restore_arrays(_of_evaluation,
+                                           best if best in checkpointer.steps() else None)
   if restored is None:
     raise UserError(f"{path} holds no intact checkpoint; train there first")
   return restored.step, {_variable(name): array for name, array in restored.state.items()}
 
 
 def _of_evaluation(names: Iterable[str]) -> list[str]:
-  """Those arrays of a state that evaluation uses: of each variable its average, where there is one."""
+  """The arrays of a state that evaluation uses: each variable's average, or else the variable."""
   chosen = {}
-  for name in sorted(names, key=lambda name: name.startswith("ema/")):  # an average replaces what came before
-    if name.startswith(("params/", "model_state/", "ema/")) and not name.startswith(f"model_state/{CARRY}/"):
+  # An average replaces what came before.
+  for name in sorted(names, key=lambda name: name.startswith("ema/")):
+    if name.startswith(("params/", "model_state/",
+                        "ema/")) and not name.startswith(f"model_state/{CARRY}/"):
       chosen[_variable(name)] = name
   return list(chosen.values())
 
 
 def _variable(name: str) -> str:
-  """"params/x" for "params/x" and "ema/params/x", "batch_stats/x" for "model_state/batch_stats/x"."""
+  """"params/x" for "params/x" and "ema/params/x", "batch_stats/x" for "model_state/batch_stats/x".
+  """
   return name.removeprefix("model_state/").removeprefix("ema/")

@@ -23,9 +23,9 @@ class RunOptions:
 
   Attributes:
     parallelism: "jit" or "pmap".
-    mesh: axis -> size; {} puts all devices on `data`.
-    resume: "auto" continues what is in the workdir, "never" refuses a workdir with a run, "must" one
-      without a checkpoint.
+    mesh: mesh axis -> its size; {} puts all devices on `data`.
+    resume: "auto" continues the run in the workdir, "never" refuses a workdir that holds a run,
+      and "must" refuses one that holds no checkpoint.
     wandb: the Weights & Biases project to log to, or "".
     progress: whether to show a progress bar.
   """
@@ -37,7 +37,7 @@ class RunOptions:
   progress: bool = True
 
 
-_IDLE = {  # what the devices of an axis do that splits no parameter
+_IDLE = {  # what the devices of an axis do if it splits no parameter
     "fsdp": "only share the batch, as those of data do; lower --config.shard_above to split "
             "smaller arrays",
     "tensor": "all do the same work, as its model has no rule for it; give them to data or fsdp"}
@@ -49,10 +49,12 @@ class Program:
   Attributes:
     mesh: the devices.
     train_step: (state, batch, lr_scale) -> (state, metrics); the state is donated.
-    abstract_state: shapes, dtypes and shardings of the state.
+    abstract_state: the shapes, dtypes and shardings of the state.
   """
 
-  def __init__(self, experiment: Experiment, options: RunOptions, devices: Sequence[Any] | None = None):
+  def __init__(
+      self, experiment: Experiment, options: RunOptions, devices: Sequence[Any] | None = None,
+  ):
     config = experiment.config
     mode = self._mode = options.parallelism
     self._batch_spec = experiment.data.batch_spec
@@ -89,16 +91,18 @@ class Program:
         outputs=("state", "shared"), donate=(0,), sharding=self._sharding)
 
   def init_state(self) -> TrainState:
-    """A fresh state on the mesh."""
+    """An initial state on the mesh."""
     return parallel.init_state(self._create, self.mesh, self._sharding)
 
   def lower_train_step(self) -> jax.stages.Lowered:
-    """The train step, lowered for the mesh without data or state; `.compile()` does the rest."""
-    return self.train_step.lower(self.abstract_state, self._abstract_batch(), self._abstract_scale())
+    """The train step, lowered for the mesh from shapes alone; call `.compile()` on it."""
+    return self.train_step.lower(self.abstract_state, self._abstract_batch(),
+                                 self._abstract_scale())
 
   def train_step_flops(self) -> int:
     """FLOPs of one train step over all devices, counted from the traced program."""
-    return flops.count_flops(self.train_step, self.abstract_state, self._abstract_batch(), self._abstract_scale())
+    return flops.count_flops(self.train_step, self.abstract_state, self._abstract_batch(),
+                             self._abstract_scale())
 
   def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     return parallel.abstract_batch(self._batch_spec, self._mode, self.mesh)
@@ -108,7 +112,7 @@ class Program:
 
 
 def _check_rows(task: Task, config: ml_collections.ConfigDict) -> None:
-  """Refuses what a task whose rows see each other, or have a part of their own, cannot do."""
+  """Refuses settings that do not suit a task whose rows see each other or are shared out."""
   if task.couples_rows and config.accumulation > 1:
     raise UserError(f"--config.accumulation={config.accumulation}: the rows of a batch see each other here, and "
                     "micro-batches would part them; set it to 1")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave."""
+"""SIGTERM and Ctrl-C: a run finishes its step, saves, and ends."""
 
 import signal
 import threading
@@ -7,11 +7,12 @@ from dljax.errors import Preempted
 
 
 class StopSignals:
-  """SIGTERM and Ctrl-C while fit runs: between steps they end it at once, within one they wait for its end.
+  """Handles SIGTERM and Ctrl-C while `fit` runs: between steps they end it at once, and during a
+  step they wait for its end.
 
   Attributes:
-    wait_for_step: whether to only note the signal.
-    received: whether one was noted.
+    wait_for_step: whether to record a signal only, because a step is running.
+    received: whether a signal was recorded.
   """
 
   def __init__(self):
@@ -19,7 +20,7 @@ class StopSignals:
     self._old = {}
 
   def __enter__(self) -> "StopSignals":
-    if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+    if threading.current_thread() is threading.main_thread():  # other threads cannot have handlers
       self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
     return self
 

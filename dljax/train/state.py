@@ -14,10 +14,11 @@ import optax
 from dljax.errors import UserError
 from dljax.tasks.base import ALL, CARRY, Batch, Task
 
-FORMAT = 2  # of a run's files: what config.json and the manifests of checkpoints say
+FORMAT = 2  # the number of the run format that config.json and checkpoint manifests state
 NOT_FAILED = -1
 BATCH_STATS = "batch_stats"  # the collection of BatchNorm's running statistics
-# The keys of initial parameters and of evaluation: steps fold 0 to 2^31 - 1 into the run's key.
+# Folded into the run's key, these give the keys of initial parameters and of evaluation. The steps
+# fold in 0 to 2^31 - 1.
 INIT, EVALUATION = 2**31, 2**31 + 1
 
 
@@ -26,13 +27,14 @@ class TrainState:
   """The training state. No array of it has a device axis.
 
   Attributes:
-    step: i32[], completed steps.
+    step: i32[], the number of completed steps.
     params: the parameters, float32 whatever the compute dtype.
-    model_state: the model's other collections, e.g. {"batch_stats": ...}; "carry" is what a recurrent model hands on
-      from batch to batch, one row for each row of the batch.
+    model_state: the model's other collections, e.g. {"batch_stats": ...}; "carry" is the state
+      that a recurrent model keeps from batch to batch, one row for each row of the batch.
     opt_state: player -> optimizer state.
-    rng: u32[2], key data of the run's seed; constant. Every draw folds in the step and a name.
-    ema: exponential moving averages by collection, {"params": ..., "batch_stats": ...}, or {} where they are off.
+    rng: u32[2], the key data of the run's seed; constant. Every draw folds in the step and a name.
+    ema: exponential moving averages by collection, {"params": ..., "batch_stats": ...}, or {} if
+      they are off.
     failed_step: i32[], the first step whose loss or gradient was not finite, else `NOT_FAILED`.
   """
 
@@ -46,7 +48,10 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What evaluation and prediction use: the averages wherever EMA is on; of a carry only that there is one."""
+    """The variables that evaluation and prediction use: the averages wherever EMA is on.
+
+    A carry among them shows only that the model has one.
+    """
     return {"params": self.params, **self.model_state, **self.ema}
 
 
@@ -63,14 +68,14 @@ def replace_player_params(params: Any, player: str, new: Any) -> Any:
 def averaged(params: Any, model_state: Any) -> dict[str, Any]:
   """The collections that EMA averages: the parameters and the batch statistics.
 
-  What else the model keeps (a carry, the vectors of power iterations, counters) has no meaningful
-  average: evaluation uses its newest value.
+  The model's other state (a carry, the vectors of power iterations, counters) has no meaningful
+  average, so evaluation uses its newest value.
   """
   return {"params": params, **{k: v for k, v in model_state.items() if k == BATCH_STATS}}
 
 
 def average(old: Any, new: Any, decay: jax.Array) -> Any:
-  """`decay` of the old averages and the rest of the new values; what is not floating is the new value."""
+  """decay * old + (1 - decay) * new; an array that is not floating-point takes the new value."""
   def mix(e: jax.Array, x: jax.Array) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x
@@ -80,11 +85,13 @@ def average(old: Any, new: Any, decay: jax.Array) -> Any:
 
 
 def split_carry(tree: Any) -> tuple[Any, dict[str, Any]]:
-  """A state, or variables by collection, without the recurrent carry; and {"carry": ...}, or {} where there is none."""
+  """A state, or variables by collection, as (the rest, {"carry": ...}); {} if there is no carry.
+  """
   if isinstance(tree, TrainState):
     model_state, carry = split_carry(tree.model_state)
     return tree.replace(model_state=model_state), carry
-  return {k: v for k, v in tree.items() if k != CARRY}, {k: v for k, v in tree.items() if k == CARRY}
+  return {k: v for k, v in tree.items() if k != CARRY}, {k: v for k, v in tree.items()
+                                                         if k == CARRY}
 
 
 def join_carry(tree: Any, carry: Mapping[str, Any]) -> Any:
@@ -95,36 +102,38 @@ def join_carry(tree: Any, carry: Mapping[str, Any]) -> Any:
 
 
 def create_state(
-    task: Task, tx: Mapping[str, optax.GradientTransformation], batch: Batch, seed: jax.Array | int, *,
-    ema: bool = False,
+    task: Task, tx: Mapping[str, optax.GradientTransformation], batch: Batch,
+    seed: jax.Array | int, *, ema: bool = False,
 ) -> TrainState:
-  """A fresh state; a pure function, to be traced by `jax.eval_shape` or jit.
+  """An initial state; a pure function, to be traced by `jax.eval_shape` or jit.
 
   Args:
-    task: gives the variables.
+    task: the task that gives the variables.
     tx: player -> optimizer.
-    batch: a batch or its specification; only shapes are read.
+    batch: a batch or its specification, of which only the shapes are read.
     seed: the run's seed.
-    ema: whether to keep an average of the parameters.
+    ema: whether to keep averages of the parameters.
   """
   key = jax.random.key(seed)
   params_key = jax.random.fold_in(key, INIT)
   batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}
   variables = dict(task.init(params_key, batch))
   params = variables.pop("params")
-  return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      model_state=variables,
-      opt_state={player: tx[player].init(player_params(params, player)) for player in dict.fromkeys(task.players)},
-      rng=jax.random.key_data(key),
-      ema=jax.tree.map(jnp.copy, averaged(params, variables)) if ema else {},
-      failed_step=jnp.full((), NOT_FAILED, jnp.int32),
-  )
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state=variables,
+                    opt_state={player: tx[player].init(player_params(params, player))
+                               for player in dict.fromkeys(task.players)},
+                    rng=jax.random.key_data(key),
+                    ema=jax.tree.map(jnp.copy, averaged(params, variables)) if ema else {},
+                    failed_step=jnp.full((), NOT_FAILED, jnp.int32),)
 
 
 def check_format(stored: Mapping[str, Any], path: Path) -> None:
-  """Raises a `UserError` unless what was read from `path` says that its run has this version's format."""
+  """Raises a `UserError` unless the run of the file `path` has this version's format.
+
+  Args:
+    stored: the content of the file.
+    path: the file, for the message.
+  """
   found = stored.get("format", 1)
   if found != FORMAT:
     raise UserError(f"{path}: this run has format {found}, and this version of dljax reads format {FORMAT}; use the "

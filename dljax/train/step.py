@@ -1,10 +1,10 @@
 """The pure train and eval steps, shared by every family.
 
-Nothing here knows about devices: `parallel.compile_step` compiles the same functions for jit on any
-mesh and for pmap. Losses are shares that add up (see `tasks.base.LossOutput`), so the sum over
-micro-batches (a scan, here) and over devices (`collectives.psum`) gives the one global loss. A
-task's key is the same on all devices and for all micro-batches: what differs by row, the task draws
-by the row's id (`tasks.base.row_keys`).
+Nothing here knows about devices: `parallel.compile_step` compiles the same functions for jit on
+any mesh and for pmap. Losses are shares that add up (see `tasks.base.LossOutput`), so their sum over
+micro-batches (a scan, here) and over devices (`collectives.psum`) is the global loss. A task's key
+is the same on all devices and for all micro-batches; draws that differ by row come from the row's
+id (`tasks.base.row_keys`).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,33 +22,36 @@ from dljax.train.state import (
 
 Metrics = Mapping[str, Any]
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Mapping[str, Any], jax.Array, Batch, Any], tuple[Sums, Any, Mapping[str, Any]]]
+EvalStep = Callable[[Mapping[str, Any], jax.Array, Batch, Any],
+                    tuple[Sums, Any, Mapping[str, Any]]]
 
 
 def make_train_step(
-    task: Task, tx: Mapping[str, optax.GradientTransformation], schedules: Mapping[str, optax.Schedule], *,
-    accumulation: int = 1, ema_decay: float = 0.0,
+    task: Task, tx: Mapping[str, optax.GradientTransformation],
+    schedules: Mapping[str, optax.Schedule], *, accumulation: int = 1, ema_decay: float = 0.0,
 ) -> TrainStep:
   """Builds the pure function (state, batch, lr_scale) -> (state, metrics).
 
-  A step with a loss or a gradient norm that is not finite keeps the old state, by selection inside
+  If the loss or a gradient norm is not finite, the step keeps the old state, by a selection inside
   the program, and sets the sticky `failed_step`, after which every step does nothing.
 
-  A recurrent carry (`model_state["carry"]`) is set to zero in the rows where `batch["reset"]` says so, before the
-  batch is read. Every player's turn reads the batch from the same carry; what the last leaves is the next batch's.
+  Before the batch is read, a recurrent carry (`model_state["carry"]`) is set to zero in the rows
+  whose `batch["reset"]` is 1. Every player's turn starts from the same carry, and the next batch
+  starts from the carry that the last turn leaves.
 
   Args:
-    task: gives the loss.
+    task: the task that gives the loss.
     tx: player -> optimizer, whose learning rate is a last factor, so that `lr_scale` scales it.
     schedules: player -> learning rate by the player's own turn, for the log only.
-    accumulation: micro-batches per turn; the gradient is that of all the turn's rows.
-    ema_decay: decay of the averages that evaluation uses, where the state has some.
+    accumulation: the number of micro-batches per turn; the gradient is that of all the turn's
+      rows.
+    ema_decay: the decay of the averages that evaluation uses, if the state has averages.
 
   Returns:
-    The step. `batch` has leading axis batch; `lr_scale` is f32[]. The metrics are scalars loss,
-    gradient_norm, learning_rate (where there are several players, each of these by player, as in
-    critic_loss, from the player's last turn), parameter_norm, failed_step, and "sums": the task's
-    (sum, count), of which the last turn that gives a metric counts.
+    The step. `batch` has leading axis batch; `lr_scale` is f32[]. The metrics are the scalars
+    loss, gradient_norm, learning_rate, parameter_norm and failed_step, and "sums", the task's
+    (sum, count) from the last turn that gives the metric. With several players, the first three
+    are given for each player's last turn, as in critic_loss.
   """
   several = len(set(task.players)) > 1
 
@@ -63,9 +66,8 @@ def make_train_step(
     for turn, player in enumerate(task.players):
       key = jax.random.fold_in(step_key, turn)
       part = turns[player] % task.own_rows
-      grads, out = _gradient(
-          task, params, join_carry(model_state, carry), parts[part], key, denominators[part], player,
-          accumulation)
+      grads, out = _gradient(task, params, join_carry(model_state, carry), parts[part], key,
+                             denominators[part], player, accumulation)
       model_state, new_carry = split_carry(out.model_state)
       sums |= out.metrics
       own = player_params(params, player)
@@ -77,9 +79,11 @@ def make_train_step(
       rate = schedules[player](state.step * task.players.count(player) + turns[player]) * lr_scale
       turns[player] += 1
       prefix = f"{player}_" if several else ""
-      logged |= {f"{prefix}loss": out.loss, f"{prefix}gradient_norm": norm, f"{prefix}learning_rate": rate}
+      logged |= {f"{prefix}loss": out.loss, f"{prefix}gradient_norm": norm,
+                 f"{prefix}learning_rate": rate}
     model_state = join_carry(model_state, new_carry)
-    # Averages over what there is: without the ramp, the average of a short run is its initial weights.
+    # The decay ramps up. Otherwise the averages of a short run would stay near its initial
+    # weights.
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = average(state.ema, averaged(params, model_state), decay) if state.ema else {}
 
@@ -88,8 +92,8 @@ def make_train_step(
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
     failed_now = (state.failed_step == NOT_FAILED) & ~finite
     new = new.replace(failed_step=jnp.where(failed_now, state.step + 1, state.failed_step))
-    return new, {
-        **logged, "parameter_norm": optax.tree.norm(new.params), "failed_step": new.failed_step, "sums": sums}
+    return new, {**logged, "parameter_norm": optax.tree.norm(new.params),
+                 "failed_step": new.failed_step, "sums": sums}
 
   return train_step
 
@@ -132,10 +136,11 @@ def _gradient(
     return (*sums, model_state), carry
 
   model_state, carry = split_carry(model_state)
-  micro_batches, carries = jax.tree.map(lambda x: split_micro(x, accumulation), (dict(batch), carry))
+  micro_batches, carries = jax.tree.map(lambda x: split_micro(x, accumulation),
+                                        (dict(batch), carry))
   micro_batch, micro_carry = jax.tree.map(lambda x: x[0], (micro_batches, carries))
-  grads, out = jax.eval_shape(
-      lambda batch, carry: grad_fn(own, join_carry(model_state, carry), batch), micro_batch, micro_carry)
+  grads, out = jax.eval_shape(lambda batch, carry: grad_fn(own, join_carry(model_state, carry),
+                                                           batch), micro_batch, micro_carry)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, out.loss, out.metrics))
   (grads, loss, metrics, model_state), carries = jax.lax.scan(
       micro_step, (*zeros, model_state), (micro_batches, carries))
@@ -151,7 +156,7 @@ def _sum_over_devices(out: LossOutput) -> LossOutput:
 def split_micro(x: jax.Array, k: int) -> jax.Array:
   """[B, ...] -> [k, B / k, ...]; row i goes to micro-batch i mod k.
 
-  This way every device keeps the rows it has. `x.reshape(k, B // k, ...)` would move them.
+  This way every device keeps its rows, whereas `x.reshape(k, B // k, ...)` would move them.
   """
   return x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
 
@@ -162,7 +167,7 @@ def join_micro(x: jax.Array) -> jax.Array:
 
 
 def reset_carry(variables: Mapping[str, Any], batch: Batch) -> Mapping[str, Any]:
-  """`variables` (or a model state) with zeros in those rows of its carry where `batch["reset"]` is 1."""
+  """`variables` (or a model state) with the carry set to zero in the rows whose `reset` is 1."""
   rest, carry = split_carry(variables)
   keep = lambda x: jnp.reshape(batch["reset"] == 0, (-1,) + (1,) * (x.ndim - 1))
   return join_carry(rest, jax.tree.map(lambda x: jnp.where(keep(x), x, 0), carry))
@@ -171,12 +176,12 @@ def reset_carry(variables: Mapping[str, Any], batch: Batch) -> Mapping[str, Any]
 def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
   """Builds the pure function (variables, rng, batch, context) -> (sums, predictions, carry).
 
-  `rng` is u32[2], the run's key data, and `context` what `make_context_step` gave, or {}. The carry is
-  {"carry": ...}, to be put among the variables for the next batch, or {} where there is none.
+  `rng` is u32[2], the run's key data, and `context` the result of `make_context_step`, or {}. The
+  carry is {"carry": ...}, which joins the variables for the next batch, or {} if there is none.
 
   Args:
-    task: gives the loss and the predictions.
-    predictions: whether to predict; without, the second output is {}.
+    task: the task that gives the loss and the predictions.
+    predictions: whether to predict; otherwise the second output is {}.
   """
 
   def eval_step(variables, rng, batch, context):
@@ -187,7 +192,8 @@ def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
     denominators = collectives.psum(task.denominators(batch))
     sums = {}
     for player in dict.fromkeys(task.players):
-      out = task.loss(params, model_state, batch, key, denominators=denominators, train=False, player=player)
+      out = task.loss(params, model_state, batch, key, denominators=denominators, train=False,
+                      player=player)
       sums |= out.metrics
     predicted = task.predict(variables, batch, key, context) if predictions else {}
     return collectives.psum(sums), predicted, split_carry(out.model_state)[1]
@@ -196,7 +202,8 @@ def make_eval_step(task: Task, *, predictions: bool) -> EvalStep:
 
 
 def evaluation_key(rng: jax.Array) -> jax.Array:
-  """The key of evaluation and prediction, from the run's key data u32[2]: it is no train step's."""
+  """The key of evaluation and prediction, from the run's key data u32[2]; no train step uses it.
+  """
   return jax.random.fold_in(jax.random.wrap_key_data(rng), EVALUATION)
 
 
@@ -205,21 +212,27 @@ def make_context_step(task: Task) -> Callable[..., tuple[Any]]:
   return lambda variables, rng, inputs: (task.context(variables, evaluation_key(rng), inputs),)
 
 
-def make_generate_steps(task: Any, count: int) -> tuple[Callable[..., tuple[Any]], Callable[..., tuple[Any, Any]]]:
-  """Builds what generates a text, `count` tokens at a time.
+def make_generate_steps(
+    task: Any, count: int,
+) -> tuple[Callable[..., tuple[Any]], Callable[..., tuple[Any, Any]]]:
+  """Builds the functions that generate a text, `count` tokens at a time.
 
   Args:
-    task: with `start` and `advance`, as `tasks.language_modeling`.
+    task: a task with `start` and `advance`, such as `tasks.language_modeling`.
     count: the number of tokens.
 
   Returns:
-    The pure functions (variables, batch) -> (text,) and (variables, rng, text) -> (tokens [B, count], text).
+    The pure functions (variables, batch) -> (text,) and
+    (variables, rng, text) -> (tokens [B, count], text).
   """
   return (lambda variables, batch: (task.start(variables, batch),),
           lambda variables, rng, text: task.advance(variables, text, evaluation_key(rng), count))
 
 
 def make_predict_step(task: Task) -> Callable[..., tuple[Any]]:
-  """Builds the pure function (variables, rng, batch, context) -> (predictions,); the batch needs no labels."""
+  """Builds the pure function (variables, rng, batch, context) -> (predictions,).
+
+  The batch needs no labels.
+  """
   return lambda variables, rng, batch, context: (
       task.predict(variables, batch, evaluation_key(rng), context),)

@@ -1,9 +1,9 @@
-"""Machines that are not there: compiling a step for TPUs and GPUs on a computer without any.
+"""Compilation of a step for TPUs and GPUs on a computer that has none.
 
-The compilers come as pip packages: libtpu for TPUs, jax-cuda13-plugin and jax-cuda13-pjrt (without
-the CUDA libraries that they ask for) for GPUs. Each turns a description of the machine into devices
-that a mesh and a compilation accept; nothing can run on them. `dljax/train/inspect.py` reads what
-comes out.
+The compilers come as pip packages: libtpu for TPUs; jax-cuda13-plugin and jax-cuda13-pjrt, without
+the CUDA libraries that they ask for, for GPUs. Each turns a description of a machine into devices
+that a mesh and a compilation accept, though nothing can run on them. `dljax/train/inspect.py`
+reads the compiled program.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from jax.experimental import topologies
 
 from dljax.errors import UserError, unknown
 
-# libtpu looks for its machine when it is loaded: say that there is none, that processes may compile
-# at the same time (else the second one fails at a lock file), and that no logs are wanted.
+# libtpu looks for its machine when it is loaded. These variables say that there is none, that
+# several processes may compile at the same time (otherwise the second fails at a lock file), and
+# that no logs are wanted.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,7 +29,8 @@ _TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# The H100 (SXM, 80 GB) as CUDA's device query describes it, in the fields of XLA's GpuTargetConfigProto.
+# The H100 (SXM, 80 GB) as CUDA's device query describes it, in the fields of XLA's
+# GpuTargetConfigProto.
 _H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -63,10 +65,10 @@ class Topology:
 
   Attributes:
     platform: "tpu" or "cuda".
-    devices: how many.
-    memory: bytes of one device.
+    devices: the number of devices.
+    memory: the memory of one device in bytes.
     description: the arguments of `jax.experimental.topologies.get_topology_desc`.
-    compiler_options: how to compile where no device can be asked.
+    compiler_options: the options for a compiler that has no device to query.
   """
 
   platform: str
@@ -76,21 +78,23 @@ class Topology:
   compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# The 16 GB of a v5e are 15.75 GiB to its compiler, which refuses a program that needs more.
-TOPOLOGIES: Mapping[str, Topology] = {
-    "v5e:2x2": Topology("tpu", 4, 63 * 2**28, {"topology_name": "v5e:2x2"}),
-    "v5e:4x4": Topology("tpu", 16, 63 * 2**28, {"topology_name": "v5e:4x4"}),
-    "h100:4": Topology(
-        "cuda", 4, 84929347584, {"topology_name": "h100", "topology": "1x1x4", "target_config": _H100},
-        {"xla_gpu_autotune_level": 0}),
-}
+# A v5e has 16 GB; its compiler counts 15.75 GiB and refuses a program that needs more.
+TOPOLOGIES: Mapping[str,
+                    Topology] = {"v5e:2x2": Topology("tpu", 4, 63 * 2**28,
+                                                     {"topology_name": "v5e:2x2"}),
+                                 "v5e:4x4": Topology("tpu", 16, 63 * 2**28,
+                                                     {"topology_name": "v5e:4x4"}),
+                                 "h100:4": Topology("cuda", 4, 84929347584,
+                                                    {"topology_name": "h100", "topology": "1x1x4",
+                                                     "target_config": _H100},
+                                                    {"xla_gpu_autotune_level": 0}),}
 
 
 def topology_devices(name: str) -> list[Any]:
   """The devices of `TOPOLOGIES[name]`, to build a mesh from and compile for.
 
-  Call it before anything asks JAX for its devices: it restricts this process to the CPU, without which
-  the compilers' packages would look for their machines.
+  Call it before anything asks JAX for its devices. It restricts this process to the CPU, because
+  otherwise the compilers' packages would look for their machines.
 
   Raises:
     UserError: there is no such topology, or its compiler is not installed or cannot be used.
@@ -105,7 +109,8 @@ def topology_devices(name: str) -> list[Any]:
     for key, value in _TPU_ENVIRONMENT.items():
       os.environ.setdefault(key, value)
   try:
-    return list(topologies.get_topology_desc(platform=topology.platform, **topology.description).devices)
+    return list(topologies.get_topology_desc(platform=topology.platform,
+                                             **topology.description).devices)
   except RuntimeError as error:
     reason = str(error).splitlines()[0]
     raise UserError(f"--topology={name}: its compiler does not work here ({reason}); set JAX_PLATFORMS=cpu, "
@@ -113,7 +118,7 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def missing_compiler(name: str) -> str | None:
-  """What to install for `TOPOLOGIES[name]`, as one line; None where it is there."""
+  """One line that says what to install for `TOPOLOGIES[name]`; None if it is installed."""
   platform = TOPOLOGIES[name].platform
   module = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}[platform]
   if importlib.util.find_spec(module):
@@ -122,7 +127,7 @@ def missing_compiler(name: str) -> str | None:
 
 
 def compile_lowered(lowered: jax.stages.Lowered, name: str) -> jax.stages.Compiled:
-  """Compiles what was lowered for the devices of `topology_devices(name)`.
+  """Compiles a program that was lowered for the devices of `topology_devices(name)`.
 
   Raises:
     UserError: the program needs more memory than a device has, as far as its compiler can tell.

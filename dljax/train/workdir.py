@@ -20,13 +20,15 @@ from dljax.errors import UserError, writing
 from dljax.tasks.base import Findings
 from dljax.train.state import FORMAT, check_format
 
-# Of the fields that decide the training, a run may continue with other values of these alone.
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "full_eval_every", "shard_above")
-_PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+# The fields that decide the training and that may yet differ when a run continues.
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "full_eval_every",
+               "shard_above")
+_PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
+             "tensorflow-datasets")
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON so that a crash leaves the old file or the new one, never a part; `RunError` if it cannot."""
+  """Writes JSON so that a crash leaves the old file or the new one; `RunError` if it fails."""
   temporary = path.with_name(path.name + ".tmp")
   with writing(path):
     with temporary.open("w") as file:
@@ -38,20 +40,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes rows with the same keys, the keys in the first line; a dict becomes JSON."""
+  """Writes rows that have the same keys; the first line holds the keys, and a dict becomes JSON.
+  """
   with path.open("w", newline="") as file:
     writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
     writer.writeheader()
-    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
+    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
+                     for row in rows)
 
 
 def read_json(path: Path, **fields: type) -> Any:
-  """Reads JSON: an object with `fields` of these types, or anything where none are given.
+  """Reads JSON: an object with `fields` of these types, or any value if no fields are given.
 
   Raises:
     UserError: the file holds something else.
   """
-  mend = "restore it from a copy, or start afresh in another --workdir"
+  mend = "restore it from a copy, or start again in another --workdir"
   try:
     value = json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError):
@@ -67,8 +71,8 @@ class Workdir:
 
   Attributes:
     path: the folder.
-    checkpoints, data, figures, tables: its parts.
-    config_file, model_file, metrics_file, result_file: its files.
+    checkpoints, data, figures, tables: the folders in it.
+    config_file, model_file, metrics_file, result_file: the files in it.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -96,11 +100,11 @@ class Workdir:
         raise UserError(f"--resume=must: {where} holds no run; drop the flag to start one")
       return
     if resume == "never":
-      raise UserError(f"--resume=never: {where} holds a run; name another --workdir, or delete it to start afresh")
+      raise UserError(f"--resume=never: {where} holds a run; name another --workdir, or delete it to start again")
     self._check_same(self._read_config(), config)
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
-    # Through JSON, where a tuple is a list.
+    # The config goes through JSON, where a tuple is a list.
     new, old = flatten(json.loads(json.dumps(config.to_dict()))), flatten(old)
     differ = [
         f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
@@ -110,14 +114,14 @@ class Workdir:
     ]
     if differ:
       raise UserError(f"--workdir={self.path} holds a run with a different config: {'; '.join(differ)}; name "
-                      "another --workdir, or delete it to start afresh")
+                      "another --workdir, or delete it to start again")
 
   def check_data(self, name: str, fingerprint: str) -> None:
     """Raises a UserError if the run here was started on other data. Writes nothing.
 
     Args:
       name: the name of the data, for the message.
-      fingerprint: what `Data.fingerprint` says of the data, which is open.
+      fingerprint: the `Data.fingerprint` of the opened data.
     """
     if not self.config_file.exists():
       return
@@ -149,7 +153,7 @@ class Workdir:
       self._lock.flush()
 
   def release(self) -> None:
-    """Gives the lock back."""
+    """Releases the lock."""
     if self._lock:
       self._lock.close()
       self._lock = None
@@ -158,13 +162,13 @@ class Workdir:
       self, config: ml_collections.ConfigDict, assets: Mapping[str, Any], fingerprint: str,
       model: Mapping[str, Any] | None = None,
   ) -> None:
-    """Notes that a run starts or continues: config.json, model.json, and what was fitted to the data.
+    """Records the start of a run: config.json, model.json, and what was fitted to the data.
 
     Args:
       config: the run's config.
       assets: what was fitted to the data, by file stem.
-      fingerprint: what `Data.fingerprint` says of that data.
-      model: what `interop.variants.describe` says of the run's model; None where it can say nothing.
+      fingerprint: the `Data.fingerprint` of that data.
+      model: the description of the run's model by `interop.variants.describe`, or None.
     """
     self.result_file.unlink(missing_ok=True)
     write_json(self.config_file, {
@@ -192,7 +196,7 @@ class Workdir:
     return ml_collections.ConfigDict(_with_tuples(self._read_config()))
 
   def _read_config(self) -> dict[str, Any]:
-    """config.json's config as JSON has it; `UserError` where the run is of another format."""
+    """The config in config.json, as JSON has it; `UserError` if the run has another format."""
     stored = read_json(self.config_file, config=dict)
     check_format(stored, self.config_file)
     return stored["config"]
@@ -216,11 +220,11 @@ class Workdir:
     """The result of a finished run, or None."""
     if not self.result_file.exists():
       return None
-    return read_json(self.result_file, family=str, preset=str, steps=int, total_steps=int, metrics=dict, checkpoint=int,
-                     params=int, seconds=float, devices=str)
+    return read_json(self.result_file, family=str, preset=str, steps=int, total_steps=int,
+                     metrics=dict, checkpoint=int, params=int, seconds=float, devices=str)
 
   def is_finished(self, total_steps: int) -> bool:
-    """Whether a run of `total_steps` (or fewer, by early stopping) ended here."""
+    """Whether a run of `total_steps` ended here, perhaps by early stopping."""
     result = self.result()
     return result is not None and result["total_steps"] == total_steps
 
@@ -244,11 +248,12 @@ def _git_commit() -> str | None:
   folder = Path(__file__).parent
 
   def git(*arguments):
-    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True,
-                          timeout=10).stdout.strip()
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True,
+                          check=True, timeout=10).stdout.strip()
 
   try:
-    git("ls-files", "--error-unmatch", __file__)  # not some other repository around the environment
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    git("ls-files", "--error-unmatch", __file__)  # fails in another repository around this file
+    return git("rev-parse",
+               "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
   except (OSError, subprocess.SubprocessError):
     return None

@@ -2,5 +2,6 @@
 
   python -m experiments.benchmark --output=benchmark.json
 
-The command line is in `__main__.py`, the rows on the engine in `engine.py`, the row on the families in `models.py`.
+The command line is in `__main__.py`, the rows on the engine in `engine.py`, the row on the
+families in `models.py`.
 """

@@ -2,9 +2,9 @@
 
   python -m experiments.benchmark --output=benchmark.json
 
-Where two things are compared they take turns in one run, so that what else the machine does falls on both; a ratio
-is that of the medians of all turns, and beside it stand the smallest and the largest ratio of a turn. Leave the
-machine alone meanwhile.
+Two things that are compared take turns in one run, so that other load on the machine slows both. A
+ratio is that of the medians of all turns; the smallest and the largest ratio of a turn stand next
+to it. Leave the machine alone during a run.
 """
 
 import concurrent.futures
@@ -29,38 +29,44 @@ from experiments.benchmark.measurement import Settings
 from experiments.benchmark.models import Peers, find_peers, measure_models
 
 _FLAGS = flags.FlagValues()
-_ROWS = flags.DEFINE_list("rows", [], "What to measure, with commas between; by default everything.",
+_ROWS = flags.DEFINE_list("rows", [], "The rows to measure, separated by commas; by default all.",
                           flag_values=_FLAGS)
-_MODELS = flags.DEFINE_list("models", [], "Cases of the row models, with commas between; by default all: "
+_MODELS = flags.DEFINE_list("models", [],
+                            "Cases of the row models, separated by commas; by default all: "
                             f"{', '.join(CASES)}.", flag_values=_FLAGS)
 _PEER_PYTHON = flags.DEFINE_string(
-    "peer_python", "", "The Python that has torch, torchvision, timm, for the row models; by default this one, if it "
-    "has them.", flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", 200, "Train steps of one turn; in the row models a turn takes a second.",
+    "peer_python", "", "The Python that has torch, torchvision and timm, for the row models; by default this one, if "
+    "it has them.", flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 200, "The train steps of one turn; in the row models a turn takes a second.",
                               lower_bound=1, flag_values=_FLAGS)
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Turns of each side.", lower_bound=1, flag_values=_FLAGS)
-_OUTPUT = flags.DEFINE_string("output", "", "A .json file for the numbers, beside which the row models draws a .png "
-                              "with the same name; by default they are only shown.", flag_values=_FLAGS)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "The turns of each side.", lower_bound=1,
+                                flag_values=_FLAGS)
+_OUTPUT = flags.DEFINE_string("output", "", "A .json file for the numbers; the row models also draws a .png with the "
+                              "same name. By default they are only shown.", flag_values=_FLAGS)
 _HELP = flags.DEFINE_bool("help", False, "Show this help.", flag_values=_FLAGS)
 
 MODELS, SHARDING = "models", "sharding"
 ROWS: Mapping[str, Callable[..., Any]] = {**engine.ROWS, MODELS: measure_models}
 
 
-def measure(rows: Sequence[str], settings: Settings, cases: Sequence[str] = (), peers: Peers | None = None,
-            ) -> dict[str, Any]:
-  """Measures the rows, each in a process of its own, or in one for each side.
+def measure(
+    rows: Sequence[str], settings: Settings, cases: Sequence[str] = (),
+    peers: Peers | None = None,
+) -> dict[str, Any]:
+  """Measures the rows, each in a new process, or with a process for each side.
 
   Args:
     rows: keys of `ROWS`.
-    settings: how long.
-    cases, peers: of the row "models", see `measure_models`.
+    settings: how long to measure.
+    cases, peers: the arguments of the row "models", see `measure_models`.
 
   Returns:
-    JSON-able: "machine" (device, cores, load averages before and after, versions), "settings", "rows": one dict
-    for each `Measurement`, with its "row" and whether it "holds"; and for the row "models" all its turns, "models".
+    JSON-able: "machine" (device, cores, load averages before and after, versions), "settings",
+    "rows": one dict for each `Measurement`, with its "row" and whether it "holds"; and for the row
+    "models" all its turns, "models".
   """
-  machine = {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "jax": importlib.metadata.version("jax"),
+  machine = {"cores": os.cpu_count(), "load_before": os.getloadavg()[0],
+             "jax": importlib.metadata.version("jax"),
              "python": ".".join(map(str, sys.version_info[:3]))}
   found, extra = [], {}
   for row in rows:
@@ -140,7 +146,8 @@ def _first_line(row: str) -> str:
 def main() -> None:
   """Runs the command line, and exits.
 
-  Exit status: 0 when everything asked for was measured; 1 failed; 2 bad input; 75 stopped by Ctrl-C or SIGTERM.
+  The exit status is 0 when all rows were measured, 1 after a failure, 2 on bad input, and 75 after
+  Ctrl-C or SIGTERM.
   """
   exit_with(lambda: _run(sys.argv), "stopped; nothing is written")
 

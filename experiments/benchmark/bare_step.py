@@ -16,13 +16,13 @@ ONE_DEVICE = RunOptions(mesh={"data": 1, "fsdp": 1, "tensor": 1}, progress=False
 
 
 class BareStep:
-  """The train step on one batch that lies on the device; making one compiles it.
+  """The train step on one batch on the device; the constructor compiles it.
 
   Attributes:
-    program: what the experiment compiles to.
-    compile_seconds: to trace, lower and compile the train step.
-    state: after the steps that were run so far.
-    batch: on the device.
+    program: the compiled experiment.
+    compile_seconds: the time to trace, lower and compile the train step.
+    state: the state after the steps so far.
+    batch: the batch, on the device.
   """
 
   def __init__(self, experiment: Experiment, batch: HostBatch):
@@ -37,7 +37,7 @@ class BareStep:
 
   @property
   def failed(self) -> bool:
-    """Whether a loss or gradient was not finite, from when on the steps change nothing."""
+    """Whether a loss or gradient was not finite, after which the steps change nothing."""
     return int(self.state.failed_step) != NOT_FAILED
 
   def run(self, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""The rows on the engine: what the loop, the transfers, the memory and the pipeline cost.
+"""The rows on the engine: the costs of the loop, the transfers, the memory and the pipeline.
 
 Where two things are compared they take turns in one process, on one device.
 """
@@ -34,7 +34,7 @@ from experiments.benchmark.bare_step import ONE_DEVICE, BareStep
 from experiments.benchmark.measurement import Measurement, Settings, ratio
 from experiments.benchmark.sharding import measure_sharding
 
-RUN_IN = 10  # steps after which a loop's prefetching and run-ahead are full, or drained
+RUN_IN = 10  # the steps that fill or drain a loop's prefetching and run-ahead
 
 
 class _Tap:
@@ -63,7 +63,9 @@ class _Tap:
 
 
 def _fit(experiment: Experiment, at: Callable[[int], None]) -> None:
-  """Trains as `python -m experiments.x` does, without evaluations; `at(step)` is called before each batch."""
+  """Trains as `python -m experiments.x` does, without evaluations; `at(step)` is called before
+  each batch.
+  """
   data = dataclasses.replace(experiment.data, train=_Tap(experiment.data.train, at), evals={})
   tapped = dataclasses.replace(experiment, data=data, monitor=None)
   with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +81,8 @@ def _bare_step(experiment: Experiment) -> BareStep:
 
 def _digits(family: ModuleType, total_steps: int, *, augment: bool) -> ml_collections.ConfigDict:
   config = family.get_config("digits")
-  config.update({"total_steps": total_steps, "eval_every": total_steps, "checkpoint_every": total_steps})
+  config.update({"total_steps": total_steps, "eval_every": total_steps,
+                 "checkpoint_every": total_steps})
   if not augment:
     config.data.pad_crop = 0
   return config
@@ -94,15 +97,18 @@ def measure_loop(settings: Settings) -> list[Measurement]:
   ]
 
 
-def _loop_overhead(settings: Settings, family: ModuleType, *, augment: bool, name: str) -> Measurement:
+def _loop_overhead(
+    settings: Settings, family: ModuleType, *, augment: bool, name: str,
+) -> Measurement:
   period = RUN_IN + settings.steps
   experiment = family.build(_digits(family, settings.repeats * period + 1, augment=augment))
   bare = _bare_step(experiment)
   loop_turns, bare_turns, start = [], [], 0.0
 
   def at(step: int) -> None:
-    # Loading batch k means that the loop has come to step k - 3: the same lag at both ends of a turn. While
-    # this thread runs the bare step no batch is loaded, so that the loop drains and waits.
+    # Loading batch k means that the loop has come to step k - 3: the same lag at both ends of a
+    # turn. While this thread runs the bare step no batch is loaded, so that the loop drains and
+    # waits.
     nonlocal start
     if step % period == RUN_IN:
       start = time.perf_counter()
@@ -117,9 +123,10 @@ def _loop_overhead(settings: Settings, family: ModuleType, *, augment: bool, nam
 
 
 def measure_transfers(settings: Settings) -> list[Measurement]:
-  """What `fit` moves between host and device in a step, told by JAX's own transfer guard.
+  """The transfers of `fit` between host and device in a step, as JAX's transfer guard reports
+  them.
 
-  On a CPU the host reads results where they lie, and the guard has nothing to tell of that direction.
+  On a CPU the host reads results in place, so the guard reports none in that direction.
   """
   first, last = RUN_IN, RUN_IN + settings.steps
   config = _digits(lenet, last + RUN_IN, augment=True)
@@ -140,16 +147,15 @@ def measure_transfers(settings: Settings) -> list[Measurement]:
   arrays = sum(not name.startswith(parallel.HOST) for name in experiment.data.batch_spec)
   to_device = sum("host-to-device" in line for line in log)
   details = {"to_device_per_step": to_device / settings.steps, "arrays_of_a_batch": arrays}
-  return [
-      Measurement("lenet digits", "transfers to the device in a step / arrays of its batch",
-                  details["to_device_per_step"] / arrays, 1, details=details),
-      Measurement("lenet digits", f"transfers from the device in {settings.steps} steps", len(log) - to_device, 0),
-  ]
+  return [Measurement("lenet digits", "transfers to the device in a step / arrays of its batch",
+                      details["to_device_per_step"] / arrays, 1, details=details),
+          Measurement("lenet digits", f"transfers from the device in {settings.steps} steps",
+                      len(log) - to_device, 0),]
 
 
 @contextlib.contextmanager
 def _logged_transfers() -> Iterator[list[str]]:
-  """Lists the guard's line for each transfer, either way, of any thread, once the context is left."""
+  """Lists the guard's line for each transfer, in either direction, when the context ends."""
   lines: list[str] = []
   before = jax.config.jax_transfer_guard
   with tempfile.TemporaryFile("w+") as log:
@@ -165,14 +171,18 @@ def _logged_transfers() -> Iterator[list[str]]:
       os.dup2(stderr, 2)
       os.close(stderr)
       log.seek(0)
-      lines += [line for line in log if re.search("(host-to-device|device-to-host) transfer", line)]
+      lines += [line for line in log
+                if re.search("(host-to-device|device-to-host) transfer", line)]
 
 
-def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 64, batch_size: int = 32,
-                   ) -> list[Measurement]:
-  """Growth of memory by a few steps, against what the compiler says and the batches read ahead."""
+def measure_memory(
+    settings: Settings, variant: str = "resnet50", pixels: int = 64, batch_size: int = 32,
+) -> list[Measurement]:
+  """The growth of memory in a few steps, against the compiler's plan and the batches read ahead.
+  """
   config = resnet.get_config("imagenet2012")
-  config.model.variant, config.data.image_shape, config.batch_size = variant, (pixels, pixels, 3), batch_size
+  config.model.variant, config.data.image_shape, config.batch_size = variant, (pixels, pixels,
+                                                                               3), batch_size
   experiment = resnet.build(config)
   program = Program(experiment, ONE_DEVICE)
   compiled = program.lower_train_step().compile()
@@ -181,11 +191,13 @@ def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 
 
   def load(step: int) -> tuple[HostBatch, Any]:
     draw = np.random.default_rng(step)
-    batch = {k: draw.random(s.shape, np.float32).astype(s.dtype) for k, s in experiment.data.batch_spec.items()}
+    batch = {k: draw.random(s.shape, np.float32).astype(s.dtype)
+             for k, s in experiment.data.batch_spec.items()}
     return batch, parallel.put_batch(batch, ONE_DEVICE.parallelism, program.mesh)
 
   lr_scale = parallel.put_shared(np.float32(1), program.mesh)
-  # The state, which the report counts, lies there before, so that compiling its creation does not count.
+  # The state, which the report counts, lies there before, so that compiling its creation does not
+  # count.
   state = jax.block_until_ready(program.init_state())
   state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
   growth = _memory_meter(program.mesh.devices.flat[0])
@@ -196,27 +208,31 @@ def measure_memory(settings: Settings, variant: str = "resnet50", pixels: int = 
       jax.block_until_ready(state)
       grown.append(growth() + state_bytes)
   data = sum(x.nbytes for x in host.values()) * (ahead + 1)
-  details = {"first_step_growth_bytes": grown[0], "growth_bytes": grown[-1], "reported_bytes": reported,
-             "data_bytes": data}
+  details = {"first_step_growth_bytes": grown[0], "growth_bytes": grown[-1],
+             "reported_bytes": reported, "data_bytes": data}
   return [Measurement(f"{variant} {pixels}x{pixels}, batch {batch_size}",
                       "growth of memory / reported by the compiled step, plus data",
                       grown[-1] / (reported + data), 1.2, details=details)]
 
 
 def _memory_meter(device: Any) -> Callable[[], int]:
-  """Gives a function: by how much the most bytes that the device, or for a CPU this process, held since now
-  exceed what it holds now. The peak of an accelerator is that since the program's start."""
+  """A function that gives the growth of the peak memory from now on, in bytes.
+
+  The memory is that of the device, or for a CPU that of this process. An accelerator's peak counts
+  from the program's start.
+  """
   if "peak_bytes_in_use" in (device.memory_stats() or {}):
     held = device.memory_stats()["bytes_in_use"]
     return lambda: device.memory_stats()["peak_bytes_in_use"] - held
   if not os.access("/proc/self/clear_refs", os.W_OK):
     raise UserError("--rows=memory: this system tells neither the device's memory nor (in /proc) that of the "
                     "process; leave the row out")
-  # What the compiler freed must go back to the system, or the steps would fill it unseen.
+  # Memory that the compiler freed must go back to the system. Otherwise the steps would reuse it
+  # without a trace in the peak.
   gc.collect()
   with contextlib.suppress(AttributeError):  # not every C library has it
     ctypes.CDLL(None).malloc_trim(0)
-  Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+  Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the memory held now
 
   def peak() -> int:
     kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
@@ -228,7 +244,8 @@ def _memory_meter(device: Any) -> Callable[[], int]:
 
 def measure_pipeline(settings: Settings) -> list[Measurement]:
   """How much faster batches are made from memory than LeNet consumes them."""
-  kinds = {"not augmented": (20, {"pad_crop": 0}), "pad, crop, flip": (4, {"pad_crop": 3, "flip": True})}
+  kinds = {"not augmented": (20, {"pad_crop": 0}),
+           "pad, crop, flip": (4, {"pad_crop": 3, "flip": True})}
   experiments, batch_turns, step_turns = {}, {kind: [] for kind in kinds}, []
   for kind, (_, augmentation) in kinds.items():
     config = _digits(lenet, settings.steps, augment=True)
@@ -243,10 +260,9 @@ def measure_pipeline(settings: Settings) -> list[Measurement]:
       for step in range(turn * settings.steps, (turn + 1) * settings.steps):
         experiment.data.train.batch(step)
       batch_turns[kind].append((time.perf_counter() - start) / settings.steps)
-  return [
-      ratio(f"lenet digits, {kind}", "bare step / its batch made in memory", {"step_seconds": step_turns},
-            {"batch_seconds": batch_turns[kind]}, bound, at_least=True)
-      for kind, (bound, _) in kinds.items()]
+  return [ratio(f"lenet digits, {kind}", "bare step / its batch made in memory",
+                {"step_seconds": step_turns}, {"batch_seconds": batch_turns[kind]}, bound,
+                at_least=True) for kind, (bound, _) in kinds.items()]
 
 
 ROWS: Mapping[str, Callable[[Settings], list[Measurement]]] = {

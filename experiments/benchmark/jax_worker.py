@@ -1,6 +1,7 @@
-"""Our side of the row "models", in a process of its own: `python -m experiments.benchmark.jax_worker JSON`.
+"""Our side of the row "models", a process: `python -m experiments.benchmark.jax_worker JSON`.
 
-The JSON object: "case" (a key of `CASES`), "side" ("dljax", or "flax": without our operators), "turn_seconds".
+The JSON object: "case" (a key of `CASES`), "side" ("dljax", or "flax": without our operators),
+"turn_seconds".
 """
 
 import importlib
@@ -26,11 +27,12 @@ from experiments.benchmark import serve
 from experiments.benchmark.bare_step import BareStep
 from experiments.benchmark.cases import CASES, Case
 
-NO_INPUTS = ("mask", "id", "box_mask", "target_weight", "reset")  # fields of a batch of which the peer has none
+# The fields of a batch that the peer does not have.
+NO_INPUTS = ("mask", "id", "box_mask", "target_weight", "reset")
 
 
 def use_native_operators() -> None:
-  """Makes Flax and JAX do what `dljax.ops` does otherwise; call it before any model is imported."""
+  """Replaces `dljax.ops` by plain Flax and JAX; call it before any model is imported."""
   conv.conv_general_dilated = jax.lax.conv_general_dilated
   pool.max_pool = nn.max_pool
   dense.dense, dense.dot_general = jnp.dot, jax.lax.dot_general
@@ -39,13 +41,15 @@ def use_native_operators() -> None:
 
 
 def _native_recurrence(
-    cell: str, x: jax.Array, weights: recurrence.Weights, carry: recurrence.State, valid: jax.Array | None = None, *,
-    reverse: bool = False,
+    cell: str, x: jax.Array, weights: recurrence.Weights, carry: recurrence.State,
+    valid: jax.Array | None = None, *, reverse: bool = False,
 ) -> tuple[jax.Array, recurrence.State]:
   """The cell's formula in a loop, as `nn.RNN` has it; without layer norm."""
   form = recurrence.CELLS[cell]
 
-  def step(state: recurrence.State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[recurrence.State, jax.Array]:
+  def step(
+      state: recurrence.State, inputs: tuple[jax.Array, jax.Array | None],
+  ) -> tuple[recurrence.State, jax.Array]:
     x, valid = inputs
     u, p = x @ weights.input + weights.input_bias, state[0] @ weights.recurrent + weights.recurrent_bias
     new, _ = form.forward(u, p, state)
@@ -59,14 +63,16 @@ def _native_recurrence(
 
 
 def _native_ctc_loss(
-    logits: jax.Array, length: jax.Array, labels: jax.Array, label_length: jax.Array, *, blank: int = 0,
+    logits: jax.Array, length: jax.Array, labels: jax.Array, label_length: jax.Array, *,
+    blank: int = 0,
 ) -> jax.Array:
   beyond = lambda x, length: (jnp.arange(x.shape[1]) >= length[:, None]).astype(jnp.float32)
-  return optax.ctc_loss(logits, beyond(logits, length), labels, beyond(labels, label_length), blank_id=blank)
+  return optax.ctc_loss(logits, beyond(logits, length), labels, beyond(labels, label_length),
+                        blank_id=blank)
 
 
 def build_experiment(case: Case) -> Experiment:
-  """What the case's command line runs, but with plain SGD and momentum, so that the peer has the same to do."""
+  """The case's experiment with plain SGD and momentum, so that the peer does the same work."""
   experiment = importlib.import_module(case.experiment)
   preset, *overrides = case.arguments
   config = experiment.get_config(preset.removeprefix("--preset="))
@@ -78,12 +84,14 @@ def build_experiment(case: Case) -> Experiment:
 
 
 def random_batch(experiment: Experiment) -> HostBatch:
-  """Noise with labels, of images, pixels or boxes, or with texts, that it has nothing to do with.
+  """Noise with random labels (of images, pixels or boxes) or random texts.
 
-  Boxes are of 0.1 to 0.4 of the image's sides. Sound and texts are as long as they can be, and nothing is padding.
+  Boxes have 0.1 to 0.4 of the image's sides. Sounds and texts have their full length, without
+  padding.
   """
   draw, classes = np.random.default_rng(0), num_classes(experiment)
-  batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype) for k, s in experiment.data.batch_spec.items()}
+  batch = {k: draw.standard_normal(s.shape, np.float32).astype(s.dtype)
+           for k, s in experiment.data.batch_spec.items()}
   for name, x in batch.items():
     if name == "id":
       batch[name] = np.arange(len(x), dtype=x.dtype)
@@ -91,18 +99,20 @@ def random_batch(experiment: Experiment) -> HostBatch:
       field = "features" if name == "length" and "features" in batch else "tokens"
       batch[name] = np.full_like(x, batch[field].shape[1])
     elif np.issubdtype(x.dtype, np.integer):
-      batch[name] = draw.integers(name == "tokens", classes, x.shape, x.dtype)  # token 0 is the blank of speech
+      # Token 0 is the blank of speech.
+      batch[name] = draw.integers(name == "tokens", classes, x.shape, x.dtype)
     elif name in NO_INPUTS:
       batch[name] = np.full_like(x, name != "reset")
     elif name == "boxes":
       side = np.array(batch["image"].shape[2:0:-1], np.float32)
-      corner, size = (side * draw.uniform(*range_, (*x.shape[:-1], 2)) for range_ in ((0, 0.6), (0.1, 0.4)))
+      corner, size = (side * draw.uniform(*range_, (*x.shape[:-1], 2))
+                      for range_ in ((0, 0.6), (0.1, 0.4)))
       batch[name] = np.concatenate([corner, corner + size], axis=-1).astype(x.dtype)
   return batch
 
 
 def num_classes(experiment: Experiment) -> int:
-  """How many labels or tokens there are."""
+  """The number of labels or tokens."""
   task = experiment.task
   return task.num_classes if hasattr(task, "num_classes") else task.model.vocab_size
 
@@ -146,7 +156,7 @@ def _build(spec: Mapping[str, Any]) -> tuple[serve.Describe, dict[str, serve.Run
 
 def _time_each(f: Callable[[], Any], steps: int) -> float:
   """Seconds for each call, whose result is waited for."""
-  jax.block_until_ready(f())  # what it reads is there, and it is compiled
+  jax.block_until_ready(f())  # afterwards its inputs are ready, and it is compiled
   start = time.perf_counter()
   for _ in range(steps):
     jax.block_until_ready(f())
@@ -158,7 +168,8 @@ def _device_peak() -> int | None:
 
 
 if __name__ == "__main__":
-  jax.config.update("jax_enable_compilation_cache", False)  # or what an earlier run compiled would cost nothing
+  # Otherwise a program that an earlier run compiled would cost nothing.
+  jax.config.update("jax_enable_compilation_cache", False)
   job = json.loads(sys.argv[1])
   if job["side"] == "flax":
     use_native_operators()

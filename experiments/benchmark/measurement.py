@@ -1,4 +1,4 @@
-"""What every row of the benchmark gives: a number, what it should hold, and how it varied."""
+"""The result of every row of the benchmark: a number, its bound, and its spread."""
 
 import dataclasses
 import statistics
@@ -10,9 +10,10 @@ class Settings:
   """How long to measure.
 
   Attributes:
-    steps: train steps of one turn of the rows on the engine.
-    repeats: turns of each side.
-    turn_seconds: about how long one turn of the row "models" takes; it has one step at least.
+    steps: the train steps of one turn, in the rows on the engine.
+    repeats: the turns of each side.
+    turn_seconds: the approximate time of one turn of the row "models", which has at least one
+      step.
   """
 
   steps: int = 200
@@ -25,13 +26,13 @@ class Measurement:
   """One line of the table.
 
   Attributes:
-    name: what was measured on.
-    what: what was measured.
+    name: the network, or the part of the engine, that was measured.
+    what: the quantity that was measured.
     value: the number, often a ratio.
-    bound: what the value should hold, or None where it is only told.
+    bound: the bound of the value, or None if the value is only reported.
     at_least: whether it should be at least the bound; otherwise at most.
     low, high: the smallest and the largest ratio of a turn, or None.
-    details: what the value was made from, with units in the names.
+    details: the numbers behind the value, with units in their names.
   """
 
   name: str
@@ -50,9 +51,13 @@ class Measurement:
     return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-def ratio(name: str, what: str, over: Mapping[str, Sequence[float]], under: Mapping[str, Sequence[float]],
-          bound: float | None, *, at_least: bool = False) -> Measurement:
-  """The ratio of two sides that took turns; each is {name of its median in the details: seconds per turn}."""
+def ratio(
+    name: str, what: str, over: Mapping[str, Sequence[float]],
+    under: Mapping[str, Sequence[float]], bound: float | None, *, at_least: bool = False,
+) -> Measurement:
+  """The ratio of two sides that took turns; each is {name of its median in the details: seconds
+  per turn}.
+  """
   (over_name, over_turns), = over.items()
   (under_name, under_turns), = under.items()
   medians = {over_name: statistics.median(over_turns), under_name: statistics.median(under_turns)}

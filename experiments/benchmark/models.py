@@ -1,19 +1,24 @@
-"""The row "models": train step and inference of every family, against the peer and against plain Flax.
+"""The row "models": train step and inference of every family, against the peer and against plain
+Flax.
 
-Each side of a case is a process of its own (`jax_worker.py`, `torch_worker.py`), and only one of them works at a
-time: they take turns, so that what else the machine does falls on all. What is told of each side:
+Each side of a case is a process (`jax_worker.py`, `torch_worker.py`), and only one of them works at
+a time: they take turns, so that other load on the machine slows all. These are reported:
 
-- train, inference: seconds per step, the median of the turns. Training is the whole step: forward, cross-entropy
-  (of a detector its own loss, of speech CTC), backward, SGD with momentum; a language model's begins with the state
-  that the step before ended with. Inference waits for each batch; a detector's ends with what its heads give.
-- compile: seconds to trace, lower and compile the train step; an eager peer has nothing to compile.
-- first step: seconds from the start of building the network, with all imported, to the end of the first train step.
-- peak memory: the most that the process held beyond what it held with all imported, until it had compiled, trained
-  and inferred for one turn; with an accelerator, the most of its memory.
-- GFLOP/s of the train step: the operations of the network's definition, as `train/flops.py` counts them, over the
-  median. The machine's peak is that of a matrix product in float32, by JAX or by the peer, whichever is faster; it
-  has its turns among those of the case. Winograd's convolution needs fewer operations than the definition, so that a
-  network of 3x3 kernels may come near the peak, or above it.
+- train, inference: seconds per step, the median of the turns. Training is the whole step: forward,
+  cross-entropy (of a detector its own loss, of speech CTC), backward, SGD with momentum; a
+  language model's starts from the last state of the step before. Inference waits for each
+  batch; a detector's ends with what its heads give.
+- compile: seconds to trace, lower and compile the train step; an eager peer has nothing to
+  compile.
+- first step: seconds from the start of building the network, with all imported, to the end of the
+  first train step.
+- peak memory: the most that the process held beyond what it held with all imported, until it had
+  compiled, trained and inferred for one turn; with an accelerator, the most of its memory.
+- GFLOP/s of the train step: the operations of the network's definition, as `train/flops.py` counts
+  them, over the median. The machine's peak is that of a matrix product in float32, by JAX or by
+  the peer, whichever is faster; it has its turns among those of the case. Winograd's convolution
+  needs fewer operations than the definition, so that a network of 3x3 kernels may come near the
+  peak, or above it.
 """
 
 import contextlib
@@ -34,10 +39,10 @@ from experiments.benchmark import serve, torch_worker
 from experiments.benchmark.cases import CASES
 from experiments.benchmark.measurement import Measurement, Settings, ratio
 
-LABELS = {"train": "train step", "inference": "inference"}  # of the quantities
+LABELS = {"train": "train step", "inference": "inference"}  # the names of the quantities
 OURS, PLAIN = "dljax", "flax"
 LONGEST_WAIT = 1800.0  # seconds after which a side counts as hung
-PROBE_WAIT = 300.0  # seconds in which an interpreter must have imported its packages
+PROBE_WAIT = 300.0  # seconds that an interpreter may take to import its packages
 PAUSE = 0.25  # seconds between turns: the threads of OpenMP spin for up to 0.2 after their work
 HOW_TO_GET = ("python3 -m venv peers && peers/bin/pip install torch torchvision timm, "
               "then --peer_python=peers/bin/python")
@@ -47,10 +52,10 @@ PEER_WORKER = torch_worker.__file__
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-  """What there is to compare with.
+  """The packages to compare with.
 
   Attributes:
-    python: the interpreter that has it.
+    python: the interpreter that has them.
     found: package -> version.
     missing: package -> why it cannot be imported.
   """
@@ -60,17 +65,17 @@ class Peers:
   missing: Mapping[str, str]
 
   def describe(self) -> str:
-    """A line for each package, and how to get what is missing."""
+    """A line for each package, and how to install the missing ones."""
     lines = [f"peer {name} {version}, of {self.python}" for name, version in self.found.items()]
     lines += [f"peer {name}: not found ({why})" for name, why in self.missing.items()]
     return "\n".join(lines + ([f"to get them: {HOW_TO_GET}"] if self.missing else []))
 
 
 def find_peers(flag: str) -> Peers:
-  """Asks an interpreter what it has.
+  """Asks an interpreter for its packages.
 
   Args:
-    flag: of --peer_python; "" asks the interpreter that runs this.
+    flag: the value of --peer_python; "" asks the interpreter that runs this.
 
   Raises:
     UserError: what the flag names is no Python, or has no torch.
@@ -78,8 +83,8 @@ def find_peers(flag: str) -> Peers:
   python = flag or sys.executable
   mend = "name the interpreter of an environment that has torch, such as peers/bin/python"
   try:
-    done = subprocess.run([python, PEER_WORKER], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          timeout=PROBE_WAIT)
+    done = subprocess.run([python, PEER_WORKER], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=PROBE_WAIT)
     answer = json.loads(done.stdout.splitlines()[-1])
     peers = Peers(python, answer["found"], answer["missing"])
   except (OSError, subprocess.TimeoutExpired) as error:
@@ -95,25 +100,29 @@ def find_peers(flag: str) -> Peers:
 
 
 class Worker:
-  """One side of a case, in a process of its own; leaving the context ends it.
+  """One side of a case, in its own process, which ends with the context.
 
   Args:
-    name: of case and side, for errors.
-    command: starts it, without the JSON object.
+    name: the names of case and side, for errors.
+    command: the command that starts it, without the JSON object.
     job: the JSON object.
-    environment: its variables.
+    environment: its environment variables.
 
   Attributes:
-    facts: what it says of itself.
+    facts: its description of itself.
   """
 
-  def __init__(self, name: str, command: Sequence[str], job: Mapping[str, Any], environment: Mapping[str, str]):
+  def __init__(
+      self, name: str, command: Sequence[str], job: Mapping[str, Any],
+      environment: Mapping[str, str],
+  ):
     self._name = name
     self._stderr = tempfile.TemporaryFile()
-    # In a session of its own, so that Ctrl-C reaches this process alone, which then ends them all.
-    self._process = subprocess.Popen(
-        [*command, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0,
-        env=environment, start_new_session=True)
+    # The session is a new one, so that Ctrl-C reaches only this process, which then ends all
+    # others.
+    self._process = subprocess.Popen([*command, json.dumps(job)], stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0,
+                                     env=environment, start_new_session=True)
     try:
       self.facts = self._answer()
     except BaseException:
@@ -131,8 +140,8 @@ class Worker:
     self._stderr.close()
 
   def run(self, quantity: str) -> dict[str, Any]:
-    """One turn: {"seconds": of one step, "peak_bytes": so far}."""
-    with contextlib.suppress(BrokenPipeError):  # the missing answer tells it better
+    """Runs a turn: {"seconds": the time of one step, "peak_bytes": the peak so far}."""
+    with contextlib.suppress(BrokenPipeError):  # the missing answer gives a better message
       self._process.stdin.write(json.dumps(quantity).encode() + b"\n")
     return self._answer()
 
@@ -155,22 +164,25 @@ class Worker:
 
 
 def _last_words(text: str) -> str:
-  """The end of what a process wrote, as one line."""
+  """The end of a process's output, as one line."""
   words = " / ".join([" ".join(line.split()) for line in text.splitlines() if line.strip()][-3:])
   return words[-400:] or "none"
 
 
-def measure_models(settings: Settings, cases: Sequence[str], peers: Peers) -> tuple[list[Measurement], dict[str, Any]]:
-  """Train step and inference of every family, against the peer's eager mode and against plain Flax.
+def measure_models(
+    settings: Settings, cases: Sequence[str], peers: Peers,
+) -> tuple[list[Measurement], dict[str, Any]]:
+  """Train step and inference of every family, against the peer's eager mode and against plain
+  Flax.
 
   Args:
-    settings: how long.
+    settings: how long to measure.
     cases: keys of `CASES`.
-    peers: of `find_peers`. A case whose peer is missing is measured without it.
+    peers: the result of `find_peers`. A case whose peer is missing is measured without it.
 
   Returns:
-    The ratios, and all that they come from, JSON-able: "device" (ours), "threads" (of every side), "peers", and
-    "cases": for each what `_measure_case` gives.
+    The ratios, and all that they come from, JSON-able: "device" (ours), "threads" (of every side),
+    "peers", and "cases": for each what `_measure_case` gives.
 
   Raises:
     RunError: a side failed or hung, or is another network than ours.
@@ -183,8 +195,9 @@ def measure_models(settings: Settings, cases: Sequence[str], peers: Peers) -> tu
     layouts = len(CASES[case].layouts) * (CASES[case].peer in peers.found)
     sides, products = 2 + layouts, 1 + bool(layouts)
     turns += sides + settings.repeats * (len(LABELS) * sides + products)  # each is built first
-  # In a file each refresh is a line of its own.
-  with tqdm(total=turns, unit="turn", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30.0) as bar:
+  # In a file, each refresh would be a new line.
+  with tqdm(total=turns, unit="turn", dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 30.0) as bar:
     def tell(text: str) -> None:
       bar.set_description_str(text, refresh=False)
       bar.update(1)
@@ -193,12 +206,13 @@ def measure_models(settings: Settings, cases: Sequence[str], peers: Peers) -> tu
     results = {case: _measure_case(bench, case) for case in cases}
   found = [m for case, result in results.items() for m in compare(case, result)]
   device = results[cases[0]]["sides"][OURS]["device"]
-  return found, {"device": device, "threads": threads, "peers": dataclasses.asdict(peers), "cases": results}
+  return found, {"device": device, "threads": threads, "peers": dataclasses.asdict(peers),
+                 "cases": results}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bench:
-  """What all cases share: `tell` shows what is done next; the rest is as in `measure_models`."""
+  """The values that all cases share: `tell` shows the next turn; see `measure_models`."""
 
   settings: Settings
   peers: Peers
@@ -208,9 +222,9 @@ class _Bench:
   def start(self, case: str, side: str, command: Sequence[str], **job: Any) -> Worker:
     self.tell(f"{case}, {side}: building")
     count = str(self.threads)
-    environment = {
-        **os.environ, "NPROC": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count,
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # or the first side would take a GPU's memory from the others
+    # Or the first side would take a GPU's memory from the others.
+    environment = {**os.environ, "NPROC": count, "OMP_NUM_THREADS": count,
+                   "MKL_NUM_THREADS": count, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     job = {"case": case, "side": side, "turn_seconds": self.settings.turn_seconds, **job}
     return Worker(f"models: {case}, {side}", command, job, environment)
 
@@ -218,15 +232,18 @@ class _Bench:
     return self.start(case, side, OUR_WORKER)
 
   def peer(self, case: str, layout: str, ours: Mapping[str, Any]) -> Worker:
-    """`ours`: the facts of our side."""
+    """Takes `ours`, the facts of our side."""
     return self.start(
         case, f"torch {layout}", (self.peers.python, PEER_WORKER), family=CASES[case].family,
         layout=layout, threads=self.threads, accelerator=ours["platform"] != "cpu",
         batch=ours["batch"], classes=ours["classes"])
 
   def take_turns(self, case: str, workers: Mapping[str, Worker]) -> dict[str, Any]:
-    """Side -> its facts, "seconds" and "steps" (quantity -> of a step, and of a turn), "peak_bytes"."""
-    sides = {side: {**worker.facts, "seconds": {}, "steps": {}} for side, worker in workers.items()}
+    """Side -> its facts, "seconds" and "steps" (quantity -> of a step, and of a turn),
+    "peak_bytes".
+    """
+    sides = {side: {**worker.facts, "seconds": {}, "steps": {}}
+             for side, worker in workers.items()}
     peer = next((side for side in sides if side.startswith("torch ")), OURS)
     for turn in range(self.settings.repeats):
       for quantity in (*LABELS, "product"):
@@ -242,17 +259,18 @@ class _Bench:
 
 
 def _measure_case(bench: _Bench, name: str) -> dict[str, Any]:
-  """What was measured of a case.
+  """The measurements of a case.
 
   Returns:
-    "experiment" and "arguments" (as in `CASES`), "batch" (field -> shape), "train_flops" (of a step), "sides" (of
-    `take_turns`), "peak_flops_per_second" (the machine's).
+    "experiment" and "arguments" (as in `CASES`), "batch" (field -> shape), "train_flops" (of a
+    step), "sides" (of `take_turns`), "peak_flops_per_second" (the machine's).
   """
   case = CASES[name]
   with contextlib.ExitStack() as stack:
     workers = {OURS: stack.enter_context(bench.ours(name, OURS))}
     ours = workers[OURS].facts
-    if ours["platform"] != "tpu":  # which serves one process at a time; and our operators are the native ones there
+    # Which serves one process at a time; and our operators are the native ones there.
+    if ours["platform"] != "tpu":
       workers[PLAIN] = stack.enter_context(bench.ours(name, PLAIN))
     if case.peer in bench.peers.found:
       for layout in case.layouts:
@@ -262,7 +280,8 @@ def _measure_case(bench: _Bench, name: str) -> dict[str, Any]:
         raise RunError(f"models: {name}: {OURS} has {ours['parameters']:,} parameters and {side} "
                        f"{worker.facts['parameters']:,}: they are not the same network, and not compared")
     sides = bench.take_turns(name, workers)
-  products = [side["seconds"]["product"] for side in sides.values() if "product" in side["seconds"]]
+  products = [side["seconds"]["product"] for side in sides.values()
+              if "product" in side["seconds"]]
   return {"experiment": case.experiment, "arguments": case.arguments, "batch": ours["batch"],
           "train_flops": ours["train_flops"], "sides": sides,
           "peak_flops_per_second": 2 * serve.PRODUCT**3 / min(map(statistics.median, products))}
@@ -271,7 +290,7 @@ def _measure_case(bench: _Bench, name: str) -> dict[str, Any]:
 def compare(name: str, result: Mapping[str, Any]) -> list[Measurement]:
   """The ratios of a case; `result` is that of `_measure_case`.
 
-  Of the peer's layouts the one with the smaller median counts, for training and inference apart.
+  The peer's layout with the smaller median counts, separately for training and inference.
   """
   sides = result["sides"]
   pairs = [(quantity, peer_side(sides, quantity), CASES[name].bound) for quantity in LABELS]
@@ -279,7 +298,8 @@ def compare(name: str, result: Mapping[str, Any]) -> list[Measurement]:
   found = []
   for quantity, other, bound in pairs:
     if other in sides:
-      ours, others = ({f"{side} seconds".replace(" ", "_"): sides[side]["seconds"][quantity]} for side in (OURS, other))
+      ours, others = ({f"{side} seconds".replace(" ", "_"): sides[side]["seconds"][quantity]}
+                      for side in (OURS, other))
       on = f"{name}, {'x'.join(map(str, result['batch'][serve.input_field(result['batch'])]))}"
       found.append(ratio(on, f"{LABELS[quantity]}: {OURS} / {other}", ours, others, bound))
   return found
@@ -288,4 +308,5 @@ def compare(name: str, result: Mapping[str, Any]) -> list[Measurement]:
 def peer_side(sides: Mapping[str, Any], quantity: str) -> str | None:
   """The peer's faster layout, or None without a peer."""
   layouts = [side for side in sides if side.startswith("torch ")]
-  return min(layouts, key=lambda side: statistics.median(sides[side]["seconds"][quantity]), default=None)
+  return min(layouts, key=lambda side: statistics.median(sides[side]["seconds"][quantity]),
+             default=None)

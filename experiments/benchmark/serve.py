@@ -1,9 +1,9 @@
-"""What a worker of the row "models" does: build one side of a case, then take turns when it is told to.
+"""A worker of the row "models": it builds one side of a case, then takes turns on request.
 
-A worker's argument is one JSON object. It writes JSON lines: first the facts about what it built, then one answer to
-each line that it reads (the name of a quantity, such as "train"): {"seconds": of one step, "steps": that the turn had,
-"peak_bytes": so far}. It ends when there is nothing more to read. Between two turns it waits for a line, which costs
-no CPU.
+A worker's argument is one JSON object. It writes JSON lines: first the facts about what it built,
+then one answer to each line that it reads (the name of a quantity, such as "train"): {"seconds":
+of one step, "steps": their number in the turn, "peak_bytes": the peak so far}. It ends when there is nothing more
+to read. Between two turns it waits for a line, which costs no CPU.
 
 Imports the standard library only, as the peer's interpreter runs it too.
 """
@@ -20,11 +20,11 @@ from typing import Any
 Run = Callable[[int], float]  # steps -> seconds per step
 Describe = Callable[[], Mapping[str, Any]]
 
-# The same work on all sides. The rate is so small that the numbers stay what they are at the start: finite, and
-# none of them denormal, which would be slow on some sides.
+# All sides do the same work. The rate is so small that the numbers stay near their initial values:
+# finite, and none of them denormal, which would be slow on some sides.
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 PRODUCT = 2048  # rows and columns of the matrices whose product gives the machine's peak
-INPUTS = ("image", "features", "tokens")  # the first of these that a batch has is what the network reads
+INPUTS = ("image", "features", "tokens")  # the network reads the first of these in a batch
 
 
 def input_field(batch: Mapping[str, Any]) -> str:
@@ -34,15 +34,16 @@ def input_field(batch: Mapping[str, Any]) -> str:
 
 def serve(build: Callable[[Mapping[str, Any]], tuple[Describe, Mapping[str, Run]]],
           device_peak: Callable[[], int | None]) -> None:
-  """Runs a worker. Call it once all is imported: the time to the first step and the memory count from here.
+  """Runs a worker. Call it after all imports: time and memory are counted from here on.
 
   Args:
-    build: argument -> (gives the facts, quantity -> what runs steps of it, "train" among them).
-    device_peak: the most bytes that the accelerator held, or None where the work is on the CPU.
+    build: argument -> (a function that gives the facts, quantity -> a function that runs steps);
+      "train" is among the quantities.
+    device_peak: () -> the most bytes that the accelerator held, or None for a CPU.
   """
   spec = json.loads(sys.argv[1])
   answers = os.fdopen(os.dup(1), "w")
-  os.dup2(2, 1)  # what a library prints is no answer
+  os.dup2(2, 1)  # a library's output must not pass for an answer
   held = _process_bytes("VmRSS")
 
   def peak_bytes() -> int | None:
@@ -63,12 +64,14 @@ def serve(build: Callable[[Mapping[str, Any]], tuple[Describe, Mapping[str, Run]
     run = runs[quantity]
     if quantity not in steps:
       steps[quantity] = steps_of_a_turn(run, spec["turn_seconds"])
-    run(1)  # gets back the memory that the system took while the other sides ran: seconds, on a virtual machine
+    # The system took memory away while the other sides ran. On a virtual machine it takes seconds
+    # to get it back.
+    run(1)
     say({"seconds": run(steps[quantity]), "steps": steps[quantity], "peak_bytes": peak_bytes()})
 
 
 def steps_of_a_turn(run: Run, seconds: float) -> int:
-  """How many steps take about `seconds`; at least one."""
+  """The number of steps that take about `seconds`; at least one."""
   run(1)  # the first step may be slower
   steps = 1
   while (taken := steps * run(steps)) < seconds / 4:
@@ -77,7 +80,7 @@ def steps_of_a_turn(run: Run, seconds: float) -> int:
 
 
 def _process_bytes(field: str) -> int | None:
-  """A field of /proc/self/status ("VmHWM" is the most that was held), where there is one."""
+  """A field of /proc/self/status, if there is one; "VmHWM" is the peak of the memory held."""
   try:
     with open("/proc/self/status", encoding="ascii") as status:
       return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status.read())[1])

@@ -1,4 +1,4 @@
-"""The row "sharding": what devices send each other for one block of a vision transformer.
+"""The row "sharding": the bytes that devices exchange for one block of a vision transformer.
 
 The numbers are read from programs compiled for TPUs that need not be there, so that they are the
 same on every machine. A block's share is (the bytes of a network of 4 blocks - those of one of 2)
@@ -20,8 +20,7 @@ from experiments.benchmark.measurement import Measurement, Settings
 
 MACHINE = "v5e:4x4"
 LAYERS = (2, 4)
-# A TPU scatters sums by a ring of permutations, which it overlaps with the product that they are
-# of.
+# A TPU scatters sums by a ring of permutations, which overlaps with the product that it sums.
 SCATTERS = ("reduce-scatter", "collective-permute")
 _MIB = 2**20
 
@@ -30,10 +29,10 @@ def measure_sharding(
     settings: Settings, variant: str = "vit_l16", machine: str = MACHINE,
     both: str = "fsdp:4,tensor:4", fsdp: str = "fsdp:16", layers: Sequence[int] = LAYERS,
 ) -> list[Measurement]:
-  """Bytes that collectives move for a block of ViT-L/16 on sixteen TPUs, as compiled.
+  """The bytes that collectives move for a block of ViT-L/16 on sixteen TPUs, as compiled.
 
   Args:
-    settings: without effect; nothing is timed.
+    settings: the settings, without effect because nothing is timed.
     variant: a key of `vit.VARIANTS`.
     machine: a key of `topology.TOPOLOGIES`.
     both, fsdp: meshes, with and without devices on `tensor`.
@@ -68,7 +67,8 @@ def _of_a_block(
     experiment: Experiment, machine: str, devices: Sequence[Any], mesh: str,
     layers: Sequence[int],
 ) -> tuple[Mapping[str, float], int]:
-  """For a block: (kind of collective -> bytes on a device, bytes of the gradient that fsdp splits)."""
+  """(kind of collective -> bytes on a device, bytes of the gradient that fsdp splits) of a block.
+  """
   sizes, model = [], experiment.task.model
   options = RunOptions(mesh=parallel.parse_mesh(mesh))
   for count in layers:

@@ -1,4 +1,4 @@
-"""What was measured, for a terminal and as a picture."""
+"""The measurements as tables for a terminal, and as a picture."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from experiments.benchmark.models import LABELS, OURS, peer_side
 
 
 def render(report: Mapping[str, Any]) -> list[Any]:
-  """The tables of what `measure` gives, for a `rich` console."""
+  """The tables of the result of `measure`, for a `rich` console."""
   return [_verdicts(report), *([_sides(report["models"])] if "models" in report else [])]
 
 
@@ -30,7 +30,8 @@ def _verdicts(report: Mapping[str, Any]) -> Any:
 
 def _sides(models: Mapping[str, Any]) -> Any:
   peaks = [result["peak_flops_per_second"] / 1e9 for result in models["cases"].values()]
-  peers = ", ".join(f"{name} {version}" for name, version in models["peers"]["found"].items()) or "no peer"
+  peers = ", ".join(f"{name} {version}"
+                    for name, version in models["peers"]["found"].items()) or "no peer"
   table = _table(
       f"models: threads of each side: {models['threads']}; {peers}; a matrix product in float32 runs at "
       f"{min(peaks):.0f} to {max(peaks):.0f} GFLOP/s",
@@ -42,10 +43,10 @@ def _sides(models: Mapping[str, Any]) -> Any:
       train, inference = (facts["seconds"][quantity] for quantity in LABELS)
       speed, peak = result["train_flops"] / statistics.median(train), result["peak_flops_per_second"]
       compiled, held = facts.get("compile_seconds"), facts["peak_bytes"]
-      table.add_row(
-          "" if i else case, side, _milliseconds(train), _milliseconds(inference),
-          "-" if compiled is None else f"{compiled:.1f}", f"{facts['first_step_seconds']:.1f}",
-          "-" if held is None else f"{held / 1e6:.0f}", f"{speed / 1e9:.1f}", f"{speed / peak:.0%}")
+      table.add_row("" if i else case, side, _milliseconds(train), _milliseconds(inference),
+                    "-" if compiled is None else f"{compiled:.1f}",
+                    f"{facts['first_step_seconds']:.1f}", "-" if held is None
+                    else f"{held / 1e6:.0f}", f"{speed / 1e9:.1f}", f"{speed / peak:.0%}")
   return table
 
 
@@ -67,10 +68,12 @@ def _milliseconds(turns: Sequence[float]) -> str:
 
 
 def draw(models: Mapping[str, Any]) -> Any:
-  """Each side's time for each case, as a multiple of the faster of the peer's layouts, or of ours without a peer.
+  """Draws each side's time for each case, as a multiple of the peer's faster layout.
+
+  Without a peer, it is a multiple of our time.
 
   Args:
-    models: of `measure_models`.
+    models: the result of `measure_models`.
 
   Returns:
     A `matplotlib.figure.Figure`.

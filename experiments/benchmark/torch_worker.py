@@ -1,4 +1,4 @@
-"""The peer's side of the row "models", run by the peer's interpreter, which needs nothing of ours.
+"""The peer's side of the row "models". The peer's interpreter runs it, without our packages.
 
   PYTHON torch_worker.py               prints the packages that it finds
   PYTHON torch_worker.py JSON          one side of a case: see `serve.py`
@@ -15,19 +15,20 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-  # In place of this folder, whose files have names like those of other packages' parts; and for no longer, as our
-  # packages may be for another Python.
+  # In place of this folder, whose files have names like those of other packages' parts; and for no
+  # longer, as our packages may be for another Python.
   sys.path[0] = str(Path(__file__).resolve().parents[2])
   from experiments.benchmark import peers, serve
   del sys.path[0]
 
 
 def _random_batch(shapes, classes):
-  """As our side's `random_batch`, with the images' channels first."""
+  """A batch like that of our side's `random_batch`, with the images' channels first."""
   import torch
 
   if "image" not in shapes:
-    batch = {name: torch.randint(1, classes, shapes[name]) for name in ("tokens", "targets") if name in shapes}
+    batch = {name: torch.randint(1, classes, shapes[name]) for name in ("tokens", "targets")
+             if name in shapes}
     if "features" in shapes:
       batch["features"] = torch.randn(shapes["features"])
       for name, field in (("length", "features"), ("token_length", "tokens")):
@@ -39,7 +40,9 @@ def _random_batch(shapes, classes):
     if name in shapes:
       batch[name] = torch.randint(classes, shapes[name])
   if "boxes" in shapes:
-    corner, size = (torch.tensor([width, height]) * (least + extent * torch.rand(*shapes["boxes"][:-1], 2))
+    corner, size = (torch.tensor([width, height]) * (least
+                                                     + extent * torch.rand(*shapes["boxes"][:-1],
+                                                                           2))
                     for least, extent in ((0, 0.6), (0.1, 0.3)))
     batch["boxes"] = torch.cat([corner, corner + size], -1)
   return batch
@@ -57,7 +60,8 @@ def _build(spec):
   wait = torch.cuda.synchronize if cuda else lambda: None
   torch.manual_seed(0)
 
-  layout = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[spec["layout"]]
+  layout = {"contiguous": torch.contiguous_format,
+            "channels_last": torch.channels_last}[spec["layout"]]
   networks = importlib.import_module(f"experiments.benchmark.peers.{spec['family']}").NETWORKS
   model = networks[spec["case"]](spec["classes"]).to(device, memory_format=layout)
   batch = {name: x.to(device) for name, x in _random_batch(spec["batch"], spec["classes"]).items()}
@@ -71,7 +75,9 @@ def _build(spec):
   def train_step():
     nonlocal loss
     optimizer.zero_grad()
-    loss = model.loss(batch) if hasattr(model, "loss") else torch.nn.functional.cross_entropy(model(x), label)
+    loss = model.loss(batch) if hasattr(model,
+                                        "loss") else torch.nn.functional.cross_entropy(model(x),
+                                                                                       label)
     loss.backward()
     optimizer.step()
 

@@ -84,9 +84,9 @@ def test_a_recurrent_networks_weights_come_back_bit_for_bit(cell, form):
     np.testing.assert_array_equal(back[name].view(np.uint32), tensor.view(np.uint32), err_msg=name)
 
 
-# Each cell in two of the three forms in the quick tests, of which those of two layers have lengths.
-QUICK = {("tanh", "1"), ("tanh", "2"), ("relu", "1"), ("relu", "2"), ("lstm", "1"), ("lstm", "2_bidirectional"),
-         ("gru", "1"), ("gru", "2_bidirectional")}
+# Each cell with one layer and with two in the quick tests, the latter with lengths; two cells in both directions.
+QUICK = {*((cell, form) for cell in CELLS for form in ("1", "2")),
+         ("lstm", "2_bidirectional"), ("gru", "2_bidirectional")}
 
 
 @pytest.mark.parametrize("cell, form", [

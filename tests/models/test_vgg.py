@@ -132,7 +132,8 @@ def test_initialisation_is_torchvisions(hidden_width, deviation):
   @jax.jit
   def init(key):
     params = model.init(key, _images(8))["params"]
-    del params["fc2"]["kernel"]  # the largest by far, and drawn as that of fc1
+    if hidden_width == 4096:
+      del params["fc2"]["kernel"]  # the largest by far; at the other width it is there
     return params
 
   params = init(jax.random.key(0))
@@ -142,6 +143,8 @@ def test_initialisation_is_torchvisions(hidden_width, deviation):
       np.testing.assert_array_equal(layer["scale"], 1)
   np.testing.assert_allclose(np.std(params["stage3_conv1"]["kernel"]), np.sqrt(2 / (9 * 128)), rtol=0.02)
   np.testing.assert_allclose(np.std(params["fc1"]["kernel"]), deviation, rtol=0.02)
+  if hidden_width != 4096:  # 4,096 draws, whose deviation is known to a hundredth
+    np.testing.assert_allclose(np.std(params["fc2"]["kernel"]), deviation, rtol=0.04)
 
 
 def test_units_are_dropped_in_training_only():

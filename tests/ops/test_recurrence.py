@@ -234,7 +234,8 @@ def test_rounds_of_several_steps_are_those_steps(steps, reverse):
 
 
 @pytest.mark.parametrize("cell, norm", [
-    ("tanh", True), ("lstm", False), *(pytest.param(cell, True, marks=slow) for cell in CELLS if cell != "tanh")])
+    ("tanh", True), ("lstm", False), ("lstm", True), *(
+        pytest.param(cell, True, marks=slow) for cell in CELLS if cell not in ("tanh", "lstm"))])
 def test_second_derivatives_and_forward_mode(cell, norm):
   with jax.enable_x64(True):
     inputs, length = _inputs(cell, steps=4, norm=norm, dtype=np.float64), np.array([4, 2, 3])

@@ -15,7 +15,6 @@ from dljax.data import sources
 from dljax.errors import UserError
 from dljax.models import resnet
 from dljax.models import retinanet as models
-from dljax.recipes import object_detection
 from dljax.tasks import detection
 from dljax.train.experiment import Inputs, Request
 from dljax.train.state import parameter_count

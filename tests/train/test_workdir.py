@@ -60,7 +60,7 @@ def test_differences_are_named_field_by_field(begun):
   assert "batch_size is 128 there and 64 here" in message
   assert "optimizer.learning_rate is 0.001 there and 0.5 here" in message
   assert "total_steps" not in message
-  assert str(begun.path) in message and "afresh" in message and "\n" not in message
+  assert str(begun.path) in message and "start again" in message and "\n" not in message
 
 
 def test_a_field_that_one_of_the_two_lacks_is_a_difference(begun):

@@ -1,4 +1,5 @@
-"""One file a family, of the name of its model file, with its tensors' names in every source that has it.
+"""One file a family, of the name of its model file, with its tensors' names in every source that
+has it.
 
 `TABLES` is source -> class of `dljax/models/x.py` -> a `Table`, or where the names depend on the
 model's sizes, what makes one for a model. `CONFIGS` is source -> what makes the model from the

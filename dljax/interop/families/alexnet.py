@@ -15,7 +15,8 @@ def _torchvision(model: alexnet.AlexNet) -> Table:
   rules = []
   for number, place in enumerate((0, 3, 6, 8, 10), start=1):
     rules += layer(f"conv{number}", f"features.{place}", CONV)
-  rules += layer("fc6", "classifier.1", flattened(model.width(5), model.pooled_size, model.pooled_size))
+  rules += layer("fc6", "classifier.1",
+                 flattened(model.width(5), model.pooled_size, model.pooled_size))
   rules += layer("fc7", "classifier.4", LINEAR) + layer("head", "classifier.6", LINEAR)
   return Table(rules, inputs=image(model.smallest_image, "features.0.weight"))
 

@@ -24,12 +24,14 @@ def _torchvision(model: efficientnet.EfficientNet) -> Table:
         rules += layer(ours + "excite", f"{theirs}.{place}.fc2", _POINTWISE)
   rules += _normalised("head", f"features.{len(model.stages) + 1}")
   rules += layer("head", "classifier.1", LINEAR)
-  return Table(rules, inputs=image(32, "features.0.0.weight"), no_weight=r".*\.num_batches_tracked")
+  return Table(rules, inputs=image(32, "features.0.0.weight"),
+               no_weight=r".*\.num_batches_tracked")
 
 
 def _normalised(path: str, name: str) -> list[Rule]:
   """The rules of a convolution without bias and its BatchNorm."""
-  return [(f"params/{path}_conv/kernel", f"{name}.0.weight", CONV), *batch_norm(f"{path}_norm", f"{name}.1")]
+  return [(f"params/{path}_conv/kernel", f"{name}.0.weight", CONV),
+          *batch_norm(f"{path}_norm", f"{name}.1")]
 
 
 TABLES = {"torchvision": {efficientnet.EfficientNet: _torchvision}}

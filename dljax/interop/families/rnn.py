@@ -17,17 +17,18 @@ from dljax.models import rnn
 
 
 def cells(path: str, name: str) -> list[Rule]:
-  """The rules of a `Stack` at our `path` and the source's `name`, which end in their separators."""
+  """The rules of a `Stack` at our `path` and the source's `name`, which end in their separators.
+  """
   return [
       (rf"params/{path}(l\d+(?:_reverse)?)/weight_(ih|hh)", rf"{name}weight_\2_\1", LINEAR),
       (rf"params/{path}(l\d+(?:_reverse)?)/bias_(ih|hh)", rf"{name}bias_\2_\1", SAME),
   ]
 
 
-STACK = Table(
-    rules=cells("", ""),
-    inputs=lambda tensors: (jax.ShapeDtypeStruct((1, 1, columns(tensors, "weight_ih_l0")), np.float32),),
-)
+STACK = Table(rules=cells("", ""),
+              inputs=lambda tensors: (jax.ShapeDtypeStruct((1, 1,
+                                                            columns(tensors, "weight_ih_l0")),
+                                                           np.float32),),)
 
 
 def _language_model(model: rnn.LanguageModel) -> Table:
@@ -65,4 +66,5 @@ def _forecaster(model: rnn.Forecaster) -> Table:
   )
 
 
-TABLES = {"torch": {rnn.Stack: STACK, rnn.LanguageModel: _language_model, rnn.Forecaster: _forecaster}}
+TABLES = {"torch": {rnn.Stack: STACK, rnn.LanguageModel: _language_model,
+                    rnn.Forecaster: _forecaster}}

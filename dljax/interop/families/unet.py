@@ -7,7 +7,8 @@ torch: a `torch.nn.Module` with our layers' names: `down1.conv1`, `down1.norm1`,
 from dljax.interop.table import CONV, SAME, Layout, Table, batch_norm, image
 from dljax.models import unet
 
-UPCONV = Layout(lambda x: x.transpose(2, 3, 0, 1), lambda x: x.transpose(2, 3, 0, 1))  # IOHW <-> HWIO
+# IOHW <-> HWIO.
+UPCONV = Layout(lambda x: x.transpose(2, 3, 0, 1), lambda x: x.transpose(2, 3, 0, 1))
 
 
 def _torch(model: unet.UNet) -> Table:

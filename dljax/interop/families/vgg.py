@@ -19,9 +19,11 @@ def _torchvision(model: vgg.VGG) -> Table:
       place += 2  # and an activation
     if stage <= model.num_pools:
       place += 1
-  rules += layer("fc1", "classifier.0", flattened(model.width(stage), model.pooled_size, model.pooled_size))
+  rules += layer("fc1", "classifier.0",
+                 flattened(model.width(stage), model.pooled_size, model.pooled_size))
   rules += layer("fc2", "classifier.3", LINEAR) + layer("head", "classifier.6", LINEAR)
-  return Table(rules, inputs=image(2**model.num_pools, "features.0.weight"), no_weight=r".*\.num_batches_tracked")
+  return Table(rules, inputs=image(2**model.num_pools, "features.0.weight"),
+               no_weight=r".*\.num_batches_tracked")
 
 
 TABLES = {"torchvision": {vgg.VGG: _torchvision}}

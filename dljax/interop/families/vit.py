@@ -36,7 +36,8 @@ def _torchvision(model: vit.ViT) -> Table:
       ("params/norm/bias", "encoder.ln.bias", SAME),
       *layer("head", "heads.head", LINEAR),
   ]
-  return Table(rules, inputs=patches(model.patch_size, "conv_proj.weight", "encoder.pos_embedding"))
+  return Table(rules,
+               inputs=patches(model.patch_size, "conv_proj.weight", "encoder.pos_embedding"))
 
 
 def _timm(model: vit.ViT) -> Table:

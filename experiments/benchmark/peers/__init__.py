@@ -1,8 +1,8 @@
-"""The networks that the row "models" compares ours with, in PyTorch, and the packages that they need.
+"""The PyTorch networks that the row "models" compares ours with, and the packages that they need.
 
-One file a family, named as ours is, with a table NETWORKS: a case's name -> (number of classes ->
-module). The peer's interpreter imports the file of one case's family; it needs nothing of ours. A
-module may have a method `loss(batch)`; without one its loss is the cross-entropy of its output.
+Each family has a file, named as ours, with a table NETWORKS: a case's name -> (number of classes
+-> module). The peer's interpreter imports the file of one case's family, without our packages. A
+module may have a method `loss(batch)`; otherwise its loss is the cross-entropy of its output.
 """
 
 import importlib
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "torchvision", "timm")
 
 
 def import_torchvision():
-  """torchvision, also where its compiled operators are for another torch: no network here needs them."""
+  """torchvision, even if its compiled operators are for another torch: no network needs them."""
   try:
     return importlib.import_module("torchvision")
   except RuntimeError as error:
@@ -32,7 +32,9 @@ def import_torchvision():
 
 
 def import_package(name):
-  """A package of `PACKAGES`; timm, where it is, imports torchvision itself, which therefore comes first."""
+  """A package of `PACKAGES`; timm, where it is, imports torchvision itself, which therefore comes
+  first.
+  """
   if name == "torchvision" or name == "timm" and importlib.util.find_spec(name):
     import_torchvision()
   return importlib.import_module(name)
@@ -45,6 +47,6 @@ def find_packages():
     try:
       module = import_package(name)
       found[name] = module.__version__
-    except Exception as error:  # a package that is broken is as good as none
+    except Exception as error:  # a broken package counts as missing
       missing[name] = " ".join(f"{error}".split()) or type(error).__name__
   return {"found": found, "missing": missing}

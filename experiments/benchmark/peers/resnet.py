@@ -8,7 +8,7 @@ torchvision = import_torchvision()
 
 
 def _resnet18(classes):
-  """With the stem for small images."""
+  """torchvision's ResNet-18 with the stem for small images."""
   model = torchvision.models.resnet18(num_classes=classes)
   model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
   return model
@@ -18,4 +18,5 @@ def _resnet50(classes):
   return torchvision.models.resnet50(num_classes=classes)
 
 
-NETWORKS = {"resnet18": _resnet18, "resnet50": _resnet50}  # by the case's name: number of classes -> module
+# By the case's name: number of classes -> module.
+NETWORKS = {"resnet18": _resnet18, "resnet50": _resnet50}

@@ -6,19 +6,22 @@ from experiments.benchmark.peers import import_torchvision
 
 torchvision = import_torchvision()
 
-from torchvision.models.detection import retinanet  # pylint: disable=g-import-not-at-top,wrong-import-position
+# Pylint: disable=g-import-not-at-top,wrong-import-position.
+from torchvision.models.detection import retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.resnet import BasicBlock
 
 
 def _retinanet(classes):
-  """torchvision's RetinaNet on a small ResNet of its blocks, with a pyramid and heads of its own."""
+  """torchvision's RetinaNet on a small ResNet of its blocks, with a pyramid and heads of its own.
+  """
 
   def stage(inside, outside, stride):
     if stride == 1:
       return BasicBlock(inside, outside)
-    shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+    shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False),
+                             nn.BatchNorm2d(outside))
     return BasicBlock(inside, outside, stride, shortcut)
 
   class Backbone(nn.Module):
@@ -26,9 +29,8 @@ def _retinanet(classes):
 
     def __init__(self):
       super().__init__()
-      self.stem = nn.Sequential(
-          nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), stage(16, 16, 1),
-          stage(16, 32, 2))
+      self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16),
+                                nn.ReLU(inplace=True), stage(16, 16, 1), stage(16, 32, 2))
       self.stages = nn.ModuleList([stage(32, 64, 2), stage(64, 128, 2), stage(128, 256, 2)])
       self.pyramid = torchvision.ops.FeaturePyramidNetwork([64, 128, 256], self.out_channels)
 
@@ -54,8 +56,10 @@ def _retinanet(classes):
     def loss(self, batch):
       image = batch["image"]
       levels = list(self.net.backbone(image).values())
-      anchors = self.net.anchor_generator(ImageList(image, [image.shape[-2:]] * len(image)), levels)
-      targets = [{"boxes": boxes, "labels": labels} for boxes, labels in zip(batch["boxes"], batch["box_label"])]
+      anchors = self.net.anchor_generator(ImageList(image, [image.shape[-2:]] * len(image)),
+                                          levels)
+      targets = [{"boxes": boxes, "labels": labels}
+                 for boxes, labels in zip(batch["boxes"], batch["box_label"])]
       return sum(self.net.compute_loss(targets, self.net.head(levels), anchors).values())
 
   return Detector()

@@ -4,7 +4,7 @@ from torch import nn
 
 
 def _language_model(classes, cell, width=256):
-  """Two layers, time first, which torch prefers; the state goes on from step to step."""
+  """Two layers, with time first, which torch prefers; each step continues from the last state."""
 
   class LanguageModel(nn.Module):
 
@@ -21,7 +21,8 @@ def _language_model(classes, cell, width=256):
     def loss(self, batch):
       x, carry = self.rnn(self.embedding(batch["tokens"].T), self.carry)
       self.carry = carry.detach() if cell == "GRU" else tuple(state.detach() for state in carry)
-      return nn.functional.cross_entropy(self.decoder(x).flatten(0, 1), batch["targets"].T.flatten())
+      return nn.functional.cross_entropy(self.decoder(x).flatten(0, 1),
+                                         batch["targets"].T.flatten())
 
   return LanguageModel()
 

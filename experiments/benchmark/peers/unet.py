@@ -5,12 +5,13 @@ from torch import nn
 
 
 def _unet(classes, width=16, pools=3):
-  """With padding and batch normalisation, for images of one channel."""
+  """A U-Net with padding and batch normalisation, for images of one channel."""
 
   def block(channels, width):
     layers = []
     for channels in (channels, width):
-      layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+      layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+                 nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
   class UNet(nn.Module):
