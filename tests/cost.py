@@ -2,8 +2,9 @@
 
 A test costs what its process and the processes it started and waited for have used, fixtures included; a fixture
 shared by several tests counts for the first that asks for it. Workers send each cost with the report of the test's
-teardown, and what they used in all when they finish. A family has a share, so that there is room for twenty; with
-CI=true, who takes twice as much fails the run, and so does a quick suite that is too dear in all.
+teardown, and what they used in all when they finish. A family has a share, so that there is room for twenty. With
+CI=true a family whose quick tests take twice their share fails the run, and so does a quick suite that is too dear in
+all. A share of slow tests that is too large is only reported: several families are above it.
 """
 
 import collections
@@ -79,7 +80,9 @@ def over(table: Mapping[str, Mapping[str, float]], times: float = 1.0) -> list[s
 
 def refusals(costs: Sequence[Cost], quick: float, families: Sequence[str] = FAMILIES) -> list[str]:
   """Why a run in CI fails although its tests pass; `quick` are the quick suite's CPU-seconds in all."""
-  lines = over(by_family(costs, families), times=2)
+  table = {name: {"quick": seconds.get("quick", 0)}
+           for name, seconds in by_family(costs, families).items()}
+  lines = over(table, times=2)
   if quick > QUICK_IN_ALL:
     lines.append(f"the quick suite: {quick:.1f} CPU-seconds; at most {QUICK_IN_ALL:g}")
   return lines

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cost import Cost, Plugin, by_family, by_file, carries, over, refusals
+from tests.cost import Cost, by_family, by_file, carries, over, refusals
 
 COSTS = [
     Cost("tests/models/test_vit.py::test_a", "quick", 20.0),
@@ -39,6 +39,8 @@ def test_who_takes_more_than_a_share_is_named_and_twice_as_much_is_refused():
   assert not refusals(COSTS, 1000.0, FAMILIES)
   more = [*COSTS, Cost("tests/test_launch.py::test_vit", "quick", 24.1)]
   assert refusals(more, 1000.0, FAMILIES) == ["vit: 50.1 quick CPU-seconds; at most 50"]
+  slow = [*COSTS, Cost("tests/test_experiments.py::test_b[vit-digits]", "slow", 500.0)]
+  assert not refusals(slow, 1000.0, FAMILIES), "slow tests are only reported"
   assert refusals(COSTS, 1000.1, FAMILIES) == ["the quick suite: 1000.1 CPU-seconds; at most 1000"]
 
 

@@ -478,7 +478,9 @@ def test_a_preset_trains_on_a_set_of_its_name(family, preset, tmp_path, monkeypa
 def test_a_preset_learns_from_its_real_set(family, preset, tmp_path):
   if not (SHARED / preset).is_dir():
     pytest.skip(f"{preset} is not prepared in {SHARED}")
-  steps, batch_size = {"resnet": (30, 32), "efficientnet": (60, 32), "vit": (80, 64)}.get(family, (30, 128))
+  steps, batch_size = {
+      "mlp": (30, 128), "lenet": (30, 128), "rnn": (30, 128), "efficientnet": (40, 32), "vit": (80, 64),
+  }.get(family, (30, 32))
   outcome = run(
       EXPERIMENTS[family], f"--preset={preset}", f"--data_dir={SHARED}", f"--workdir={tmp_path / 'run'}",
       f"--config.total_steps={steps}", f"--config.batch_size={batch_size}", "--config.log_every=5",

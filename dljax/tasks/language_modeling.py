@@ -119,12 +119,17 @@ class LanguageModeling(TaskBase):
           rest, batch["tokens"], cache=variables.get(CARRY), length=batch["length"], train=False)
       return {"nats": _nats(out["logits"].astype(jnp.float32), batch["targets"])}
     text = self.start(variables, batch)
-    tokens, _ = self.advance(variables, text, rng, self.sampling.max_new_tokens)
+    tokens, _ = self.advance(variables, text, rng, self.max_new_tokens)
     return {"tokens": tokens}
+
+  @property
+  def max_new_tokens(self) -> int:
+    """The number of tokens that a generated text has, at most."""
+    return self.sampling.max_new_tokens
 
   def start(self, variables: Variables, batch: Batch) -> PyTree:
     """Reads the prompts of `predict`; see `decoding.start`."""
-    return decoding.start(self.model, variables, batch, self.sampling.max_new_tokens)
+    return decoding.start(self.model, variables, batch, self.max_new_tokens)
 
   def advance(
       self, variables: Variables, text: PyTree, rng: Array, count: int,

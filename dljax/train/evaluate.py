@@ -1,4 +1,4 @@
-"""One pass over a split: summed metrics, and predictions for the metrics of whole sets."""
+"""A pass over a split: its summed metrics, and predictions for the metrics of whole sets."""
 
 import collections
 import contextlib
@@ -20,7 +20,7 @@ from dljax.train.experiment import Experiment
 from dljax.train.program import Program
 from dljax.train.state import TrainState, join_carry, split_carry
 
-CHUNK = 8  # tokens that `generate` writes at once
+CHUNK = 8  # tokens that `generate` yields at once
 
 
 class Evaluator:
@@ -48,27 +48,33 @@ class Evaluator:
         for predictions in (False, True)
     }
 
-  def sums(self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str) -> dict[str, float]:
-    """The metrics that `Task.summarize` makes of the split's sums."""
+  def sums(
+      self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str,
+  ) -> dict[str, float]:
+    """Returns the metrics that `Task.summarize` computes from the split's sums."""
     sums: dict[str, Any] = {}
-    with contextlib.closing(self._batches(variables, rng, pipeline, name, sums, predictions=False)) as batches:
+    with contextlib.closing(self._batches(variables, rng, pipeline, name, sums,
+                                          predictions=False)) as batches:
       for _ in batches:
         pass
     return dict(self._task.summarize(sums))
 
   def metric_names(self, variables: Mapping[str, Any], rng: Any, pipeline: Pipeline) -> list[str]:
-    """What `sums` would give, found by tracing alone."""
+    """Returns the names of the metrics that `sums` would give, by tracing alone."""
     batch = {k: v for k, v in pipeline.batch(0).items() if not k.startswith(parallel.HOST)}
     variables = join_carry(variables, self._carry(variables, batch))
-    sums, *_ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng, batch, {})
+    sums, *_ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng,
+                              batch, {})
     return list(self._task.summarize(jax.tree.map(lambda x: np.zeros(x.shape), sums)))
 
   def full(
-      self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str, assets: Mapping[str, Any],
+      self, variables: Mapping[str, Any], rng: jax.Array, pipeline: Pipeline, name: str,
+      assets: Mapping[str, Any],
   ) -> Findings:
-    """The findings about the split; all its metrics, summed ones included.
+    """Returns the findings about the split, with all its metrics, the summed ones included.
 
-    Where the pipeline has a sample, the findings are about the sample, and the summed metrics about all.
+    If the pipeline has a sample, the findings are about the sample; the summed metrics are always
+    about all examples.
     """
     sums: dict[str, Any] = {}
     whole, sampled = range(pipeline.num_batches), pipeline.num_sample_batches
@@ -76,29 +82,33 @@ class Evaluator:
     batches = self._batches(variables, rng, pipeline, name, sums, predictions=True, steps=first)
     with contextlib.closing(batches) as rows:
       found = self._task.evaluate(rows, sums, assets)
-      for _ in rows:  # a task need not look at every row
+      for _ in rows:  # a task may have ignored the last rows
         pass
     if sampled:
-      rest = self._batches(variables, rng, pipeline, name, sums, predictions=False, steps=whole[sampled:])
+      rest = self._batches(variables, rng, pipeline, name, sums, predictions=False,
+                           steps=whole[sampled:])
       collections.deque(rest, maxlen=0)
     return dataclasses.replace(found, metrics={**self._task.summarize(sums), **found.metrics})
 
   def _batches(
-      self, variables, rng, pipeline: Pipeline, name: str, sums: dict[str, Any], *, predictions: bool,
-      steps: range | None = None,
+      self, variables, rng, pipeline: Pipeline, name: str, sums: dict[str, Any], *,
+      predictions: bool, steps: range | None = None,
   ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Runs the split, or the batches `steps` of it; adds to `sums`, in float64; yields (predictions, host batch) without padding.
+    """Runs the split, or its batches `steps`, and yields (predictions, host batch) without padding.
 
-    A recurrent carry begins as zeros, whatever training has left in it, and goes from batch to batch.
+    It adds to `sums`, in float64. A recurrent carry starts as zeros, whatever training has left in
+    it, and is passed from batch to batch.
     """
     carry = None
     context = self._context(variables, rng) if predictions else {}
-    load = lambda i: (batch := pipeline.batch(i), parallel.put_batch(batch, self._mode, self._mesh))
+    load = lambda i: (batch := pipeline.batch(i),
+                      parallel.put_batch(batch, self._mode, self._mesh))
     steps = range(pipeline.num_batches) if steps is None else steps
     with contextlib.closing(prefetch(load, steps)) as batches:
       for batch, on_device in metrics.progress(batches, f"evaluate {name}", len(steps)):
         if carry is None:
-          carry = parallel.zero_rows(self._carry(variables, batch, jax.process_count()), self._mesh)
+          carry = parallel.zero_rows(self._carry(variables, batch, jax.process_count()),
+                                     self._mesh)
         new, predicted, carry = self._steps[predictions](
             join_carry(variables, carry), rng, on_device, context)
         new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
@@ -106,17 +116,21 @@ class Evaluator:
           sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
         if predictions:
           rows = parallel.rows_to_host(predicted, self._mode)
-          host = parallel.gather_hosts(
-              {k: v for k, v in batch.items() if k.startswith(parallel.HOST) or k in (*self._task.evaluate_reads, "mask")})
+          host = parallel.gather_hosts({k: v for k, v in batch.items()
+                                        if k.startswith(parallel.HOST)
+                                        or k in (*self._task.evaluate_reads, "mask")})
           real = np.asarray(host["mask"]) > 0
           yield jax.tree.map(lambda x: x[real], (rows, host))
 
   def _carry(self, variables, batch: Mapping[str, Any], hosts: int = 1) -> dict[str, Any]:
-    """The specification of the carry for a batch with `hosts` times the rows of `batch`: {"carry": ...}, or {}."""
+    """Returns the carry's specification, {"carry": ...}, or {} if the task has none.
+
+    It has `hosts` times the rows of `batch`.
+    """
     if CARRY not in variables:
       return {}
-    spec = {k: jax.ShapeDtypeStruct((hosts * len(v), *v.shape[1:]), v.dtype) for k, v in batch.items()
-            if not k.startswith(parallel.HOST)}
+    spec = {k: jax.ShapeDtypeStruct((hosts * len(v), *v.shape[1:]), v.dtype)
+            for k, v in batch.items() if not k.startswith(parallel.HOST)}
     return split_carry(dict(jax.eval_shape(self._task.init, jax.random.key(0), spec)))[1]
 
 
@@ -140,7 +154,7 @@ class Context:
         self._step, mode, mesh, inputs=("state", "shared", "shared"), outputs=("shared",))
 
   def __call__(self, variables: Mapping[str, Any], rng: jax.Array) -> Any:
-    """The context of these variables, the same on every device; {} where the task has none."""
+    """Returns the context, the same on every device; {} if the task has none."""
     variables, _ = split_carry(variables)
     inputs = {name: np.asarray(x) for name, x in self._inputs().items()}
     context, = jax.eval_shape(self._step, variables, rng, inputs)
@@ -150,7 +164,7 @@ class Context:
 
 
 def draw_samples(experiment: Experiment) -> None:
-  """Gives every evaluation the sample that `config.eval.examples` asks for; before the data is opened."""
+  """Draws the sample of `config.eval.examples` for every evaluation, before the data is opened."""
   config = experiment.config
   for pipeline in experiment.data.evals.values():
     pipeline.sample(config.eval.examples, config.seed)
@@ -160,27 +174,30 @@ def evaluate(
     experiment: Experiment, evaluator: Evaluator, variables: Mapping[str, Any], rng: jax.Array,
     assets: Mapping[str, Any],
 ) -> tuple[dict[str, Mapping[str, float]], Findings]:
-  """All metrics of every split, by its name, and all findings of the last, the one that counts.
+  """Returns the metrics of every split by its name, and the findings of the last split.
 
-  Where the experiment has corruptions, their table and figure are among the findings. Opens the data where it is
-  not open.
+  If the experiment has corruptions, their table and figure are among the findings. The data is
+  opened if it is not open.
   """
   metrics_of, findings = {}, Findings()
   draw_samples(experiment)
-  passes = [pipeline for passes in experiment.data.corruptions.values() for pipeline in passes.values()]
+  passes = [pipeline for passes in experiment.data.corruptions.values()
+            for pipeline in passes.values()]
   with opened(*experiment.data.evals.values(), *passes):
     for split, pipeline in experiment.data.evals.items():
       findings = evaluator.full(variables, rng, pipeline, split, assets)
       metrics_of[split] = findings.metrics
-    table = [
-        {"corruption": name, "strength": strength, **evaluator.sums(variables, rng, pipeline, f"{name} {strength}")}
-        for name, passes in experiment.data.corruptions.items() for strength, pipeline in sorted(passes.items())]
+    table = [{"corruption": name, "strength": strength,
+              **evaluator.sums(variables, rng, pipeline, f"{name} {strength}")}
+             for name, passes in experiment.data.corruptions.items()
+             for strength, pipeline in sorted(passes.items())]
   if table:
     curves = {metric: {name: [row[metric] for row in table if row["corruption"] == name]
                        for name in experiment.data.corruptions} for metric in list(table[0])[2:]}
+    draw = functools.partial(report.strengths, curves, metrics_of["test"])
     findings = dataclasses.replace(
         findings, tables={**findings.tables, "corruptions": table},
-        figures={**findings.figures, "corruptions": functools.partial(report.strengths, curves, metrics_of["test"])})
+        figures={**findings.figures, "corruptions": draw})
   return metrics_of, findings
 
 
@@ -207,7 +224,8 @@ class Predictor:
       state: gives the variables.
       batch: rows as `Experiment.read` makes them; fields "host/..." are left out.
     """
-    variables, _ = split_carry(state.variables)  # what training has left in the carry is no prediction's past
+    # The text that training has left in the carry does not precede these rows.
+    variables, _ = split_carry(state.variables)
     context = self._context(variables, state.rng)
     fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
     count, shards = len(fields["mask"]), parallel.count_shards(self._mesh)
@@ -222,32 +240,36 @@ class Predictor:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def _put_padded(rows: Batch, size: int, mode: parallel.Mode, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def _put_padded(
+    rows: Batch, size: int, mode: parallel.Mode, mesh: jax.sharding.Mesh,
+) -> dict[str, jax.Array]:
   """Puts rows that every host has, and rows of zeros up to `size`, on the devices."""
   hosts, host = jax.process_count(), jax.process_index()
-  padded = {k: np.concatenate([v, np.zeros((size - len(v), *v.shape[1:]), v.dtype)]) for k, v in rows.items()}
+  padded = {k: np.concatenate([v, np.zeros((size - len(v), *v.shape[1:]), v.dtype)])
+            for k, v in rows.items()}
   return parallel.put_batch({k: np.split(v, hosts)[host] for k, v in padded.items()}, mode, mesh)
 
 
 def generate(
     experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch,
 ) -> Iterator[np.ndarray]:
-  """Continues prompts as `predict` does, and yields the tokens as they come, i32[rows, n].
+  """Continues prompts as `Predictor` does, and yields the tokens as they come, i32[rows, n].
 
   Args:
-    experiment: whose task has `start` and `advance`, and `sampling.max_new_tokens`.
+    experiment: gives a task that has `start`, `advance` and `max_new_tokens`.
     program: gives the devices.
     mode: "jit" or "pmap".
     state: gives the variables.
     batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
   """
   start, advance = step.make_generate_steps(experiment.task, CHUNK)
-  start = parallel.compile_step(start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",))
+  start = parallel.compile_step(start, mode, program.mesh, inputs=("state", "batch"),
+                                outputs=("batch",))
   advance = parallel.compile_step(
       advance, mode, program.mesh, inputs=("state", "shared", "batch"), outputs=("batch", "batch"))
   variables, _ = split_carry(state.variables)
   fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
-  count, total = len(fields["mask"]), experiment.task.sampling.max_new_tokens
+  count, total = len(fields["mask"]), experiment.task.max_new_tokens
   shards = parallel.count_shards(program.mesh)
   text, = start(variables, _put_padded(fields, -(-count // shards) * shards, mode, program.mesh))
   for written in range(0, total, CHUNK):
@@ -258,7 +280,8 @@ def generate(
 def prefetch(load: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:
   """Yields `load(step)` for each step, computed in a thread up to `ahead` steps in advance.
 
-  Whoever may not take them all has to close it: a traceback keeps it alive, and Python waits for its thread.
+  A caller that may not take all of them has to close the iterator: a traceback keeps it alive, and
+  Python waits for its thread.
   """
   # Not an executor: its futures would cost a step of 2 ms another percent.
   wanted, loaded = queue.SimpleQueue(), queue.SimpleQueue()

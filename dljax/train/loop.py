@@ -28,13 +28,17 @@ from dljax.train.state import TrainState, parameter_count, state_sha256
 from dljax.train.workdir import Workdir, write_json
 
 
-def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOptions = RunOptions()) -> TrainState:
-  """Trains to the end, or on from where the workdir's run was left; a finished run is only restored.
+def fit(
+    experiment: Experiment, workdir: str | os.PathLike[str], options: RunOptions = RunOptions(),
+) -> TrainState:
+  """Trains to the end, from scratch or from the workdir's last checkpoint.
+
+  A finished run is only restored.
 
   Args:
-    experiment: what to train.
+    experiment: the experiment to train.
     workdir: the run's folder; see `Workdir` for what it holds afterwards.
-    options: how to run.
+    options: how to run it.
 
   Returns:
     The last state. The best one is a checkpoint, named in result.json.
@@ -51,7 +55,7 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
   program = Program(experiment, options)
   weights = functools.cache(lambda: pretrained.load(experiment, program.abstract_state))
   if config.init.source and not Checkpointer(folder.checkpoints, read_only=True).steps():
-    weights()  # which may be bad input, to be told before anything is written
+    weights()  # may be bad input, which has to be reported before anything is written
   if assets := folder.read_assets():
     experiment.data.restore(assets)
   draw_samples(experiment)
@@ -62,16 +66,17 @@ def fit(experiment: Experiment, workdir: str | os.PathLike[str], options: RunOpt
     monitor = Monitor(experiment, program, evaluator, folder)
     _acquire(folder)
     try:
-      checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints, assets=folder.data)
+      checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
+                                  assets=folder.data)
       with StopSignals() as signals, checkpointer:
-        return _Run(
-            experiment, folder, options, program, weights, evaluator, monitor, checkpointer, signals).run()
+        return _Run(experiment, folder, options, program, weights, evaluator, monitor,
+                    checkpointer, signals).run()
     finally:
       folder.release()
 
 
 def _acquire(folder: Workdir) -> None:
-  """Locks the folder, which all hosts share, for the first one; where that fails, all fail."""
+  """Locks the folder, which all hosts share, on the first host; if that fails, all hosts fail."""
   error = None
   if jax.process_index() == 0:
     try:
@@ -83,7 +88,7 @@ def _acquire(folder: Workdir) -> None:
 
 
 class _Run:
-  """One call of `fit`, past all checks."""
+  """One call of `fit`, after all checks."""
 
   def __init__(
       self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program,
@@ -93,14 +98,16 @@ class _Run:
     self.experiment, self.config, self.options = experiment, experiment.config, options
     self.folder, self.program, self.weights, self.evaluator = folder, program, weights, evaluator
     self.monitor, self.checkpointer, self.signals = monitor, checkpointer, signals
-    self.seconds, self.started = 0.0, time.monotonic()  # of earlier calls; the start of this one
+    # The seconds that earlier calls took, and the start of this one.
+    self.seconds, self.started = 0.0, time.monotonic()
 
   def run(self) -> TrainState:
-    """Restores or begins, trains, and reports."""
+    """Restores the run or starts one, trains, and reports."""
     total = self.config.total_steps
     restored = self.checkpointer.restore(self.program.abstract_state)
     if restored is None and self.options.resume == "must":
-      raise UserError(f"--resume=must: --workdir={self.folder.path} holds no intact checkpoint; drop the flag to start")
+      raise UserError(f"--resume=must: --workdir={self.folder.path} holds no intact checkpoint; drop "
+                      "the flag to start a run")
     start = 0
     if restored is not None:
       start, state = restored.step, restored.state
@@ -109,9 +116,10 @@ class _Run:
       if self.folder.is_finished(total) and self.folder.result()["steps"] == start:
         return state
       if start > total:
-        raise UserError(f"--config.total_steps={total}: --workdir={self.folder.path} has done {start} steps already; "
-                        "ask for more, or name another --workdir")
-    writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb, self.config.to_dict())
+        raise UserError(f"--config.total_steps={total}: --workdir={self.folder.path} has done "
+                        f"{start} steps already; ask for more, or name another --workdir")
+    writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb,
+                                  self.config.to_dict())
     if jax.process_index() == 0:
       data = self.experiment.data
       model = variants.describe(getattr(self.experiment.task, "model", None))
@@ -125,7 +133,8 @@ class _Run:
       metrics.say(f"continuing from step {start}")
     with writer, Preview(
         self.experiment, self.program, self.options.parallelism, self.folder, writer) as preview:
-      if not self.monitor.exhausted:  # as it is where a run stopped early and was cut off before its report
+      # A run that stopped early and was interrupted before its report has nothing left to train.
+      if not self.monitor.exhausted:
         state = self._train(state, start, writer, preview)
     self._report(state)
     return state
@@ -133,15 +142,16 @@ class _Run:
   def _train(
       self, state: TrainState, start: int, writer: metrics.MetricWriter, preview: Preview,
   ) -> TrainState:
-    """Steps `start` to the end; logs, evaluates and saves on the way."""
+    """Trains from step `start` to the end; logs, evaluates and saves."""
     config, mode, mesh = self.config, self.options.parallelism, self.program.mesh
     state = parallel.step_state(state, mode, mesh)
     load = lambda step: parallel.put_batch(self.experiment.data.train.batch(step), mode, mesh)
     lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
     log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
-    running = collections.deque()  # a small result of each step that may not be done yet
+    running = collections.deque()  # a small result of each step that may still be computed
     due = lambda every: every and done % every == 0 or done == config.total_steps
-    with contextlib.closing(prefetch(load, range(start, config.total_steps))) as batches, contextlib.closing(log):
+    batches = prefetch(load, range(start, config.total_steps))
+    with contextlib.closing(batches), contextlib.closing(log):
       for done, batch in enumerate(batches, start + 1):
         self.signals.wait_for_step = True
         state, out = self.program.train_step(state, batch, lr_scale)
@@ -149,8 +159,8 @@ class _Run:
         if len(running) == parallel.steps_in_flight(mesh):
           running.popleft().block_until_ready()
         log.step(done, out if due(config.log_every) else None)
-        # Several hosts must stop at the same step, and agree on it only now and then. Where the last save has
-        # failed, the one below says so.
+        # Several hosts must stop at the same step, and agree on it only when a step is logged. If the
+        # last save has failed, the save below raises its error.
         stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(
             self.signals.received or self.checkpointer.failed)
         evaluating = due(config.eval_every) or due(config.full_eval_every)
@@ -165,8 +175,8 @@ class _Run:
             lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
           is_best = self.monitor.tracker.best_step != tracker.best_step
           if stopping or self.monitor.exhausted or is_best or due(config.checkpoint_every):
-            host = {"tracker": dataclasses.asdict(self.monitor.tracker), "best_step": self.monitor.tracker.best_step,
-                    "seconds": self._seconds()}
+            host = {"tracker": dataclasses.asdict(self.monitor.tracker),
+                    "best_step": self.monitor.tracker.best_step, "seconds": self._seconds()}
             self.checkpointer.save(done, parallel.global_state(state, mode, mesh), host)
         if stopping:
           raise Preempted(f"stopped after step {done}; the same command continues from there")
@@ -178,16 +188,18 @@ class _Run:
     return parallel.global_state(state, mode, mesh)
 
   def _report(self, state: TrainState) -> None:
-    """The metrics of the best state on every split, the pictures, and result.json."""
+    """Writes the metrics of the best state on every split, the pictures, and result.json."""
     steps = checkpoint = int(state.step)
     variables = state.variables
     if self.experiment.monitor and self.monitor.tracker.best_step not in (-1, steps):
       try:
-        best = self.checkpointer.restore(self.program.abstract_state, self.monitor.tracker.best_step)
+        best = self.checkpointer.restore(self.program.abstract_state,
+                                         self.monitor.tracker.best_step)
         checkpoint, variables = best.step, best.state.variables
       except UserError as fault:  # damaged since
         metrics.say(f"warning: {fault}; the results are those of the last step")
-    found, findings = evaluate(self.experiment, self.evaluator, variables, state.rng, self.folder.read_assets())
+    found, findings = evaluate(self.experiment, self.evaluator, variables, state.rng,
+                               self.folder.read_assets())
     digest = state_sha256(parallel.state_to_host(state, self.program.mesh))
     if jax.process_index() != 0:
       return
@@ -200,8 +212,10 @@ class _Run:
         "data": self.experiment.data.name, "steps": steps,
         "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,
         "params": parameter_count(state.params), "seconds": self._seconds(),
-        "examples_per_second": statistics.median(rates) if rates else None, "seed": self.config.seed,
-        "devices": f"{self.program.mesh.devices.size} x {jax.devices()[0].device_kind}", "state_sha256": digest,
+        "examples_per_second": statistics.median(rates) if rates else None,
+        "seed": self.config.seed,
+        "devices": f"{self.program.mesh.devices.size} x {jax.devices()[0].device_kind}",
+        "state_sha256": digest,
     })
 
   def _seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar."""
 
 import contextlib
 import io
@@ -49,11 +49,15 @@ class MetricWriter:
       rows = report.read_metrics(self._path) if self._path.exists() else []
       self._kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
     except (ValueError, KeyError, TypeError):
-      raise UserError(f"{self._path} has a line that is no row of metrics; delete that line, or start afresh in "
-                      "another --workdir") from None
+      raise UserError(f"{self._path} has a line that is no row of metrics; delete that line, or start "
+                      "again in another --workdir") from None
 
   def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-    """Writes one row: the step, the split ("train", "validation", ...) and plain numbers; `RunError` if it cannot."""
+    """Writes one row: the step, the split ("train", "validation", ...) and plain numbers.
+
+    Raises:
+      RunError: the row cannot be written.
+    """
     if not self._files:
       return
     rows, events = self._files
@@ -65,7 +69,7 @@ class MetricWriter:
       self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
   def picture(self, step: int, name: str, png: bytes) -> None:
-    """Shows a picture, a PNG, under its name in TensorBoard and Weights & Biases; from any thread."""
+    """Shows a PNG under its name in TensorBoard and Weights & Biases; any thread may call it."""
     if not self._files:
       return
     with writing(self._path):
@@ -84,20 +88,21 @@ class MetricWriter:
       os.replace(temporary, self._path)
       self._files = self._path.open("a"), _EventFile(self._workdir, self._step)
     if self._project:
-      self._wandb = _wandb_module().init(
-          project=self._project, dir=str(self._workdir), name=self._workdir.name, id=self._wandb_id(),
-          resume="allow", config=dict(self._config))
+      self._wandb = _wandb_module().init(project=self._project, dir=str(self._workdir),
+                                         name=self._workdir.name, id=self._wandb_id(),
+                                         resume="allow", config=dict(self._config))
     return self
 
   def __exit__(self, *_: object) -> None:
     for file in self._files:
-      with contextlib.suppress(OSError):  # each write was flushed, so that one failed, and has said so
+      # Each write was flushed, so that one failed, and has said so.
+      with contextlib.suppress(OSError):
         file.close()
     if self._wandb:
       self._wandb.finish()
 
   def _wandb_id(self) -> str:
-    """The run's id, in the workdir for as long as that lives: names of folders are neither unique nor for one run."""
+    """Returns the run's id, which lies in the workdir: a folder's name may be used again."""
     path = self._workdir / "wandb.json"
     if not path.exists():
       write_json(path, {"id": uuid.uuid4().hex})
@@ -107,20 +112,23 @@ class MetricWriter:
 class _EventFile:
   """A TensorBoard event file, on disk after each write.
 
-  The writer of tensorboardX works in a thread, whose errors reach nobody: on a full disk it would end with a
-  traceback, and then the run would wait for it for ever.
+  tensorboardX has a writer that works in a thread, whose errors reach nobody: on a full disk it
+  would end with a traceback, and then the run would wait for it for ever.
   """
 
   def __init__(self, workdir: Path, step: int):
     from tensorboardX import record_writer  # pylint: disable=g-import-not-at-top
     from tensorboardX.proto import event_pb2, summary_pb2  # pylint: disable=g-import-not-at-top
 
-    self._event, self._summary, self._checksum = event_pb2.Event, summary_pb2.Summary, record_writer.masked_crc32c
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    self._checksum = record_writer.masked_crc32c
     self._lock = threading.Lock()  # pictures come from another thread
-    self._file = (workdir / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}").open("ab")
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+    self._file = (workdir / name).open("ab")
     self._record(file_version="brain.Event:2")
     # TensorBoard drops what earlier files hold from this step on.
-    self._record(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+    self._record(step=step + 1,
+                 session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     self._record(step=step, summary=self._summary(value=[
@@ -129,7 +137,8 @@ class _EventFile:
   def picture(self, step: int, name: str, png: bytes) -> None:
     width, height = struct.unpack(">II", png[16:24])  # where PNG has them
     image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-    self._record(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
+    self._record(step=step,
+                 summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
 
   def _record(self, **fields: Any) -> None:
     data = self._event(wall_time=time.time(), **fields).SerializeToString()
@@ -153,7 +162,8 @@ def _wandb_module():
   try:
     import wandb  # pylint: disable=g-import-not-at-top
   except ImportError:
-    raise UserError("--wandb: Weights & Biases is not installed; run `pip install wandb` or drop the flag") from None
+    raise UserError("--wandb: Weights & Biases is not installed; run `pip install wandb` or drop the "
+                    "flag") from None
   return wandb
 
 
@@ -166,10 +176,11 @@ class Progress:
     # In a file each refresh is a line of its own: one in ten seconds is enough.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     self._bar = tqdm(total=total, initial=initial, desc=name, unit="step", mininterval=interval,
-                     maxinterval=interval, dynamic_ncols=True, disable=not (show and jax.process_index() == 0))
+                     maxinterval=interval, dynamic_ncols=True,
+                     disable=not (show and jax.process_index() == 0))
 
   def advance(self) -> None:
-    """One step more."""
+    """Advances the bar by one step."""
     self._bar.update(1)
 
   def show(self, values: Mapping[str, float]) -> None:
@@ -193,8 +204,8 @@ def progress(items: Iterable[Any], name: str, total: int | None = None) -> Itera
   """Iterates with a progress bar that goes away when it is done."""
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
 
-  yield from tqdm(items, desc=name, total=total, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30.0,
-                  delay=1.0, dynamic_ncols=True)
+  yield from tqdm(items, desc=name, total=total, leave=False,
+                  mininterval=0.2 if sys.stderr.isatty() else 30.0, delay=1.0, dynamic_ncols=True)
 
 
 class Diverged(RunError):
@@ -202,11 +213,12 @@ class Diverged(RunError):
 
 
 class TrainLog:
-  """The numbers of the train steps: on the bar and in the files, one log late, so that dispatch never waits."""
+  """Shows and writes the numbers of the train steps, one log late, so that dispatch never waits."""
 
   def __init__(self, experiment: Experiment, start: int, writer: MetricWriter, show: bool):
     config = experiment.config
-    self._summarize, self._batch_size, self._writer = experiment.task.summarize, config.batch_size, writer
+    self._summarize, self._batch_size = experiment.task.summarize, config.batch_size
+    self._writer = writer
     self._bar = Progress(config.total_steps, start, f"{config.family} {config.preset}", show)
     self._pending: tuple[int, Any, float] | None = None
     self._clock: tuple[int, float] | None = None  # a step and when it was dispatched
@@ -216,15 +228,16 @@ class TrainLog:
     self._bar.advance()
     now = time.monotonic()
     if self._clock is None:
-      self._clock = step, now  # the first step compiled; it tells nothing about the rate
+      self._clock = step, now  # the first step compiled: it says nothing about the rate
     if out is not None:
       self._flush()
-      rate = (step - self._clock[0]) * self._batch_size / (now - self._clock[1]) if step > self._clock[0] else None
+      since, started = self._clock
+      rate = (step - since) * self._batch_size / (now - started) if step > since else None
       self._pending, self._clock = (step, out, rate), (step, now)
 
   @contextlib.contextmanager
   def paused(self, out: Any) -> Iterator[None]:
-    """Waits for the step that returned `out`, and does not count what happens inside as training time."""
+    """Waits for the step that returned `out`; what happens inside is not counted as training time."""
     jax.block_until_ready(out)
     start = time.monotonic()
     self._flush()
@@ -241,7 +254,8 @@ class TrainLog:
     if rate is not None:
       values["examples_per_second"] = rate
     self._writer.write(step, "train", values)
-    self._bar.show({name: values[name] for name in ("loss", "learning_rate", "examples_per_second") if name in values})
+    self._bar.show({name: values[name] for name in ("loss", "learning_rate", "examples_per_second")
+                    if name in values})
 
   def close(self) -> None:
     self._bar.close()
@@ -250,11 +264,14 @@ class TrainLog:
 def _check_finite(out: Any) -> None:
   failed = int(out["failed_step"])
   if failed != NOT_FAILED:
-    raise Diverged(f"the loss or the gradient of step {failed} is not finite; the checkpoints are from before it. "
-                   "Try a smaller --config.optimizer.learning_rate or --config.optimizer.clip_norm=1")
+    raise Diverged(f"the loss or the gradient of step {failed} is not finite; the checkpoints are from "
+                   "before it. Try a smaller --config.optimizer.learning_rate or "
+                   "--config.optimizer.clip_norm=1")
 
 
-def _scalars(metrics: Mapping[str, Any], summarize: Callable[..., Mapping[str, float]]) -> dict[str, float]:
-  """The numbers of one train step, on the host: the task's and the engine's own."""
+def _scalars(
+    metrics: Mapping[str, Any], summarize: Callable[..., Mapping[str, float]],
+) -> dict[str, float]:
+  """Returns the numbers of one train step, on the host: the task's and the engine's."""
   own = {k: float(v) for k, v in metrics.items() if k not in ("sums", "failed_step")}
   return {**summarize(metrics["sums"]), **own}

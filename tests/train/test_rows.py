@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from dljax.tasks.base import dropout_key, named_key, row_keys
-from dljax.train.state import EVALUATION, INIT
+from dljax.tasks.base import LossOutput, TaskBase, dropout_key, named_key, row_keys
+from dljax.train import step
+from dljax.train.state import EVALUATION, INIT, NOT_FAILED, TrainState
 from tests.train import rows
 
 ROOT = Path(__file__).parents[2]
@@ -101,3 +104,43 @@ def test_two_processes_draw_what_one_draws(alone, two_processes):
 def test_rows_and_their_texts_are_gathered_over_two_processes(two_processes):
   for found in two_processes:
     assert found["gathered"] == {"x": [0, 1, 2, 3], "host/group/place": ["a", "Łódź", "", "a longer one"]}
+
+
+class _Keys(TaskBase):
+  """Reports the key that each call gets, as [2] numbers."""
+
+  players = ("critic", "generator")
+
+  def denominators(self, batch):
+    return {}
+
+  def loss(self, params, model_state, batch, rng, *, denominators, train, player):
+    key = jax.random.key_data(rng)
+    return LossOutput(
+        loss=params[player]["w"], metrics={player: (key, jnp.ones_like(key))}, model_state=model_state)
+
+  def predict(self, variables, batch, rng, context):
+    return {"key": jax.random.key_data(rng)}
+
+
+def test_every_step_and_turn_has_a_key_and_evaluation_and_prediction_share_another():
+  """Without the fold of the step, of the turn or of evaluation's constant, two of these would be equal."""
+  params = {player: {"w": jnp.zeros(())} for player in _Keys.players}
+  tx = {player: optax.sgd(0.1) for player in _Keys.players}
+  state = TrainState(
+      step=jnp.int32(0), params=params, model_state={}, rng=jax.random.key_data(jax.random.key(5)), ema={},
+      opt_state={player: tx[player].init(params[player]) for player in tx}, failed_step=jnp.int32(NOT_FAILED))
+  train = step.make_train_step(_Keys(), tx, dict.fromkeys(tx, lambda turn: turn))
+  evaluate = step.make_eval_step(_Keys(), predictions=True)
+  batch = {"id": jnp.arange(2), "mask": jnp.ones(2)}
+  keys = [state.rng, jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(state.rng), INIT))]
+  with jax.disable_jit():
+    for _ in range(2):
+      state, out = train(state, batch, jnp.float32(1))
+      keys += [out["sums"][player][0] for player in _Keys.players]
+    sums, predicted, _ = evaluate(state.variables, state.rng, batch, {})
+    again, = step.make_predict_step(_Keys())(state.variables, state.rng, batch, {})
+  keys.append(predicted["key"])
+  assert len({tuple(np.asarray(key).tolist()) for key in keys}) == 2 + 2 * 2 + 1
+  for key in (sums["critic"][0], sums["generator"][0], again["key"]):
+    np.testing.assert_array_equal(key, predicted["key"])
