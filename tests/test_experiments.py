@@ -332,8 +332,9 @@ def test_checkpoints_pictures_and_data_are_there(trained):
     manifest = json.loads((workdir / "checkpoints" / str(steps[-1]) / "manifest.json").read_text())
   assert {result["steps"], result["checkpoint"]} <= set(steps)
   assert set(manifest["assets"]) == {path.name for path in (workdir / "data").iterdir()}
-  figures = {path.name for path in (workdir / "figures").iterdir()}
+  figures = {path.name for path in (workdir / "figures").iterdir() if path.is_file()}
   assert "learning_curves.png" in figures
+  assert (workdir / "figures" / "preview").is_dir() == bool(trained.experiment.preview)
   for name in figures:
     with Image.open(workdir / "figures" / name) as picture:
       picture.load()

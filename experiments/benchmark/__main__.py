@@ -94,11 +94,6 @@ def _run(argv: Sequence[str]) -> int:
     print(_help())
     return DONE
   rows, cases = _ROWS.value or list(ROWS), _MODELS.value or list(CASES)
-  if SHARDING in rows and (missing := topology.missing_compiler(sharding.MACHINE)):
-    if _ROWS.value:
-      raise UserError(f"--rows={SHARDING}: {missing}")
-    print(f"{SHARDING}: left out, as {missing}", file=sys.stderr)
-    rows.remove(SHARDING)
   for row in rows:
     errors.choose("--rows", row, ROWS)
   for case in cases:
@@ -112,6 +107,11 @@ def _run(argv: Sequence[str]) -> int:
   if output and not output.absolute().parent.is_dir():
     raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; make it first")
   peers = find_peers(_PEER_PYTHON.value) if MODELS in rows else None
+  if SHARDING in rows and (missing := topology.missing_compiler(sharding.MACHINE)):
+    if _ROWS.value:
+      raise UserError(f"--rows={SHARDING}: {missing}")
+    print(f"{SHARDING}: left out, as {missing}", file=sys.stderr)
+    rows.remove(SHARDING)
   measured = measure(rows, Settings(_STEPS.value, _REPEATS.value), cases, peers)
   from rich.console import Console  # pylint: disable=g-import-not-at-top
 
