@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import os
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -19,6 +21,11 @@ class Outcome:
   status: int
   out: str
   err: str
+
+
+def xla_flags(devices: int) -> str:
+  """XLA_FLAGS for a process with so many CPU devices, which compiles as this one does."""
+  return re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
 
 
 def run(experiment: ModuleType, *arguments: str) -> Outcome:

@@ -3,8 +3,8 @@
 A test costs what its process and the processes it started and waited for have used, fixtures included; a fixture
 shared by several tests counts for the first that asks for it. Workers send each cost with the report of the test's
 teardown, and what they used in all when they finish. A family has a share, so that there is room for twenty. With
-CI=true a family whose quick tests take `TIMES_SHARE` times their share fails the run, and so does a quick suite that is
-too dear in all. A share of slow tests that is too large is only reported: several families are above it.
+CI=true a family that takes more than `TIMES_SHARE` times its share fails the run, and so does a quick suite that is too
+dear in all.
 """
 
 import collections
@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 SHARE = {"quick": 25.0, "slow": 90.0}  # CPU-seconds of a family
-# The aim is 900 for the quick suite, and a failure at 1,000 and at twice a family's share. The suite
-# is still above it, so these bounds only keep it from growing.
-QUICK_IN_ALL = 1600.0
-TIMES_SHARE = 4.0
+# How many times its share a family may take before a run in CI fails. The aim is twice for slow tests, too; on a
+# loaded machine EfficientNet's, with eight sizes held against torchvision, take 3.5 times.
+TIMES_SHARE = {"quick": 2.0, "slow": 4.0}
+QUICK_IN_ALL = 1000.0  # CPU-seconds; the aim is 900
 FILES_SHOWN = 12
 FAMILIES = sorted(
     path.stem for path in (Path(__file__).parents[1] / "experiments").glob("*.py") if path.stem != "__init__")
@@ -73,19 +73,17 @@ def by_file(costs: Sequence[Cost]) -> dict[str, Mapping[str, float]]:
   return dict(sorted(found.items(), key=lambda item: -sum(item[1].values())))
 
 
-def over(table: Mapping[str, Mapping[str, float]], times: float = 1.0) -> list[str]:
-  """One line for every row that takes more than so many times its share."""
+def over(table: Mapping[str, Mapping[str, float]], times: Mapping[str, float] | None = None) -> list[str]:
+  """One line for every row that takes more than its share, or than so many `times` its share, by kind."""
+  most = {kind: share * (times[kind] if times else 1) for kind, share in SHARE.items()}
   return [
-      f"{name}: {seconds[kind]:.1f} {kind} CPU-seconds; at most {times * share:g}"
-      for name, seconds in table.items() for kind, share in SHARE.items()
-      if seconds.get(kind, 0) > times * share]
+      f"{name}: {seconds[kind]:.1f} {kind} CPU-seconds; at most {most[kind]:g}"
+      for name, seconds in table.items() for kind in SHARE if seconds.get(kind, 0) > most[kind]]
 
 
 def refusals(costs: Sequence[Cost], quick: float, families: Sequence[str] = FAMILIES) -> list[str]:
   """Why a run in CI fails although its tests pass; `quick` are the quick suite's CPU-seconds in all."""
-  table = {name: {"quick": seconds.get("quick", 0)}
-           for name, seconds in by_family(costs, families).items()}
-  lines = over(table, times=TIMES_SHARE)
+  lines = over(by_family(costs, families), times=TIMES_SHARE)
   if quick > QUICK_IN_ALL:
     lines.append(f"the quick suite: {quick:.1f} CPU-seconds; at most {QUICK_IN_ALL:g}")
   return lines

@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.command import xla_flags
+
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(path.stem for path in (ROOT / "colabs").glob("*.ipynb"))
 MAX_BYTES = 500_000
@@ -90,7 +92,7 @@ def test_runs_in_a_minute(family):
   """With CI=1, which takes fewer steps, on one device; most of it is compilation, here with little effort."""
   nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebooks]'")
   pytest.importorskip("ipykernel", reason="pip install -e '.[notebooks]'")
-  env = os.environ | {"CI": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  env = os.environ | {"CI": "1", "XLA_FLAGS": xla_flags(1)}
   client = nbclient.NotebookClient(
       read(family), timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
   before = _children_cpu_seconds()

@@ -260,9 +260,10 @@ def abstract(tree: Any, shardings: Any) -> Any:
 def init_state(create: Callable[[], TrainState], mesh: Mesh, sharding: Sharding) -> TrainState:
   """Runs the pure function `create` on the mesh; every device makes only what it holds."""
   # The program runs only once. On a CPU the random numbers of a resnet20 take 20 s to compile with
-  # all optimisations, and 3 s like this.
+  # all optimisations, and 3 s like this. A level that the environment asks for is left alone.
+  level = "xla_backend_optimization_level"
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  options = {"xla_backend_optimization_level": 1} if on_cpu else None
+  options = {level: 1} if on_cpu and level not in os.environ.get("XLA_FLAGS", "") else None
   shardings = state_shardings(jax.eval_shape(create), mesh, sharding)
   return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 

@@ -15,20 +15,20 @@ from tests.train import toys
 STEPS = 5
 ONE = ("jit", "data:1")
 EXPERIMENTS = {
-    "resnet": lambda: toys.digits_experiment(toys.tiny_resnet(dtype=jnp.float64), ema_decay=0.9),
+    "batch norm": lambda: toys.digits_experiment(toys.tiny_resnet(dtype=jnp.float64), ema_decay=0.9),
     "dropout": lambda: toys.digits_experiment(toys.ConvNet(dropout=0.5, dtype=jnp.float64), ema_decay=0.9),
-    "vit": lambda: toys.digits_experiment(toys.tiny_vit(dtype=jnp.float64), ema_decay=0.9),
-    "mlp": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64)),
-    "mlp accumulated": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64), accumulation=4),
+    "attention": lambda: toys.digits_experiment(toys.tiny_vit(dtype=jnp.float64), ema_decay=0.9),
+    "dense": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64)),
+    "dense accumulated": lambda: toys.digits_experiment(toys.tiny_mlp(dtype=jnp.float64), accumulation=4),
 }
 # What must equal what.
 COMPARISONS = {
-    ("resnet", ONE): [("resnet", ("jit", "data:4")), ("resnet", ("pmap", "data:4"))],
+    ("batch norm", ONE): [("batch norm", ("jit", "data:4")), ("batch norm", ("pmap", "data:4"))],
     ("dropout", ONE): [
         ("dropout", ("jit", mesh)) for mesh in ("data:4", "data:2,fsdp:2", "data:2,tensor:2")],
-    ("vit", ("jit", "data:4")): [
-        ("vit", ("jit", mesh)) for mesh in ("fsdp:4", "data:2,tensor:2", "fsdp:2,tensor:2")],
-    ("mlp", ONE): [("mlp accumulated", how) for how in (("jit", "data:4"), ("pmap", "data:4"))],
+    ("attention", ("jit", "data:4")): [
+        ("attention", ("jit", mesh)) for mesh in ("fsdp:4", "data:2,tensor:2", "fsdp:2,tensor:2")],
+    ("dense", ONE): [("dense accumulated", how) for how in (("jit", "data:4"), ("pmap", "data:4"))],
 }
 
 

@@ -27,6 +27,7 @@ from dljax.errors import UserError
 from dljax.train import checkpoint
 from dljax.train.checkpoint import Checkpointer, CheckpointError
 from dljax.train.state import FORMAT, TrainState, state_sha256
+from tests.command import xla_flags
 
 ROOT = Path(__file__).parents[2]
 _TX = optax.chain(
@@ -609,7 +610,7 @@ def test_two_processes_agree(tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
-  environment = {**_environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  environment = {**_environment(), "XLA_FLAGS": xla_flags(2)}
   children = [
       subprocess.Popen(
           [sys.executable, "-c", _PROCESS, str(tmp_path / "checkpoints"), str(port), str(process)],

@@ -39,10 +39,9 @@ ONES = toys.Scripted(lambda step: {"mask": np.ones(toys.BATCH_SIZE, np.float32)}
 @pytest.fixture(scope="module")
 def float64_differences():
   """What `float64.main` prints, from a process of its own."""
-  flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # it mostly compiles
   run = subprocess.run(
       [sys.executable, "-m", "tests.train.float64"], cwd=ROOT, capture_output=True, text=True, timeout=900,
-      env={**os.environ, "JAX_ENABLE_X64": "1", "XLA_FLAGS": flags})
+      env={**os.environ, "JAX_ENABLE_X64": "1"})
   assert run.returncode == 0, run.stderr
   return json.loads(run.stdout)
 
@@ -243,9 +242,9 @@ def test_muon_reads_a_joint_kernel_as_the_matrix_that_its_model_says():
   """In the second step, as the head starts at zero and hides the blocks from the first."""
   experiment = toys.digits_experiment(
       toys.tiny_vit(), optimizer={"name": "muon", "momentum": 0.9, "learning_rate": 1.0, "schedule": "constant"})
-  program = Program(experiment, RunOptions(mesh=toys.MESHES["data:1"]))
-  before = jax.device_get(program.init_state().params["block0"]["qkv"]["kernel"])  # [8, 2, 3, 4]
-  after = toys.train(experiment, 2, mesh="data:1").state.params["block0"]["qkv"]["kernel"]
+  program = toys.make_program(experiment, "jit", "data:1")
+  before, after = (  # [8, 2, 3, 4]
+      toys.train(experiment, steps, program=program).state.params["block0"]["qkv"]["kernel"] for steps in (0, 2))
   values = np.linalg.svd((after - before).reshape(8, 24), compute_uv=False) / np.sqrt(24 / 8)
   assert 0.6 < values.max() < 1.2
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 
 from dljax import report
 from experiments import mlp
-from tests.command import plain_pictures, run
+from tests.command import plain_pictures, run, xla_flags
 
 ROOT = Path(__file__).parents[2]
 STEPS = 160
@@ -29,10 +28,9 @@ XOR = ("--preset=xor", "--config.total_steps=60", "--config.log_every=5", "--con
 
 def _start(*arguments, devices=1, **environment):
   """Starts a process with so many of this one's devices, which compiles as this one does."""
-  flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
   return subprocess.Popen(
       [sys.executable, "-m", "experiments.mlp", *map(str, arguments)], cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": flags, **environment},
+      env={**os.environ, "XLA_FLAGS": xla_flags(devices), **environment},
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
