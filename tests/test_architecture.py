@@ -1,6 +1,7 @@
 """The plan of the house, held against its source: who imports whom, the doors of a family, what has one place."""
 
 import ast
+import functools
 import importlib
 import os
 import subprocess
@@ -61,9 +62,20 @@ def _below(module: str, rooms: list[str]) -> bool:
   return any(module == room or module.startswith(f"{room}.") for room in rooms)
 
 
-def _imports(path: Path) -> Iterator[str]:
+@functools.cache
+def _nodes(path: Path) -> list[ast.AST]:
+  """All nodes of a file, whose tree is read once for all tests."""
+  return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
+def _imports(path: Path) -> list[str]:
   """The dotted name of everything that a file imports, wherever in the file."""
-  for node in ast.walk(ast.parse(path.read_text())):
+  return list(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
+  for node in _nodes(path):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -77,13 +89,19 @@ def _imports(path: Path) -> Iterator[str]:
 
 def _uses(path: Path, names: set[str]) -> list[str]:
   """Which of the dotted names ("jax.jit") a file uses, also by `from jax import jit`."""
-  found = []
-  for node in ast.walk(ast.parse(path.read_text())):
+  return sorted(names & _used(path))
+
+
+@functools.cache
+def _used(path: Path) -> set[str]:
+  """Every dotted name that stands in a file or is imported from somewhere."""
+  found = set()
+  for node in _nodes(path):
     if isinstance(node, ast.Attribute):
-      found.append(ast.unparse(node))
+      found.add(ast.unparse(node))
     elif isinstance(node, ast.ImportFrom):
-      found += [f"{node.module}.{alias.name}" for alias in node.names]
-  return sorted(names & set(found))
+      found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return found
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_module)
@@ -91,7 +109,7 @@ def test_imports_run_one_way(path):
   module = _module(path)
   rooms = [room for room in ALLOWED if _below(module, [room])]
   if module == "dljax":
-    assert list(_imports(path)) == ["dljax.runs"]  # when it is asked for, see tests/test_runs.py
+    assert _imports(path) == ["dljax.runs"]  # when it is asked for, see tests/test_runs.py
     return
   assert rooms, f"{module} lies in no room of the house"
   allowed = ALLOWED[rooms[0]]
@@ -110,13 +128,12 @@ def test_no_module_imports_itself_by_way_of_others():
 
 @pytest.mark.parametrize("path", SOURCES, ids=_module)
 def test_nobody_uses_the_private_names_of_another_file(path):
-  tree = ast.parse(path.read_text())
-  froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+  froms = [node for node in _nodes(path) if isinstance(node, ast.ImportFrom)]
   private = [alias.name for node in froms if _below(node.module, ["dljax", "experiments"])
              for alias in node.names if alias.name.startswith("_")]
   modules = {alias.asname or alias.name for node in froms if _below(node.module, ["dljax", "experiments"])
              for alias in node.names if f"{node.module}.{alias.name}" in map(_module, SOURCES)}
-  private += [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+  private += [ast.unparse(node) for node in _nodes(path) if isinstance(node, ast.Attribute)
               and isinstance(node.value, ast.Name) and node.value.id in modules
               and node.attr.startswith("_") and not node.attr.startswith("__")]
   assert not private
@@ -178,7 +195,7 @@ def test_lambdas_have_no_names():
   def count(path: Path) -> int:
     assignments = (ast.Assign, ast.AnnAssign, ast.NamedExpr)
     return sum(isinstance(node, assignments) and isinstance(node.value, ast.Lambda)
-               for node in ast.walk(ast.parse(path.read_text())))
+               for node in _nodes(path))
 
   counts = {path: count(path) for path in SOURCES}
   lines = sum(len(path.read_text().splitlines()) for path in SOURCES)
@@ -272,11 +289,17 @@ def test_the_command_line_starts_without_what_it_may_not_need():
 
 
 def test_training_a_family_loads_no_other(tmp_path):
-  """In a new process, as the command line does it; the digits need no folder of data sets."""
+  """In a new process, as the command line does it; the digits need no folder of data sets.
+
+  The modules do not depend on the size of the network, which is one block here, or of the pictures.
+  """
   code = """
-import runpy, sys
+import functools, runpy, sys
+from dljax.models import resnet
+resnet.VARIANTS = {"resnet20": functools.partial(resnet.ResNet, block=resnet.BasicBlock, stage_sizes=(1,), width=8)}
 sys.argv = ["resnet", "--config.total_steps=1", "--config.batch_size=8", "--config.eval_batch_size=8",
-            "--workdir=run"]
+            "--config.data.validation=validation[:8]", "--config.data.test=test[:8]",
+            "--config.data.image_shape=8,8,1", "--mesh=data:1", "--workdir=run"]
 try:
   runpy.run_module("experiments.resnet", run_name="__main__", alter_sys=True)
 except SystemExit as end:

@@ -22,11 +22,14 @@ def float64():
 
 
 def _params():
-  """Where a quadratic starts, by path: two kernels, an embedding, a bias, a norm's scale."""
+  """Where a quadratic starts, by path: two kernels, an embedding, a bias, a norm's scale.
+
+  Every shape costs a compilation of each operation.
+  """
   rng = np.random.default_rng(0)
   shapes = {
-      "tall/kernel": (5, 3), "wide/kernel": (2, 6), "wide/bias": (6,), "embed/embedding": (4, 3),
-      "norm/scale": (3,)}
+      "tall/kernel": (5, 3), "wide/kernel": (2, 6), "wide/bias": (6,), "embed/embedding": (5, 3),
+      "norm/scale": (6,)}
   return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
 
@@ -180,9 +183,9 @@ def test_rmsprop_with_momentum():
 
 
 def test_lamb_leaves_a_zero_array_free_to_move():
-  params = {"layer/bias": np.zeros(3)}
+  params = {"layer/bias": np.zeros(6)}
   moved = _train(_config("lamb", eps=1e-12), params, steps=1)[0]["layer/bias"]
-  np.testing.assert_allclose(moved, np.full(3, 0.05), rtol=1e-6)  # adam's first step, ratio 1
+  np.testing.assert_allclose(moved, np.full(6, 0.05), rtol=1e-6)  # adam's first step, ratio 1
 
 
 def test_muon_reads_convolutions_and_head_projections_as_matrices():
@@ -199,16 +202,16 @@ def test_muon_reads_convolutions_and_head_projections_as_matrices():
 
 
 def test_input_dimensions_are_found_by_the_whole_path_of_a_players_kernel():
-  params = {"qkv": {"kernel": jnp.zeros((3, 2, 5))}}
-  grad = {"qkv": {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 5)))}}
+  params = {"qkv": {"kernel": jnp.zeros((3, 4, 5))}}
+  grad = {"qkv": {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 5)))}}
   updates = {}
   for player in ("critic", "generator"):
     tx, _ = optim.make_optimizer(_config("muon"), 1, player, [("critic/qkv/kernel", 1)])
-    updates[player] = tx.update(grad, tx.init(params), params)[0]["qkv"]["kernel"]
-  for player, rows in (("critic", 3), ("generator", 6)):
+    updates[player] = np.asarray(tx.update(grad, tx.init(params), params)[0]["qkv"]["kernel"])
+  for player, rows in (("critic", 3), ("generator", 12)):
     matrix = updates[player].reshape(rows, -1)
-    direction = optim.newton_schulz(grad["qkv"]["kernel"].reshape(rows, -1))
-    cosine = jnp.sum(matrix * direction) / (jnp.linalg.norm(matrix) * jnp.linalg.norm(direction))
+    direction = np.asarray(optim.newton_schulz(jnp.asarray(grad["qkv"]["kernel"].reshape(rows, -1))))
+    cosine = np.sum(matrix * direction) / (np.linalg.norm(matrix) * np.linalg.norm(direction))
     assert float(cosine) == pytest.approx(-1.0, abs=1e-9)
 
 
@@ -216,10 +219,11 @@ def test_newton_schulz_nearly_orthogonalises():
   for shape in [(20, 8), (8, 20)]:
     x = np.random.default_rng(2).normal(size=shape)
     u, _, vt = np.linalg.svd(x, full_matrices=False)
-    inside = u.T @ np.asarray(optim.newton_schulz(jnp.asarray(x))) @ vt.T
+    newton_schulz = jax.jit(optim.newton_schulz)
+    inside = u.T @ np.asarray(newton_schulz(x)) @ vt.T
     assert np.all((np.diag(inside) > 0.68) & (np.diag(inside) < 1.14))
     np.testing.assert_allclose(inside - np.diag(np.diag(inside)), 0.0, atol=1e-10)
-    np.testing.assert_array_equal(optim.newton_schulz(jnp.zeros(shape)), 0)  # a kernel without a gradient stays
+    np.testing.assert_array_equal(newton_schulz(np.zeros(shape)), 0)  # a kernel without a gradient stays
 
 
 # Schedules.
@@ -256,7 +260,9 @@ def test_schedule_is_its_closed_form(name, warmup_fraction, total):
       decay_boundaries=(0.3, 0.5, 0.8), decay_factor=0.2)
   schedule = optim.make_optimizer(config, total)[1]
   expected = _closed_form(name, total, round(warmup_fraction * total), 0.3, 0.01, (0.3, 0.5, 0.8), 0.2)
-  np.testing.assert_allclose(jax.vmap(schedule)(jnp.arange(total + 1)), expected, rtol=1e-12)
+  # One length for all, of which the steps after the last are cut.
+  found = np.asarray(jax.vmap(schedule)(np.arange(101)))[:total + 1]
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name,end", [
@@ -307,7 +313,7 @@ def test_clipping_is_by_the_global_norm_of_the_gradient():
 
 def test_clipping_does_not_see_frozen_gradients():
   grads = _gradient(_params())
-  grads["embed/embedding"] = np.full((4, 3), 1e6)
+  grads["embed/embedding"] = np.full((5, 3), 1e6)
   clip = _norm({name: g for name, g in grads.items() if name != "embed/embedding"})
   config = _config("sgd", clip_norm=1.001 * clip, freeze=("embed/*",))
   moved, _ = _train(config, _params(), 1, lambda _: grads)
@@ -318,7 +324,7 @@ def test_decay_spares_norms_biases_and_vectors():
   shapes = {"conv": {"kernel": (3, 3, 2, 4), "bias": (4,)}, "norm": {"scale": (4,), "bias": (4,)},
             "embed": {"embedding": (7, 4)}, "heads": {"kernel": (4, 2, 2), "bias": (2, 2)},
             "affine": {"scale": (1, 4)}, "layer_scale": (4,), "temperature": ()}
-  params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+  params = jax.tree.map(np.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
   mask = optim.decay_mask(params)
   decays = [name for name, yes in zip(_names(mask), jax.tree.leaves(mask), strict=True) if yes]
   assert sorted(decays) == ["conv/kernel", "embed/embedding", "heads/kernel"]

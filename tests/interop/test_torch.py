@@ -84,14 +84,8 @@ def test_a_recurrent_networks_weights_come_back_bit_for_bit(cell, form):
     np.testing.assert_array_equal(back[name].view(np.uint32), tensor.view(np.uint32), err_msg=name)
 
 
-# Each cell with one layer and with two in the quick tests, the latter with lengths; two cells in both directions.
-QUICK = {*((cell, form) for cell in CELLS for form in ("1", "2")),
-         ("lstm", "2_bidirectional"), ("gru", "2_bidirectional")}
-
-
-@pytest.mark.parametrize("cell, form", [
-    pytest.param(cell, form, marks=[] if (cell, form) in QUICK else pytest.mark.slow)
-    for cell in CELLS for form in FORMS])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_recurrent_network_gives_torchs_outputs_states_and_gradients(cell, form):
   length = FORMS[form][2]
   stack, fixture, tensors = _recurrent(cell, form)

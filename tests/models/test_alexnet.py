@@ -145,7 +145,6 @@ def test_remat_only_recomputes(name):
   assert_remat_only_recomputes(functools.partial(_tiny, name), _images(28))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", alexnet.VARIANTS)
 def test_remat_changes_no_gradient(name):
   with jax.enable_x64(True):

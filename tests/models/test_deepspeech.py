@@ -102,7 +102,6 @@ def test_remat_only_recomputes():
   assert_remat_only_recomputes(functools.partial(_tiny, dropout=0.2), _features(2, 10))
 
 
-@pytest.mark.slow
 def test_remat_changes_no_gradient():
   features, grads = _features(2, 10), []
   for remat in (False, True):

@@ -66,7 +66,6 @@ def test_remat_only_recomputes():
   assert_remat_only_recomputes(functools.partial(lenet.LeNet5, num_classes=10), _images(28))
 
 
-@pytest.mark.slow
 def test_remat_changes_no_gradient():
   x = _images(28)
   grads = []

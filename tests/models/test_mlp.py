@@ -47,7 +47,6 @@ def test_remat_only_recomputes():
       functools.partial(mlp.MLP, num_classes=3, widths=(8, 6), dropout=0.5), np.ones((4, 7, 7, 1), np.float32))
 
 
-@pytest.mark.slow
 def test_remat_changes_no_gradient():
   x = np.random.RandomState(0).normal(size=(4, 7, 7, 1)).astype(np.float32)
   grads = []

@@ -182,7 +182,6 @@ def test_remat_only_recomputes():
   assert_remat_only_recomputes(_tiny, _images(8, 8))
 
 
-@pytest.mark.slow
 def test_remat_changes_no_gradient():
   with jax.enable_x64(True):
     x, results = _images(8, 8, dtype=np.float64), []

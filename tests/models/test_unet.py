@@ -193,7 +193,6 @@ def test_remat_only_recomputes(norm):
   assert_remat_only_recomputes(functools.partial(_tiny, num_pools=1, padded=True, norm=norm, dropout=0.2), _images(8))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("norm", [None, BatchNorm])
 def test_remat_changes_no_gradient(norm):
   with jax.enable_x64(True):

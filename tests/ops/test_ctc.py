@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from jax.test_util import check_grads
 
 from dljax.ops import ctc
@@ -39,6 +40,7 @@ def _loss_and_grad(logits, *rest):
 
 
 _loss = jax.jit(ctc.ctc_loss, static_argnames="blank")  # without a gradient the loss is another function
+_fits = jax.jit(ctc.fits)
 _occupancy = jax.jit(ctc.occupancy, static_argnames="blank")
 
 
@@ -46,7 +48,7 @@ def test_equals_torch_over_random_lengths_repeats_and_empty_texts():
   with np.load(formula.FOLDER / "ctc.npz") as fixture:
     losses, grad = fixture["losses"], fixture["grad"]
   ours, our_grad = _loss_and_grad(*CASE)
-  fits = np.asarray(ctc.fits(*CASE[1:]))
+  fits = np.asarray(_fits(*CASE[1:]))
   assert fits.sum() == len(fits) - 2 and not fits[2] and not fits[3]  # torch has 0 where ours is infinite
   np.testing.assert_allclose(np.where(fits, ours, 0), losses, rtol=1e-5, atol=1e-4)
   np.testing.assert_allclose(our_grad, grad, atol=1e-5)
@@ -55,8 +57,8 @@ def test_equals_torch_over_random_lengths_repeats_and_empty_texts():
   assert losses.max() > 30 and np.abs(grad).max() > 0.5
 
 
-@pytest.mark.parametrize("frames, blank", [
-    (1, 2), (3, 0), (5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (3, 2), (5, 0)))])
+@pytest.mark.parametrize("blank", [0, 2])
+@pytest.mark.parametrize("frames", [1, 3, 5])
 def test_equals_the_sum_over_all_alignments(frames, blank):
   vocabulary = 3
   others = [v for v in range(vocabulary) if v != blank]
@@ -67,7 +69,7 @@ def test_equals_the_sum_over_all_alignments(frames, blank):
   length = np.full(len(texts), frames, np.int32)
   losses = np.asarray(_loss(logits, length, labels, label_length, blank=blank))
   in_blank, in_label = map(np.asarray, _occupancy(logits, length, labels, label_length, blank=blank))
-  fits = np.asarray(ctc.fits(length, labels, label_length))
+  fits = np.asarray(_fits(length, labels, label_length))
   for i, text in enumerate(texts):
     expected, shares = _brute_force(logits[i], text, blank)
     np.testing.assert_allclose(losses[i], expected, rtol=1e-5, atol=1e-6)
@@ -91,7 +93,7 @@ def test_probabilities_of_all_texts_add_up_to_one():
 
 def test_the_gradient_is_that_of_the_loss():
   logits, length, labels, label_length = (x[4:12, :16] if x.ndim == 3 else x[4:12] for x in CASE)
-  fits = np.asarray(ctc.fits(np.minimum(length, 16), labels, np.minimum(label_length, 6)))
+  fits = np.asarray(_fits(np.minimum(length, 16), labels, np.minimum(label_length, 6)))
   assert fits.sum() > 4
   with jax.enable_x64(True):
     loss = lambda x: jnp.sum(jnp.where(fits, ctc.ctc_loss(
@@ -144,11 +146,11 @@ def test_padding_changes_nothing_and_has_no_gradient():
 
 def test_texts_that_do_not_fit_have_no_gradient_and_leave_the_others_alone():
   loss, grad = _loss_and_grad(*CASE)
-  fits = np.asarray(ctc.fits(*CASE[1:]))
+  fits = np.asarray(_fits(*CASE[1:]))
   assert not np.asarray(grad)[~fits].any() and np.isfinite(grad).all()
   rest = [x[fits] for x in CASE]
   np.testing.assert_allclose(_loss(*rest), np.asarray(loss)[fits], rtol=1e-6)
-  needed = ctc.frames_needed(*CASE[2:])
+  needed = np.asarray(jax.jit(ctc.frames_needed)(*CASE[2:]))
   for row, count, need in zip(CASE[2], CASE[3], needed):
     assert need == count + sum(a == b for a, b in itertools.pairwise(row[:count]))
 
@@ -169,18 +171,18 @@ def test_under_vmap_and_in_bfloat16():
   losses, grads = jax.jit(jax.vmap(jax.value_and_grad(one)))(*CASE)
   np.testing.assert_allclose(losses, loss, rtol=1e-6)
   np.testing.assert_allclose(grads, grad, atol=1e-5)
-  half = jnp.asarray(logits, jnp.bfloat16)
+  half = logits.astype(jnp.bfloat16)
   half_loss, half_grad = _loss_and_grad(half, *CASE[1:])
   assert half_loss.dtype == jnp.float32 and half_grad.dtype == jnp.bfloat16
-  same, same_grad = _loss_and_grad(half.astype(jnp.float32), *CASE[1:])
+  same, same_grad = _loss_and_grad(half.astype(np.float32), *CASE[1:])
   np.testing.assert_array_equal(half_loss, same)
-  np.testing.assert_array_equal(half_grad, same_grad.astype(jnp.bfloat16))
+  np.testing.assert_array_equal(half_grad, np.asarray(same_grad).astype(jnp.bfloat16))
 
 
 def test_without_any_label():
   logits = formula.noise("none", (2, 5, 4))
   loss, grad = _loss_and_grad(
       logits, np.array([5, 3], np.int32), np.zeros((2, 0), np.int32), np.zeros(2, np.int32))
-  log_p = jax.nn.log_softmax(logits)[..., 0]
+  log_p = scipy.special.log_softmax(logits, axis=-1)[..., 0]
   np.testing.assert_allclose(loss, [-log_p[0].sum(), -log_p[1, :3].sum()], rtol=1e-6)
   assert np.abs(grad[0]).min() > 0

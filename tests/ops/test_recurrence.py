@@ -21,10 +21,7 @@ from dljax.train import parallel, topology
 
 L, B, D, H = 7, 3, 4, 5
 slow = pytest.mark.slow
-# Each two of cell, direction and layer norm meet in the quick tests.
-FORMS = [
-    pytest.param(cell, reverse, norm, marks=[] if (reverse == norm) == (cell in ("tanh", "lstm")) else slow)
-    for cell in CELLS for reverse in (False, True) for norm in (False, True)]
+FORMS = [(cell, reverse, norm) for cell in CELLS for reverse in (False, True) for norm in (False, True)]
 
 
 def _sigmoid(x):
@@ -148,7 +145,7 @@ def _sweep(case):
 
 
 test_any_recurrence_equals_the_definition = hypothesis.settings(
-    max_examples=4, deadline=None, derandomize=True)(hypothesis.given(recurrences())(_sweep))
+    max_examples=8, deadline=None, derandomize=True)(hypothesis.given(recurrences())(_sweep))
 test_many_more_recurrences_equal_the_definition = pytest.mark.slow(hypothesis.settings(
     max_examples=60, deadline=None, derandomize=True)(hypothesis.given(recurrences())(_sweep)))
 
@@ -213,7 +210,6 @@ def test_rounds_of_several_steps_are_the_definitions(steps, reverse):
     _assert_is_the_definition("tanh", reverse, inputs, np.array([steps, 20, 3]))
 
 
-@slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("steps", [35, 36, 38])
 def test_rounds_of_several_steps_are_those_steps(steps, reverse):
@@ -254,9 +250,8 @@ def test_second_derivatives_and_forward_mode(cell, norm):
     jax.jvp(lambda x: recurrence(cell, x, *inputs[1:]), (inputs[0],), (inputs[0],))
 
 
-@pytest.mark.parametrize("cell, transform", [
-    ("lstm", "vmap"), ("gru", "remat"), pytest.param("gru", "vmap", marks=slow),
-    pytest.param("lstm", "remat", marks=slow)])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("transform", ["vmap", "remat"])
 def test_transformations(cell, transform):
   x, weights, carry = _inputs(cell)
   length = np.array([L, 3, 1])
@@ -273,9 +268,8 @@ def test_transformations(cell, transform):
   _assert_close(together, jax.tree.map(lambda *a: np.stack(a), *rows), 1e-6)
 
 
-@pytest.mark.parametrize("cell, norm", [
-    pytest.param(cell, norm, marks=[] if norm == (cell in ("relu", "lstm")) else slow)
-    for cell in CELLS for norm in (False, True)])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
 def test_bfloat16_keeps_the_state_in_float32(cell, norm):
   x, weights, carry = _inputs(cell, norm=norm)
   run = functools.partial(_compiled(cell, reverse=False), length=np.array([L, 3, 1]))
@@ -288,8 +282,7 @@ def test_bfloat16_keeps_the_state_in_float32(cell, norm):
     assert np.abs(np.asarray(a, np.float32) - b).max() < 0.06 * max(1, np.abs(b).max())
 
 
-@pytest.mark.parametrize("cell", [  # the GRU alone sums apart for both biases; the LSTM has two states
-    pytest.param(cell, marks=[] if cell in ("lstm", "gru") else slow) for cell in CELLS])
+@pytest.mark.parametrize("cell", CELLS)  # the GRU alone sums apart for both biases; the LSTM has two states
 def test_a_batch_over_four_devices_needs_one_sum_over_them(cell):
   """Those of the weights' gradients, after the loops, and nothing within them."""
   x, weights, carry = _inputs(cell, batch=8)

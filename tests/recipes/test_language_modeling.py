@@ -12,7 +12,7 @@ from PIL import Image
 
 from dljax.data.text import corpus
 from experiments import rnn
-from tests.command import refuse, run
+from tests.command import plain_pictures, refuse, run
 
 PLAY = ("Speak the speech, I pray you, as I pronounced it to you, trippingly on the tongue: but if you mouth it, "
         "as many of your players do, I had as lief the town-crier spoke my lines.\n") * 20
@@ -20,7 +20,8 @@ SMALL = ("--config.data.tokenizer=character", "--config.data.vocab_size=60", "--
          "--config.model.hidden_size=16", "--config.model.num_layers=1", "--config.model.embed_dim=8",
          "--config.batch_size=8", "--config.eval_batch_size=2", "--config.total_steps=30", "--config.log_every=10",
          "--config.eval_every=15", "--config.checkpoint_every=15", "--config.sampling.max_new_tokens=20",
-         "--config.optimizer.learning_rate=0.02", "--mesh=data:1")
+         "--config.optimizer.learning_rate=0.02", "--config.optimizer.schedule=constant",
+         "--config.optimizer.warmup_fraction=0", "--mesh=data:1")
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +148,11 @@ def test_sampling_is_chosen_by_the_command_line(trained):
 def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
   play = trained.parent / "play.txt"
   play.write_text(PLAY)
-  arguments = [*SMALL, f"--config.data.file={play}", "--config.optimizer.schedule=constant",
-               "--config.optimizer.warmup_fraction=0"]
-  whole, parts = tmp_path / "whole", tmp_path / "parts"
-  assert run(rnn, f"--workdir={whole}", *arguments).status == 0
-  assert run(rnn, f"--workdir={parts}", *arguments, "--config.total_steps=15").status == 0
-  assert run(rnn, f"--workdir={parts}", *arguments).status == 0
-  assert _result(whole)["state_sha256"] == _result(parts)["state_sha256"]
+  arguments = [f"--workdir={tmp_path / 'parts'}", *SMALL, f"--config.data.file={play}"]
+  with plain_pictures():
+    assert run(rnn, *arguments, "--config.total_steps=15").status == 0
+    assert run(rnn, *arguments).status == 0
+  assert _result(trained)["state_sha256"] == _result(tmp_path / "parts")["state_sha256"]
 
 
 def test_documents_train_and_tell_their_padding(tmp_path):

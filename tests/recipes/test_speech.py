@@ -1,5 +1,6 @@
 """From a config to a speech recogniser's experiment: training on Morse, texts for WAV files, and what is refused."""
 
+import functools
 import io
 import json
 
@@ -9,6 +10,7 @@ import pytest
 import scipy.io.wavfile
 
 from dljax.data.datasets import morse
+from dljax.models import deepspeech as models
 from dljax.tasks.transcription import Transcription
 from dljax.train.state import parameter_count
 from experiments import deepspeech
@@ -62,6 +64,10 @@ def test_a_set_that_is_missing_gives_the_line_to_run(tmp_path, monkeypatch):
 
 def test_trains_on_morse_and_gives_texts_for_wav_files(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+  # In place of the small form a smaller one, as most of this test's time is the tracing of layers.
+  form = functools.partial(
+      models.DeepSpeech, channels=4, kernels=((5, 5),), strides=((4, 4),), hidden_size=8, num_layers=1)
+  monkeypatch.setattr(models, "VARIANTS", {**models.VARIANTS, "deepspeech_small": form})
   monkeypatch.setattr(morse, "SPLITS", {
       "train": (8, 0.0, 18.0), "validation": (4, 10.0, 10.0), "test_10db": (4, 10.0, 10.0), "test_0db": (3, 0.0, 0.0)})
   workdir = f"--workdir={tmp_path / 'run'}"

@@ -12,6 +12,7 @@ from dljax.errors import UserError
 from dljax.tasks import classification
 from dljax.tasks.classification import Classification
 from dljax.tasks.scores import Calibration
+from tests.tasks import compiled
 
 NUM_CLASSES = 7
 
@@ -49,78 +50,73 @@ class Counting(nn.Module):
 def make_batch(size=12, num_classes=NUM_CLASSES, seed=0, **more):
   rng = np.random.default_rng(seed)
   return {
-      "image": jnp.asarray(rng.normal(size=(size, num_classes)), jnp.float32),
-      "label": jnp.asarray(rng.integers(num_classes, size=size), jnp.int32),
-      "mask": jnp.ones(size),
-      "id": jnp.arange(size),
+      "image": rng.normal(size=(size, num_classes)).astype(np.float32),
+      "label": rng.integers(num_classes, size=size).astype(np.int32),
+      "mask": np.ones(size, np.float32),
+      "id": np.arange(size, dtype=np.int32),
       **more,
   }
 
 
-def run(task, batch, *, params=None, train=False, denominators=None, model_state=None):
-  key = jax.random.key(0)
-  if params is None:
-    params = task.init(key, batch).get("params", {})
-  denominators = task.denominators(batch) if denominators is None else denominators
-  return task.loss(params, model_state or {}, batch, key, denominators=denominators, train=train, player="all")
-
-
-def loss_and_grad(task, params, batch, denominators):
-  return jax.value_and_grad(
-      lambda p: run(task, batch, params=p, train=True, denominators=denominators).loss)(params)
-
-
 def identity_loss(batch, **settings):
-  return run(Classification(Identity(), NUM_CLASSES, **settings), batch, params={}).loss
+  return compiled.loss(Classification(Identity(), NUM_CLASSES, **settings), batch).loss
 
 
 @pytest.mark.parametrize("criterion", classification.CRITERIA)
 def test_shares_of_uneven_parts_add_up_to_the_whole(criterion):
   task = Classification(Linear(), NUM_CLASSES, criterion=criterion)
-  batch = make_batch(mask=jnp.array([1, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0.]))
-  params = task.init(jax.random.key(1), batch)["params"]
-  denominators = task.denominators(batch)
+  batch = make_batch(mask=np.array([1, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0], np.float32))
+  params = compiled.variables(task, batch)["params"]
+  denominators = compiled.denominators(task, batch)
   assert denominators["examples"] == 6
-  whole = loss_and_grad(task, params, batch, denominators)
+  whole = compiled.loss_and_grad(task, params, batch, denominators)
   parts = [jax.tree.map(lambda x: x[i:i + 4], batch) for i in (0, 4, 8)]  # 4, 1 and 1 examples
-  shares = [loss_and_grad(task, params, part, denominators) for part in parts]
+  shares = [compiled.loss_and_grad(task, params, part, denominators) for part in parts]
   total = jax.tree.map(lambda *xs: sum(xs), *shares)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), total, whole)
 
-  sums = [run(task, part, params=params, denominators=denominators).metrics for part in parts]
+  sums = [compiled.loss(task, part, params, denominators=denominators).metrics for part in parts]
   added = jax.tree.map(lambda *xs: sum(xs), *sums)
-  expected = run(task, batch, params=params).metrics
+  expected = compiled.loss(task, batch, params).metrics
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), added, expected)
 
 
 def test_softmax_loss_is_optax_cross_entropy():
   batch = make_batch()
-  expected = optax.softmax_cross_entropy_with_integer_labels(batch["image"], batch["label"]).mean()
-  np.testing.assert_allclose(identity_loss(batch), expected, rtol=1e-6)
+  expected = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(batch["image"], batch["label"])
+  np.testing.assert_allclose(identity_loss(batch), np.mean(expected), rtol=1e-6)
 
 
 def test_uniform_logits_cost_log_c_whatever_the_smoothing():
-  batch = make_batch() | {"image": jnp.zeros((12, NUM_CLASSES))}
+  batch = make_batch() | {"image": np.zeros((12, NUM_CLASSES), np.float32)}
   for smoothing in (0.0, 0.3):
     loss = identity_loss(batch, label_smoothing=smoothing)
     np.testing.assert_allclose(loss, np.log(NUM_CLASSES), rtol=1e-6)
 
 
+def one_hot(label):
+  return np.eye(NUM_CLASSES, dtype=np.float32)[label]
+
+
+def cross_entropy(logits, targets):
+  return np.mean(_cross_entropy(logits, targets.astype(np.float32)))
+
+
+_cross_entropy = jax.jit(optax.softmax_cross_entropy)
+
+
 def test_label_smoothing_is_cross_entropy_with_smoothed_targets():
   batch = make_batch()
-  targets = 0.9 * jax.nn.one_hot(batch["label"], NUM_CLASSES) + 0.1 / NUM_CLASSES
-  expected = optax.softmax_cross_entropy(batch["image"], targets).mean()
+  expected = cross_entropy(batch["image"], 0.9 * one_hot(batch["label"]) + 0.1 / NUM_CLASSES)
   np.testing.assert_allclose(identity_loss(batch, label_smoothing=0.1), expected, rtol=1e-6)
 
 
 def test_mixed_labels_are_cross_entropy_with_mixed_targets():
   batch = make_batch()
-  weight = jnp.linspace(0, 1, 12)
+  weight = np.linspace(0, 1, 12, dtype=np.float32)
   other = (batch["label"] + 2) % NUM_CLASSES
-  hot = lambda label: jax.nn.one_hot(label, NUM_CLASSES)
-  targets = weight[:, None] * hot(batch["label"]) + (1 - weight)[:, None] * hot(other)
-  targets = 0.8 * targets + 0.2 / NUM_CLASSES
-  expected = optax.softmax_cross_entropy(batch["image"], targets).mean()
+  targets = weight[:, None] * one_hot(batch["label"]) + (1 - weight)[:, None] * one_hot(other)
+  expected = cross_entropy(batch["image"], 0.8 * targets + 0.2 / NUM_CLASSES)
   mixed = batch | {"mix_label": other, "mix_weight": weight}
   np.testing.assert_allclose(identity_loss(mixed, label_smoothing=0.2), expected, rtol=1e-6)
 
@@ -128,13 +124,14 @@ def test_mixed_labels_are_cross_entropy_with_mixed_targets():
 def test_perceptron_gradient_is_rosenblatts_rule():
   task = Classification(Linear(), NUM_CLASSES, criterion="perceptron")
   batch = make_batch()
-  params = {"Dense_0": {"kernel": jnp.eye(NUM_CLASSES), "bias": jnp.zeros(NUM_CLASSES)}}
-  batch["label"] = batch["label"].at[:6].set(jnp.argmax(batch["image"][:6], axis=-1))  # six right guesses
-  _, grads = loss_and_grad(task, params, batch, task.denominators(batch))
+  params = {"Dense_0": {"kernel": np.eye(NUM_CLASSES, dtype=np.float32),
+                        "bias": np.zeros(NUM_CLASSES, np.float32)}}
+  batch["label"][:6] = np.argmax(batch["image"][:6], axis=-1)  # six right guesses
+  _, grads, _ = compiled.loss_and_grad(task, params, batch)
   kernel, bias = np.zeros((NUM_CLASSES, NUM_CLASSES)), np.zeros(NUM_CLASSES)
   dense = params["Dense_0"]
   mistakes = 0
-  for x, y in zip(np.asarray(batch["image"]), np.asarray(batch["label"])):
+  for x, y in zip(batch["image"], batch["label"]):
     guess = np.argmax(x @ dense["kernel"] + dense["bias"])
     if guess != y:
       mistakes += 1
@@ -150,57 +147,64 @@ def test_perceptron_gradient_is_rosenblatts_rule():
 def test_perceptron_learns_from_zero_weights():
   """All logits tie there: a gradient that is split among them would not be the rule."""
   task = Classification(Linear(2), 2, criterion="perceptron")
-  batch = make_batch(2, 2) | {"label": jnp.array([0, 1])}
-  params = jax.tree.map(jnp.zeros_like, task.init(jax.random.key(0), batch)["params"])
-  _, grads = loss_and_grad(task, params, batch, task.denominators(batch))
+  batch = make_batch(2, 2) | {"label": np.array([0, 1], np.int32)}
+  params = jax.tree.map(np.zeros_like, compiled.variables(task, batch)["params"])
+  _, grads, _ = compiled.loss_and_grad(task, params, batch)
   np.testing.assert_allclose(grads["Dense_0"]["bias"], [0.5, -0.5])  # only the second is wrong: guessed 0
 
 
 def test_of_equal_logits_the_lower_class_comes_first():
-  np.testing.assert_array_equal(classification._rank(jnp.zeros((7, 7)), jnp.arange(7)), np.arange(7))
+  np.testing.assert_array_equal(jax.jit(classification._rank)(np.zeros((7, 7), np.float32), np.arange(7)), np.arange(7))
+
+
+def metrics_of(task, batch):
+  """The shapes of a batch's metrics."""
+  loss = lambda batch: task.loss(
+      {}, {}, batch, jax.random.key(0), denominators=task.denominators(batch), train=False).metrics
+  return jax.eval_shape(loss, batch)
 
 
 def test_top_5_accuracy_by_hand():
   batch = make_batch(4) | {
-      "image": jnp.tile(jnp.arange(7.)[::-1], (4, 1)), "label": jnp.array([0, 4, 5, 6])}
+      "image": np.tile(np.arange(7, dtype=np.float32)[::-1], (4, 1)), "label": np.array([0, 4, 5, 6], np.int32)}
   task = Classification(Identity(), NUM_CLASSES)
-  assert task.summarize(run(task, batch, params={}).metrics)["top_5_accuracy"] == 0.5
+  assert task.summarize(compiled.loss(task, batch).metrics)["top_5_accuracy"] == 0.5
   few = make_batch(num_classes=5)
-  assert "top_5_accuracy" not in run(Classification(Identity(), 5), few, params={}).metrics
+  assert "top_5_accuracy" not in metrics_of(Classification(Identity(), 5), few)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_padding_never_changes_a_result(train):
   task = Classification(Linear(), NUM_CLASSES, label_smoothing=0.1)
   batch = make_batch(5)
-  params = task.init(jax.random.key(1), batch)["params"]
-  rubbish = {"image": 1e3 * jnp.ones((3, NUM_CLASSES)), "label": jnp.array([0, -1, 6]), "mask": jnp.zeros(3),
-             "id": jnp.zeros(3, jnp.int32)}
-  padded = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, rubbish)
-  bare, full = (run(task, b, params=params, train=train) for b in (batch, padded))
+  params = compiled.variables(task, batch)["params"]
+  rubbish = {"image": np.full((3, NUM_CLASSES), 1e3, np.float32), "label": np.array([0, -1, 6], np.int32),
+             "mask": np.zeros(3, np.float32), "id": np.zeros(3, np.int32)}
+  padded = jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, rubbish)
+  bare, full = (compiled.loss(task, b, params, train=train) for b in (batch, padded))
   assert ("confusion_matrix" in bare.metrics) != train
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), bare, full)
-  grads = [loss_and_grad(task, params, b, task.denominators(b))[1] for b in (batch, padded)]
+  grads = [compiled.loss_and_grad(task, params, b)[1] for b in (batch, padded)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *grads)
 
 
 def test_a_batch_of_padding_has_loss_zero_and_no_mean():
   task = Classification(Linear(), NUM_CLASSES)
-  batch = make_batch(3, mask=jnp.zeros(3))
-  output = run(task, batch)
+  batch = make_batch(mask=np.zeros(12, np.float32))
+  output = compiled.loss(task, batch, compiled.variables(task, batch)["params"])
   assert output.loss == 0
   assert np.isnan(task.summarize(output.metrics)["accuracy"])
 
 
 def test_metrics_agree_with_scikit_learn():
   task = Classification(Linear(), NUM_CLASSES)
-  masks = [jnp.asarray(np.arange(40) < n, jnp.float32) for n in (40, 33, 12)]
+  masks = [(np.arange(40) < n).astype(np.float32) for n in (40, 33, 12)]
   batches = [make_batch(40, seed=i, mask=mask) for i, mask in enumerate(masks)]
-  params = task.init(jax.random.key(1), batches[0])["params"]
-  sums = jax.tree.map(lambda *xs: sum(xs), *[run(task, b, params=params).metrics for b in batches])
-  kept = [np.asarray(b["mask"]) > 0 for b in batches]
-  label = np.concatenate([np.asarray(b["label"])[k] for b, k in zip(batches, kept)])
-  predictions = [np.asarray(task.predict({"params": params}, b, None)["probabilities"]) for b in batches]
+  params = compiled.variables(task, batches[0])["params"]
+  sums = jax.tree.map(lambda *xs: sum(xs), *[compiled.loss(task, b, params).metrics for b in batches])
+  kept = [b["mask"] > 0 for b in batches]
+  label = np.concatenate([b["label"][k] for b, k in zip(batches, kept)])
+  predictions = [compiled.predict(task, {"params": params}, b)["probabilities"] for b in batches]
   p = np.concatenate([p[k] for p, k in zip(predictions, kept)])
   summary = task.summarize(sums)
   assert set(summary) == {"loss", "accuracy", "top_5_accuracy"}
@@ -217,37 +221,38 @@ def test_metrics_agree_with_scikit_learn():
 
 def test_no_confusion_matrix_of_a_thousand_classes():
   task = Classification(Identity(), 1000)
-  assert "confusion_matrix" not in run(task, make_batch(2, 1000), params={}).metrics
+  assert "confusion_matrix" not in metrics_of(task, make_batch(2, 1000))
 
 
 def test_model_state_moves_in_training_only():
   task = Classification(Counting(), NUM_CLASSES)
-  batch = make_batch(mask=jnp.asarray(np.arange(12) < 5, jnp.float32))
-  variables = dict(task.init(jax.random.key(0), batch))
-  params = variables.pop("params")
-  trained = run(task, batch, params=params, model_state=variables, train=True)
+  batch = make_batch(mask=(np.arange(12) < 5).astype(np.float32))
+  state = dict(jax.jit(task.init)(jax.random.key(0), batch))
+  params = state.pop("params")
+  trained = compiled.loss(task, batch, params, state=state, train=True)
   assert trained.model_state["batch_stats"]["seen"] == 5
-  evaluated = run(task, batch, params=params, model_state=variables)
+  evaluated = compiled.loss(task, batch, params, state=state)
   assert evaluated.model_state["batch_stats"]["seen"] == 0
   assert trained.loss != evaluated.loss  # dropout is on in training alone
 
 
 def test_bfloat16_logits_give_a_float32_loss():
-  output = run(Classification(Linear(dtype=jnp.bfloat16), NUM_CLASSES), make_batch())
+  task, batch = Classification(Linear(dtype=jnp.bfloat16), NUM_CLASSES), make_batch()
+  output = compiled.loss(task, batch, compiled.variables(task, batch)["params"])
   assert {x.dtype for x in jax.tree.leaves((output.loss, output.metrics))} == {jnp.dtype("float32")}
 
 
 def test_float64_stays_float64():
   with jax.enable_x64(True):
-    batch = make_batch() | {"image": jnp.ones((12, NUM_CLASSES), jnp.float64)}
+    batch = make_batch() | {"image": np.ones((12, NUM_CLASSES))}
     assert identity_loss(batch).dtype == jnp.float64
 
 
 def test_predict_gives_probabilities_and_decode_names_them():
   task = Classification(Identity(), NUM_CLASSES)
   batch = make_batch(3)
-  predictions = jax.jit(task.predict)({"params": {}}, batch, jax.random.key(0))
-  p = np.asarray(predictions["probabilities"])
+  predictions = compiled.predict(task, {"params": {}}, batch)
+  p = predictions["probabilities"]
   np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
   rows = list(classification.decode(predictions, {"classes": list("abcdefg")}))
   assert [row["label"] for row in rows] == ["abcdefg"[i] for i in p.argmax(-1)]

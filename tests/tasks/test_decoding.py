@@ -3,7 +3,6 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from dljax.train import parallel
 from dljax.train.evaluate import Predictor, generate
 from dljax.train.program import Program, RunOptions
 from dljax.train.step import evaluation_key
-from tests.tasks import tiny
+from tests.tasks import compiled, tiny
 from tests.train import toys
 
 TASK = LanguageModeling(tiny.Tiny(), stateful=True)
@@ -24,16 +23,19 @@ TASK = LanguageModeling(tiny.Tiny(), stateful=True)
 # Sampling
 
 
+_filter = jax.jit(Sampling.filter, static_argnums=0)
+_draw = jax.jit(Sampling.draw, static_argnums=0)
+
+
 def test_temperature_zero_takes_the_most_probable_token():
-  logits = jax.random.normal(jax.random.key(0), (3, 9))
-  draw = Sampling(temperature=0).draw(logits, jax.random.key(1),
-                                      {"id": jnp.arange(3), "place": jnp.zeros(3, int)})
+  logits = np.random.default_rng(0).normal(size=(3, 9))
+  draw = Sampling(temperature=0).draw(logits, jax.random.key(1), {"id": np.arange(3), "place": np.zeros(3, int)})
   np.testing.assert_array_equal(draw, np.argmax(logits, axis=-1))
 
 
 def test_top_k_and_top_p_leave_the_most_probable_tokens():
-  logits = jnp.log(jnp.array([[0.4, 0.05, 0.3, 0.25], [0.05, 0.9, 0.03, 0.02]]))
-  kept = lambda **kwargs: np.isfinite(Sampling(temperature=1, **kwargs).filter(logits)).tolist()
+  logits = np.log(np.array([[0.4, 0.05, 0.3, 0.25], [0.05, 0.9, 0.03, 0.02]], np.float32))
+  kept = lambda **kwargs: np.isfinite(_filter(Sampling(temperature=1, **kwargs), logits)).tolist()
   assert kept() == [[True] * 4] * 2
   assert kept(top_k=1) == [[True, False, False, False], [False, True, False, False]]
   assert kept(top_k=2) == [[True, False, True, False], [True, True, False, False]]
@@ -45,10 +47,9 @@ def test_top_k_and_top_p_leave_the_most_probable_tokens():
 
 
 def test_drawn_tokens_follow_the_probabilities():
-  logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-  rows = {"id": jnp.arange(4000), "place": jnp.zeros(4000, int)}
-  draw = lambda t: np.bincount(Sampling(temperature=t).draw(
-      jnp.tile(logits, (4000, 1)), jax.random.key(0), rows), minlength=3) / 4000
+  logits = np.tile(np.log(np.array([0.5, 0.3, 0.2], np.float32)), (4000, 1))
+  rows = {"id": np.arange(4000), "place": np.zeros(4000, int)}
+  draw = lambda t: np.bincount(_draw(Sampling(temperature=t), logits, jax.random.key(0), rows), minlength=3) / 4000
   np.testing.assert_allclose(draw(1.0), [0.5, 0.3, 0.2], atol=0.03)
   sharp = np.array([0.5, 0.3, 0.2])**2
   np.testing.assert_allclose(draw(0.5), sharp / sharp.sum(), atol=0.03)
@@ -56,9 +57,9 @@ def test_drawn_tokens_follow_the_probabilities():
 
 def test_no_two_examples_or_places_share_a_draw():
   """64 draws of 4096 equally probable tokens rarely meet; example + place as a key would give 15."""
-  example, place = map(jnp.asarray, np.divmod(np.arange(64), 8))
-  draw = Sampling(temperature=1).draw(jnp.zeros((64, 4096)), jax.random.key(0),
-                                      {"id": example, "place": place})
+  example, place = np.divmod(np.arange(64), 8)
+  draw = _draw(Sampling(temperature=1), np.zeros((64, 4096), np.float32), jax.random.key(0),
+               {"id": example, "place": place})
   assert len(np.unique(draw)) > 60
 
 
@@ -86,8 +87,7 @@ ROWS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 def _continue(prompts, seed=0, key=0, count=12, **sampling):
   task = LanguageModeling(tiny.Tiny(), True,
                           Sampling(max_new_tokens=count, temperature=1.0, seed=seed, **sampling))
-  return np.asarray(task.predict({"params": tiny.params()}, prompts,
-                                 jax.random.key(key))["tokens"])
+  return compiled.predict(task, {"params": tiny.params()}, prompts, key)["tokens"]
 
 
 def test_a_prompt_is_continued_by_the_models_own_tokens():
@@ -104,8 +104,8 @@ def test_a_prompt_is_continued_by_the_models_own_tokens():
 def test_what_follows_a_prompt_is_predicted_by_its_last_token():
   prompts = {**_prompts([ROWS[2]] * 3), "length": np.array([1, 3, 5], np.int32)}
   logits = jax.jit(TASK.start)({"params": tiny.params()}, prompts)["logits"]
-  whole = jax.jit(tiny.Tiny().apply)({"params": tiny.params()}, jnp.array([ROWS[2]]))["logits"][0]
-  np.testing.assert_allclose(logits, whole[np.array([0, 2, 4])], rtol=1e-5)
+  whole = jax.jit(tiny.Tiny().apply)({"params": tiny.params()}, np.array([ROWS[2]]))["logits"]
+  np.testing.assert_allclose(logits, np.asarray(whole)[0, [0, 2, 4]], rtol=1e-5)
 
 
 def test_a_continuation_depends_on_prompt_seed_and_id_alone():
@@ -119,6 +119,9 @@ def test_a_continuation_depends_on_prompt_seed_and_id_alone():
   np.testing.assert_array_equal(_continue(_prompts(ROWS), count=5), together[:, :5])
 
 
+_predict = jax.jit(LanguageModeling.predict, static_argnums=0)
+
+
 @pytest.mark.parametrize("mode, mesh", tiny.MODES)
 def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
   task = LanguageModeling(tiny.Tiny(), True, Sampling(max_new_tokens=19, temperature=1.0))
@@ -127,8 +130,8 @@ def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
   sharding = parallel.put_shared(0, program.mesh).sharding
   state = program.init_state().replace(params=jax.device_put(tiny.params(), sharding))
-  expected = np.asarray(task.predict(
-      {"params": tiny.params()}, _prompts(ROWS), evaluation_key(np.asarray(state.rng)))["tokens"])
+  expected = np.asarray(_predict(
+      task, {"params": tiny.params()}, _prompts(ROWS), evaluation_key(np.asarray(state.rng)))["tokens"])
   at_once = Predictor(experiment, program, mode)(state, _prompts(ROWS))["tokens"]
   parts = list(generate(experiment, program, mode, state, _prompts(ROWS)))
   np.testing.assert_array_equal(at_once, expected)

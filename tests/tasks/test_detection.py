@@ -5,7 +5,6 @@ import json
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,6 +14,7 @@ from dljax.errors import UserError
 from dljax.tasks import boxes as box_lib
 from dljax.tasks import detection
 from dljax.tasks.detection import Detection
+from tests.tasks import compiled
 
 K, SIZE, GRIDS = 3, 32, [(4, 4), (2, 2)]
 ANCHORS = box_lib.Anchors(sizes=((8,), (16,)), ratios=(1.0, 2.0))
@@ -53,27 +53,19 @@ def make_batch(size=3, seed=0, objects=4, **more):
       "image": draw.normal(size=(size, SIZE, SIZE, 1)), "boxes": boxes,
       "box_mask": (np.arange(objects) < np.arange(1, size + 1)[:, None]).astype(np.float32), "mask": np.ones(size),
       "id": np.arange(size, dtype=np.int32)}
-  batch = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()}
-  return {**batch, "box_label": jnp.asarray(draw.integers(K, size=(size, objects)), jnp.int32), **more}
+  batch = {name: x.astype(np.float32) for name, x in batch.items()}
+  return {**batch, "box_label": draw.integers(K, size=(size, objects)).astype(np.int32), **more}
 
 
-def run(task, params, batch, *, denominators=None, train=True):
-  denominators = task.denominators(batch) if denominators is None else denominators
-  return task.loss(params, {}, batch, jax.random.key(0), denominators=denominators, train=train, player="all")
-
-
-@jax.jit
-def _loss_and_grad(params, batch, denominators):
-  task = Detection(Linear(), K, ANCHORS)
-  def loss(p):
-    out = run(task, p, batch, denominators=denominators)
-    return out.loss, out.metrics
-  (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(params)
-  return value, grad, metrics
+TASK = Detection(Linear(), K, ANCHORS)
+focal_loss = jax.jit(detection.focal_loss)
+smooth_l1 = jax.jit(detection.smooth_l1, static_argnums=1)
+box_iou = jax.jit(box_lib.iou)
+encode = jax.jit(box_lib.encode)
 
 
 def linear_params(batch):
-  return Detection(Linear(), K, ANCHORS).init(jax.random.key(0), batch)["params"]
+  return compiled.variables(TASK, batch)["params"]
 
 
 def test_focal_loss_is_its_closed_form():
@@ -82,30 +74,36 @@ def test_focal_loss_is_its_closed_form():
     p = 1 / (1 + np.exp(-logits))
     p_t = p if target else 1 - p
     np.testing.assert_allclose(
-        detection.focal_loss(logits, np.full(25, target)), -alpha * (1 - p_t)**2 * np.log(p_t), rtol=2e-5)
+        focal_loss(logits, np.full(25, target)), -alpha * (1 - p_t)**2 * np.log(p_t), rtol=2e-5)
 
 
 def test_without_focus_the_focal_loss_is_half_of_the_cross_entropy():
   logits = np.random.default_rng(0).normal(size=100).astype(np.float32) * 4
   target = np.arange(100) % 2 == 0
   np.testing.assert_allclose(
-      detection.focal_loss(logits, target, alpha=0.5, gamma=0.0),
-      0.5 * optax.sigmoid_binary_cross_entropy(logits, target), rtol=1e-5)
+      focal_loss(logits, target, alpha=0.5, gamma=0.0),
+      0.5 * np.asarray(jax.jit(optax.sigmoid_binary_cross_entropy)(logits, target)), rtol=1e-5)
+
+
+@jax.jit
+@jax.grad
+def _focal_gradient(logits, target, gamma):
+  return detection.focal_loss(logits, target, gamma=gamma).sum()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_the_focal_loss_has_a_gradient_however_sure_the_logits(gamma):
-  logits = jnp.array([-200., -90, 0, 90, 200])
+  logits = np.array([-200, -90, 0, 90, 200], np.float32)
   for target in (True, False):
-    grad = jax.grad(lambda x: detection.focal_loss(x, jnp.full(5, target), gamma=gamma).sum())(logits)
+    grad = np.asarray(_focal_gradient(logits, np.full(5, target), gamma))
     assert np.isfinite(grad).all()
     assert (grad[0 if target else -1] != 0) and (target == (grad[0] < 0))  # wrong and sure: it still learns
 
 
 def test_smooth_l1():
-  error = jnp.array([-3., -0.5, 0, 0.25, 1, 2])
-  np.testing.assert_array_equal(detection.smooth_l1(error, 0.0), jnp.abs(error))
-  np.testing.assert_allclose(detection.smooth_l1(error, 1.0), optax.huber_loss(error, delta=1.0), rtol=1e-6)
+  error = np.array([-3, -0.5, 0, 0.25, 1, 2], np.float32)
+  np.testing.assert_array_equal(smooth_l1(error, 0.0), np.abs(error))
+  np.testing.assert_allclose(smooth_l1(error, 1.0), jax.jit(optax.huber_loss)(error, delta=1.0), rtol=1e-6)
 
 
 def test_loss_by_hand():
@@ -113,17 +111,16 @@ def test_loss_by_hand():
   batch = make_batch(1, objects=1)
   anchor = 21
   truth = ALL_ANCHORS[anchor] + np.array([1, -1, 2, 0], np.float32)
-  batch |= {"boxes": jnp.array(truth)[None, None], "box_label": jnp.array([[2]]), "box_mask": jnp.ones((1, 1))}
-  matches = np.asarray(box_lib.match(ALL_ANCHORS, truth[None], np.ones(1)))
+  batch |= {"boxes": truth[None, None], "box_label": np.array([[2]], np.int32), "box_mask": np.ones((1, 1), np.float32)}
+  matches = np.asarray(jax.jit(box_lib.match)(ALL_ANCHORS, truth[None], np.ones(1, np.float32)))
   positive = np.flatnonzero(matches == 0)
   assert anchor in positive
   draw = np.random.default_rng(1)
   params = {"logits": draw.normal(size=(1, N, K)).astype(np.float32),
             "boxes": draw.normal(size=(1, N, 4)).astype(np.float32)}
   task = Detection(Fixed(), K, ANCHORS, smooth_l1_beta=0.0)
-  denominators = task.denominators(batch)
-  assert denominators["positives"] == len(positive)
-  out = jax.jit(lambda params, batch: run(task, params, batch))(params, batch)
+  assert compiled.denominators(task, batch)["positives"] == len(positive)
+  out = compiled.loss(task, batch, params, train=True)
   p = 1 / (1 + np.exp(-params["logits"][0]))
   expected = 0.0
   for n in range(N):
@@ -134,7 +131,7 @@ def test_loss_by_hand():
         expected -= 0.25 * (1 - p[n, k])**2 * np.log(p[n, k])
       else:
         expected -= 0.75 * p[n, k]**2 * np.log(1 - p[n, k])
-  code = np.asarray(box_lib.encode(truth, ALL_ANCHORS[positive]))
+  code = np.asarray(encode(truth, ALL_ANCHORS[positive]))
   box = np.abs(params["boxes"][0, positive] - code).sum()
   np.testing.assert_allclose(out.metrics["classification_loss"][0], expected, rtol=1e-5)
   np.testing.assert_allclose(out.metrics["box_loss"][0], box, rtol=1e-5)
@@ -143,36 +140,36 @@ def test_loss_by_hand():
 
 
 def test_shares_of_uneven_parts_add_up_to_the_whole():
-  batch = make_batch(4, mask=jnp.array([1, 1, 0, 1.]))
+  batch = make_batch(4, mask=np.array([1, 1, 0, 1], np.float32))
   params = linear_params(batch)
-  denominators = Detection(Linear(), K, ANCHORS).denominators(batch)
-  whole = _loss_and_grad(params, batch, denominators)
-  parts = [_loss_and_grad(params, jax.tree.map(lambda x: x[i:i + 2], batch), denominators) for i in (0, 2)]
+  denominators = compiled.denominators(TASK, batch)
+  share = lambda rows: compiled.loss_and_grad(TASK, params, {k: v[rows] for k, v in batch.items()}, denominators)
+  whole = share(slice(None))
+  parts = [share(slice(i, i + 2)) for i in (0, 2)]
   jax.tree.map(lambda a, *xs: np.testing.assert_allclose(sum(xs), a, rtol=1e-4, atol=1e-5), whole, *parts)
 
 
 def test_padding_changes_nothing_neither_rows_nor_objects():
   batch = make_batch(2)
   params = linear_params(batch)
-  task = Detection(Linear(), K, ANCHORS)
-  more = {name: jnp.concatenate([x, x[:1]]) for name, x in batch.items()}
-  more["mask"] = more["mask"].at[2].set(0)
-  more["boxes"] = jnp.concatenate([more["boxes"], jnp.full((3, 2, 4), jnp.nan)], axis=1)
-  more["box_label"] = jnp.concatenate([more["box_label"], jnp.full((3, 2), -1)], axis=1)
-  more["box_mask"] = jnp.concatenate([more["box_mask"], jnp.zeros((3, 2))], axis=1)
-  results = [_loss_and_grad(params, b, task.denominators(b)) for b in (batch, more)]
+  more = {name: np.concatenate([x, x[:1]]) for name, x in batch.items()}
+  more["mask"][2] = 0
+  behind = {"boxes": np.full((3, 2, 4), np.nan, np.float32), "box_label": np.full((3, 2), -1, np.int32),
+            "box_mask": np.zeros((3, 2), np.float32)}
+  more |= {name: np.concatenate([more[name], x], axis=1) for name, x in behind.items()}
+  results = [compiled.loss_and_grad(TASK, params, b) for b in (batch, more)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
 
 
 def test_an_image_without_objects_trains_as_background():
-  batch = make_batch(2, box_mask=jnp.zeros((2, 4)))
-  task = Detection(Linear(), K, ANCHORS)
+  batch = make_batch(2, box_mask=np.zeros((2, 4), np.float32))
   params = linear_params(batch)
-  assert task.denominators(batch)["positives"] == 0
-  loss, grad, metrics = _loss_and_grad(params, batch, task.denominators(batch))
+  denominators = compiled.denominators(TASK, batch)
+  assert denominators["positives"] == 0
+  loss, grad, metrics = compiled.loss_and_grad(TASK, params, batch, denominators)
   assert loss > 0 and metrics["box_loss"][0] == 0
   assert not np.any(grad["boxes"]["bias"]) and (grad["logits"]["bias"] > 0).all()  # all learn to say no
-  np.testing.assert_allclose(task.summarize(metrics)["loss"], loss, rtol=1e-6)
+  np.testing.assert_allclose(TASK.summarize(metrics)["loss"], loss, rtol=1e-6)
 
 
 def perfect_outputs(batch):
@@ -181,24 +178,24 @@ def perfect_outputs(batch):
   taken = set()
   for i, m in itertools.product(*map(range, batch["box_mask"].shape)):
     if batch["box_mask"][i, m]:
-      overlap = np.array(box_lib.iou(batch["boxes"][i, m], ALL_ANCHORS))
+      overlap = np.array(box_iou(batch["boxes"][i, m], ALL_ANCHORS))
       n = next(n for n in np.argsort(-overlap) if (i, n) not in taken)
       taken.add((i, n))
       logits[i, n, batch["box_label"][i, m]] = 4 - 0.1 * m
-      code[i, n] = box_lib.encode(batch["boxes"][i, m], ALL_ANCHORS[n])
-  return {"logits": jnp.asarray(logits, jnp.float32), "boxes": jnp.asarray(code, jnp.float32)}
+      code[i, n] = encode(batch["boxes"][i, m], ALL_ANCHORS[n])
+  return {"logits": logits.astype(np.float32), "boxes": code.astype(np.float32)}
 
 
 def apart(batch):
   """The batch with boxes that do not overlap, so that none is suppressed."""
   corner = np.array([[0, 0], [16, 0], [0, 16], [16, 16]], np.float32)
   boxes = np.concatenate([corner, corner + [9, 13]], axis=-1)
-  return {**batch, "boxes": jnp.asarray(np.broadcast_to(boxes, batch["boxes"].shape), jnp.float32)}
+  return {**batch, "boxes": np.broadcast_to(boxes, batch["boxes"].shape).astype(np.float32)}
 
 
 def evaluate(task, batch, variables):
-  predictions = jax.tree.map(np.asarray, jax.jit(task.predict)(variables, batch, jax.random.key(0)))
-  return predictions, task.evaluate(iter([(predictions, jax.tree.map(np.asarray, batch))]), {}, {"classes": "abc"})
+  predictions = compiled.predict(task, variables, batch)
+  return predictions, task.evaluate(iter([(predictions, batch)]), {}, {"classes": "abc"})
 
 
 def test_a_perfect_detector_is_found_to_be_perfect():
@@ -223,9 +220,9 @@ def test_predictions_are_suppressed_within_a_class_and_cut_by_score():
   outputs = {"logits": np.full((1, N, K), -9.0, np.float32), "boxes": np.zeros((1, N, 4), np.float32)}
   box = np.array([4., 4, 14, 14])
   for n, k, score in ((3, 0, 2.0), (4, 0, 3.0), (5, 1, 1.0), (6, 0, -4.0)):
-    outputs["logits"][0, n, k], outputs["boxes"][0, n] = score, box_lib.encode(box, ALL_ANCHORS[n])
+    outputs["logits"][0, n, k], outputs["boxes"][0, n] = score, encode(box, ALL_ANCHORS[n])
   task = Detection(Fixed(), K, ANCHORS, max_detections=5)
-  out = jax.jit(task.predict)({"params": outputs}, batch, None)
+  out = compiled.predict(task, {"params": outputs}, batch)
   np.testing.assert_array_equal(out["valid"][0], [True, True, False, False, False])
   np.testing.assert_array_equal(out["labels"][0, :2], [0, 1])
   np.testing.assert_allclose(out["scores"][0], [1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1)), 0, 0, 0], rtol=1e-5)
@@ -236,9 +233,9 @@ def test_a_score_of_just_the_threshold_is_no_detection():
   batch = apart(make_batch(1))
   logits = np.full((1, N, K), -9.0, np.float32)
   logits[0, 3, 0], logits[0, 30, 0] = 0, 1e-3  # scores of 1/2 exactly, and just above
-  outputs = {"logits": jnp.asarray(logits), "boxes": jnp.zeros((1, N, 4))}
+  outputs = {"logits": logits, "boxes": np.zeros((1, N, 4), np.float32)}
   task = Detection(Fixed(), K, ANCHORS, score_threshold=0.5, max_detections=2)
-  out = jax.jit(task.predict)({"params": outputs}, batch, None)
+  out = compiled.predict(task, {"params": outputs}, batch)
   np.testing.assert_array_equal(out["valid"][0], [True, False])
   assert out["scores"][0, 0] > 0.5
 
@@ -246,8 +243,8 @@ def test_a_score_of_just_the_threshold_is_no_detection():
 def test_candidates_of_every_level_come_before_suppression():
   batch = apart(make_batch(1))
   logits = np.tile(np.linspace(0, 2, N)[:, None], (1, 1, K)).astype(np.float32)
-  outputs = {"logits": jnp.asarray(logits), "boxes": jnp.zeros((1, N, 4))}
-  out = Detection(Fixed(), K, ANCHORS, candidates=1, max_detections=9).predict({"params": outputs}, batch, None)
+  outputs = {"logits": logits, "boxes": np.zeros((1, N, 4), np.float32)}
+  out = compiled.predict(Detection(Fixed(), K, ANCHORS, candidates=1, max_detections=9), {"params": outputs}, batch)
   assert out["valid"].sum() == 2  # one of each level
 
 
@@ -320,7 +317,7 @@ def test_detections_of_a_crowd_are_neither_right_nor_wrong():
 
 
 def test_an_evaluation_knows_crowds():
-  batch = jax.tree.map(np.asarray, apart(make_batch(1, objects=4, box_mask=np.array([[1., 0, 0, 0]]))))
+  batch = apart(make_batch(1, objects=4, box_mask=np.array([[1., 0, 0, 0]])))
   batch["box_label"] = np.ones_like(batch["box_label"])
   predictions = {"boxes": batch["boxes"][:, 1::-1], "labels": batch["box_label"][:, :2],
                  "scores": np.array([[0.9, 0.8]]), "valid": np.ones((1, 2), bool)}
@@ -357,7 +354,7 @@ def test_the_images_with_the_most_mistakes_are_pictured(monkeypatch):
   drawn = {}
   monkeypatch.setattr(report, "detections", lambda *args, **kwargs: drawn.update(truths=args[1], found=args[2]))
   monkeypatch.setattr(detection, "MAX_PICTURED", 2)
-  batch = jax.tree.map(np.asarray, apart(make_batch(4)))
+  batch = apart(make_batch(4))
   empty = {"boxes": np.zeros((4, 1, 4)), "labels": np.zeros((4, 1), int), "scores": np.ones((4, 1)),
            "valid": np.zeros((4, 1), bool)}
   task = Detection(Fixed(), K, ANCHORS)

@@ -11,6 +11,7 @@ from dljax.errors import UserError
 from dljax.models import baselines
 from dljax.tasks import forecasting
 from dljax.tasks.forecasting import Forecasting
+from tests.tasks import compiled
 
 W, H, C = 6, 4, 3
 ASSETS = {"normaliser": {"channels": ["a", "b", "c"], "mean": [1.0, 2.0, 3.0], "std": [2.0, 0.5, 10.0], "step": 3600}}
@@ -42,26 +43,25 @@ def make_batch(size=5, seed=0, missing=0.2, channels=C, **more):
   draw = np.random.default_rng(seed)
   horizon = draw.normal(size=(size, H, channels))
   horizon[draw.random(horizon.shape) < missing] = np.nan
-  return {"window": jnp.asarray(draw.normal(size=(size, W, channels)), jnp.float32),
-          "horizon": jnp.asarray(horizon, jnp.float32), "mask": jnp.ones(size),
-          "id": jnp.arange(size), **more}
+  return {"window": draw.normal(size=(size, W, channels)).astype(np.float32),
+          "horizon": horizon.astype(np.float32), "mask": np.ones(size, np.float32),
+          "id": np.arange(size, dtype=np.int32), **more}
 
 
-def run(task, batch, *, params=None, denominators=None, train=False):
-  denominators = task.denominators(batch) if denominators is None else denominators
-  return task.loss(params or {}, {}, batch, jax.random.key(0), denominators=denominators, train=train, player="all")
+def mask(*rows):
+  return np.array(rows, np.float32)
 
 
 def there(batch):
   """Truths and forecasts of `Fixed`, [N, C] of the rows that count, with NaN where a truth is missing."""
-  real = np.asarray(batch["mask"]) > 0
+  real = batch["mask"] > 0
   return (np.asarray(batch[name], np.float64)[real][:, -H:].reshape(-1, batch["window"].shape[-1])
           for name in ("horizon", "window"))
 
 
 def test_the_squared_error_counts_each_value_that_is_there_once():
-  batch = make_batch(mask=jnp.array([1.0, 1, 0, 1, 0]))
-  out = run(Forecasting(Fixed()), batch)
+  batch = make_batch(mask=mask(1, 1, 0, 1, 0))
+  out = compiled.loss(Forecasting(Fixed()), batch)
   truth, found = there(batch)
   known = ~np.isnan(truth)
   summary = Forecasting(Fixed()).summarize(out.metrics)
@@ -79,23 +79,23 @@ def test_the_squared_error_counts_each_value_that_is_there_once():
 @pytest.mark.parametrize("quantiles", [(), (0.1, 0.5, 0.9)])
 def test_shares_of_parts_add_up_and_padding_counts_nothing(quantiles):
   task = Forecasting(Fixed(tuple(q - 0.5 for q in quantiles)), quantiles)
-  whole = make_batch(6, mask=jnp.array([1.0, 1, 1, 1, 1, 0]))
+  whole = make_batch(6, mask=mask(1, 1, 1, 1, 1, 0))
   parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 1), slice(1, 6))]
-  denominators = task.denominators(whole)
-  np.testing.assert_allclose(sum(task.denominators(part)["values"] for part in parts), denominators["values"])
-  shares = [run(task, part, denominators=denominators) for part in parts]
-  out = run(task, whole)
+  denominators = compiled.denominators(task, whole)
+  np.testing.assert_allclose(sum(compiled.denominators(task, part)["values"] for part in parts), denominators["values"])
+  shares = [compiled.loss(task, part, denominators=denominators) for part in parts]
+  out = compiled.loss(task, whole)
   assert float(sum(share.loss for share in shares)) == pytest.approx(float(out.loss), rel=1e-6)
   real = {key: value[:5] for key, value in whole.items()}
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), out, run(task, real))
-  nothing = run(task, {**whole, "mask": jnp.zeros(6)})
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), out, compiled.loss(task, real))
+  nothing = compiled.loss(task, {**whole, "mask": np.zeros(6, np.float32)})
   assert float(nothing.loss) == 0 and all(np.isnan(v) for v in task.summarize(nothing.metrics).values())
 
 
 def test_the_pinball_loss_is_that_of_scikit_learn():
   quantiles, shifts = (0.1, 0.5, 0.75), (-1.0, 0.2, 0.9)
   batch = make_batch()
-  out = run(Forecasting(Fixed(shifts), quantiles), batch)
+  out = compiled.loss(Forecasting(Fixed(shifts), quantiles), batch)
   truth, found = there(batch)
   known = ~np.isnan(truth)
   want = np.mean([sklearn.metrics.mean_pinball_loss(truth[known], found[known] + shift, alpha=q)
@@ -111,7 +111,7 @@ def test_a_truth_at_either_end_of_the_band_is_covered():
   batch = make_batch(missing=0.0)
   for shifts in ((0.0, 1.0, 2.0), (-2.0, -1.0, 0.0)):
     task = Forecasting(Fixed(shifts), (0.1, 0.5, 0.9))
-    assert task.summarize(run(task, {**batch, "horizon": batch["window"][:, -H:]}).metrics)["coverage"] == 1
+    assert task.summarize(compiled.loss(task, {**batch, "horizon": batch["window"][:, -H:]}).metrics)["coverage"] == 1
 
 
 def test_what_the_pinball_loss_is_least_for_are_the_quantiles():
@@ -119,13 +119,13 @@ def test_what_the_pinball_loss_is_least_for_are_the_quantiles():
   task, batch = Forecasting(Constant(3), quantiles), make_batch(400, channels=1)
   truth = np.asarray(batch["horizon"]).ravel()
   truth = np.sort(truth[~np.isnan(truth)])
-  loss = jax.jit(lambda level: run(task, batch, params={"level": level}, train=True).loss)
-  slope = jax.jit(jax.grad(lambda level: run(task, batch, params={"level": level}, train=True).loss))
-  best = jnp.array(np.quantile(truth, quantiles), jnp.float32)
-  np.testing.assert_allclose(slope(best), 0, atol=1e-3)
-  for other in (best - 0.1, best + 0.1):
+  of = lambda level: compiled.loss_and_grad(task, {"level": level}, batch)
+  loss = lambda level: of(level)[0]
+  best = np.quantile(truth, quantiles).astype(np.float32)
+  np.testing.assert_allclose(of(best)[1]["level"], 0, atol=1e-3)
+  for other in (best - np.float32(0.1), best + np.float32(0.1)):
     assert loss(best) < loss(other)
-  coverage = run(task, batch, params={"level": best}).metrics["coverage"]
+  coverage = compiled.loss(task, batch, {"level": best}).metrics["coverage"]
   assert float(coverage[0][0] / coverage[1][0]) == pytest.approx(0.8, abs=0.01)
 
 
@@ -133,44 +133,44 @@ def test_what_the_pinball_loss_is_least_for_are_the_quantiles():
 def test_a_missing_value_has_no_gradient(quantiles):
   task = Forecasting(baselines.DLinear(horizon=H, kernel_size=3, num_quantiles=len(quantiles)), quantiles)
   batch = make_batch()
-  params = task.init(jax.random.key(0), batch)["params"]
-  of = lambda batch: jax.grad(lambda p: run(task, batch, params=p, train=True).loss)(params)
+  params = compiled.variables(task, batch)["params"]
+  of = lambda batch: compiled.loss_and_grad(task, params, batch)[1]
   grads = of(batch)
   assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(grads))
-  row = {**batch, "horizon": batch["horizon"].at[2].set(np.nan)}
-  rest = {key: jnp.delete(value, 2, axis=0) for key, value in batch.items()}
+  row = {**batch, "horizon": batch["horizon"].copy()}
+  row["horizon"][2] = np.nan
+  rest = {key: np.delete(value, 2, axis=0) for key, value in batch.items()}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of(row), of(rest))
 
 
 def test_a_forecast_does_not_see_what_it_forecasts():
   task = Forecasting(baselines.DLinear(horizon=H, kernel_size=3))
   batch = make_batch()
-  variables = task.init(jax.random.key(0), batch)
-  one = task.predict(variables, batch, jax.random.key(0))
-  two = task.predict(variables, {**batch, "horizon": 1e3 + batch["horizon"]}, jax.random.key(1))
+  variables = compiled.variables(task, batch)
+  one = compiled.predict(task, variables, batch)
+  two = compiled.predict(task, variables, {**batch, "horizon": 1e3 + batch["horizon"]}, seed=1)
   np.testing.assert_array_equal(one["forecast"], two["forecast"])
 
 
 def test_predictions_have_the_median_the_quantiles_and_the_time():
   task = Forecasting(Fixed((-1.0, 0.0, 2.0)), (0.1, 0.5, 0.9))
-  batch = make_batch(time=jnp.zeros((5, H, 2), jnp.int32))
-  found = task.predict({}, batch, jax.random.key(0))
+  batch = make_batch(time=np.zeros((5, H, 2), np.int32))
+  found = compiled.predict(task, {}, batch)
   np.testing.assert_array_equal(found["forecast"], batch["window"][:, -H:])
   shifts = found["quantiles"] - found["forecast"][..., None]
   np.testing.assert_allclose(shifts, np.broadcast_to([-1, 0, 2], (5, H, C, 3)), atol=1e-6)
   assert set(found) == {"forecast", "quantiles", "time"}
-  assert set(Forecasting(Fixed()).predict({}, make_batch(), jax.random.key(0))) == {"forecast"}
+  assert set(compiled.predict(Forecasting(Fixed()), {}, make_batch())) == {"forecast"}
 
 
 def evaluated(task, batches, assets):
   def rows(sums):
     for batch in batches:
-      for name, pair in run(task, batch).metrics.items():
+      for name, pair in compiled.loss(task, batch).metrics.items():
         pair = tuple(np.asarray(x, np.float64) for x in pair)
         sums[name] = tuple(map(np.add, sums[name], pair)) if name in sums else pair
-      real = np.asarray(batch["mask"]) > 0
-      predictions = task.predict({}, batch, jax.random.key(0))
-      yield jax.tree.map(lambda x: np.asarray(x)[real], (predictions, batch))
+      real = batch["mask"] > 0
+      yield jax.tree.map(lambda x: x[real], (compiled.predict(task, {}, batch), batch))
 
   sums = {}
   return task.evaluate(rows(sums), sums, assets)
@@ -178,7 +178,7 @@ def evaluated(task, batches, assets):
 
 def test_errors_in_units_by_channel_and_by_step():
   task = Forecasting(Fixed((-1.0, 0.0, 1.0)), (0.1, 0.5, 0.9))
-  batches = [make_batch(seed=0), make_batch(seed=1, mask=jnp.array([1.0, 1, 1, 0, 0]))]
+  batches = [make_batch(seed=0), make_batch(seed=1, mask=mask(1, 1, 1, 0, 0))]
   found = evaluated(task, batches, ASSETS)
   truth, guess = (np.concatenate(x) for x in zip(*map(there, batches)))
   error = truth - guess
@@ -205,7 +205,7 @@ def test_pictured_are_the_windows_of_least_median_and_largest_error(monkeypatch,
   monkeypatch.setattr(forecasting.report, "forecasts", lambda rows, channels, **how: shown.update(
       rows=rows, channels=channels, **how))
   batches = [make_batch(seed=seed) for seed in range(7)]
-  batches[2]["horizon"] = batches[2]["horizon"].at[jnp.array([1, 3])].set(np.nan)  # nothing to be right or wrong about
+  batches[2]["horizon"][[1, 3]] = np.nan  # nothing to be right or wrong about
   found = evaluated(Forecasting(Fixed()), batches, ASSETS)
   assert set(found.figures) == {"forecasts"}
   found.figures["forecasts"]()

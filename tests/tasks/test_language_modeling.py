@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from dljax import report
 from dljax.data import ragged
@@ -14,28 +15,29 @@ from dljax.data.text import corpus, streams, tokenize
 from dljax.tasks.language_modeling import LanguageModeling
 from dljax.train import parallel
 from dljax.train.evaluate import Evaluator
-from tests.tasks import tiny
+from tests.tasks import compiled, tiny
 from tests.train import toys
 
 TASK = LanguageModeling(tiny.Tiny(), stateful=True)
 
 
-def _nll(batch, carry=None):
+_compiled_apply = jax.jit(tiny.Tiny.apply, static_argnums=0)
+
+
+def _apply(model, tokens):
+  return _compiled_apply(model, {"params": tiny.params(model.vocab_size)}, tokens)["logits"]
+
+
+def _nll(batch, model=tiny.Tiny()):
   """[B, L], by hand."""
-  out = tiny.Tiny().apply({"params": tiny.params()}, batch["tokens"], carry)
-  log_p = jax.nn.log_softmax(out["logits"], axis=-1)
-  return np.asarray(-np.take_along_axis(np.asarray(log_p), batch["targets"][..., None], axis=-1)[..., 0]), out["cache"]
+  log_p = scipy.special.log_softmax(np.asarray(_apply(model, batch["tokens"]), np.float64), axis=-1)
+  return -np.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _compiled_loss(task, params, state, batch, denominators, train):
-  return task.loss(params, state, batch, jax.random.key(0), denominators=denominators, train=train)
-
-
-def _loss(task, batch, state=None, train=False, denominators=None):
-  state = {"carry": jnp.zeros((len(batch["tokens"]), tiny.WIDTH))} if state is None and task.stateful else state or {}
-  denominators = task.denominators(batch) if denominators is None else denominators
-  return _compiled_loss(task, tiny.params(), state, batch, denominators, train)
+def _loss(task, batch, state=None, train=False):
+  if state is None and task.stateful:
+    state = {"carry": np.zeros((len(batch["tokens"]), tiny.WIDTH), np.float32)}
+  return compiled.loss(task, batch, tiny.params(), state=state, train=train)
 
 
 # The loss
@@ -45,10 +47,10 @@ def _loss(task, batch, state=None, train=False, denominators=None):
 def test_the_loss_is_the_mean_over_predicted_tokens(train):
   batch = tiny.batch(lengths=[6, 3, 0, 0])
   batch["target_weight"][1, 0] = 0
-  losses, _ = _nll(batch)
+  losses = _nll(batch)
   expected = losses[0].sum() + losses[1, 1:3].sum()
   out = _loss(TASK, batch, train=train)
-  assert float(TASK.denominators(batch)["tokens"]) == 8
+  assert compiled.denominators(TASK, batch)["tokens"] == 8
   assert float(out.loss) == pytest.approx(expected / 8, rel=1e-5)
   found = TASK.summarize(out.metrics)
   assert found["loss"] == pytest.approx(expected / 8, rel=1e-5)
@@ -59,14 +61,14 @@ def test_the_loss_is_the_mean_over_predicted_tokens(train):
 def test_bits_are_those_of_the_text():
   batch = tiny.batch(characters=np.array([3, 0, 7, 1], np.float32), bytes=np.array([4, 0, 9, 1], np.float32))
   found = TASK.summarize(_loss(TASK, batch).metrics)
-  nats = _nll(batch)[0].sum()
+  nats = _nll(batch).sum()
   assert found["bits_per_character"] == pytest.approx(nats / math.log(2) / 11, rel=1e-5)
   assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / 14, rel=1e-5)
 
 
 def test_accuracy_counts_the_most_probable_token():
   batch = tiny.batch()
-  guess = np.argmax(tiny.Tiny().apply({"params": tiny.params()}, batch["tokens"])["logits"], axis=-1)
+  guess = np.argmax(_apply(tiny.Tiny(), batch["tokens"]), axis=-1)
   found = TASK.summarize(_loss(TASK, batch).metrics)
   assert found["accuracy"] == pytest.approx(np.mean(guess == batch["targets"]))
 
@@ -102,47 +104,42 @@ def test_windows_that_carry_their_state_are_one_long_window():
 
 def test_the_gradient_ends_at_the_carry_and_shares_add_up():
   batch = tiny.batch(rows=4)
-  state = {"carry": jnp.ones((4, tiny.WIDTH))}
-  denominators = TASK.denominators(batch)
+  denominators = compiled.denominators(TASK, batch)
   value = lambda params, rows: TASK.loss(
-      params, {"carry": state["carry"][np.array(rows)]}, {k: v[np.array(rows)] for k, v in batch.items()},
-      jax.random.key(0),
-      denominators=denominators, train=True).loss
-  grad = jax.jit(jax.grad(value), static_argnums=1)
-  whole = grad(tiny.params(), (0, 1, 2, 3))
-  parts = [grad(tiny.params(), rows) for rows in ((0,), (1, 2, 3))]
-  jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, a + b, atol=1e-6), whole, *parts)
+      params, {"carry": np.ones((4, tiny.WIDTH), np.float32)[rows]}, {k: v[rows] for k, v in batch.items()},
+      jax.random.key(0), denominators=denominators, train=True).loss
+  rows = [0, 1, 2, 3], [0], [1, 2, 3]
+  whole, *parts = jax.jit(lambda params: [jax.grad(value)(params, np.array(some)) for some in rows])(tiny.params())
+  jax.tree.map(lambda w, a, b: np.testing.assert_allclose(w, np.add(a, b), atol=1e-6), whole, *parts)
 
 
 def test_the_loss_is_computed_in_float32_and_the_carry_keeps_its_type():
   task = LanguageModeling(tiny.Tiny(dtype=jnp.bfloat16), stateful=True)
-  state = {"carry": jnp.zeros((4, tiny.WIDTH), jnp.float32)}
-  out = task.loss(tiny.params(), state, tiny.batch(), jax.random.key(0), denominators={"tokens": jnp.ones(())}, train=True)
+  state = {"carry": np.zeros((4, tiny.WIDTH), np.float32)}
+  loss = functools.partial(task.loss, denominators={"tokens": np.float32(1)}, train=True)
+  out = jax.eval_shape(loss, tiny.params(), state, tiny.batch(), jax.random.key(0))
   assert out.loss.dtype == jnp.float32 and out.model_state["carry"].dtype == jnp.float32
 
 
 def test_fresh_variables_have_a_carry_for_each_row_where_it_is_kept():
-  variables = TASK.init(jax.random.key(0), tiny.batch(rows=5))
-  assert variables["carry"].shape == (5, tiny.WIDTH) and not variables["carry"].any()
-  assert set(LanguageModeling(tiny.Tiny()).init(jax.random.key(0), tiny.batch())) == {"params"}
+  variables = jax.jit(TASK.init)(jax.random.key(0), tiny.batch(rows=5))
+  assert variables["carry"].shape == (5, tiny.WIDTH) and not np.any(variables["carry"])
+  assert set(jax.eval_shape(LanguageModeling(tiny.Tiny()).init, jax.random.key(0), tiny.batch())) == {"params"}
 
 
 def test_a_token_is_predicted_from_those_before_it():
-  tokens = jax.nn.one_hot(tiny.batch(rows=1)["tokens"][0], tiny.VOCABULARY)
+  batch = tiny.batch()
   for place in range(6):
-    gradient = jax.grad(lambda x: _soft(x)[place].sum())(tokens)
-    reach = np.abs(gradient).sum(axis=-1) > 0
+    weight = np.zeros_like(batch["target_weight"])
+    weight[:, place] = 1
+    changed = []
+    for other in (None, *range(6)):
+      tokens = batch["tokens"].copy()
+      tokens[:, [] if other is None else other] += 1
+      tokens %= tiny.VOCABULARY
+      changed.append(float(_loss(TASK, {**batch, "tokens": tokens, "target_weight": weight}).loss))
+    reach = np.array(changed[1:]) != changed[0]
     assert reach[:place + 1].all() and not reach[place + 1:].any()
-
-
-def _soft(tokens):
-  """Tiny's logits [L, V] for tokens as denominators [L, V]."""
-  params = tiny.params()
-  h, logits = jnp.zeros(tiny.WIDTH), []
-  for x in tokens @ params["embed"]["embedding"]:
-    h = jnp.tanh(0.7 * h + x)
-    logits.append(3 * h @ params["head"]["kernel"] + params["head"]["bias"])
-  return jnp.stack(logits)
 
 
 # A whole split, by the engine
@@ -173,7 +170,7 @@ def _evaluate(pipeline, mode="jit", mesh="data:1", stateful=True):
   pipeline.open()
   variables = {"params": tiny.params(tokenize.Bytes.size)}
   if stateful:
-    variables["carry"] = jnp.zeros((16, tiny.WIDTH))
+    variables["carry"] = np.zeros((16, tiny.WIDTH), np.float32)
   rng = jax.random.key_data(jax.random.key(0))
   return evaluator.sums(variables, rng, pipeline, "validation"), evaluator
 
@@ -183,9 +180,7 @@ def test_one_stream_is_exact_over_the_whole_text_whatever_the_window(play, lengt
   found, _ = _evaluate(_pipelines(play, length=length)(1).evals["validation"])
   split = corpus.split_text(play.read_text())["validation"]
   tokens = np.array([[tokenize.Bytes.end, *split.encode()]])
-  out = tiny.Tiny(tokenize.Bytes.size).apply({"params": tiny.params(tokenize.Bytes.size)}, tokens[:, :-1])
-  log_p = np.asarray(jax.nn.log_softmax(out["logits"], axis=-1), np.float64)
-  nats = -np.take_along_axis(log_p, tokens[:, 1:, None], axis=-1).sum()
+  nats = _nll({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}, tiny.Tiny(tokenize.Bytes.size)).sum()
   assert found["loss"] == pytest.approx(nats / len(split.encode()), rel=1e-5)
   assert found["perplexity"] == pytest.approx(math.exp(nats / len(split.encode())), rel=1e-4)
   assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(split.encode()), rel=1e-5)
@@ -199,7 +194,7 @@ def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monke
   pipeline = _pipelines(play, length=7)(rows).evals["validation"]
   task = LanguageModeling(tiny.Tiny(tokenize.Bytes.size), stateful=True, spell=list)
   evaluator = Evaluator(task, "jit", parallel.make_mesh(toys.MESHES["data:1"], "jit"))
-  variables = {"params": tiny.params(tokenize.Bytes.size), "carry": jnp.zeros((16, tiny.WIDTH))}
+  variables = {"params": tiny.params(tokenize.Bytes.size), "carry": np.zeros((16, tiny.WIDTH), np.float32)}
   pipeline.open()
   rng = jax.random.key_data(jax.random.key(0))
   evaluator.full(variables, rng, pipeline, "validation", {}).figures["surprise"]()
@@ -208,10 +203,8 @@ def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monke
   first = -(-len(text_bytes) // rows)  # the stream that begins the text, whose state nothing comes before
   assert bytes(tokens[:first]) == text_bytes[:first] and len(tokens) <= len(text_bytes)
   inputs = np.array([[tokenize.Bytes.end, *text_bytes[:first]]])
-  out = tiny.Tiny(tokenize.Bytes.size).apply({"params": tiny.params(tokenize.Bytes.size)}, inputs[:, :-1])
-  log_p = np.asarray(jax.nn.log_softmax(out["logits"], axis=-1))
-  expected = -np.take_along_axis(log_p, inputs[:, 1:, None], axis=-1)[0, :, 0] / math.log(2)
-  np.testing.assert_allclose(bits[:first], expected, rtol=1e-4, atol=1e-4)
+  nats, = _nll({"tokens": inputs[:, :-1], "targets": inputs[:, 1:]}, tiny.Tiny(tokenize.Bytes.size))
+  np.testing.assert_allclose(bits[:first], nats / math.log(2), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode, mesh", tiny.MODES[1:])

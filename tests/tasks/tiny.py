@@ -39,8 +39,8 @@ class Tiny(nn.Module):
 
 @functools.cache
 def params(vocab_size=VOCABULARY):
-  variables = Tiny(vocab_size).init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))
-  return jax.tree.map(lambda x: 2 * x, variables["params"])
+  variables = jax.jit(Tiny(vocab_size).init)(jax.random.key(1), np.zeros((1, 1), np.int32))
+  return jax.tree.map(lambda x: 2 * np.asarray(x), variables["params"])
 
 
 def batch(rows=4, length=6, seed=0, lengths=None, **fields):

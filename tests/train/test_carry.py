@@ -1,6 +1,7 @@
 """A recurrent carry in the model state: the same rows under every mode, kept, saved, reset and never mixed up."""
 
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from tests.train import toys
 
 MODES = [("jit", "data:1"), ("jit", "data:4"), ("pmap", "data:4"), ("jit", "data:2,fsdp:2")]
 LENGTH, WIDTH = 3, 4
-STILL = {"learning_rate": 1e-30}  # the parameters stay as they are
+STILL = [1e-30] * 6  # scales of the learning rate by which the parameters stay as they are
 OPTIONS = RunOptions(mesh=toys.MESHES["data:1"], progress=False)
 
 
@@ -38,6 +39,10 @@ class Recurrent(nn.Module):
     return jnp.stack(outputs, axis=1), {"h": h, "seen": carry["seen"] + x.shape[1] - 1}
 
 
+def _zeros(rows):
+  return {"h": jnp.zeros((rows, WIDTH)), "seen": jnp.zeros(rows, jnp.int32)}
+
+
 @dataclasses.dataclass(frozen=True)
 class NextNumber(TaskBase):
   """Batches have x [B, LENGTH + 1], reset and mask [B]."""
@@ -45,7 +50,7 @@ class NextNumber(TaskBase):
   model: nn.Module = Recurrent()
 
   def init(self, rng, batch):
-    carry = {"h": jnp.zeros((len(batch["x"]), WIDTH)), "seen": jnp.zeros(len(batch["x"]), jnp.int32)}
+    carry = _zeros(len(batch["x"]))
     return {**self.model.init(rng, batch["x"], carry), "carry": carry}
 
   def denominators(self, batch):
@@ -59,7 +64,7 @@ class NextNumber(TaskBase):
         model_state={**model_state, "carry": carry})
 
   def predict(self, variables, batch, rng, context=None):
-    carry = variables.get("carry") or self.init(jax.random.key(0), batch)["carry"]
+    carry = variables.get("carry") or _zeros(len(batch["x"]))
     return {"guess": self.model.apply({"params": variables["params"]}, batch["x"], carry)[0]}
 
 
@@ -80,6 +85,18 @@ def _experiment(train=_windows, evals=None, **fields):
   return toys.formula_experiment(NextNumber(), toys.Scripted(train), evals, **fields)
 
 
+@functools.cache
+def _program(mode, mesh, accumulation=1):
+  return toys.make_program(_experiment(accumulation=accumulation), mode, mesh)
+
+
+def _train(steps, mode="jit", mesh="data:4", accumulation=1, train=_windows, lr_scales=None):
+  """`toys.train`, by programs that the tests share."""
+  return toys.train(
+      _experiment(train), steps, parallelism=mode, mesh=mesh, lr_scales=lr_scales,
+      program=_program(mode, mesh, accumulation))
+
+
 def _carry(state):
   return jax.tree.map(np.asarray, state.model_state["carry"])
 
@@ -97,8 +114,7 @@ def _expected(params, steps, resets=lambda step: step == 0):
 
 @pytest.mark.parametrize("mode, mesh, accumulation", [*((*mode, 1) for mode in MODES), (*MODES[1], 2)])
 def test_each_row_has_its_own_carry_from_batch_to_batch(mode, mesh, accumulation):
-  experiment = _experiment(accumulation=accumulation, optimizer=STILL)
-  state, outs, _ = toys.train(experiment, 4, parallelism=mode, mesh=mesh)
+  state, outs, _ = _train(4, mode, mesh, accumulation, lr_scales=STILL)
   np.testing.assert_allclose(_carry(state)["h"], _expected(state.params, 4), atol=1e-6)
   np.testing.assert_array_equal(_carry(state)["seen"], 4 * LENGTH)
   assert outs[-1]["failed_step"] == -1
@@ -107,7 +123,7 @@ def test_each_row_has_its_own_carry_from_batch_to_batch(mode, mesh, accumulation
 def test_rows_that_are_reset_begin_anew():
   resets = lambda step: np.arange(toys.BATCH_SIZE) % 3 == step % 3
   train = lambda step: _windows(step, resets=resets)
-  state, _, _ = toys.train(_experiment(train, optimizer=STILL), 5)
+  state, _, _ = _train(5, train=train, lr_scales=STILL)
   np.testing.assert_allclose(_carry(state)["h"], _expected(state.params, 5, resets), atol=1e-6)
   seen = [LENGTH * (1 + (4 - row) % 3) for row in range(toys.BATCH_SIZE)]
   np.testing.assert_array_equal(_carry(state)["seen"], seen)
@@ -116,8 +132,7 @@ def test_rows_that_are_reset_begin_anew():
 @pytest.mark.parametrize("mode, mesh, accumulation", [(*MODES[0], 4), (*MODES[1], 1), (*MODES[2], 1), (*MODES[2], 2),
                                                       (*MODES[3], 1)])
 def test_training_is_the_same_however_the_rows_are_spread(mode, mesh, accumulation):
-  one = toys.train(_experiment(), 5, mesh="data:1")
-  other = toys.train(_experiment(accumulation=accumulation), 5, parallelism=mode, mesh=mesh)
+  one, other = _train(5, mesh="data:1"), _train(5, mode, mesh, accumulation)
   assert toys.difference(one.state.params, other.state.params) < 1e-5
   assert toys.difference(_carry(one.state), _carry(other.state)) < 1e-5
   assert toys.difference([o["loss"] for o in one.outs], [o["loss"] for o in other.outs]) < 1e-5
@@ -142,8 +157,7 @@ def test_the_carry_is_split_as_the_batch_is_and_the_step_compiled_once(mode, mes
 
 def test_accumulation_and_the_carry_move_no_rows_between_devices():
   def summary(accumulation):
-    program = Program(_experiment(accumulation=accumulation), RunOptions(mesh=toys.MESHES["data:4"]))
-    return inspect.summarize_compiled(program.lower_train_step().compile())
+    return inspect.summarize_compiled(_program("jit", "data:4", accumulation).lower_train_step().compile())
 
   assert {c.kind for k in (1, 2) for c in summary(k).collectives} == {"all-reduce"}
 
@@ -151,7 +165,7 @@ def test_accumulation_and_the_carry_move_no_rows_between_devices():
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_a_dry_run_sees_the_carry(mode):
   experiment = _experiment()
-  program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES["data:4"]))
+  program = _program(mode, "data:4")
   program.lower_train_step().compile()
   assert program.train_step_flops() > 0
   assert sum(row.parameters for row in flops.task_layers(experiment.task, experiment.data.batch_spec)) == 6 * WIDTH + 5
@@ -164,7 +178,7 @@ def test_a_step_that_went_wrong_leaves_the_carry():
       batch["x"][0, 0] = np.nan
     return batch
 
-  before, after = (toys.train(_experiment(train), steps).state for steps in (2, 4))
+  before, after = (_train(steps, train=train).state for steps in (2, 4))
   assert after.failed_step == 3 and after.step == 2
   assert toys.difference(_carry(before), _carry(after)) == 0
 
@@ -176,31 +190,35 @@ def _split(rows, batches):
   return toys.Scripted(lambda step: _windows(step, rows=rows), num_batches=batches)
 
 
+@jax.jit
+def _guess(params, x):
+  return Recurrent().apply({"params": params}, x, _zeros(len(x)))[0]
+
+
 @pytest.mark.parametrize("mode, mesh", MODES)
 def test_evaluation_starts_from_zeros_and_carries_over_its_batches(mode, mesh):
   """Twice the rows of training, and the carry of training must not matter."""
   experiment = _experiment()
-  program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
+  program = _program(mode, mesh)
   evaluator = Evaluator(experiment.task, mode, program.mesh)
   state = program.init_state()
-  carry = jax.tree.map(lambda x: x + 100, state.model_state["carry"])
+  carry = jax.tree.map(
+      lambda x: jax.device_put(np.asarray(x) + x.dtype.type(100), x.sharding), state.model_state["carry"])
   state = state.replace(model_state={**state.model_state, "carry": carry})
   rows, steps = 2 * toys.BATCH_SIZE, 4
   found = [evaluator.sums(state.variables, state.rng, _split(rows, steps), "test")["loss"] for _ in range(2)]
   assert found[0] == found[1]
   x = _numbers(rows)[:, :steps * LENGTH + 1]
-  zeros = experiment.task.init(jax.random.key(0), {"x": x})["carry"]
-  guess, _ = experiment.task.model.apply({"params": jax.tree.map(np.asarray, state.params)}, x, zeros)
+  params = jax.tree.map(np.asarray, state.params)
+  guess = _guess(params, x)
   assert found[0] == pytest.approx(float(np.mean((guess - x[:, 1:])**2)), rel=1e-5)
   assert evaluator.metric_names(program.abstract_state.variables, program.abstract_state.rng, _split(rows, 1)) == [
       "loss"]
   evaluator.full(state.variables, state.rng, _split(rows, steps), "test", {})
 
   one = {k: v[:5] for k, v in _windows(0).items()}
-  guess, _ = experiment.task.model.apply(
-      {"params": jax.tree.map(np.asarray, state.params)}, one["x"], jax.tree.map(lambda x: x[:5], zeros))
   predicted = Predictor(experiment, program, mode)(state, one)
-  np.testing.assert_allclose(predicted["guess"], guess, atol=1e-5)
+  np.testing.assert_allclose(predicted["guess"], _guess(params, one["x"]), atol=1e-5)
 
 
 # Checkpoints
@@ -220,12 +238,11 @@ def test_a_run_that_is_resumed_ends_in_the_same_bits(mode, mesh, tmp_path, monke
 
 
 def test_a_carry_saved_by_one_mode_is_read_by_another(tmp_path):
-  experiment = _experiment()
-  saved, _, program = toys.train(experiment, 3, parallelism="pmap", mesh="data:4")
+  saved, _, program = _train(3, "pmap")
   state = jax.device_put(saved, parallel.state_shardings(saved, program.mesh, parallel.Sharding((), 0)))
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(3, state, {})
-  other = Program(experiment, RunOptions(mesh=toys.MESHES["data:2,fsdp:2"]))
+  other = _program("jit", "data:2,fsdp:2")
   with Checkpointer(tmp_path) as checkpointer:
     restored = checkpointer.restore(other.abstract_state).state
   assert state_sha256(parallel.state_to_host(restored, other.mesh)) == state_sha256(saved)

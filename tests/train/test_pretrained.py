@@ -21,7 +21,7 @@ from dljax.train.loop import fit
 from dljax.train.state import FORMAT
 from dljax.train.program import Program, RunOptions
 from experiments import lenet, mlp, resnet, retinanet
-from tests.command import refuse, run
+from tests.command import plain_pictures, refuse, run
 
 pytestmark = pytest.mark.usefixtures("_digits")
 STAGES = {"block": resnet_model.BasicBlock, "stage_sizes": (1, 1)}
@@ -47,7 +47,8 @@ def run_dir(data_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "source"
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TFDS_DATA_DIR", str(data_dir))
-    fit(_experiment(mlp, *SHORT, "--config.ema_decay=0.5"), workdir, ONE)
+    with plain_pictures():
+      fit(_experiment(mlp, *SHORT, "--config.ema_decay=0.5"), workdir, ONE)
   return workdir
 
 
@@ -66,6 +67,12 @@ def _start(experiment, options=ONE):
   flat = lambda state: traverse_util.flatten_dict(
       jax.tree.map(np.asarray, {"params": state.params, **state.model_state}), sep="/")
   return state, flat(state), flat(fresh), weights.summary
+
+
+def _random(model, shape):
+  """Variables of the model, drawn without compiling anything."""
+  specs = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros(shape, np.float32)))
+  return jax.tree.map(lambda spec: np.random.default_rng(0).random(spec.shape, np.float32), specs)
 
 
 def _same(one, other):
@@ -137,9 +144,7 @@ def test_files_and_folders_are_recognised(run_dir, tmp_path):
 
 def test_running_statistics_come_along(tmp_path):
   model = _experiment(resnet).task.model
-  variables = jax.tree.map(
-      lambda spec: np.random.default_rng(0).random(spec.shape, np.float32),
-      jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))))
+  variables = _random(model, (1, 16, 16, 1))
   safetensors.numpy.save_file(interop.dump(model, variables, "torchvision"), tmp_path / "net.safetensors")
   _, started, _, _ = _start(_experiment(
       resnet, f"--config.init.source={tmp_path / 'net.safetensors'}", "--config.batch_size=8"))
@@ -164,12 +169,13 @@ def test_what_does_not_fit_is_named(run_dir, tmp_path):
       ({"params/hidden1/bias": np.zeros(3, np.float32)}, "params/hidden1/bias has shape (3,)"),
   ):
     safetensors.numpy.save_file({k: v for k, v in {**arrays, **change}.items() if v is not None}, path)
-    assert refusal(_experiment(mlp, *small)).startswith(source) and message in refusal(_experiment(mlp, *small))
+    line = refusal(_experiment(mlp, *small))
+    assert line.startswith(source) and message in line
   safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, path)
   assert "the names of dljax or torch; the first names are: a" in refusal(_experiment(mlp, *small))
   assert "did you mean torch" in refusal(_experiment(mlp, *small, "--config.init.format=torhc"))
   net = _experiment(lenet).task.model
-  grey = net.init(jax.random.key(0), np.zeros((1, 32, 32, 1)))
+  grey = _random(net, (1, 32, 32, 1))
   safetensors.numpy.save_file(interop.dump(net, grey, "torch"), path)
   coloured = ("--config.data.image_shape=32,32,3", "--config.data.mean=0,0,0", "--config.data.std=1,1,1")
   assert "they were trained on images of 1 channels, and these have 3" in refusal(_experiment(lenet, source, *coloured))
@@ -187,15 +193,18 @@ def test_fine_tuning_changes_only_what_is_not_frozen_and_resumes_without_the_sou
   shutil.copytree(run_dir, source)
   flags = (f"--workdir={workdir}", "--mesh=data:1", *SHORT, f"--config.init.source={source}",
            "--config.optimizer.freeze=hidden1/kernel", "--config.optimizer.learning_rates=*/bias=0.1")
-  outcome = run(mlp, *flags)
+  with plain_pictures():
+    outcome = run(mlp, *flags)
   assert outcome.status == 0 and outcome.err.startswith("starting from checkpoint"), outcome
   before, after = pretrained.read_run(source)[1], pretrained.read_run(workdir)[1]
   changed = {path for path, array in after.items() if not np.array_equal(array, before[path])}
   assert changed == {"params/hidden1/bias", "params/head/kernel", "params/head/bias"}
   shutil.rmtree(source)
-  longer = run(mlp, *flags, "--config.total_steps=9")
+  with plain_pictures():
+    longer = run(mlp, *flags, "--config.total_steps=9")
   assert longer.status == 0 and "starting from" not in longer.err and "continuing from step 6" in longer.err, longer
-  assert run(mlp, "--mode=eval", f"--workdir={workdir}").status == 0
+  with plain_pictures():
+    assert run(mlp, "--mode=eval", f"--workdir={workdir}").status == 0
 
 
 def test_a_bad_source_is_one_line_and_touches_nothing(tmp_path):
@@ -218,9 +227,7 @@ def test_a_run_of_another_format_is_refused_by_its_number(run_dir, tmp_path):
 def _backbone_source(num_classes=5):
   """A classifier with the stages of the RetinaNet below, and its variables."""
   model = resnet_model.ResNet(num_classes=num_classes, **STAGES, width=4, small_stem=True)
-  return model, jax.tree.map(
-      lambda spec: np.random.default_rng(0).random(spec.shape, np.float32),
-      jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 16, 16, 1), np.float32))))
+  return model, _random(model, (1, 16, 16, 1))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

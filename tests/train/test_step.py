@@ -53,17 +53,17 @@ def test_the_average_of_the_parameters_by_hand_and_evaluation_uses_it():
 def test_the_learning_rate_scale_scales_the_update_exactly():
   start = np.float32(np.linspace(-1, 3, 8)[:, None] * np.ones(3))
 
-  def final(learning_rate, lr_scales):
+  def final(learning_rate, lr_scales, program=None):
     task = toys.Formula(params={"w": start},
                         rows=lambda params, batch, train, player: jnp.sum(jnp.sin(params["w"])) * batch["x"])
     optimizer = {"name": "adamw", "learning_rate": learning_rate, "weight_decay": 0.1}
     experiment = toys.formula_experiment(task, toys.Scripted(lambda step: _rows()), optimizer=optimizer)
-    return toys.train(experiment, 3, lr_scales=lr_scales)
+    return toys.train(experiment, 3, lr_scales=lr_scales, program=program)
 
   scaled, plain = final(0.02, [0.5] * 3), final(0.01, None)  # a power of two: nothing is rounded otherwise
   assert state_sha256(scaled.state) == state_sha256(plain.state)
   assert [out["learning_rate"] for out in scaled.outs] == pytest.approx([0.01] * 3)
-  still = final(0.02, [0.0] * 3)
+  still = final(0.02, [0.0] * 3, scaled.program)
   np.testing.assert_array_equal(still.state.params["w"], start)
 
 
@@ -111,10 +111,13 @@ def test_players_move_in_turn_against_each_others_newest_parameters(mode):
 # Compute in bfloat16, and again instead of stored
 
 
+@functools.cache
+def _trained_mlp(**fields):
+  return toys.train(toys.digits_experiment(toys.tiny_mlp(**fields), optimizer={"name": "adam"}), 3)
+
+
 def test_bfloat16_computes_about_the_same_with_float32_parameters():
-  optimizer = {"name": "adam"}
-  full = toys.train(toys.digits_experiment(toys.tiny_mlp(), optimizer=optimizer), 3)
-  half = toys.train(toys.digits_experiment(toys.tiny_mlp(dtype=jnp.bfloat16), optimizer=optimizer), 3)
+  full, half = _trained_mlp(), _trained_mlp(dtype=jnp.bfloat16)
   for a, b in zip(jax.tree.leaves(full.state), jax.tree.leaves(half.state), strict=True):
     assert a.dtype == b.dtype != jnp.bfloat16
   for a, b in zip(full.outs, half.outs, strict=True):
@@ -142,16 +145,25 @@ def _root(params, batch, train, player):
   return jnp.sqrt(params["w"]) * batch["x"]
 
 
+@functools.cache
+def _parabola_program(mode):
+  return toys.make_program(_parabola_experiment([_rows()]), mode)
+
+
+def _parabola_experiment(batches):
+  task = toys.Formula(params={"w": 1.0}, rows=_parabola(target=0.5))
+  return toys.formula_experiment(
+      task, toys.Scripted(lambda step: batches[step]), ema_decay=0.5, optimizer={"name": "adam"})
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_went_wrong_changes_nothing_and_nor_do_later_ones(mode, bad):
-  task = toys.Formula(params={"w": 1.0}, rows=_parabola(target=0.5))
   batches = [_rows(), _rows(), _rows(), _rows(), _rows()]
   batches[2]["x"][3] = bad  # one row on one device
-  experiment = toys.formula_experiment(
-      task, toys.Scripted(lambda step: batches[step]), ema_decay=0.5, optimizer={"name": "adam"})
-  before = toys.train(experiment, 2, parallelism=mode).state
-  state, outs, _ = toys.train(experiment, 5, parallelism=mode)
+  experiment, program = _parabola_experiment(batches), _parabola_program(mode)
+  before = toys.train(experiment, 2, parallelism=mode, program=program).state
+  state, outs, _ = toys.train(experiment, 5, parallelism=mode, program=program)
   assert [int(out["failed_step"]) for out in outs] == [NOT_FAILED, NOT_FAILED, 3, 3, 3]
   assert int(state.step) == 2
   assert state_sha256(state.replace(failed_step=before.failed_step)) == state_sha256(before)
@@ -197,18 +209,26 @@ def test_every_players_loss_has_to_be_finite():
   assert int(out["failed_step"]) == 1
 
 
+@functools.cache
+def _conv_net_program():
+  return toys.make_program(toys.digits_experiment(toys.ConvNet(), ema_decay=0.9))
+
+
+def _trained_conv_net(steps, **fields):
+  experiment = toys.digits_experiment(toys.ConvNet(), ema_decay=0.9, **fields)
+  return toys.train(experiment, steps, program=_conv_net_program())
+
+
 def test_padding_alone_is_no_step_to_learn_from():
   """A batch without a real row has loss 0 and gradient 0, and fails nothing."""
-  experiment = toys.digits_experiment(toys.ConvNet(), mask=lambda step: np.zeros(toys.BATCH_SIZE, np.float32))
-  start = toys.train(experiment, 0).state
-  state, (out,), _ = toys.train(experiment, 1)
+  start = _trained_conv_net(0).state
+  state, (out,), _ = _trained_conv_net(1, mask=lambda step: np.zeros(toys.BATCH_SIZE, np.float32))
   assert (float(out["loss"]), float(out["gradient_norm"]), int(out["failed_step"])) == (0, 0, NOT_FAILED)
   assert toys.difference((start.params, start.model_state), (state.params, state.model_state)) == 0
 
 
 def test_every_number_of_a_step_is_there():
-  experiment = toys.digits_experiment(toys.tiny_mlp())
-  _, (out,), _ = toys.train(experiment, 1)
+  out = _trained_mlp().outs[0]
   assert set(out) == {"loss", "learning_rate", "gradient_norm", "parameter_norm", "failed_step", "sums"}
   assert all(np.shape(v) == () for k, v in out.items() if k != "sums")
   total, count = out["sums"]["loss"]
@@ -273,13 +293,10 @@ def test_batch_statistics_are_averaged_and_counters_are_not():
 
 
 def test_evaluation_uses_the_averaged_statistics():
-  experiment = toys.digits_experiment(toys.ConvNet(), ema_decay=0.9)
-  start = toys.train(experiment, 0, mesh="data:1").state
-  state, _, _ = toys.train(experiment, 3, mesh="data:1")
-  expected = jax.tree.map(np.asarray, start.model_state["batch_stats"])
-  running = expected
+  states = [_trained_conv_net(steps).state for steps in range(4)]
+  state, expected = states[-1], states[0].model_state["batch_stats"]
   for step in range(1, 4):
-    running = toys.train(experiment, step, mesh="data:1").state.model_state["batch_stats"]
+    running = states[step].model_state["batch_stats"]
     decay = min(0.9, step / (9 + step))
     expected = jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, expected, running)
   assert toys.difference(state.variables["batch_stats"], expected) < 1e-5

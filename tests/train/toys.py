@@ -4,6 +4,7 @@ Collectives of several steps at once can deadlock on virtual CPU devices, so not
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -192,13 +193,31 @@ class Outcome(NamedTuple):
   program: Program
 
 
+@functools.lru_cache(maxsize=32)
+def _initial(program: Program) -> Any:
+  """The program's initial state as NumPy arrays; computing it costs a compilation each time."""
+  return parallel.state_to_host(program.init_state(), program.mesh)
+
+
+def make_program(experiment: Experiment, mode: parallel.Mode = "jit", mesh: str = "data:4") -> Program:
+  return Program(experiment, RunOptions(parallelism=mode, mesh=MESHES[mesh]))
+
+
 def train(
     experiment: Experiment, steps: int, *, dtype: Any = None, parallelism: parallel.Mode = "jit",
-    mesh: str = "data:4", lr_scales: Sequence[float] | None = None,
+    mesh: str = "data:4", lr_scales: Sequence[float] | None = None, program: Program | None = None,
 ) -> Outcome:
-  """Runs the engine's own program; `dtype` is that of the state's floating arrays."""
-  program = Program(experiment, RunOptions(parallelism=parallelism, mesh=MESHES[mesh]))
-  state = program.init_state()
+  """Runs the engine's own program; `dtype` is that of the state's floating arrays.
+
+  A `program` may be given that was made of an experiment that differs in its batches alone: it need not be compiled
+  again, and starts from the same state.
+  """
+  if program is None:
+    program = make_program(experiment, parallelism, mesh)
+    state = program.init_state()
+  else:
+    shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+    state = jax.device_put(_initial(program), shardings)
   if dtype:
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
