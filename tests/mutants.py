@@ -323,7 +323,7 @@ MUTANTS = (
         ("tests/interop/test_interop.py::test_pickles_are_known_by_their_first_bytes",)),
     Mutant(
         "hub_checksum", "dljax/interop/hub.py",
-        'downloads.sha256(path) != entry["sha256"]',
+        "downloads.sha256(path) != entry.sha256",
         "not downloads.sha256(path)",
         ("tests/interop/test_main.py::test_what_the_hub_cannot_give_is_told_in_one_line",)),
     Mutant(
