@@ -1,5 +1,6 @@
 """Finds a prepared TFDS set on disk and reads its records, without TensorFlow or a network."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -7,15 +8,23 @@ import io
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
 
 from dljax.data.datasets import EMBEDDED
 from dljax.errors import UserError, unknown
+
+
+# What JSON of another form raises where it is parsed and used.
+_NOT_METADATA = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MOST_CLASSES = 10**6  # as many names are made where a set has none
+_OPENING = threading.Lock()  # while parts of TFDS are replaced
+_CONFIG = r"(?!\.+(?:[:/]|$))[\w.+-]+"  # a config's name, which is also a folder's, but not ".."
 
 
 def data_dir() -> Path:
@@ -38,7 +47,7 @@ def parse_name(name: str) -> tuple[str, str, str]:
   Raises:
     UserError: `name` is no TFDS name.
   """
-  match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", name)
+  match = re.fullmatch(rf"(\w+)(?:/({_CONFIG}))?(?::(\d+\.\d+\.\d+))?", name, re.ASCII)
   if not match:
     raise UserError(
         f"--config.data.name: {name!r} is not a TFDS name such as mnist, digits/by_writer or "
@@ -59,12 +68,24 @@ def find(name: str, root: Path) -> Path | None:
     configs = sorted(path.name for path in folder.iterdir() if path.is_dir()
                      and _versions(path, version))
     if default.is_file():
-      config = json.loads(default.read_text())["default_config_name"]
+      config = _default_config(default)
     elif configs:
       choices = " or ".join(f"{name}/{config}" for config in configs)
       raise UserError(f"--config.data.name: {name} has configs; choose {choices}")
   versions = _versions(folder / config, version)
   return folder / config / versions[-1] if versions else None
+
+
+def _default_config(file: Path) -> str:
+  """The name of the default config that TFDS noted in `file`."""
+  try:
+    config = json.loads(file.read_bytes())["default_config_name"]
+    if not re.fullmatch(_CONFIG, config):
+      raise ValueError(f"{config!r:.80} is no config's name")
+    return config
+  except (OSError, *_NOT_METADATA) as e:
+    raise UserError(f"{file} names no config ({_line(e)}); remove it, or name the config in "
+                    "--config.data.name") from e
 
 
 def _versions(folder: Path, version: str) -> list[str]:
@@ -123,31 +144,106 @@ class Dataset:
     return [(f.filename, f.skip, f.skip + f.take) for f in files]
 
   def records(self, split: str) -> "Records":
-    """Random access to the undecoded examples of a split."""
+    """Random access to the undecoded examples of a split.
+
+    Raises:
+      UserError: a file is missing, damaged, or in a format that only TensorFlow reads.
+    """
     import tensorflow_datasets as tfds
 
+    folder, method = self.builder.data_dir, tfds.core.decode.DeserializeMethod.RAW_BYTES
     try:
-      source = self.builder.as_data_source(
-          split, deserialize_method=tfds.core.decode.DeserializeMethod.RAW_BYTES)
+      source = self.builder.as_data_source(split, deserialize_method=method)
+      files = self.builder.info.splits[split].file_instructions
+      with concurrent.futures.ThreadPoolExecutor(min(len(files), 16)) as pool:
+        list(pool.map(_check_file, files))
     except NotImplementedError as e:
-      raise UserError(f"{self.builder.data_dir} is in a format that only TensorFlow reads; "
-                      f"prepare it elsewhere with `python -m dljax.data.prepare {self.name} "
-                      "--data_dir=...`") from e
-    return Records(source)
+      raise UserError(f"{folder} is in a format that only TensorFlow reads; prepare it elsewhere "
+                      f"with `python -m dljax.data.prepare {self.name} --data_dir=...`") from e
+    except Exception as e:  # TFDS, ArrayRecord and the file system each raise their own kinds
+      raise _unreadable(folder, self.name, _line(e)) from e
+    return Records(source, lambda reason: _unreadable(folder, self.name, f"{split}: {reason}"))
+
+
+def _check_file(file: Any) -> None:
+  """Raises `ValueError` if a file does not hold as many records as dataset_info.json says."""
+  from array_record.python import array_record_module
+
+  path = Path(file.filename)
+  if not path.is_file():
+    raise ValueError(f"there is no {path.name}")
+  reader = array_record_module.ArrayRecordReader(str(path))
+  try:
+    count = reader.num_records()
+  finally:
+    reader.close()
+  if count != file.examples_in_shard:
+    raise ValueError(f"{path.name} holds {count} records, and dataset_info.json counts "
+                     f"{file.examples_in_shard}")
+
+
+def _unreadable(folder: str | os.PathLike[str], name: str, reason: str) -> UserError:
+  return UserError(f"{os.fspath(folder)}: not a readable TFDS directory ({reason}); remove it and "
+                   f"run `{_command(name)}`")
 
 
 class Records:
-  """The examples of a split as `tf.train.Example` fields: encoded images stay encoded."""
+  """The examples of a split as `tf.train.Example` fields: encoded images stay encoded.
 
-  def __init__(self, source: Any):
-    self._source = source
+  Args:
+    source: TFDS's data source, which gives bytes.
+    unreadable: makes the `UserError` for a reason.
+  """
+
+  def __init__(self, source: Any, unreadable: Callable[[str], UserError]):
+    self._source, self._unreadable = source, unreadable
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-    """Field name -> list of values, for each of the examples `indices`."""
-    return [_parse(record) for record in self._source.__getitems__([int(i) for i in indices])]
+    """Field name -> list of values, for each of the examples `indices`.
+
+    Raises:
+      UserError: an example is damaged; the message says which.
+    """
+    indices = [int(i) for i in indices]
+    try:
+      records = self._source.__getitems__(indices)
+    except Exception:  # one of many kinds; the first bad example is looked for below
+      records = [self._read(i) for i in indices]
+    return [self._parse(record, i) for record, i in zip(records, indices)]
+
+  def _read(self, index: int) -> bytes:
+    try:
+      return self._source.__getitems__([index])[0]
+    except Exception as e:
+      raise self._unreadable(f"example {index} is damaged: {_line(e)}") from e
+
+  def _parse(self, record: bytes, index: int) -> Mapping[str, Any]:
+    from google.protobuf import message
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    def lacks(field: str) -> NoReturn:
+      raise self._unreadable(f"example {index} has no field {field!r}")
+
+    try:
+      feature = tf_example_pb2.Example.FromString(record).features.feature
+    except message.DecodeError as e:
+      raise self._unreadable(f"example {index} is damaged: {_line(e)}") from e
+    return _Record(lacks, {key: getattr(value, value.WhichOneof("kind") or "bytes_list").value
+                           for key, value in feature.items()})
+
+
+class _Record(dict):
+  """The fields of an example; one that it lacks is reported by `lacks`."""
+
+  def __init__(self, lacks: Callable[[str], NoReturn], fields: Mapping[str, Any]):
+    super().__init__(fields)
+    self._lacks = lacks
+
+  def __missing__(self, field: str) -> NoReturn:
+    self._lacks(field)
 
 
 class Subset:
@@ -166,14 +262,6 @@ class Subset:
 
   def __getitem__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
     return self._records[self._indices[np.asarray(indices)]]
-
-
-def _parse(record: bytes) -> Mapping[str, Any]:
-  from tensorflow_datasets.proto import tf_example_pb2
-
-  feature = tf_example_pb2.Example.FromString(record).features.feature
-  return {key: getattr(value, value.WhichOneof("kind") or "bytes_list").value
-          for key, value in feature.items()}
 
 
 def open_dataset(name: str) -> Dataset:
@@ -199,12 +287,55 @@ def open_dataset(name: str) -> Dataset:
   import tensorflow_datasets as tfds
 
   try:
-    with _audio_undecoded():
-      return Dataset(name, tfds.builder_from_directory(path))
+    with _OPENING, _audio_undecoded(), _features_of_tfds_alone():
+      dataset = Dataset(name, tfds.builder_from_directory(path))
+    _check(dataset, path)
+    return dataset
   except Exception as e:  # protobuf, JSON, TFDS and the file system each raise their own kinds
-    reason = " ".join(str(e).split())[:100]
-    raise UserError(f"{path}: not a readable TFDS directory ({reason}); remove it and run "
-                    f"`{_command(name)}`") from e
+    raise _unreadable(path, name, _line(e)) from e
+
+
+def _check(dataset: Dataset, folder: Path) -> None:
+  """Raises `ValueError` if the metadata lead out of the folder, or would fill the memory."""
+  for split in dataset.builder.info.splits.values():
+    if min(split.shard_lengths, default=1) < 1:
+      raise ValueError(f"dataset_info.json counts no records in a file of {split.name}")
+    for file in split.file_instructions:
+      if not Path(os.path.normpath(file.filename)).is_relative_to(os.path.normpath(folder)):
+        raise ValueError(f"dataset_info.json names a file elsewhere: {file.filename!r:.80}")
+  if (classes := max(map(_classes, dataset.features.values()), default=0)) > _MOST_CLASSES:
+    raise ValueError(f"features.json has a feature with {classes:,} classes")
+
+
+def _classes(feature: Any) -> int:
+  """The largest number of classes in a feature, which may be a sequence or a dictionary."""
+  feature = getattr(feature, "feature", feature)
+  if hasattr(feature, "items"):
+    return max((_classes(part) for _, part in feature.items()), default=0)
+  return getattr(feature, "num_classes", None) or 0
+
+
+@contextlib.contextmanager
+def _features_of_tfds_alone() -> Iterator[None]:
+  """Lets features.json name TFDS's own feature classes alone.
+
+  TFDS imports the module of any class that the file names, and so runs what whoever wrote the
+  file has written.
+  """
+  from tensorflow_datasets.core import features
+  from tensorflow_datasets.core.features import feature
+
+  own = f"{features.__name__}."
+  known = {name: kind for name, kind in feature.FeatureConnector._registered_features.items()
+           if name.startswith(own) and kind.__module__.startswith(own)}
+
+  def look_up(name: Any) -> Any:
+    if not isinstance(name, str) or name not in known:
+      raise ValueError(f"features.json names what is no feature of TFDS: {name!r:.80}")
+    return known[name]
+
+  with mock.patch.object(feature.FeatureConnector, "cls_from_name", look_up):
+    yield
 
 
 @contextlib.contextmanager
@@ -217,6 +348,11 @@ def _audio_undecoded() -> Iterator[None]:
 
   with mock.patch.object(audio_feature._AudioDecoder, "__init__", lambda self, **_: None):
     yield
+
+
+def _line(error: BaseException) -> str:
+  """An error in one short line."""
+  return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def _command(name: str) -> str:

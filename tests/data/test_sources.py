@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,3 +152,111 @@ def test_the_newest_version_is_the_largest_number(tmp_path):
   assert sources.find("set", tmp_path).name == "10.0.0"
   assert sources.find("set:9.0.0", tmp_path).name == "9.0.0"
   assert sources.find("set:1.0.0", tmp_path) is None
+
+
+EVIL = "evil_module_of_a_data_set"
+
+
+def _spoil(folder, file, find, put):
+  text = (folder / file).read_text()
+  assert find in text
+  (folder / file).write_text(text.replace(find, put, 1))
+
+
+@pytest.mark.parametrize("find, put", [
+    ("tensorflow_datasets.core.features.features_dict.FeaturesDict", f"{EVIL}.X"),
+    ("tensorflow_datasets.core.features.class_label_feature.ClassLabel", f"{EVIL}.X"),
+    ("tensorflow_datasets.core.features.class_label_feature.ClassLabel",
+     "tensorflow_datasets.scripts.documentation.doc_utils.X"),
+    ('"featuresDict"', '"type": "%s.X", "content": {}, "featuresDict"' % EVIL),  # as older versions wrote it
+    ('"classLabel": {\n                    "numClasses": "10"\n                }',
+     '"jsonFeature": {"json": "{\\"feature\\": {\\"type\\": \\"%s.X\\", \\"content\\": {}}}"}' % EVIL),
+])
+def test_features_json_imports_no_code(digits_dir, tmp_path, monkeypatch, find, put):
+  folder = copy_as("strange", digits_dir, tmp_path, monkeypatch)
+  (tmp_path / f"{EVIL}.py").write_text("raise SystemExit('it ran')")
+  monkeypatch.syspath_prepend(tmp_path)
+  if "jsonFeature" in put:
+    _spoil(folder, "features.json", "class_label_feature.ClassLabel", "sequence_feature.Sequence")
+  _spoil(folder, "features.json", find, put)
+  before = set(sys.modules)
+  with pytest.raises(UserError, match="what is no feature of TFDS"):
+    sources.open_dataset("strange")
+  assert not [name for name in set(sys.modules) - before if EVIL in name or "scripts" in name]
+
+
+@pytest.mark.parametrize("file, find, put, reason", [
+    ("dataset_info.json", "{DATASET}-{SPLIT}", "../{DATASET}-{SPLIT}", "names a file elsewhere"),
+    ("dataset_info.json", "{DATASET}-{SPLIT}", "/etc/{DATASET}-{SPLIT}", "names a file elsewhere"),
+    ("dataset_info.json", '"144"', '"0"', "counts no records"),
+    ("dataset_info.json", '"144"', '"-144"', "counts no records"),
+    ("features.json", '"numClasses": "10"', '"numClasses": "1000000000000"', "1,000,000,000,000 classes"),
+    ("features.json", "{", "[" * 10_000, "not a readable TFDS directory"),
+])
+def test_metadata_that_lead_elsewhere_or_fill_the_memory_are_refused(
+    digits_dir, tmp_path, monkeypatch, file, find, put, reason):
+  folder = copy_as("strange", digits_dir, tmp_path, monkeypatch)
+  (folder / "label.labels.txt").unlink()
+  _spoil(folder, file, find, put)
+  with pytest.raises(UserError, match=f"{folder}: .*{reason}.*prepare strange") as error:
+    sources.open_dataset("strange")
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"default_config_name": "../../elsewhere"}',
+                                  '{"default_config_name": 5}', '{"default_config_name": ".."}'])
+def test_a_damaged_note_of_the_default_config_is_named(digits_dir, tmp_path, text):
+  (tmp_path / "digits" / ".config").mkdir(parents=True)
+  note = tmp_path / "digits" / ".config" / "metadata.json"
+  note.write_text(text)
+  with pytest.raises(UserError, match=f"{note} names no config"):
+    sources.find("digits", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["digits/..", "digits/.", "../digits", "digits/../..:1.0.0", "digits\n", "/digits"])
+def test_a_name_that_leads_elsewhere_is_no_name(tmp_path, name):
+  with pytest.raises(UserError, match="is not a TFDS name"):
+    sources.find(name, tmp_path)
+
+
+def _files(folder):
+  return sorted(folder.glob("*-train.array_record*"))
+
+
+@pytest.mark.parametrize("place", [1000, 70_000])
+def test_a_flipped_bit_in_a_record_is_one_line_that_names_it(digits_dir, tmp_path, monkeypatch, place):
+  folder = copy_as("flipped", digits_dir, tmp_path, monkeypatch)
+  file, = _files(folder)
+  data = bytearray(file.read_bytes())
+  data[place] ^= 1
+  file.write_bytes(data)
+  with pytest.raises(UserError, match=f"{folder}: not a readable TFDS directory.*prepare flipped") as error:
+    records = sources.open_dataset("flipped").records("train")
+    records[range(len(records))]
+  assert "\n" not in str(error.value)
+  if place == 1000:
+    assert re.search(r"train: example \d+ is damaged", str(error.value))
+
+
+def test_files_that_are_cut_missing_or_of_another_length_are_named(digits_dir, tmp_path, monkeypatch):
+  folder = copy_as("cut", digits_dir, tmp_path, monkeypatch)
+  file, = _files(folder)
+  whole = file.read_bytes()
+  for data in (whole[:-5000], whole[:100], b""):
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{folder}: not a readable TFDS directory"):
+      sources.open_dataset("cut").records("train")
+  file.unlink()
+  with pytest.raises(UserError, match=f"there is no {file.name}"):
+    sources.open_dataset("cut").records("train")
+  file.write_bytes(whole)
+  assert len(sources.open_dataset("cut").records("train")) == 1293
+  _spoil(folder, "dataset_info.json", '"1293"', '"1292"')
+  with pytest.raises(UserError, match="holds 1293 records, and dataset_info.json counts 1292"):
+    sources.open_dataset("cut").records("train")
+
+
+def test_a_field_that_a_record_lacks_is_named(digits):
+  records = sources.open_dataset("digits").records("train")
+  with pytest.raises(UserError, match="example 7 has no field 'sound'"):
+    records[[7]][0]["sound"]
