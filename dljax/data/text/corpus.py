@@ -99,12 +99,12 @@ def read_file(path: str | Path, flag: str) -> str:
   """
   try:
     text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
-  except OSError as error:
-    raise UserError(f"{flag}={path} cannot be read ({error.strerror}); name a file of "
-                    "text") from None
   except UnicodeDecodeError as error:
     raise UserError(f"{flag}={path} is not UTF-8 (byte {error.start}); convert it, e.g. by iconv "
                     "-t utf-8") from None
+  except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte in the path
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{flag}={path} cannot be read ({reason}); name a file of text") from None
   if not text:
     raise UserError(f"{flag}={path} is empty; name a file of text")
   return text
@@ -151,9 +151,18 @@ class TextSet(splits.DataSet):
     return fields
 
   def restore(self, assets: Mapping[str, Any]) -> None:
-    """Takes the tokenizer that a run has saved; call it before anything is opened."""
+    """Takes the tokenizer that a run has saved; call it before anything is opened.
+
+    Raises:
+      UserError: the tokenizer is damaged, or another run's.
+    """
+    tokenizer = tokenize.from_json(assets.get(ASSET))
+    if tokenizer.size > self.config.vocab_size:
+      raise UserError(f"data/{ASSET}.json has {tokenizer.size} tokens, and "
+                      f"--config.data.vocab_size is {self.config.vocab_size}; take that file from "
+                      "a copy of the run, or train again")
     with self.lock:
-      self._tokenizer = tokenize.from_json(assets[ASSET])
+      self._tokenizer = tokenizer
 
   def tokenizer(self) -> tokenize.Tokenizer:
     """The run's tokenizer after `restore`, otherwise a new one, fitted to the training text."""
@@ -193,7 +202,16 @@ class TextSet(splits.DataSet):
     if config.file:
       return [split_text(read_file(config.file, "--config.data.file"))[split]]
     records = self.dataset.records(config[split])
-    return [record[config.field][0].decode() for record in records[range(len(records))]]
+    return [self._text(split, i, record[config.field])
+            for i, record in enumerate(records[range(len(records))])]
+
+  def _text(self, split: str, number: int, values: Sequence[bytes]) -> str:
+    """The text of a record's field."""
+    try:
+      return values[0].decode()
+    except (IndexError, AttributeError, UnicodeDecodeError) as error:
+      raise UserError(f"{self._flag(split)}, document {number}: {self.config.field} holds no "
+                      f"text in UTF-8 ({error}); prepare the set again") from error
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""

@@ -7,14 +7,18 @@ itself.
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 SPACE = "\u2581"  # stands for a space in a piece
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # types of pieces
 _UNIGRAM, _BPE = 1, 2  # types of models
+_LONGEST_PIECE = 1000  # characters; the time to find a piece's merges is quadratic in its length
 _NEVER = -1e5  # the score of pieces that a text may spell but never means
 
 
@@ -38,6 +42,10 @@ def read(data: bytes) -> Any:
   pieces = [_piece(piece) for piece in model.get(1, [])]
   if not pieces or not any(piece.kind == _UNKNOWN for piece in pieces):
     raise ValueError("there is no vocabulary in it")
+  if not all(piece.text and math.isfinite(piece.score) for piece in pieces):
+    raise ValueError("a piece has no text, or no score")
+  if len({piece.text for piece in pieces}) < len(pieces):
+    raise ValueError("two of its pieces are the same")
   trainer = _fields(model.get(2, [b""])[0])
   normalizer = _fields(model.get(3, [b""])[0])
   dummy_prefix = bool(normalizer.get(3, [True])[0])
@@ -63,6 +71,7 @@ def read(data: bytes) -> Any:
 
   steps = []
   if charsmap := normalizer.get(2, [b""])[0]:
+    check_charsmap(charsmap)
     steps.append(tokenizers.normalizers.Precompiled(charsmap))
   if normalizer.get(4, [True])[0]:  # extra white space is removed
     steps += [tokenizers.normalizers.Strip(),
@@ -73,6 +82,35 @@ def read(data: bytes) -> Any:
       prepend_scheme="always" if dummy_prefix else "never", split=False)
   tokenizer.decoder = decoder(dummy_prefix)
   return tokenizer
+
+
+def check_charsmap(data: bytes) -> None:
+  """Checks a table of characters and what they become, which ends the process where it is damaged.
+
+  It holds the size of a trie, the trie, and the texts, each with a zero byte behind it. The trie
+  is a double array of darts-clone, whose units have 32 bits. A unit holds the label that leads to
+  it (bits 0 to 7), whether its first child is a leaf (bit 8) and the offset to its children (bits
+  9 to 30). Bit 31 marks a leaf, whose other bits are the place of a text.
+
+  Raises:
+    ValueError: the trie leads out of itself, or to no text.
+  """
+  size = int.from_bytes(data[:4], "little")
+  if not 4 <= size <= len(data) - 4 or size % 4:
+    raise ValueError("its table of characters is cut")
+  units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+  data[4 + size:].decode()  # the texts, in UTF-8
+  texts = np.frombuffer(data, np.uint8, offset=4 + size)
+  inner = units >> 31 == 0
+  inner[0] = True
+  places = np.flatnonzero(inner)
+  inner = units[places]
+  children = places ^ (inner >> 10 << ((inner & 1 << 9) >> 6))
+  if (children | 0xFF).max() >= len(units):
+    raise ValueError("its table of characters leads out of itself")
+  leaves = units[children[inner >> 8 & 1 == 1]] & 0x7FFFFFFF
+  if len(leaves) and (leaves.max() >= len(texts) or (texts[leaves] >> 6 == 0b10).any()):
+    raise ValueError("its table of characters leads to no text")
 
 
 def decoder(dummy_prefix: bool) -> Any:
@@ -116,6 +154,8 @@ def finished_unigram(tokenizer: Any, keep: Sequence[str], byte_fallback: bool) -
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
   """All pairs of pieces that make a third piece, by the third piece's score."""
   known = {piece.text for piece in pieces}
+  if max(len(piece.text) for piece in pieces) > _LONGEST_PIECE:
+    raise ValueError(f"a piece has more than {_LONGEST_PIECE} characters")
   ranked = sorted((p for p in pieces if p.kind == _NORMAL and len(p.text) > 1),
                   key=lambda p: -p.score)
   return [(text[:i], text[i:]) for text, *_ in ranked for i in range(1, len(text))

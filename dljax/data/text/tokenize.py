@@ -7,7 +7,12 @@ The numbers therefore add up to those of the text, and a loss per token becomes 
 character or byte without error.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +29,10 @@ UNKNOWN = "<unk>"
 _ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")
 _BYTES = 256
 _FILE = "--config.data.tokenizer_file"
+_ASSET = "data/tokenizer.json"  # where a run keeps its tokenizer
+_LARGEST_FILE = 2**27  # bytes
+_LARGEST_VOCABULARY = 2**22  # tokens; the library lists all numbers that are not in use
+_MOST_GROWTH = 1000  # how many characters a file may make of one
 
 
 class Encoded(NamedTuple):
@@ -71,8 +80,7 @@ class Bytes:
   size, end = _BYTES + 1, _BYTES
 
   def encode(self, text: str, where: str = "") -> Encoded:
-    del where  # every text can be encoded
-    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    tokens = np.frombuffer(_utf8(text, where), np.uint8).astype(np.int32)
     return Encoded(tokens, (tokens >> 6 != 0b10).astype(np.int32), np.ones_like(tokens))
 
   def decode(self, tokens: Sequence[int]) -> str:
@@ -99,6 +107,7 @@ class Characters:
     self.size = 1 + len(characters) + (_BYTES if byte_fallback else 0)
 
   def encode(self, text: str, where: str) -> Encoded:
+    _utf8(text, where)
     points = _code_points(text)
     index = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
     tokens, sizes = (1 + index).astype(np.int32), _utf8_sizes(points)
@@ -143,25 +152,56 @@ class Subwords:
 
   def __init__(self, tokenizer: Any, end: int):
     self._tokenizer, self.end = tokenizer, end
-    self._tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
-    self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
+    # What a file says of the length of its texts and of chance is not meant for ours.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+      tokenizer.model.dropout = None
+    numbers = tokenizer.get_vocab(with_added_tokens=True).values()
+    self.size = max(numbers) + 1
+    if len(set(numbers)) < len(numbers):
+      raise ValueError("two tokens have the same number")
+    if self.size > _LARGEST_VOCABULARY:
+      raise ValueError(f"it numbers a token {self.size - 1:,}")
 
   def encode(self, text: str, where: str = "") -> Encoded:
-    del where
-    encoding = self._tokenizer.encode(text, add_special_tokens=False)
-    starts = np.array([start for start, _ in encoding.offsets], np.int64)
-    starts[:1] = 0
-    bytes_before = np.concatenate([[0],
-                                   np.cumsum(_utf8_sizes(_code_points(text)), dtype=np.int64)])
-    ends = np.append(starts[1:], len(text)) if len(starts) else starts
-    return Encoded(np.array(encoding.ids, np.int32), (ends - starts).astype(np.int32),
-                   (bytes_before[ends] - bytes_before[starts]).astype(np.int32))
+    raw = _utf8(text, where)
+    with _failing("{where}: the tokenizer cannot encode this text ({reason}); get the tokenizer "
+                  "again, or choose another by --config.data.tokenizer", where=where):
+      encoding = self._tokenizer.encode(text, add_special_tokens=False)
+      starts = np.array([start for start, _ in encoding.offsets], np.int64)
+      starts[:1] = 0
+      sizes = np.ones(len(text), np.int32) if len(raw) == len(text) else (
+          _utf8_sizes(_code_points(text)))
+      bytes_before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+      ends = np.append(starts[1:], len(text)) if len(starts) else starts
+      return Encoded(np.array(encoding.ids, np.int32), (ends - starts).astype(np.int32),
+                     (bytes_before[ends] - bytes_before[starts]).astype(np.int32))
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+    with _failing("the tokenizer cannot decode its tokens ({reason}); get the tokenizer again"):
+      return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
   def to_json(self) -> Mapping[str, Any]:
     return {"kind": "subword", "end": self.end, "tokenizer": self._tokenizer.to_str()}
+
+
+@contextlib.contextmanager
+def _failing(message: str, **fields: Any) -> Iterator[None]:
+  """Turns any error of the library into a `UserError`, whose text has the error as {reason}.
+
+  The library raises plain Exception, and where its Rust code panics, an error that is none.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    reason = " ".join(str(error).split())[:100] or type(error).__name__
+    raise UserError(message.format(reason=reason, **fields)) from error
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
@@ -183,13 +223,52 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
   return texts
 
 
-def from_json(value: Mapping[str, Any]) -> Tokenizer:
-  """The tokenizer whose `to_json` gave `value`."""
-  if value["kind"] == "byte":
-    return Bytes()
-  if value["kind"] == "character":
-    return Characters(value["characters"], value["byte_fallback"])
-  return Subwords(_library().Tokenizer.from_str(value["tokenizer"]), value["end"])
+def from_json(value: Any) -> Tokenizer:
+  """The tokenizer whose `to_json` gave `value`.
+
+  Raises:
+    UserError: `value` is damaged.
+  """
+  with _failing("{asset} does not hold a tokenizer ({reason}); take that file from a copy of the "
+                "run, or train again", asset=_ASSET):
+    kind = value["kind"]
+    if kind == "byte":
+      return Bytes()
+    if kind == "character":
+      characters, byte_fallback = value["characters"], value["byte_fallback"]
+      if not isinstance(byte_fallback, bool) or list(characters) != sorted(set(characters)):
+        raise ValueError("its characters are not in order")
+      return Characters(characters, byte_fallback)
+    if kind != "subword":
+      raise ValueError(f"there is no kind {kind!r:.40}")
+    tokenizer, end = _parse(value["tokenizer"]), value["end"]
+    if type(end) is not int or end < 0 or tokenizer.id_to_token(end) is None:
+      raise ValueError(f"there is no token {end!r:.40}")
+    return Subwords(tokenizer, end)
+
+
+def _parse(text: str) -> Any:
+  """The library's tokenizer that a tokenizer.json describes.
+
+  Raises:
+    ValueError: it would fail or fill the memory when it is used. (The library raises its own
+      errors for what it cannot read.)
+  """
+  content, growth = json.loads(text), 1
+  left = [content["normalizer"], content["pre_tokenizer"], content["decoder"]]
+  while left:
+    part = left.pop()
+    if isinstance(part, list):
+      left += part
+    elif isinstance(part, dict):
+      left += part.values()
+      if part.get("type") == "Replace":
+        growth *= max(1, len(part["content"]))
+      elif part.get("type") == "Precompiled" and part["precompiled_charsmap"]:
+        sentencepiece.check_charsmap(base64.b64decode(part["precompiled_charsmap"], validate=True))
+  if growth > _MOST_GROWTH:
+    raise ValueError(f"it makes up to {growth:,} characters of one")
+  return _library().Tokenizer.from_str(text)
 
 
 def make(
@@ -255,28 +334,40 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
 
 def load(file: str) -> Tokenizer:
   """Reads a SentencePiece model (.model) or a tokenizer.json; `UserError` if it cannot."""
-  path = Path(file).expanduser()
   if not file:
     raise UserError(f"{_FILE}: --config.data.tokenizer=file needs one; name a SentencePiece "
                     ".model or a tokenizer.json")
+  path = Path(file)
   try:
+    path = path.expanduser()
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST_FILE:
+      raise ValueError(f"it is no file, or has more than {_LARGEST_FILE:,} bytes")
     data = path.read_bytes()
-  except OSError as error:
-    raise UserError(f"{_FILE}={file} cannot be read ({error.strerror}); name a SentencePiece "
-                    ".model or a tokenizer.json") from None
-  try:
+  except (OSError, ValueError, RuntimeError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{_FILE}={file} cannot be read ({reason}); name a SentencePiece .model or a "
+                    "tokenizer.json") from None
+  with _failing("{file} is neither a SentencePiece model nor a tokenizer.json ({reason}); get it "
+                "again", file=f"{_FILE}={file}"):
     if path.suffix == ".json":
-      tokenizer = _library().Tokenizer.from_str(data.decode())
+      tokenizer = _parse(data.decode())
     else:
       tokenizer = sentencepiece.read(data)
-  except Exception as error:  # the library raises plain Exception
-    reason = " ".join(str(error).split())[:100]
-    raise UserError(f"{_FILE}={file} is neither a SentencePiece model nor a tokenizer.json "
-                    f"({reason}); get it again") from error
-  vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-  end = next((name for name in _ENDS if name in vocabulary), END)
-  tokenizer.add_special_tokens([end])
-  return Subwords(tokenizer, tokenizer.token_to_id(end))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    end = next((name for name in _ENDS if name in vocabulary), END)
+    tokenizer.add_special_tokens([end])
+    return Subwords(tokenizer, tokenizer.token_to_id(end))
+
+
+def _utf8(text: str, where: str) -> bytes:
+  """The text's bytes; `UserError` if it holds what stands for a byte that is not UTF-8."""
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{where}: position {error.start} holds no character but "
+                    f"U+{ord(text[error.start]):04X}, as a byte does that is not UTF-8; write it "
+                    "in UTF-8") from None
 
 
 def _code_points(text: str) -> np.ndarray:

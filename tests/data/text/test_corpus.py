@@ -322,3 +322,30 @@ def test_bad_sets_are_refused_when_opened(play, documents, monkeypatch):
   monkeypatch.setattr(sources, "open_dataset", lambda name: types.SimpleNamespace(features={"image": 0, "label": 0}))
   with pytest.raises(UserError, match="digits has no text, but image, label; choose another set"):
     _data("", name="digits").train.open()
+
+
+@pytest.mark.parametrize("assets", [
+    {}, {corpus.ASSET: None}, {corpus.ASSET: []}, {corpus.ASSET: {"kind": "character"}},
+    {corpus.ASSET: {"kind": "subword", "tokenizer": "{}", "end": 0}}])
+def test_a_damaged_tokenizer_of_a_run_is_one_line(play, assets):
+  with pytest.raises(UserError, match="data/tokenizer.json does not hold a tokenizer"):
+    _data(play).restore(assets)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(play):
+  asset = tokenize.Characters("".join(map(chr, range(300))), False).to_json()
+  with pytest.raises(UserError, match="data/tokenizer.json has 301 tokens, and --config.data.vocab_size is 257"):
+    _data(play).restore({corpus.ASSET: asset})
+
+
+@pytest.mark.parametrize("value", [[b"caf\xe9"], [], [5]])
+def test_a_document_that_is_no_text_is_named(documents, monkeypatch, value):
+  monkeypatch.setattr(sources.Records, "__getitem__", lambda self, indices: [{"text": value}])
+  with pytest.raises(UserError, match="--config.data.train='train', document 0: text holds no text in UTF-8"):
+    _data("", name=PYDOC).train.open()
+
+
+@pytest.mark.parametrize("file, reason", [("a\0b", "null"), ("~no-such-user/x", "home directory")])
+def test_paths_that_are_none_are_named(file, reason):
+  with pytest.raises(UserError, match=f"--config.data.file=.*cannot be read .*{reason}"):
+    corpus.read_file(file, "--config.data.file")

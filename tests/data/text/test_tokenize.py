@@ -1,6 +1,7 @@
 """Tokenizers: text comes back, and every character and byte of it is counted once."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -165,3 +166,189 @@ def test_other_bad_tokenizers(tmp_path):
   words = b"".join([b"\x0a\x09\x0a\x05<unk>\x18\x02", b"\x12\x02\x18\x03"])  # of whole words
   with pytest.raises(ValueError, match="neither Unigram nor BPE"):
     sentencepiece.read(words)
+
+
+def _write(path, content):
+  path.write_text(json.dumps(content))
+  return str(path)
+
+
+def _content(kind):
+  return json.loads(_make(kind).to_json()["tokenizer"])
+
+
+def test_what_a_file_says_of_length_and_chance_is_not_meant_for_our_texts(tmp_path):
+  text, content = "The cat sat on the mat. " * 200, _content("bpe")
+  plain = tokenize.load(_write(tmp_path / "plain.json", content)).encode(text)
+  cuts = {"direction": "Right", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
+  fills = {"strategy": {"Fixed": 9000}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 1,
+           "pad_type_id": 0, "pad_token": "<pad>"}
+  changed = {
+      "cut": content | {"truncation": cuts}, "filled": content | {"padding": fills},
+      "drawn": content | {"model": content["model"] | {"dropout": 0.5}}}
+  for name, other in changed.items():
+    other = json.loads(json.dumps(other))
+    loaded = tokenize.load(_write(tmp_path / f"{name}.json", other))
+    restored = tokenize.from_json({"kind": "subword", "end": loaded.end, "tokenizer": json.dumps(other)})
+    for tokenizer in (loaded, restored):
+      for one, another in zip(plain, tokenizer.encode(text)):
+        np.testing.assert_array_equal(one, another)
+    assert loaded.decode(plain.tokens) == text and json.dumps(cuts) not in loaded.to_json()["tokenizer"]
+
+
+def _piece(text, score=0.0, kind=1):
+  text = text.encode() if isinstance(text, str) else text
+  body = b"\x0a" + bytes([len(text)]) + text + b"\x15" + np.float32(score).tobytes() + b"\x18" + bytes([kind])
+  return b"\x0a" + bytes([len(body)]) + body
+
+
+def _model(*pieces, charsmap=b""):
+  """A SentencePiece model of Unigram with these pieces besides the unknown one."""
+  normalizer = b"\x12" + bytes([len(charsmap)]) + charsmap if charsmap else b""
+  return b"".join([_piece("<unk>", kind=2), *pieces]) + b"\x1a" + bytes([len(normalizer)]) + normalizer
+
+
+def _charsmap(units, texts=b"ok\0", size=None):
+  units = np.array(units, "<u4").tobytes()
+  return (len(units) if size is None else size).to_bytes(4, "little") + units + texts
+
+
+@pytest.mark.parametrize("model, reason", [
+    (_model(_piece("a", np.nan)), "no score"),
+    (_model(_piece("a", np.inf)), "no score"),
+    (_model(_piece("")), "no text"),
+    (_model(_piece("a"), _piece("a")), "two of its pieces are the same"),
+    (_model(_piece(b"\xff")), "utf-8"),
+    (_model(_piece("a"), charsmap=b"\1"), "is cut"),
+    (_model(_piece("a"), charsmap=_charsmap([])), "is cut"),
+    (_model(_piece("a"), charsmap=_charsmap([0], size=2**32 - 4)), "is cut"),
+    (_model(_piece("a"), charsmap=_charsmap([0])), "leads out of itself"),
+    (_model(_piece("a"), charsmap=_charsmap([2**31])), "leads out of itself"),
+    (_model(_piece("a"), charsmap=_charsmap([0], b"\xff\0")), "utf-8"),
+])
+def test_a_model_that_would_fail_later_is_refused_at_once(tmp_path, model, reason):
+  (tmp_path / "some.model").write_bytes(model)
+  with pytest.raises(UserError, match=f"--config.data.tokenizer_file={tmp_path}/some.model .*{reason}.*get it again"):
+    tokenize.load(str(tmp_path / "some.model"))
+
+
+@pytest.mark.parametrize("leaf", [3, 1000, 2**31 - 1])
+def test_a_table_of_characters_leads_to_its_texts_alone(leaf):
+  units = np.zeros(512, np.uint32)
+  units[0], units[256] = 1 << 8 | 1 << 10, 0  # its children begin at 1, which is a leaf
+  units[1] = 1 << 31
+  sentencepiece.check_charsmap(_charsmap(units))
+  units[1] = 1 << 31 | leaf
+  with pytest.raises(ValueError, match="leads to no text"):
+    sentencepiece.check_charsmap(_charsmap(units))
+
+
+def test_a_piece_of_a_megabyte_is_not_cut_in_all_ways():
+  with pytest.raises(ValueError, match="more than 1000 characters"):
+    sentencepiece._merges([sentencepiece.Piece("a" * 10**6, 0.0, 1)])
+
+
+def _change_model(**fields):
+  return lambda content: content["model"].update(fields)
+
+
+def _change(**fields):
+  return lambda content: content.update(fields)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+MAP = {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda content: content["model"]["vocab"].update(new=2**31), "it numbers a token 2,147,483,648"),
+    (lambda content: content["model"]["vocab"].update(new=2**32), "expected u32"),
+    (lambda content: content["model"]["vocab"].update(new=5), "two tokens have the same number"),
+    (_change(normalizer={"type": "Sequence", "normalizers": [REPLACE] * 40}), "makes up to 1,099,511,627,776 char"),
+    (_change(normalizer=REPLACE | {"content": "a" * 5000}), "makes up to 5,000 characters of one"),
+    (_change(decoder={"type": "Sequence", "decoders": [REPLACE] * 40}), "makes up to"),
+    (_change(normalizer={"type": "Sequence", "normalizers": [MAP]}), "is cut"),
+    (_change(normalizer=MAP | {"precompiled_charsmap": "%"}), "neither"),
+    (_change(normalizer=5), "neither"),
+    (_change_model(type="Unheard"), "neither"),
+])
+def test_a_tokenizer_json_that_would_fail_later_is_refused_at_once(tmp_path, change, reason):
+  content = _content("bpe")
+  change(content)
+  path = _write(tmp_path / "tokenizer.json", content)
+  with pytest.raises(UserError, match=f"--config.data.tokenizer_file={path} .*{reason}.*get it again") as error:
+    tokenize.load(path)
+  assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="data/tokenizer.json does not hold a tokenizer"):
+    tokenize.from_json({"kind": "subword", "end": 0, "tokenizer": json.dumps(content)})
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_named(tmp_path):
+  content = _content("wordpiece")
+  content["model"]["unk_token"] = "[UNK]"  # which it does not have
+  tokenizer = tokenize.load(_write(tmp_path / "tokenizer.json", content))
+  with pytest.raises(UserError, match=r"--prompt: the tokenizer cannot encode this text .*UNK.*get the tokenizer again"):
+    tokenizer.encode("日本", "--prompt")
+
+
+class PanicException(BaseException):
+  """As the library raises where its Rust code panics."""
+
+
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_a_panic_is_one_line_and_ctrl_c_is_ctrl_c(name):
+  class Library:
+    model, error = None, PanicException("index out of bounds:\nthe len is 0")
+
+    def get_vocab(self, with_added_tokens):
+      return {"a": 0}
+
+    def no_truncation(self):
+      pass
+
+    no_padding = no_truncation
+
+    def encode(self, *_, **__):
+      raise self.error
+
+    decode = encode
+
+  tokenizer, argument = tokenize.Subwords(Library(), 0), "a" if name == "encode" else [0]
+  with pytest.raises(UserError, match="index out of bounds: the len is 0.*get the tokenizer again"):
+    getattr(tokenizer, name)(argument)
+  Library.error = KeyboardInterrupt()
+  with pytest.raises(KeyboardInterrupt):
+    getattr(tokenizer, name)(argument)
+
+
+def test_bytes_that_are_not_utf_8_are_named(tokenizer):
+  _, tokenizer = tokenizer
+  with pytest.raises(UserError, match=r"--prompt: position 3 holds no character but U\+DCE9"):
+    tokenizer.encode("caf\udce9", "--prompt")
+
+
+@pytest.mark.parametrize("value", [
+    None, [], 5, "text", {}, {"kind": "other"}, {"kind": ["byte"]}, {"kind": "character"},
+    {"kind": "character", "characters": "ba", "byte_fallback": False},
+    {"kind": "character", "characters": "aa", "byte_fallback": False},
+    {"kind": "character", "characters": 5, "byte_fallback": False},
+    {"kind": "character", "characters": "\udce9", "byte_fallback": False},
+    {"kind": "character", "characters": "ab", "byte_fallback": "no"},
+    {"kind": "subword"}, {"kind": "subword", "tokenizer": "{}", "end": 0},
+    {"kind": "subword", "tokenizer": "[" * 10_000, "end": 0}, {"kind": "subword", "tokenizer": {}, "end": 0},
+    *({"kind": "subword", "end": end} for end in (-1, 10**6, 10**30, "0", None, True, 1.0))])
+def test_a_damaged_tokenizer_of_a_run_is_one_line(value):
+  if isinstance(value, dict) and value.keys() == {"kind", "end"}:
+    value["tokenizer"] = _make("bpe").to_json()["tokenizer"]
+  with pytest.raises(UserError, match="data/tokenizer.json does not hold a tokenizer .*train again") as error:
+    tokenize.from_json(value)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_files_that_are_none_are_not_read(tmp_path):
+  (tmp_path / "large.json").write_bytes(b"")
+  os.truncate(tmp_path / "large.json", 2**40)
+  for path, reason in ((tmp_path / "large.json", "has more than"), ("/dev/zero", "it is no file"),
+                       ("a\0.json", "null"), (tmp_path, "it is no file"), ("~no-such-user/x.json", "home")):
+    with pytest.raises(UserError, match=f"tokenizer_file=.*cannot be read .*{reason}"):
+      tokenize.load(str(path))
