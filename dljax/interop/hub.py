@@ -19,6 +19,8 @@ from dljax import downloads
 from dljax.errors import UserError, choose, writing
 
 PREFIX = "hub:"
+# One of several files, such as model-00001-of-00002.safetensors.
+SHARD = re.compile(r"(?P<stem>.+)-\d{1,9}-of-(?P<count>(?!0*1\.)\d{1,9})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LONGEST_ANSWER = 2**24  # bytes
 # What JSON of another form raises where it is parsed and used.
@@ -26,7 +28,7 @@ _NOT_A_LISTING = (ValueError, KeyError, TypeError, AttributeError, RecursionErro
 
 
 class _Entry(NamedTuple):
-  """A file's size in bytes, and its SHA-256 in hexadecimal, which the Hub gives for large files."""
+  """A file's size in bytes, and its SHA-256 in hexadecimal; the Hub gives it for large files."""
 
   size: int
   sha256: str | None
@@ -204,7 +206,12 @@ def _choose(name: str, files: Mapping[str, Any], file: str | None) -> list[str]:
   """The files of `files` that `name` means."""
   safe = {f: f for f in sorted(files) if f.endswith(".safetensors")}
   if file:
-    return [choose(name.removesuffix(f"/{file}"), file, safe)]
+    found = choose(name.removesuffix(f"/{file}"), file, safe)
+    if match := SHARD.fullmatch(found):
+      raise UserError(f"{name} is one of {int(match['count'])} shards of the weights; name "
+                      f"{name.removesuffix(f'/{file}')} if they are all in the main folder, or "
+                      "download them elsewhere and give the path of their index")
+    return [found]
   if "model.safetensors" in safe:
     return ["model.safetensors"]
   if parts := [f for f in safe if re.fullmatch(r"model-\d+-of-\d+\.safetensors", f)]:

@@ -74,8 +74,11 @@ def build(model: str, settings: Mapping[str, Any]) -> nn.Module:
   unset = {"num_classes": 1} if "num_classes" in known else {}
   try:
     return variant(**unset | {key: _decode(value) for key, value in settings.items()})
-  except TypeError as e:
-    raise errors.UserError(f"--set: {model} cannot be made: {e}") from None
+  except errors.UserError:
+    raise
+  except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as e:
+    reason = " ".join(str(e).split())[:200]
+    raise errors.UserError(f"--set: {model} cannot be made: {reason}") from None
 
 
 def describe(model: nn.Module | None) -> dict[str, Any] | None:

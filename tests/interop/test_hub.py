@@ -146,3 +146,11 @@ def test_a_download_with_another_checksum_is_removed(answers):
   _refused(NAME, "does not have the Hub's checksum and was removed")
   answers.file = WEIGHTS
   assert interop.read(NAME)["params/a"].tolist() == [1, 1, 1]
+
+
+def test_one_shard_alone_is_refused_and_all_hold_each_tensor_once(answers):
+  shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+  answers.list(dict.fromkeys(shards, {}))
+  _refused(f"{NAME}/{shards[0]}", f"is one of 2 shards of the weights; name {NAME} if")
+  with pytest.raises(UserError, match="holds params/a, which another shard holds too"):
+    interop.read(NAME)

@@ -316,6 +316,28 @@ def test_a_folder_gives_the_model_of_its_sizes_and_its_weights(timm_folder, whol
   jax.tree.map(np.testing.assert_array_equal, back, tensors)
 
 
+def test_an_index_is_read_by_its_name_and_a_shard_alone_is_refused(timm_folder):
+  path, tensors = timm_folder
+  index, shard = path / "model.safetensors.index.json", path / "model-00001-of-00002.safetensors"
+  assert interop.read(index).keys() == tensors.keys()
+  with pytest.raises(UserError, match=f"{shard} is one of 2 shards of the weights; name {index}$"):
+    interop.read(shard)
+  other = path / "other.safetensors.index.json"
+  index.rename(other)
+  assert interop.read(other).keys() == tensors.keys()
+  with pytest.raises(UserError, match=f"name {index}, which belongs beside it"):
+    interop.read(shard)
+  with pytest.raises(UserError, match="name the .safetensors file, or the .*index.json of its shards"):
+    interop.read(path)
+  only = shard.rename(path / "model-00001-of-00001.safetensors")
+  assert len(interop.read(only)) == 9
+  for text in ("", "[", "[" * 10_000, "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', "\udcff"):
+    other.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=f"{other} is no index of weights") as error:
+      interop.read(other)
+    assert "\n" not in str(error.value)
+
+
 def test_timms_names_of_sizes_are_its_networks():
   sizes = {"tiny": "vit_ti16", "small": "vit_s16", "base": "vit_b16", "large": "vit_l16"}
   from dljax.interop.families.vit import CONFIGS
@@ -339,6 +361,8 @@ def test_our_folder_gives_its_model_too(tmp_path):
     ({"num_classes": "3"}, "num_classes is '3'; it must be a whole number above 0"),
     ({"model_args": {"depth": 0}}, "num_layers is 0"),
     ({"num_classes": 4}, "head.bias has shape (3,), but timm ViT of these sizes has (4,)"),
+    ({"architecture": 5}, "config.json describes a model of timm in another form"),
+    ({"model_args": [1]}, "config.json describes a model of timm in another form"),
 ])
 def test_what_a_config_json_says_wrongly_is_named(timm_folder, change, message):
   path, _ = timm_folder
