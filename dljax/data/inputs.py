@@ -1,5 +1,6 @@
 """What a user asks predictions for: files, folders, or arrays in place of files."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 def each(
     inputs: Sequence[str | np.ndarray], files: Callable[[Path], Iterable[Path]],
 ) -> Iterator[tuple[str, Path | np.ndarray]]:
-  """Every single input with its name: a file's path, or "array 0" for the first array.
+  """Every single input with its name, which is valid Unicode: a file's path, or "array 0" for the
+  first array.
 
   Args:
     inputs: the paths of files and folders, or arrays.
@@ -23,4 +25,13 @@ def each(
       arrays += 1
     else:
       for path in files(Path(given)):
-        yield str(path), path
+        yield _name(path), path
+
+
+def _name(path: Path) -> str:
+  """The path as text that can be printed and written anywhere.
+
+  A byte of a file name that is not UTF-8 becomes \\xHH: Python holds it as half a character, which
+  no file and no terminal takes.
+  """
+  return os.fsencode(path).decode(errors="backslashreplace")
