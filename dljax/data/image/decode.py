@@ -5,7 +5,7 @@ model sees (`config.image_shape`).
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,12 @@ from dljax.data import inputs, sources
 from dljax.data.image import augment, png
 from dljax.data.pipeline import HostBatch
 from dljax.data.splits import find_files, need
+
+# The most pixels of an image; while it is decoded, each takes up to 7 bytes.
+MAX_PIXELS = 2**27
+PIXELS_AT_ONCE = 2**22
+_ORIENTATION_TAG = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap height and width
 
 
 def validate(config: Any) -> None:
@@ -34,36 +40,116 @@ def validate(config: Any) -> None:
 
 
 def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
-  """Decodes an image to uint8[h, w, channels], on a grey `background` where it is transparent.
+  """Decodes an image to uint8[h, w, channels], as every viewer shows it.
+
+  A tag of its orientation (EXIF) turns it upright. It lies on a grey `background` where it is
+  transparent.
 
   Raises:
-    ValueError: it is no image, or has more than 8 bits per channel.
+    ValueError: it is no image, has more than 8 bits per channel, or more than `MAX_PIXELS`.
     OSError and others: it is corrupt.
   """
+  image = _open(data)
+  return _flatten(_turn(image, _orientation(image)), channels, background)
+
+
+def decode_images(
+    encoded: Sequence[bytes], channels: int, background: int = 0) -> Iterator[np.ndarray]:
+  """Each image by `decode_image`; faster if all are simple PNG files of one kind and size."""
+  decoded = png.decode(encoded)
+  if decoded is None or decoded.shape[-1] != channels:
+    return (decode_image(data, channels, background) for data in encoded)
+  return iter(decoded)
+
+
+def decode_mask(data: bytes, image: bytes) -> np.ndarray:
+  """Decodes the mask of an image, whose values say which class a pixel has, to uint8[h, w].
+
+  A mask counts as upright, as `decode_image` gives the image. But if only the image has a tag of
+  its orientation, and the sides of the mask are those of the image before it is turned, it is
+  turned alike. A value that the file calls transparent (PNG's tRNS) is a value like any other.
+
+  Args:
+    data: the mask's file.
+    image: the image's file.
+
+  Raises:
+    ValueError, OSError and others: see `decode_image`.
+  """
+  mask, stored = _open(data), _header(image)
+  if "A" not in mask.mode.upper():
+    mask.info.pop("transparency", None)
+  orientation = _orientation(mask)
+  if orientation == 1 and mask.size == stored.size != mask.size[::-1]:
+    turned = _orientation(stored)
+    orientation = turned if turned in _SIDEWAYS else 1
+  return _flatten(_turn(mask, orientation), 1, 0)[..., 0]
+
+
+def _header(data: bytes) -> Any:
+  """A `PIL.Image.Image` whose pixels are not decoded yet."""
   from PIL import Image, UnidentifiedImageError
 
   try:
     image = Image.open(io.BytesIO(data))
   except UnidentifiedImageError:  # its message names only the buffer
     raise ValueError("is no image that Pillow can read") from None
+  except Image.DecompressionBombError:  # Pillow's own bound, which is higher
+    raise ValueError(f"has more than {MAX_PIXELS:,} pixels; make it smaller") from None
+  width, height = image.size
+  if width * height > MAX_PIXELS:
+    raise ValueError(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+  return image
+
+
+def _open(data: bytes) -> Any:
+  """A decoded `PIL.Image.Image` of at most 8 bits per channel."""
+  image = _header(data)
   if image.mode.startswith(("I", "F")):
     raise ValueError(f"more than 8 bits per channel (Pillow mode {image.mode}); save it with 8")
-  if image.has_transparency_data:
-    image = image.convert("RGBA")
-    ground = Image.new("RGBA", image.size, (background,) * 3 + (255,))
-    image = Image.alpha_composite(ground, image)
-  mode = "L" if channels == 1 else "RGB"
-  array = np.asarray(image if image.mode == mode else image.convert(mode))
-  return array if channels == 3 else array[..., None]
+  image.load()
+  return image
 
 
-def decode_images(
-    encoded: Sequence[bytes], channels: int, background: int = 0) -> Sequence[np.ndarray]:
-  """Each image by `decode_image`; faster if all are PNG files of one kind and size."""
-  decoded = png.decode(encoded)
-  if decoded is None or decoded.shape[-1] != channels:
-    return [decode_image(data, channels, background) for data in encoded]
-  return decoded
+def _orientation(image: Any) -> int:
+  """The number from 1 (upright) to 8 in the image's EXIF data; 1 if it has none that is valid."""
+  try:
+    number = image.getexif().get(_ORIENTATION_TAG, 1)
+  except Exception:  # damaged EXIF data raise many kinds of errors, and the pixels may be sound
+    return 1
+  return number if number in range(1, 9) else 1
+
+
+def _turn(image: Any, orientation: int) -> Any:
+  from PIL import Image
+
+  if orientation == 1:
+    return image
+  upright = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+             Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+             Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+  return image.transpose(upright[orientation - 2])
+
+
+def _flatten(image: Any, channels: int, background: int) -> np.ndarray:
+  """A `PIL.Image.Image` -> uint8[h, w, channels], on a grey background where it is transparent.
+
+  A large image is converted a few rows at a time, as every step would take a copy of it.
+  """
+  from PIL import Image
+
+  mode, (width, height) = "L" if channels == 1 else "RGB", image.size
+  rows = max(PIXELS_AT_ONCE // width, 1)
+  out = np.empty((height, width, channels), np.uint8)
+  for top in range(0, height, rows):
+    bottom = min(top + rows, height)
+    part = image if rows >= height else image.crop((0, top, width, bottom))
+    if part.has_transparency_data:
+      part = part.convert("RGBA")
+      part = Image.alpha_composite(Image.new("RGBA", part.size, (background,) * 3 + (255,)), part)
+    part = np.asarray(part if part.mode == mode else part.convert(mode))
+    out[top:bottom] = part.reshape(bottom - top, width, channels)
+  return out
 
 
 def fit(image: np.ndarray, config: Any) -> np.ndarray:
@@ -128,13 +214,20 @@ def _read_stack(
     OSError and others: it cannot be read.
   """
   if isinstance(source, np.ndarray):
-    return _check_stack(source, channels)
+    return _check_stack(source, channels, background)
   if source.suffix == ".npy":
-    return _check_stack(np.load(source, allow_pickle=False), channels)
+    # The file is mapped, not read, so that a header which promises more than the file holds is an
+    # error before any memory is taken.
+    array = np.load(source, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+      raise ValueError("is no .npy file but an archive of several; save one array by np.save")
+    return _check_stack(array, channels, background)
   return [decode_image(source.read_bytes(), channels, background)]
 
 
-def _check_stack(array: np.ndarray, channels: int) -> list[np.ndarray]:
+def _check_stack(array: np.ndarray, channels: int, background: int) -> list[np.ndarray]:
+  from PIL import Image
+
   if array.ndim == 2:
     array = array[None, ..., None]
   elif array.ndim == 3:
@@ -148,7 +241,6 @@ def _check_stack(array: np.ndarray, channels: int) -> list[np.ndarray]:
     array = np.round(array * 255).astype(np.uint8)
   if array.dtype != np.uint8:
     raise ValueError(f"{array.dtype} is neither uint8 nor float in [0, 1]")
-  if channels == 1 and array.shape[-1] > 1:
-    return list(np.round(augment.grey(array[..., :3])).astype(np.uint8))
-  return list(np.repeat(array, 3, axis=-1) if array.shape[-1] < channels
-              else array[..., :channels])
+  # The pixels of a file and of an array become those of the model in one way.
+  return [_flatten(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), channels,
+                   background) for image in np.ascontiguousarray(array)]

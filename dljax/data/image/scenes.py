@@ -10,7 +10,8 @@ each of the two targets, if it is asked for,
                 evaluation "host/box_crowd" f32[b, N], 1 for a crowd
   segmentation  segmentation i32[b, H, W], the class of each pixel, `VOID` outside of the picture
 
-TFDS's own boxes (objects/bbox) are relative to the image's size. An image may have no objects.
+TFDS's own boxes (objects/bbox) are relative to the size of the image as a viewer shows it. An image
+may have no objects.
 
 Dimensions: b the host's rows, N boxes, H height, W width, C channels.
 """
@@ -214,7 +215,8 @@ class SceneSet(splits.DataSet):
               for record in records]
     masks = [None] * len(records)
     if self.segmentation:
-      masks = [decode.decode_image(record[config.mask_feature][0], 1) for record in records]
+      masks = [decode.decode_mask(record[config.mask_feature][0], record["image"][0])
+               for record in records]
     examples = []
     for index, record, pixels, mask in zip(indices, records, images, masks):
       where = f"--config.data.{split}={config[split]!r}: example {index} of {config.name}"
@@ -227,7 +229,7 @@ class SceneSet(splits.DataSet):
           raise UserError(f"{where}: {config.mask_feature} has {mask.shape[0]}x{mask.shape[1]} "
                           f"pixels and the image {pixels.shape[0]}x{pixels.shape[1]}; mend the "
                           "set")
-        example["segmentation"] = self._fit_mask(mask[..., 0], place, where)
+        example["segmentation"] = self._fit_mask(mask, place, where)
       examples.append(example)
     return examples
 

@@ -11,7 +11,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dljax.data import sources
 from dljax.data.image import augment, decode, labelled
@@ -335,6 +335,80 @@ def test_transparent_images_lie_on_the_background(mode, background, expected):
     assert decoded.shape == (4, 6, channels)
     np.testing.assert_allclose(decoded[:, :3].astype(int), expected, atol=3)
     np.testing.assert_allclose(decoded[:, 3:].astype(int), 200, atol=1)
+
+
+def saved(picture, form="png", **options):
+  file = io.BytesIO()
+  picture.save(file, form, **options)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize("mode, options", [
+    ("L", {"transparency": 7}), ("RGB", {"transparency": (7, 7, 7)}), ("P", {"transparency": 7}), ("L", {}), ("RGB", {})])
+def test_training_shows_a_file_as_prediction_does(digits, mode, options):
+  grey = np.full((8, 8), 7, np.uint8)
+  grey[2:5, 3:6] = 90
+  data = saved(Image.fromarray(grey).convert(mode), **options)
+  for channels in (1, 3):
+    expected = decode.decode_image(data, channels, 200)
+    assert set(np.unique(expected)) == ({200, 90} if options else {7, 90})
+    for files in ([data] * 3, [data + b"behind the end"] * 2):
+      for image in decode.decode_images(files, channels, 200):
+        np.testing.assert_array_equal(image, expected)
+    digits.image_shape, digits.mean, digits.std = (8, 8, channels), (0.0,) * channels, (1 / 255,) * channels
+    rgba = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+    for array in (rgba, rgba / 255, rgba[None]):  # an array's alpha counts as a file's does
+      batch, _, skipped = decode.encode([array], digits, 200)
+      assert not skipped
+      np.testing.assert_allclose(batch["image"][0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg"])
+def test_every_orientation_is_turned_upright(form):
+  stored = np.zeros((16, 24, 3), np.uint8)
+  stored[:8, :16] = 200
+  for number in range(1, 10):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    data = saved(Image.fromarray(stored), form, exif=exif)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(decode.decode_image(data, 3), shown)
+    np.testing.assert_array_equal(next(decode.decode_images([data], 3)), shown)
+  broken = saved(Image.fromarray(stored), form, exif=b"Exif\0\0no exif at all")
+  assert decode.decode_image(broken, 3).shape == stored.shape
+
+
+def test_a_mask_is_turned_with_its_image_and_keeps_its_values():
+  classes = np.arange(6, dtype=np.uint8).reshape(2, 3)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  image = saved(Image.fromarray(np.zeros((2, 3), np.uint8)), exif=exif)
+  upright = np.rot90(classes, -1)
+  plain = saved(Image.fromarray(classes), transparency=3)  # 3 is a class, not a hole
+  np.testing.assert_array_equal(decode.decode_mask(plain, image), upright)
+  np.testing.assert_array_equal(decode.decode_mask(saved(Image.fromarray(classes), exif=exif), image), upright)
+  np.testing.assert_array_equal(decode.decode_mask(saved(Image.fromarray(upright)), image), upright)
+  np.testing.assert_array_equal(decode.decode_mask(plain, saved(Image.new("L", (3, 2)))), classes)
+
+
+def test_a_file_is_measured_before_it_is_decoded(digits, tmp_path, monkeypatch):
+  monkeypatch.setattr(decode, "PIXELS_AT_ONCE", 100)  # a few rows at a time give the same
+  pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+  whole = Image.alpha_composite(Image.new("RGBA", (40, 30), (9, 9, 9, 255)), Image.fromarray(pixels))
+  np.testing.assert_array_equal(decode.decode_image(saved(Image.fromarray(pixels)), 3, 9), whole.convert("RGB"))
+  monkeypatch.setattr(decode, "MAX_PIXELS", 1199)
+  (tmp_path / "large.png").write_bytes(saved(Image.fromarray(pixels)))
+  np.save(tmp_path / "a.npy", np.zeros((8, 8), np.uint8))
+  (tmp_path / "short.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
+  header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (900000, 900000), }"
+  (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(64))
+  np.savez(tmp_path / "b.npz", a=np.zeros((8, 8), np.uint8))
+  (tmp_path / "b.npz").rename(tmp_path / "b.npy")
+  _, names, skipped = decode.encode([str(tmp_path)], digits)
+  assert names == [str(tmp_path / "a.npy")] and len(skipped) == 4
+  assert "has 40x30 pixels, more than 1,199; make it smaller" in "".join(skipped)
+  assert "huge.npy: mmap length is greater than file size" in "".join(skipped)
+  assert "archive" in "".join(skipped)
 
 
 def test_encode_npy_of_every_shape(digits, tmp_path):
