@@ -12,14 +12,23 @@ found to matter least, is left out.
 Dimensions: b rows, N samples, T frames, F bands.
 """
 
+import fractions
 import io
 import math
+import struct
 import warnings
 from typing import Any
 
 import numpy as np
 
 FLOOR = 1e-10  # the least power of a band, before the logarithm (librosa's)
+# The least and the most samples a second of a recording: a tiny rate would make it very long.
+RATES = (100, 768_000)
+# The greatest factor of a change of rates: the filter has 20 times as many values.
+MAX_FACTOR = 2**16
+# The sizes by which programs that write into a pipe say that they do not know the size yet.
+UNKNOWN_SIZES = (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000)
+FRAMES_AT_ONCE = 2**14
 # A mel is 200 / 3 Hz up to the knee; above it, 27 mels are a factor of 6.4.
 _SLANEY_STEP, _SLANEY_KNEE = 200 / 3, 1000
 _SLANEY_LOG = math.log(6.4) / 27
@@ -31,11 +40,12 @@ def read_wav(data: bytes) -> tuple[np.ndarray, int]:
   Several channels are averaged.
 
   Raises:
-    ValueError: it is no WAV file of PCM or floating-point samples, is empty, or holds a sample
-      that is not a finite number.
+    ValueError: it is no WAV file of PCM or floating-point samples, is empty, was cut, has a sample
+      rate beyond `RATES`, or holds a sample that is not a finite number.
   """
   import scipy.io.wavfile
 
+  _check_chunks(data)
   try:
     with warnings.catch_warnings():
       # It warns of chunks that hold no sound.
@@ -45,7 +55,51 @@ def read_wav(data: bytes) -> tuple[np.ndarray, int]:
     reason = " ".join(str(e).split())[:100] or type(e).__name__
     raise ValueError(f"cannot be read as a WAV file ({reason}); convert it to one of 16 "
                      "bits") from e
+  check_rate(rate)
   return to_mono(samples), int(rate)
+
+
+def check_rate(rate: int) -> None:
+  """Raises `ValueError` for a sample rate that no recording of sound has."""
+  least, most = RATES
+  if not least <= rate <= most:
+    raise ValueError(f"has {rate} samples a second, which must be from {least} to {most}; mend "
+                     "its header, or convert it again")
+
+
+def _check_chunks(data: bytes) -> None:
+  """Raises `ValueError` for a WAV file whose sound SciPy would cut or misread without a word.
+
+  A file ends with the size that its first chunk says. What is no WAV file passes.
+  """
+  order, head = ">" if data[:4] == b"RIFX" else "<", data[:4]
+  if head not in (b"RIFF", b"RIFX", b"RF64") or len(data) < 44:
+    return
+  position, end, found = 12, len(data), []
+  if head != b"RF64":
+    end = min(end, 8 + struct.unpack_from(order + "I", data, 4)[0])
+  while position < end and position + 8 <= len(data):
+    kind, size = struct.unpack_from(order + "4sI", data, position)
+    position += 8
+    if kind == b"data" and head == b"RF64":
+      size, = struct.unpack_from("<Q", data, 28)  # of the chunk ds64, which comes first
+    if kind == b"data" and size > len(data) - position and size not in UNKNOWN_SIZES:
+      raise ValueError(f"was cut: it should hold {size:,} bytes of sound, but holds only "
+                       f"{len(data) - position:,}; get it again, or take it out")
+    if kind == b"fmt " and position + 16 <= len(data):
+      channels, align, bits = struct.unpack_from(order + "2xH8xHH", data, position)
+      # Samples of up to 8 bits are read as bytes.
+      width = 8 * (align // max(channels, 1))
+      if channels and (width < bits or bits <= 8 < width):
+        raise ValueError(f"has samples of {bits} bits in {align // channels} bytes; convert it to "
+                         "a WAV file of 16 bits")
+    if kind in (b"fmt ", b"data"):
+      found.append(kind)
+    position += size + size % 2
+  for kind, what in (b"fmt ", "formats"), (b"data", "parts of sound"):
+    if found.count(kind) > 1:
+      raise ValueError(f"has {found.count(kind)} {what}, of which one would be read; convert it "
+                       "to a WAV file that has one")
 
 
 def to_mono(samples: np.ndarray) -> np.ndarray:
@@ -75,8 +129,14 @@ def resample(sound: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
   if rate == new_rate:
     return sound
-  common = math.gcd(rate, new_rate)
-  return scipy.signal.resample_poly(sound, new_rate // common, rate // common).astype(np.float32)
+  ratio, length = fractions.Fraction(new_rate, rate), -(-len(sound) * new_rate // rate)
+  if max(ratio.numerator, ratio.denominator) > MAX_FACTOR:
+    # In an hour, the nearest ratio of small numbers is off by less than one sample.
+    small = min(ratio, 1 / ratio).limit_denominator(MAX_FACTOR)
+    ratio = small if ratio < 1 else 1 / small
+  resampled = scipy.signal.resample_poly(sound, ratio.numerator, ratio.denominator)
+  resampled = resampled[:length].astype(np.float32)
+  return np.pad(resampled, (0, length - len(resampled)))
 
 
 def mel_filters(
@@ -135,9 +195,14 @@ def log_mel(sound: np.ndarray, filters: np.ndarray, window: int, hop: int) -> np
   shape[start:start + window] = scipy.signal.get_window("hann", window)
   padded = np.pad(np.asarray(sound, np.float64), size // 2)
   frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
-  spectrum = scipy.fft.rfft(frames * shape, axis=-1)
-  power = spectrum.real**2 + spectrum.imag**2
-  return np.log(np.maximum(power @ filters.T, FLOOR)).astype(np.float32)
+  out = np.empty((len(frames), len(filters)), np.float32)
+  # The frames overlap, and their spectra would take many times the memory of a long recording.
+  for start in range(0, len(frames), FRAMES_AT_ONCE):
+    some = slice(start, start + FRAMES_AT_ONCE)
+    spectrum = scipy.fft.rfft(frames[some] * shape, axis=-1)
+    power = spectrum.real**2 + spectrum.imag**2
+    out[some] = np.log(np.maximum(power @ filters.T, FLOOR))
+  return out
 
 
 def normalise(features: np.ndarray) -> np.ndarray:

@@ -34,6 +34,9 @@ from dljax.errors import UserError
 MEMORY_LIMIT = 2 * 2**30
 # Bucket lengths are multiples of it, so that convolutions with strides see even lengths.
 FRAMES = 8
+# The most seconds of a recording, unless `config.data.max_frames` allows more.
+MAX_SECONDS = 3600
+MAX_MELS, MAX_WINDOW = 512, 2**16  # bands, and samples of a window
 READ_AT_ONCE = 256  # number of recordings
 THREADS = 8
 _SPACES = re.compile(r"\s+")
@@ -81,6 +84,11 @@ def validate(config: Any) -> None:
   for field in ("hop", "window"):
     need(field, 1 <= config[field] * config.sample_rate < math.inf,
          "give the seconds of at least one sample")
+  least, most = features.RATES
+  need("sample_rate", least <= config.sample_rate <= most, f"give {least} to {most} Hz")
+  need("window", config.window * config.sample_rate <= MAX_WINDOW,
+       f"give at most {MAX_WINDOW / config.sample_rate:g} seconds, {MAX_WINDOW} samples")
+  need("num_mels", config.num_mels <= MAX_MELS, f"give at most {MAX_MELS}")
   need("highest", 0 <= config.highest <= config.sample_rate / 2,
        f"give at most {config.sample_rate / 2:g} Hz, half the sample rate; 0 is that")
   need("lowest", 0 <= config.lowest < (config.highest or config.sample_rate / 2),
@@ -150,13 +158,14 @@ def encode(
         sound, rate = features.read_wav(source.read_bytes())
       else:
         sound, rate = _check_samples(source), config.sample_rate
+      heard = recordings.features(sound, rate)
     except (ValueError, OSError) as e:
       skipped.append(f"{name}: {e}")
       continue
     if rate != config.sample_rate:
       _log.warning(
           "%s has %d samples a second, and was resampled to %d", name, rate, config.sample_rate)
-    found.append(recordings.features(sound, rate))
+    found.append(heard)
     names.append(name)
   length = np.array([len(sound) for sound in found], np.int32)
   longest = -(-int(length.max(initial=1)) // FRAMES) * FRAMES
@@ -255,7 +264,11 @@ class AudioSet(splits.DataSet):
     return {"assets": lambda: {"alphabet": list(self.config.alphabet)}}
 
   def features(self, sound: np.ndarray, rate: int) -> np.ndarray:
-    """The features f32[T, F] of a recording."""
+    """The features f32[T, F] of a recording; raises `ValueError` if it is too long."""
+    longest = max(MAX_SECONDS, self.config.max_frames * self.config.hop)
+    if len(sound) > longest * rate:
+      raise ValueError(f"is {len(sound) / rate:.0f} s long, more than {longest:.0f}; cut it into "
+                       "shorter recordings")
     sound = features.resample(sound, rate, self.config.sample_rate)
     return features.normalise(
         features.log_mel(sound, self._mel_filters, self._window, self._hop))
@@ -266,8 +279,20 @@ class AudioSet(splits.DataSet):
     if len(stored) and isinstance(stored[0], bytes):
       return features.read_wav(stored[0])
     rate = getattr(self.dataset.features[self.config.audio_feature], "sample_rate", None)
-    samples = np.asarray(stored, np.int64).astype(np.int16)
-    return features.to_mono(samples), rate or self.config.sample_rate
+    rate = self.config.sample_rate if rate is None else int(rate)
+    features.check_rate(rate)
+    samples = np.asarray(stored)
+    if samples.dtype.kind != "f":
+      samples, limits = samples.astype(np.int64), np.iinfo(np.int16)
+      if samples.size and (samples.min() < limits.min or samples.max() > limits.max):
+        raise ValueError("holds samples of more than 16 bits; store them as 16 bits or as WAV "
+                         "files")
+      samples = samples.astype(np.int16)
+    return features.to_mono(samples), rate
+
+  def frames(self, samples: int, rate: int) -> int:
+    """T, the number of frames of a recording, exactly as `features` gives them."""
+    return 1 + -(-samples * self.config.sample_rate // rate) // self._hop
 
   def open_split(self, split: str, pipeline: Pipeline) -> _Recordings:
     """Reads a split's texts and lengths, and also its features if they fit into memory."""
@@ -288,12 +313,11 @@ class AudioSet(splits.DataSet):
                           f"{config.name}, {split}, has {len(texts[-1])} characters; raise it to "
                           "that")
         rates |= {rate} - {config.sample_rate}
-        if size <= MEMORY_LIMIT:
+        lengths.append(self.frames(len(sound), rate))
+        # The pipeline refuses a recording that is too long by its length.
+        if size <= MEMORY_LIMIT and lengths[-1] <= config.max_frames:
           kept.append(self.features(sound, rate))
           size += kept[-1].nbytes
-          lengths.append(len(kept[-1]))
-        else:
-          lengths.append(1 + math.ceil(len(sound) * config.sample_rate / rate) // self._hop)
     if rates:
       _log.warning("%s, %s: recordings of %s samples a second were resampled to %d", config.name,
                    split, ", ".join(map(str, sorted(rates))), config.sample_rate)

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import re
+import struct
 
 import numpy as np
 import pytest
@@ -93,6 +95,69 @@ def test_broken_files_are_told_apart(data, words):
   assert "\n" not in str(error.value)
 
 
+def header(data, **fields):
+  """A WAV file with other values in its header."""
+  places = {"riff": (4, "I"), "tag": (20, "H"), "channels": (22, "H"), "rate": (24, "I"), "byte_rate": (28, "I"),
+            "align": (32, "H"), "bits": (34, "H"), "size": (40, "I")}
+  data = bytearray(data)
+  for name, value in fields.items():
+    struct.pack_into("<" + places[name][1], data, places[name][0], value)
+  return bytes(data)
+
+
+SOUND = wav((tone(0.1) * 32767).astype(np.int16))
+
+
+@pytest.mark.parametrize("data, words", [
+    (header(SOUND, rate=7_999_993, byte_rate=15_999_986), "has 7999993 samples a second, which must be from 100 to 768000"),
+    (header(SOUND, rate=0, byte_rate=0), "has 0 samples a second"),
+    (header(SOUND, rate=1, byte_rate=2), "has 1 samples a second"),
+    (SOUND[:844], "was cut: it should hold 1,600 bytes of sound, but holds only 800; get it again"),
+    (header(SOUND, size=2**31), "was cut"),
+    (header(SOUND, riff=900)[:44], "was cut"),
+    (SOUND + SOUND[36:], "no error"),  # the first chunk says that it has ended
+    (header(SOUND + SOUND[36:], riff=2 * len(SOUND)), "has 2 parts of sound, of which one would be read"),
+    (header(SOUND[:36] + SOUND[12:], riff=2 * len(SOUND)), "has 2 formats"),
+    (header(SOUND, bits=8), "has samples of 8 bits in 2 bytes"),
+    (header(SOUND, bits=32), "has samples of 32 bits in 2 bytes"),
+    (header(SOUND, channels=0), "cannot be read"),
+    (header(SOUND, channels=65535), "cannot be read|bits in 0 bytes"),
+    (header(SOUND, size=0xFFFFFFFF, riff=0xFFFFFFFF), "no error"),  # as programs write into a pipe
+])
+def test_no_header_hides_what_a_file_holds(data, words, tmp_path):
+  (tmp_path / "a.wav").write_bytes(data)
+  batch, names, skipped = recordings.encode([str(tmp_path)], config())
+  if words == "no error":
+    whole = recordings.encode([features.read_wav(SOUND)[0]], config())[0]["features"]
+    np.testing.assert_array_equal(batch["features"], whole)
+  else:
+    assert not names and len(skipped) == 1 and re.search(words, skipped[0]) and "\n" not in skipped[0]
+
+
+def test_a_recording_is_measured_before_it_is_resampled(tmp_path, monkeypatch):
+  monkeypatch.setattr(recordings, "MAX_SECONDS", 2)
+  monkeypatch.setattr(features, "resample", None)
+  (tmp_path / "a.wav").write_bytes(wav(np.zeros(300, np.int16), 100))
+  _, names, skipped = recordings.encode([str(tmp_path)], config())
+  assert not names and skipped[0].endswith("a.wav: is 3 s long, more than 2; cut it into shorter recordings")
+
+
+def test_odd_rates_take_small_filters_and_keep_the_length(monkeypatch):
+  sound = tone(0.2, rate=16001).astype(np.float32)
+  exact = features.resample(sound, 16001, RATE)
+  monkeypatch.setattr(features, "MAX_FACTOR", 100)
+  np.testing.assert_allclose(features.resample(sound, 16001, RATE), exact, atol=0.03)
+  back = features.resample(tone().astype(np.float32), RATE, 16001)
+  assert len(back) == -(-len(tone()) * 16001 // RATE)
+
+
+def test_long_recordings_are_transformed_a_few_frames_at_a_time(monkeypatch):
+  filters = features.mel_filters(RATE, 256, 8)
+  whole = features.log_mel(tone(), filters, 256, 80)
+  monkeypatch.setattr(features, "FRAMES_AT_ONCE", 7)
+  np.testing.assert_allclose(features.log_mel(tone(), filters, 256, 80), whole, rtol=1e-6)
+
+
 def test_encode_says_what_it_skipped_and_resampled(tmp_path, caplog):
   (tmp_path / "sub").mkdir()
   files = {"a.wav": wav((tone() * 32767).astype(np.int16)), "sub/b.WAV": wav(tone(0.5, rate=16000), 16000),
@@ -142,6 +207,7 @@ def test_tokens_fold_case_and_spaces():
 @pytest.mark.parametrize("field, value, words", [
     ("alphabet", "aa", "each character once"), ("highest", 5000.0, "at most 4000 Hz"), ("num_mels", 200, "fewer bands"),
     ("hop", 0.0, "at least one sample"), ("window", float("nan"), "at least one sample"), ("train", "", "train on"),
+    ("sample_rate", 10**9, "100 to 768000 Hz"), ("window", 1e4, "at most"), ("num_mels", 10**9, "at most 512"),
     ("lowest", 4000.0, "less than the highest"), ("frequency_mask", 9, "at most 8"),
     ("time_mask_share", 2.0, "0 to 1")])
 def test_values_out_of_range_are_refused(field, value, words):
@@ -292,6 +358,8 @@ def test_samples_of_another_rate_are_read_without_tensorflow_and_resampled(prepa
     ((b"nothing", "a"), {}, ["example 1 of speech", "cannot be read"]),
     ((wav(np.zeros(800, np.int16)), "axe"), {}, ["'x'", "--config.data.alphabet"]),
     ((wav(np.zeros(800, np.int16)), "abcabcabc"), {}, ["--config.data.max_text=8", "example 1", "9 characters"]),
+    ((SOUND[:-100], "a"), {}, ["example 1 of speech", "was cut"]),
+    ((header(SOUND, rate=0, byte_rate=0), "a"), {}, ["example 1 of speech", "has 0 samples a second"]),
     ((wav(np.zeros(8000, np.int16)), "a"), {}, ["--config.data.max_frames=64", "example 1", "101"]),
     ((wav(np.zeros(800, np.int16)), "a"), {"text_feature": "words"},
      ["--config.data.text_feature=words", "no such feature, but"]),
@@ -302,3 +370,15 @@ def test_bad_examples_are_named(prepared, example, fields, words):
     open_pipelines(config(name="speech", validation="", test="", **fields), batch_size=1)
   assert not [word for word in words if word not in str(error.value)], error.value
   assert "\n" not in str(error.value)
+
+
+def test_samples_of_more_than_16_bits_are_refused_and_floats_are_kept(prepared):
+  import tensorflow_datasets as tfds
+
+  feature = lambda dtype: lambda: tfds.features.Tensor(shape=(None,), dtype=dtype)
+  prepared({"train": [(np.array([0, 40_000] * 400, np.int64), "a")]}, "wide", feature(np.int64))
+  with pytest.raises(UserError, match="example 0 of wide: holds samples of more than 16 bits"):
+    open_pipelines(config(name="wide", validation="", test=""), batch_size=1)
+  prepared({"train": [(tone(0.1).astype(np.float32), "a")]}, "floats", feature(np.float32))
+  heard = open_pipelines(config(name="floats", validation="", test=""), batch_size=1).train.batch(0)["features"]
+  np.testing.assert_allclose(heard[0, :11], recordings.AudioSet(config()).features(tone(0.1), RATE), atol=1e-4)
