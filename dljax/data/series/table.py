@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from dljax.errors import UserError, unknown
 
 SPLIT = "series"  # the split of a TFDS set that holds one series
 MOST_MISSING = 0.9  # share of the rows; if more are missing, a mistaken time is more likely
+# A decimal number. Python's `float` also reads "1_0" as 10, and digits of other scripts.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_INFINITE = re.compile(r"[+-]?(inf|infinity|nan)", re.ASCII | re.IGNORECASE)
+_FRACTION = re.compile(r"[.,](\d*)", re.ASCII)
 NO_VALUE = ("", "na", "nan", "null", "none", "-")  # the cells of a file that are missing values
 
 
@@ -99,7 +104,8 @@ def read_csv(path: Path, time: str, channels: Sequence[str]) -> Series:
       value.
 
   Raises:
-    UserError: the file cannot be read, or holds something else; the message names the file, the
+    UserError: the file cannot be read, or holds something else, such as two columns of one name
+      or times with different fractions of a second; the message names the file, the
       row (counted from 1 after the names) and the column.
   """
   try:
@@ -118,30 +124,65 @@ def read_csv(path: Path, time: str, channels: Sequence[str]) -> Series:
   for channel in channels:
     if channel not in names:
       raise unknown(f"{path}", channel, names)
+  for name in (time, *channels):
+    if (count := names.count(name)) > 1:
+      raise UserError(f"{path}: {count} columns are called {name!r}; give each a name of its own")
   columns = [names.index(channel) for channel in channels]
+  at = names.index(time)
   times, values = np.zeros(len(rows), np.int64), np.zeros((len(rows), len(channels)))
+  first = None
   for i, row in enumerate(rows):
     if len(row) != len(names):
       raise UserError(f"{path}: row {i + 1} has {len(row)} values, but there are {len(names)} "
                       "columns; mend it")
     try:
-      times[i] = _seconds(row[names.index(time)])
+      times[i], *kind = _seconds(row[at])
     except ValueError:
-      raise UserError(f"{path}: row {i + 1}: {row[names.index(time)]!r} is no time such as "
-                      "2016-07-01 13:00; mend it") from None
+      raise UserError(f"{path}: row {i + 1}: {row[at]!r} is no time such as 2016-07-01 13:00; "
+                      "mend it") from None
+    first = first or kind
+    kinds = "another fraction of a second than", "another kind of offset from UTC than"
+    for mine, other, what in zip(kind, first, kinds):
+      if mine != other:
+        raise UserError(f"{path}: row {i + 1}: {row[at]!r} has {what} row 1, {rows[0][at]!r}; "
+                        "give all times alike, in whole seconds")
     for c, column in enumerate(columns):
       cell = row[column].strip()
       try:
-        values[i, c] = math.nan if cell.lower() in NO_VALUE else float(cell)
+        values[i, c] = _value(cell)
       except ValueError:
         raise UserError(f"{path}: row {i + 1}: {cell!r} in the column {names[column]} is no "
                         "number; mend it") from None
   return Series(str(path), tuple(channels), times, values)
 
 
-def _seconds(text: str) -> int:
-  """Seconds since 1970, by the text's own clock, or in UTC if the text has an offset."""
-  time = datetime.datetime.fromisoformat(text.strip().replace("/", "-"))
-  if time.tzinfo is None:
+def _value(cell: str) -> float:
+  """The number in a cell, or NaN; raises `ValueError` for anything else."""
+  if cell.lower() in NO_VALUE or _INFINITE.fullmatch(cell):
+    return math.nan
+  value = float(cell) if _NUMBER.fullmatch(cell) else math.nan
+  if not math.isfinite(value):  # such as 1e999
+    raise ValueError(cell)
+  return value
+
+
+def _seconds(text: str) -> tuple[int, str, bool]:
+  """A time as seconds since 1970, rounded down; by the text's own clock, or in UTC if it has an
+  offset.
+
+  Returns:
+    The seconds; the digits of the fraction of a second, without zeros at the end; and whether the
+    text has an offset.
+
+  Raises:
+    ValueError: it is no time.
+  """
+  text = text.strip().replace("/", "-")
+  if text.isdigit() and len(text) > 8:  # else "1577120112345" would be a time in the year 1577
+    raise ValueError(text)
+  time, fraction = datetime.datetime.fromisoformat(text), _FRACTION.search(text)
+  digits, zoned = fraction[1].rstrip("0") if fraction else "", time.tzinfo is not None
+  if not zoned:
     time = time.replace(tzinfo=datetime.timezone.utc)
-  return int((time - datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)).total_seconds())
+  begin = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+  return (time - begin) // datetime.timedelta(seconds=1), digits, zoned

@@ -35,6 +35,8 @@ from dljax.errors import UserError, unknown
 
 ASSET = "normaliser"
 MISSING = ("refuse", "mask")
+ROUNDING = 64 * np.finfo(np.float64).eps  # share of a number that adding many may change
+HUGE = 1e150  # the square of a larger number is nearly infinite
 DAY = 86400  # seconds
 MONDAY = 3 * DAY  # seconds from a Monday to the start of 1970, which was a Thursday
 
@@ -90,7 +92,8 @@ class Normaliser:
   Attributes:
     channels: the names of the C channels.
     mean: f64[C], the mean of each channel.
-    std: f64[C], the standard deviation of each channel; 1 for a channel that never changes.
+    std: f64[C], the standard deviation of each channel; 1 for a channel that never changes, and 1
+      or more if it changes by no more than the rounding of its numbers.
     step: the number of seconds from a row to the next.
   """
 
@@ -105,9 +108,15 @@ class Normaliser:
     for c in np.flatnonzero(np.isnan(series.values).all(axis=0))[:1]:
       raise UserError(f"{series.name}: {series.channels[c]} has no value in the "
                       f"{len(series.times)} training rows; drop it from --config.data.channels")
-    std = np.nanstd(series.values, axis=0)
-    return cls(series.channels, np.nanmean(series.values, axis=0), np.where(std > 0, std, 1.0),
-               series.step)
+    values = np.where(np.isfinite(series.values), series.values, np.nan)
+    size = np.nanmax(np.abs(values), axis=0)
+    # The squares of very large numbers are infinite, and the sum of equal ones is rounded.
+    unit = np.where(size > HUGE, size, 1.0)
+    mean, std = unit * np.nanmean(values / unit, axis=0), unit * np.nanstd(values / unit, axis=0)
+    std = np.where(std <= ROUNDING * size, np.maximum(1.0, ROUNDING * size), std)
+    least, most = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+    return cls(series.channels, np.where(least == most, most, mean),
+               np.where(least == most, 1.0, std), series.step)
 
   def __call__(self, values: np.ndarray) -> np.ndarray:
     """f[..., C] in the data's units -> f32[..., C] with mean 0 and standard deviation 1."""
@@ -254,9 +263,16 @@ class SeriesSet(splits.DataSet):
     for channel in self.config.channels:
       if channel not in there:
         raise unknown("--config.data.channels", channel, there)
-    values = np.asarray(record["values"], np.float32).reshape(-1, len(there))
-    values = values[:, [there.index(channel) for channel in self.config.channels]]
+      if (count := there.count(channel)) > 1:
+        raise UserError(f"--config.data.channels: {self.config.name} has {count} channels called "
+                        f"{channel!r}; mend the set, or choose others")
+    values = np.asarray(record["values"], np.float32)
     times = np.asarray(record["time"], np.int64)
+    if values.size != len(times) * len(there):
+      raise UserError(f"--config.data.name: {self.config.name} has {values.size:,} values of "
+                      f"{len(there)} channels at {len(times):,} times; prepare it again")
+    values = values.reshape(-1, len(there))
+    values = values[:, [there.index(channel) for channel in self.config.channels]]
     return table.Series(
         self.config.name, tuple(self.config.channels), times, values.astype(np.float64))
 

@@ -172,6 +172,22 @@ def test_a_channel_that_never_changes_is_not_divided_by_zero(tmp_path):
   assert not data.train.batch(0)["window"][..., 1].any()
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 14.62, 273.15, -1e-300, 1e308, 0.0])
+def test_a_channel_of_one_value_becomes_zero_whatever_the_value(value):
+  series = lambda values: table.Series("x", ("a",), np.arange(len(values)) * HOUR, np.array(values)[:, None])
+  fitted = windows.Normaliser.fit(series([value] * 1000 + [np.nan]))
+  assert fitted.std[0] == 1 and fitted.mean[0] == value and fitted(np.array([[value]])) == 0
+  rounded = windows.Normaliser.fit(series([value, np.nextafter(value, 2 * value)] * 500))
+  assert rounded.std[0] >= 1 and abs(rounded(np.array([[value]]))) < 0.1
+
+
+def test_small_and_huge_changes_are_kept():
+  for level, change in (273.15, 1e-6), (1.6e9, 1.0), (1e200, 1e200), (0.0, 1e-30):
+    values = level + change * VALUES[:, :1]
+    fitted = windows.Normaliser.fit(table.Series("x", ("a",), np.arange(200) * HOUR, values))
+    np.testing.assert_allclose(fitted(values)[:, 0], normalised(train=200)[:, 0], atol=1e-5)
+
+
 def test_a_saved_normaliser_takes_the_place_of_the_fitted_one(tmp_path):
   saved = windows.Normaliser(("a", "b"), np.array([1.0, 2.0]), np.array([10.0, 20.0]), HOUR)
   made = config(write(tmp_path / "x.csv"))
@@ -257,6 +273,9 @@ def test_forms_of_files_that_are_read(tmp_path):
   old = table.read_csv(tmp_path / "w.csv", "date", ("a",))
   assert old.step == windows.DAY and table.when(old.times[0]) == "1950-01-01 00:00:00"
   np.testing.assert_array_equal(old.values[:, 0], [1.5, np.nan, 2])
+  (tmp_path / "v.csv").write_text("date,a,x,x\n1969-12-31 23:59:58.500,+1.,x,x\n1969-12-31 23:59:59.5,-.5E1,x,x\n")
+  same = table.read_csv(tmp_path / "v.csv", "date", ("a",))  # one fraction for all, and twins that are not read
+  assert same.times.tolist() == [-2, -1] and same.values[:, 0].tolist() == [1, -5]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -267,6 +286,16 @@ def test_forms_of_files_that_are_read(tmp_path):
     ("date,a,b\n2020-01-01,1\n", "row 1 has 2 values, but there are 3 columns"),
     ("date,a,b\n2020-01-01,1,2\nsoon,1,2\n", "row 2: 'soon' is no time such as 2016-07-01 13:00"),
     ("date,a,b\n2020-01-01,1,2\n2020-01-02,1,x\n", "row 2: 'x' in the column b is no number"),
+    ("date,a,b,a\n2020-01-01,1,2,3\n", "2 columns are called 'a'; give each a name of its own"),
+    ("date,a,b, date\n2020-01-01,1,2,3\n", "2 columns are called 'date'"),
+    ("date,a,b\n2020-01-01,1_0,2\n", "row 1: '1_0' in the column a is no number"),
+    ("date,a,b\n2020-01-01,\u0663,2\n", "in the column a is no number"),
+    ("date,a,b\n2020-01-01,1e999,2\n", "row 1: '1e999' in the column a is no number"),
+    ("date,a,b\n2020-01-01 00:00:00,1,2\n2020-01-01 00:00:00.5,1,2\n",
+     "row 2: '2020-01-01 00:00:00.5' has another fraction of a second than row 1, '2020-01-01 00:00:00'; .*whole seconds"),
+    ("date,a,b\n2020-01-01 00:00:00.0000001,1,2\n2020-01-01 00:00:01.0000002,1,2\n", "another fraction of a second"),
+    ("date,a,b\n2020-01-01 00:00,1,2\n2020-01-01 01:00+00:00,1,2\n", "row 2: .* another kind of offset from UTC than"),
+    ("date,a,b\n1577120112345,1,2\n", "row 1: '1577120112345' is no time"),
     ("date,a,b\n2020-01-01,1,2\n", "holds 1 rows, no series"),
     ("date,a,b\n2020-01-01,1,2\n2020-01-03,1,2\n2020-01-02,1,2\n",
      r"row 3 \(2020-01-02 00:00:00\) does not come after row 2 \(2020-01-03 00:00:00\); sort the rows"),
@@ -407,6 +436,17 @@ def test_a_set_that_is_no_series_is_refused(monkeypatch):
   monkeypatch.setattr(sources, "open_dataset", lambda name: digits)
   with pytest.raises(UserError, match="data.name: digits is no time series, but has id, image, label; choose another"):
     opened(config("digits"))
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"channels": [b"a", b"b", b"a"], "time": [0, 1], "values": [1.0] * 6}, "channels: set has 2 channels called 'a'"),
+    ({"channels": [b"a", b"b"], "time": [0, 1], "values": [1.0] * 5}, "set has 5 values of 2 channels at 2 times"),
+])
+def test_a_set_whose_record_does_not_fit_is_refused(monkeypatch, record, message):
+  made = SimpleNamespace(features=dict.fromkeys(record), records=lambda split: np.array([record]))
+  monkeypatch.setattr(sources, "open_dataset", lambda name: made)
+  with pytest.raises(UserError, match=message):
+    opened(config("set"))
 
 
 @pytest.fixture
