@@ -42,7 +42,7 @@ def confusion_matrix(
                   color="white" if shares[i, j] > 0.3 else INK)
   if count <= MAX_CLASS_TICKS:
     size = 9 if count <= MAX_CELL_TEXTS else 6
-    names = [common.shorten(str(name)) for name in class_names]
+    names = [common.plain(name, 16) for name in class_names]
     # This compares the widths of the longest name and of a column, in inches.
     crowded = 0.08 * max(map(len, names)) > max(0.46, 2 / count)
     axes.set_xticks(range(count), names, fontsize=size, rotation=90 if crowded else 0)

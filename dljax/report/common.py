@@ -100,11 +100,41 @@ def stretch(image: np.ndarray) -> np.ndarray:
   return image.squeeze(-1) if image.shape[2:] == (1,) else image
 
 
-def shorten(name: str, limit: int = 16) -> str:
-  return name if len(name) <= limit else name[:limit - 1] + "…"
+def plain(text: Any, limit: int | None = None) -> str:
+  """A text from the user (a class, a file, a transcript) as Matplotlib draws it unchanged.
+
+  Matplotlib would take what stands between two "$" for a formula. Characters that cannot be
+  printed become the replacement character.
+
+  Args:
+    text: any text, possibly of several lines.
+    limit: the number of characters to shorten each line to.
+  """
+  lines = []
+  for line in str(text).split("\n"):
+    if limit is not None and len(line) > limit:
+      line = line[:limit - 1] + "…"
+    lines.append("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
+  return "\n".join(lines).replace("$", r"\$")
 
 
-def patch(color: str, label: str) -> Any:
+def legend(owner: Any, handles: Sequence[Any], names: Sequence[Any], **options: Any) -> None:
+  """Draws a legend with names from the user.
+
+  Matplotlib itself leaves out every name that begins with "_".
+
+  Args:
+    owner: the figure or the axes that the legend is for.
+    handles: what to draw beside each name.
+    names: the names, as `plain` gives them.
+    **options: see Matplotlib.
+  """
+  drawn = owner.legend(handles=list(handles), labels=["name"] * len(names), **options)
+  for text, name in zip(drawn.get_texts(), names):
+    text.set_text(name)
+
+
+def patch(color: str, label: str = "") -> Any:
   from matplotlib.patches import Patch
 
   return Patch(color=color, label=label)

@@ -71,8 +71,11 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
   for axes in panels[len(names):]:
     axes.set_axis_off()
   if handles:
-    figure.legend(handles=[handles[split] for split in sorted(handles, key=_order)],
-                  loc="outside upper center", ncols=len(handles), frameon=False, fontsize=10)
+    splits = sorted(handles, key=_order)
+    names = ["train (moving average)" if split == "train" else common.plain(split)
+             for split in splits]
+    common.legend(figure, [handles[split] for split in splits], names, loc="outside upper center",
+                  ncols=len(handles), frameon=False, fontsize=10)
   return figure
 
 
@@ -101,8 +104,8 @@ def strengths(
     _label_panel(axes, metric, list(values.values()))
     axes.set_xticks(range(1, 1 + max(map(len, values.values()))))
     axes.set_xlabel("strength", fontsize=10)
-  figure.legend(handles=list(lines.values()), loc="outside upper center", ncols=3, frameon=False,
-                fontsize=9)
+  common.legend(figure, lines.values(), [common.plain(name) for name in lines],
+                loc="outside upper center", ncols=3, frameon=False, fontsize=9)
   return figure
 
 
@@ -141,17 +144,20 @@ def relative_bars(
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(0.7, *values) / 1.15, max(1, *values) * 1.6)  # room for the numbers
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.set_yticks(range(len(groups)), groups if axes is axes_row[0] else [], fontsize=10)
+    axes.set_yticks(range(len(groups)),
+                    [common.plain(group) for group in groups] if axes is axes_row[0] else [],
+                    fontsize=10)
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_title(title, fontsize=11, color=INK)
-    axes.set_xlabel(label, fontsize=9)
+    axes.set_title(common.plain(title), fontsize=11, color=INK)
+    axes.set_xlabel(common.plain(label), fontsize=9)
     axes.tick_params(labelsize=9, colors=INK)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-  figure.legend(handles=[common.patch(colors[name], name) for name in names],
-                loc="outside upper center", ncols=len(names), frameon=False, fontsize=10)
+  common.legend(figure, [common.patch(colors[name]) for name in names],
+                [common.plain(name) for name in names], loc="outside upper center",
+                ncols=len(names), frameon=False, fontsize=10)
   return figure
 
 
@@ -190,7 +196,7 @@ def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
     values = np.concatenate(curves)
     if values.min() > 0 and values.max() > 20 * values.min():
       axes.set_yscale("log")
-  axes.set_title(title, fontsize=11, color=INK)
+  axes.set_title(common.plain(title), fontsize=11, color=INK)
   axes.set_xlabel("step", fontsize=10)
   axes.tick_params(labelsize=9, colors=INK)
   axes.grid(alpha=0.25, linewidth=0.6)

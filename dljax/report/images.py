@@ -35,10 +35,9 @@ def image_grid(
   for axes, image in zip(panels, images):
     axes.imshow(common.stretch(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
   for axes, title in zip(panels, titles):
-    axes.set_title("\n".join(common.shorten(line, 18) for line in title.split("\n")), fontsize=9,
-                   color=INK, pad=3)
+    axes.set_title(common.plain(title, 18), fontsize=9, color=INK, pad=3)
   if caption:
-    figure.suptitle(caption, fontsize=12, color=INK)
+    figure.suptitle(common.plain(caption), fontsize=12, color=INK)
   return figure
 
 
@@ -64,7 +63,7 @@ def heat_maps(
     image = common.stretch(image)
     row[0].imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     if titles:
-      row[0].set_title(common.shorten(titles[i], 22), fontsize=9, color=INK, pad=3)
+      row[0].set_title(common.plain(titles[i], 22), fontsize=9, color=INK, pad=3)
     grey = image.mean(axis=-1) if image.ndim == 3 else image
     for axes, (name, values) in zip(row[1:], maps.items()):
       heat = np.asarray(values[i], np.float32)
@@ -73,5 +72,5 @@ def heat_maps(
       axes.imshow(heat, cmap="bwr" if signed else "inferno", vmin=-reach if signed else 0,
                   vmax=reach, alpha=0.65, interpolation="nearest")
       if i == 0:
-        axes.set_title(common.shorten(name, 22), fontsize=9, color=INK, pad=3)
+        axes.set_title(common.plain(name, 22), fontsize=9, color=INK, pad=3)
   return figure

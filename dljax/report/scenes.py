@@ -51,11 +51,11 @@ def detections(
     for box, label, score in zip(detected["boxes"], detected["labels"], detected["scores"]):
       draw(box, found_color, linewidth=1, linestyle="--")
       axes.text(float(box[0]), float(box[1]),
-                f"{common.shorten(str(class_names[label]))} {score:.0%}", fontsize=6,
+                f"{common.plain(class_names[label], 16)} {score:.0%}", fontsize=6,
                 color="white", va="bottom", clip_on=True,
                 bbox={"facecolor": found_color, "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
   if caption:
-    figure.suptitle(caption, fontsize=12, color=INK)
+    figure.suptitle(common.plain(caption), fontsize=12, color=INK)
   figure.legend(handles=[common.patch(truth_color, "truth"), common.patch(found_color, "found")],
                 loc="outside lower center", ncols=2, frameon=False, fontsize=9)
   return figure
@@ -95,15 +95,15 @@ def segmentations(
                         0.35 * grey + 0.65 * colors[np.maximum(classes, 0)] / 255, grey)
       axes.imshow(np.where(classes[..., None] < 0, 1, tinted), interpolation="nearest")
       if i == 0:
-        axes.set_ylabel(name, fontsize=10, color=INK)
+        axes.set_ylabel(common.plain(name), fontsize=10, color=INK)
       occur |= set(np.unique(classes[classes > 0]).tolist())
   if caption:
-    figure.suptitle(caption, fontsize=12, color=INK)
-  handles = [common.patch(colors[c] / 255, common.shorten(str(class_names[c])))
-             for c in sorted(occur)[:MAX_LEGEND]]
-  if handles:
-    figure.legend(handles=handles, loc="outside lower center",
-                  ncols=min(len(handles), 3 * len(images)), frameon=False, fontsize=9,
+    figure.suptitle(common.plain(caption), fontsize=12, color=INK)
+  named = sorted(occur)[:MAX_LEGEND]
+  if named:
+    common.legend(figure, [common.patch(colors[c] / 255) for c in named],
+                  [common.plain(class_names[c], 16) for c in named], loc="outside lower center",
+                  ncols=min(len(named), 3 * len(images)), frameon=False, fontsize=9,
                   columnspacing=1, handlelength=1)
   return figure
 

@@ -37,8 +37,8 @@ def alignments(
     upper.imshow(np.asarray(bands).T, origin="lower", aspect="auto", cmap="magma",
                  interpolation="nearest")
     upper.set(xticks=[], yticks=[])
-    upper.set_title("\n".join(common.shorten(line, 110) for line in title.split("\n")), fontsize=8,
-                    color=INK, loc="left", family="monospace")
+    upper.set_title(common.plain(title, 110), fontsize=8, color=INK, loc="left",
+                    family="monospace")
     times = np.arange(len(shares))
     guess = np.argmax(shares, axis=1)
     lower.plot(times, shares[:, 0], color=COLORS["train"], linewidth=0.7, linestyle=":")
@@ -49,7 +49,8 @@ def alignments(
       end = start + len(list(run))
       if symbol:
         at = start + int(np.argmax(shares[start:end, symbol]))
-        lower.text(at, 1.04, symbols[symbol].replace(" ", "␣"), ha="center", fontsize=8, color=INK)
+        lower.text(at, 1.04, common.plain(symbols[symbol].replace(" ", "␣")), ha="center",
+                   fontsize=8, color=INK)
       start = end
     lower.set_xlim(-0.5, max(len(shares), 1) - 0.5)
     lower.set_ylim(0, 1.25)
@@ -169,16 +170,17 @@ def forecasts(
       handles["forecast"], = axes.plot(after, fields["forecast"][:, c], color=COLORS["validation"],
                                        linewidth=1.5, label="forecast")
       axes.axvline(0.5, color=INK, linewidth=0.6, linestyle=":")
-      axes.set_title(f"{common.shorten(str(name), 24)}\n{title}" if len(channels) > 1 else title,
-                     fontsize=9, color=INK)
+      heading = f"{common.plain(name, 24)}\n" if len(channels) > 1 else ""
+      axes.set_title(heading + common.plain(title), fontsize=9, color=INK)
       axes.tick_params(labelsize=8, colors=INK)
       axes.grid(alpha=0.25, linewidth=0.6)
       axes.spines[["top", "right"]].set_visible(False)
       if r == len(rows) - 1:
         axes.set_xlabel("steps ahead", fontsize=9)
   if caption:
-    figure.suptitle(caption, fontsize=12, color=INK)
-  figure.legend(handles=[handles[name] for name in ("window", "truth", "forecast", "band")
-                         if name in handles], loc="outside lower center", ncols=4, frameon=False,
-                fontsize=9)
+    figure.suptitle(common.plain(caption), fontsize=12, color=INK)
+  drawn = [name for name in ("window", "truth", "forecast", "band") if name in handles]
+  common.legend(figure, [handles[name] for name in drawn],
+                [common.plain(band if name == "band" else name) for name in drawn],
+                loc="outside lower center", ncols=4, frameon=False, fontsize=9)
   return figure
