@@ -4,6 +4,8 @@ Dimensions: h, w are the sides of an image as it is stored; H, W, C those of the
 model sees (`config.image_shape`).
 """
 
+import contextlib
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from dljax.data import inputs, sources
 from dljax.data.image import augment, png
 from dljax.data.pipeline import HostBatch
 from dljax.data.splits import find_files, need
+from dljax.errors import UserError
 
 # The most pixels of an image; while it is decoded, each takes up to 7 bytes.
 MAX_PIXELS = 2**27
@@ -29,6 +32,8 @@ def validate(config: Any) -> None:
   positive = all(isinstance(size, int) and size > 0 for size in shape)
   need(config, "image_shape", len(shape) == 3 and positive and shape[-1] in (1, 3),
        "give (height, width, channels) with 1 or 3 channels")
+  need(config, "image_shape", shape[0] * shape[1] <= MAX_PIXELS,
+       f"give at most {MAX_PIXELS:,} pixels")
   need(config, "num_classes", config.num_classes > 0, "give a positive number")
   for field in ("mean", "std"):
     need(config, field, len(config[field]) == shape[-1],
@@ -37,6 +42,19 @@ def validate(config: Any) -> None:
   need(config, "std", all(0 < s <= 1 for s in config.std), "give values above 0 and up to 1")
   need(config, "train", bool(config.train), "name the split to train on")
   sources.parse_name(config.name)
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+  """Turns whatever a damaged example raises into a `UserError` that begins with `where`."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:  # Pillow raises many kinds of errors for a broken file
+    reason = (str(e) or type(e).__name__).splitlines()[0]
+    raise UserError(f"{where} cannot be used ({reason}); mend the set, or choose a split without "
+                    "it") from e
 
 
 def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:
@@ -58,7 +76,7 @@ def decode_images(
   """Each image by `decode_image`; faster if all are simple PNG files of one kind and size."""
   decoded = png.decode(encoded)
   if decoded is None or decoded.shape[-1] != channels:
-    return (decode_image(data, channels, background) for data in encoded)
+    return map(functools.partial(decode_image, channels=channels, background=background), encoded)
   return iter(decoded)
 
 

@@ -158,10 +158,11 @@ class ImageSet(splits.DataSet):
     """Reads a split into memory if it fits; otherwise it is streamed from disk."""
     dataset, config = self.dataset, self.config
     records = dataset.records(config[split])
+    numbers = np.arange(len(records))  # of the examples in the split
     if split == "train" and config.per_class:
       names = dataset.features["label"].names
-      records = sources.Subset(records,
-                               few_of_each(records, names, config.per_class, pipeline.seed))
+      numbers = few_of_each(records, names, config.per_class, pipeline.seed)
+      records = sources.Subset(records, numbers)
     crops = split == "train" and config.random_resized_crop > 0
     channels, background = config.image_shape[-1], config.background
     stored = (*dataset.features["image"].shape[:2], channels) if crops else config.image_shape
@@ -169,20 +170,28 @@ class ImageSet(splits.DataSet):
     groups = self.groups if split != "train" else lambda record: {}
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else functools.partial(decode.fit, config=config)
-      arrays = _decode_all(records, channels, background, fit, stored, groups)
-      self.check_labels(arrays["label"], split)
+      naming = functools.partial(self.naming, split, numbers)
+      arrays = _decode_all(records, channels, background, fit, stored, groups, naming)
+      self.check_labels(arrays["label"], split, numbers)
       return InMemory(arrays, self.crop if crops else None)
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
-      examples = [decode_record(record, channels, background) | groups(record)
-                  for record in records[indices]]
-      self.check_labels([example["label"] for example in examples], split, indices)
+      examples = []
+      for index, record in zip(indices, records[indices]):
+        with self.naming(split, numbers, index):
+          examples.append(decode_record(record, channels, background) | groups(record))
+      self.check_labels([example["label"] for example in examples], split, numbers[indices])
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
       return [{**example, "image": decode.fit(example["image"], config)} for example in examples]
 
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
+
+  def naming(self, split: str, numbers: Sequence[int], index: int) -> Any:
+    """A context in which an error names example `numbers[index]` of the split; see `decode`."""
+    return decode.naming(f"--config.data.{split}={self.config[split]!r}: example {numbers[index]} "
+                         f"of {self.config.name}")
 
   def check_labels(
       self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None,
@@ -307,14 +316,18 @@ def few_of_each(
     seed: the run's seed, which draws the order.
 
   Raises:
-    UserError: a class has fewer records.
+    UserError: a class has fewer records, or a label is no class.
   """
   order = rng(seed, 0, "per_class").permutation(len(records))
   chosen = [[] for _ in names]
   for start in range(0, len(order), DECODE_AT_ONCE):
     block = order[start:start + DECODE_AT_ONCE]
     for index, record in zip(block, records[block]):
-      if len(of_class := chosen[record["label"][0]]) < count:
+      label = record["label"][0] if len(record["label"]) else -1
+      if not 0 <= label < len(names):
+        raise UserError(f"--config.data.train: example {index} has the label {label}, outside of "
+                        f"0 to {len(names) - 1}; choose a split with labels")
+      if len(of_class := chosen[label]) < count:
         of_class.append(index)
     if all(len(of_class) == count for of_class in chosen):
       return np.sort(np.concatenate(chosen))
@@ -333,16 +346,22 @@ def _decode_all(
     records: sources.Records, channels: int, background: int,
     fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
     groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
+    naming: Callable[[int], Any],
 ) -> dict[str, np.ndarray]:
   images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
   grouped = []
   for start in range(0, len(records), DECODE_AT_ONCE):
     rows = range(start, min(start + DECODE_AT_ONCE, len(records)))
     block = records[rows]
-    labels[rows] = [record["label"][0] for record in block]
-    grouped += map(groups, block)
-    encoded = [record["image"][0] for record in block]
-    for row, image in zip(rows, decode.decode_images(encoded, channels, background)):
-      images[row] = fit(image)
+    encoded = []
+    for row, record in zip(rows, block):
+      with naming(row):
+        labels[row] = record["label"][0]
+        grouped.append(groups(record))
+        encoded.append(record["image"][0])
+    decoded = decode.decode_images(encoded, channels, background)
+    for row in rows:
+      with naming(row):
+        images[row] = fit(next(decoded))
   return {"image": images, "label": labels,
           **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

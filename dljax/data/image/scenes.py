@@ -10,8 +10,8 @@ each of the two targets, if it is asked for,
                 evaluation "host/box_crowd" f32[b, N], 1 for a crowd
   segmentation  segmentation i32[b, H, W], the class of each pixel, `VOID` outside of the picture
 
-TFDS's own boxes (objects/bbox) are relative to the size of the image as a viewer shows it. An image
-may have no objects.
+TFDS's own boxes (objects/bbox) are relative to the size of the image as a viewer shows it. An
+image may have no objects.
 
 Dimensions: b the host's rows, N boxes, H height, W width, C channels.
 """
@@ -211,15 +211,14 @@ class SceneSet(splits.DataSet):
   ) -> list[HostBatch]:
     """Decodes, checks and places examples; `indices` are their numbers, for messages."""
     config, canvas = self.config, self.config.image_shape[:2]
-    images = [decode.decode_image(record["image"][0], config.image_shape[-1])
-              for record in records]
-    masks = [None] * len(records)
-    if self.segmentation:
-      masks = [decode.decode_mask(record[config.mask_feature][0], record["image"][0])
-               for record in records]
     examples = []
-    for index, record, pixels, mask in zip(indices, records, images, masks):
+    for index, record in zip(indices, records):
       where = f"--config.data.{split}={config[split]!r}: example {index} of {config.name}"
+      with decode.naming(where):
+        pixels = decode.decode_image(record["image"][0], config.image_shape[-1])
+      if self.segmentation:
+        with decode.naming(f"{where}: {config.mask_feature}"):
+          mask = decode.decode_mask(record[config.mask_feature][0], record["image"][0])
       place = Placement.of(pixels.shape[:2], canvas, config.resize)
       example = {"image": decode.fit(pixels, config)}
       if self.boxes:

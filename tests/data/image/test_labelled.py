@@ -527,6 +527,41 @@ def test_labels_out_of_range_are_told(digits, monkeypatch, limit, label):
   test.close()
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_no_example_without_a_class_is_chosen(label):
+  records = {i: {"label": [label if i == 3 else i % 2]} for i in range(9)}
+  listed = type("Listed", (), {"__len__": lambda _: 9, "__getitem__": lambda _, rows: [records[i] for i in rows]})()
+  with pytest.raises(UserError, match=f"example 3 has the label {label}, outside of 0 to 1"):
+    labelled.few_of_each(listed, ["a", "b"], 5, 0)
+
+
+@pytest.mark.parametrize("limit", [0, labelled.MEMORY_LIMIT], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("damage, words", [
+    (lambda data: data[:len(data) // 2], "truncated|broken|incomplete"), (lambda data: b"", "is no image"),
+    (lambda data: saved(Image.fromarray(np.zeros((8, 8), np.uint16))), "more than 8 bits per channel"), (None, "image")])
+def test_a_damaged_example_is_named(digits, monkeypatch, limit, damage, words):
+  monkeypatch.setattr(labelled, "MEMORY_LIMIT", limit)
+  digits.train = "train[:20]"
+  digits.validation = ""
+  getitem = sources.Records.__getitem__
+
+  def damaged(records, indices):
+    read = [dict(record) for record in getitem(records, indices)]
+    for i, record in zip(indices, read):
+      if i == 7:
+        data = record.pop("image")
+        record |= {"image": [damage(data[0])]} if damage else {}
+    return read
+
+  monkeypatch.setattr(sources.Records, "__getitem__", damaged)
+  train = build(digits).train
+  with pytest.raises(UserError, match=rf"^--config.data.train='train\[:20\]': example 7 of digits cannot be used \(.*({words})") as e:
+    train.open()
+    train.batch(0), train.batch(1)
+  assert "\n" not in str(e.value)
+  train.close()
+
+
 @pytest.mark.parametrize("limit", [0, labelled.MEMORY_LIMIT], ids=["streamed", "in memory"])
 def test_groups_travel_with_evaluation_batches(tmp_path, monkeypatch, limit):
   import tensorflow_datasets as tfds

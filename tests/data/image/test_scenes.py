@@ -216,3 +216,12 @@ def test_what_does_not_fit_is_told_in_a_line(fields, words):
     opened(make(**fields).train)
   assert "\n" not in str(error.value)
   assert not [word for word in words if word not in str(error.value)], error.value
+
+
+@pytest.mark.parametrize("field, words", [("image", "example 2 of blocks cannot"), ("segmentation", "blocks: segmentation cannot")])
+def test_a_damaged_example_is_named(monkeypatch, field, words):
+  getitem = sources.Records.__getitem__
+  monkeypatch.setattr(sources.Records, "__getitem__", lambda records, indices: [
+      {**record, **({field: [record[field][0][:60]]} if i == 2 else {})} for i, record in zip(indices, getitem(records, indices))])
+  with pytest.raises(UserError, match=f"^--config.data.train='train': .*{words} be used"):
+    opened(make().train)
