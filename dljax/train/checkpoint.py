@@ -1,6 +1,6 @@
 """Checkpoints that are intact or do not exist. The only file that imports Orbax.
 
-Orbax writes the arrays asynchronously. This file closes four gaps that it leaves open:
+Orbax writes the arrays asynchronously. This file closes five gaps that it leaves open:
 
 * Orbax writes no checksum of the payload. Once Orbax has committed a step, this file writes
   `<step>/manifest.json`, durably and last. It holds the size and SHA-256 of every file, the dtype
@@ -12,6 +12,8 @@ Orbax writes the arrays asynchronously. This file closes four gaps that it leave
 * Orbax may refuse a save by returning False, and it forgets an error of its background thread if
   nobody asks. Both raise a `CheckpointError` here, at the next `save` or at `close`; the property
   `failed` shows it earlier.
+* Orbax reads its directory as a pattern: in "runs[1]" it finds nothing that it wrote. It is given
+  a symbolic link with a plain name where the path has such characters.
 * Orbax casts arrays to the dtypes that the caller asks for. Here an array with another name, dtype
   or shape is refused by name.
 
@@ -26,7 +28,9 @@ import hashlib
 import json
 import logging as python_logging
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +39,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from dljax.errors import RunError, UserError
+from dljax.errors import RunError, UserError, writing
 from dljax.train import parallel
 from dljax.train.state import FORMAT, check_format, path_name
 
 MANIFEST = "manifest.json"
+_SPECIAL = re.compile(r"[^\w/.,=+@:~ -]")  # what no path given to Orbax may hold
 _NONE, _FAILED = -1, -2  # what process 0 sends to the others in place of a step
 
 
@@ -78,12 +83,19 @@ class Checkpointer:
         records their hashes, and `restore` verifies them.
       read_only: whether to restore only, and to move and delete nothing, as for an evaluation
         during a run.
+
+    Raises:
+      UserError: several processes cannot save under such a path.
     """
     self.directory = Path(directory).absolute()
+    if jax.process_count() > 1 and re.search(r"[*?[]", str(self.directory)):
+      raise UserError(f"{self.directory}: several processes cannot save below a folder with *, ? or [ "
+                      "in its name; name another --workdir")
     self._keep = keep
     self._assets = None if assets is None else Path(assets)
     self._read_only = read_only
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    self._link: Path | None = None  # a path without special characters that leads to `directory`
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
   def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
@@ -221,6 +233,9 @@ class Checkpointer:
       self._worker.shutdown()
       if "_manager" in self.__dict__:
         self.__dict__.pop("_manager").close()
+      if self._link is not None:
+        shutil.rmtree(self._link.parent, ignore_errors=True)  # the link, and not what it leads to
+        self._link = None
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -235,8 +250,15 @@ class Checkpointer:
     if write and jax.process_index() == 0:
       for rest in self.directory.glob("deleting-*"):
         shutil.rmtree(rest, ignore_errors=True)
+    place = self.directory
+    if jax.process_count() == 1 and _SPECIAL.search(str(place)):
+      with writing(place):
+        if write:
+          place.mkdir(parents=True, exist_ok=True)
+        place = self._link = Path(tempfile.mkdtemp(prefix="dljax-")) / place.name
+        place.symlink_to(self.directory)
     return ocp.CheckpointManager(
-        self.directory,
+        place,
         # Weights hardly compress, and the attempt would slow the training down.
         item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)},
         options=ocp.CheckpointManagerOptions(

@@ -64,10 +64,10 @@ def fit(
     evaluator = Evaluator(
         experiment.task, options.parallelism, program.mesh, experiment.data.context)
     monitor = Monitor(experiment, program, evaluator, folder)
+    checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
+                                assets=folder.data)
     _acquire(folder)
     try:
-      checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
-                                  assets=folder.data)
       with StopSignals() as signals, checkpointer:
         return _Run(experiment, folder, options, program, weights, evaluator, monitor,
                     checkpointer, signals).run()

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -107,6 +108,25 @@ def test_an_older_step_and_what_the_host_had(saved):
     assert checkpointer.host() == {"best_step": None, "seen": 8}
     assert checkpointer.host(4) == {"best_step": None, "seen": 4}
     assert checkpointer.host(5) is None
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b?", "100% #1 (new)"])
+def test_the_path_is_no_pattern(tmp_path, name):
+  directory = tmp_path / name / "checkpoints"
+  before = set(Path(tempfile.gettempdir()).glob("dljax-*"))
+  with Checkpointer(directory) as checkpointer:
+    checkpointer.save(1, {"w": np.arange(3.0)}, {})
+  assert sorted(path.name for path in directory.iterdir()) == ["1"]
+  with Checkpointer(directory, read_only=True) as checkpointer:
+    restored = checkpointer.restore({"w": np.zeros(3)})
+  np.testing.assert_array_equal(restored.state["w"], np.arange(3.0))
+  assert set(Path(tempfile.gettempdir()).glob("dljax-*")) == before, "a link is left"
+
+
+def test_several_processes_refuse_a_path_that_orbax_takes_for_a_pattern(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(UserError, match=r"\[ in its name"):
+    Checkpointer(tmp_path / "run[1]")
 
 
 def test_nothing_there_is_none_and_stays_nothing(tmp_path):
