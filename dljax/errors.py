@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -82,6 +83,23 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     yield
   except OSError as error:
     raise RunError(f"{path} was not written: {error.strerror or error}") from error
+
+
+def check_local(what: str, path: str | os.PathLike[str]) -> None:
+  """Raises a `UserError` if a path is an address such as gs://bucket/folder.
+
+  Python would take it for a folder "gs:" below the current one.
+
+  Args:
+    what: where the user wrote the path, e.g. "--workdir".
+    path: the path that the user wrote; `pathlib` makes one slash of two.
+  """
+  if _ADDRESS.match(os.fsdecode(path)):
+    raise UserError(f"{what}={os.fsdecode(path)}: only local paths can be used; copy the files to a "
+                    "local folder, or mount the bucket, and name that folder")
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

@@ -11,6 +11,18 @@ from dljax.errors import RunError, UserError
 TABLE = {"resnet18": 1, "resnet50": 2, "vit_b16": 3}
 
 
+@pytest.mark.parametrize("path", [
+    "gs://bucket/run", "s3://bucket", "gs:/bucket", "https://host/run", "file:///tmp/run"])
+def test_an_address_is_no_local_path(path):
+  with pytest.raises(errors.UserError, match="--workdir=.*only local paths"):
+    errors.check_local("--workdir", path)
+
+
+@pytest.mark.parametrize("path", ["", "run", "/tmp/run", "a:b/c", "runs/lr=0.1:b/x", "C:/run"])
+def test_a_local_path_passes(path):
+  errors.check_local("--workdir", path)
+
+
 def test_a_known_name_is_looked_up():
   assert errors.choose("--x", "vit_b16", TABLE) == 3
 

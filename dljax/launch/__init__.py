@@ -84,6 +84,7 @@ def _run(
 
 def _use_data_dir(path: str) -> None:
   """Makes `path` the TFDS directory of this process, unless it is ""."""
+  errors.check_local("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", ""))
   if not path:
     return
   if not Path(path).is_dir():

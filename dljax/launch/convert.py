@@ -47,6 +47,8 @@ def convert(
     UserError: the input is bad; nothing was written.
     RunError: the output could not be written.
   """
+  for what, path in ("the input", input_), ("the output", output):
+    errors.check_local(what, path)
   for flag, value in ("--source", source), ("--to", to):
     interop.check_source(flag, value)
   if to != interop.OURS and output.suffix != ".safetensors":

@@ -90,6 +90,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     raise errors.unknown("the command line", f"--{error.flagname}", known) from None
   except flags.Error as error:
     raise UserError(str(error).replace("\n", " ")) from None
+  for name in ("workdir", "input", "output", "data_dir"):
+    for path in [values[name].value] if isinstance(values[name].value, str) else values[name].value:
+      errors.check_local(f"--{name}", path)
   if rest[1:]:
     raise UserError(f"{rest[1]!r} is not a flag; write --FLAG=VALUE, and see --help")
   return values, overrides
