@@ -1,16 +1,36 @@
 """The config of an experiment: the fields that all experiments share, and overrides by flags."""
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from dljax.errors import UserError, unknown
+from dljax.errors import UserError, check_local, unknown
 
 _FROM_FLAGS = ("family", "preset", "task", "seed")  # fields that --config.<field> cannot set
 _MOST_STEPS = 2**31 - 1  # the step is an int32
+# The largest whole numbers by the last part of a field's name. Some are counts of what is traced or
+# computed one after the other, which would never end; others are sizes of arrays.
+_LARGEST = {
+    "seed": 2**32 - 1, "batch_size": 2**20, "eval_batch_size": 2**20, "accumulation": 2**20,
+    "keep_checkpoints": _MOST_STEPS, "examples": _MOST_STEPS, "per_class": _MOST_STEPS,
+    "train": _MOST_STEPS, "validation": _MOST_STEPS, "test": _MOST_STEPS,
+    "early_stopping_patience": _MOST_STEPS, "plateau_patience": _MOST_STEPS,
+    "max_new_tokens": 2**20, "top_k": 2**20, "num_layers": 1000, "num_pools": 16, "beam": 1024,
+    "randaugment_layers": 100, "time_masks": 1000, "frequency_masks": 1000, "buckets": 1000,
+    "num_mels": 512, "sample_rate": 2**19, "image_shape": 2**15, "num_classes": 2**15, "mask_classes": 2**15,
+    "stem": 1000, "strides": 1000, "background": 255}
+_LARGEST_SIZE = 2**20  # of the other sizes in the groups below
+_SIZES = ("model", "data")
+_LARGEST_NUMBER = 1e9  # of the numbers in these groups; windows of sound are in seconds
+_LARGEST_NUMBERS = {"window": 1.0, "hop": 10.0}
+_LARGEST_INTEGER = 2**63 - 1  # of all others
+_LONGEST_TUPLE = 1000
+_LENGTHS = {"image_shape": (3, "height, width and channels"), "scale": (2, "the ends of a range"),
+            "stem": (3, "kernel size, stride and padding")}
 # What decides the training: these groups, these fields of other groups, and every field outside of
 # groups.
 _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
@@ -125,10 +145,82 @@ def check_complete(
     config: ml_collections.ConfigDict, like: ml_collections.ConfigDict,
     file: str | os.PathLike[str],
 ) -> None:
-  """Raises a `UserError` if the config of a run, stored in `file`, lacks fields of `like`."""
-  if lacks := sorted(flatten(like).keys() - flatten(config).keys()):
-    raise UserError(f"{file} lacks {', '.join(lacks[:3])}; restore it from a copy, or train again "
-                    "in another --workdir")
+  """Checks the config of a run, stored in `file`, against the config of its preset.
+
+  Whole numbers that stand in place of numbers become numbers.
+
+  Args:
+    config: the stored config, which is changed in place.
+    like: the preset's config. Fields that it lacks are not checked.
+    file: the file, for the message.
+
+  Raises:
+    UserError: a field of `like` is missing, has a value of another type, or is a group in one of
+      the two and none in the other; or family, preset or task differ.
+  """
+  mend = "restore it from a copy, or train again in another --workdir"
+  stored, wanted = flatten(config), flatten(like)
+  if lacks := sorted(wanted.keys() - stored.keys()):
+    raise UserError(f"{file} lacks {', '.join(lacks[:3])}; {mend}")
+  if "model" in like and (more := sorted(stored.keys() - wanted.keys())):
+    raise UserError(f"{file} has {', '.join(more[:3])}, which the preset {like.preset} does not have; "
+                    f"{mend}")
+  for name, default in wanted.items():
+    value = stored[name]
+    if name in ("family", "preset", "task") and value != default:
+      raise UserError(f"{file}: {name} is {value!r} and should be {default!r}; {mend}")
+    if not _is_like(value, default):
+      raise UserError(f"{file}: {name} is {value!r} and should be {_kind(default)}, such as "
+                      f"{_format(default)!r}; {mend}")
+    with config.ignore_type():
+      config.update_from_flattened_dict({name: _as_type_of(value, default)})
+
+
+def preset_of(
+    config: ml_collections.ConfigDict, presets: Iterable[str], file: str | os.PathLike[str],
+) -> str:
+  """Returns the preset that the config of a run, stored in `file`, comes from.
+
+  Raises:
+    UserError: its name is no text.
+  """
+  preset = config.get("preset", "")
+  if not isinstance(preset, str):
+    raise UserError(f"{file}: preset is {preset!r} and should be one of {', '.join(presets)}; "
+                    "restore it from a copy, or train again in another --workdir")
+  return preset
+
+
+def _kind(like: Any) -> str:
+  """What a value of the type of `like` is, in words."""
+  kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+           tuple: "a list of values"}
+  return kinds.get(type(like), "a value")
+
+
+def _is_like(value: Any, like: Any) -> bool:
+  """Says whether a stored value has the type of `like`."""
+  if isinstance(like, tuple):
+    # An empty tuple tells nothing of its elements, but that they are texts or numbers.
+    return isinstance(value, tuple) and all(
+        _is_like(item, like[0]) if like else isinstance(item, (str, int, float)) for item in value)
+  if isinstance(like, float):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return like is None or type(value) is type(like)
+
+
+def _as_type_of(value: Any, like: Any) -> Any:
+  """A value that `_is_like` accepts, with whole numbers as floats where `like` has floats."""
+  if isinstance(like, tuple):
+    return tuple(_as_type_of(item, like[0]) if like else item for item in value)
+  return _float(value) if isinstance(like, float) else value
+
+
+def _float(value: int | float) -> float:
+  try:
+    return float(value)
+  except OverflowError:
+    return math.inf
 
 
 def identity(config: ml_collections.ConfigDict) -> str:
@@ -138,7 +230,13 @@ def identity(config: ml_collections.ConfigDict) -> str:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Checks the ranges of the shared fields; each part of the project checks its own fields."""
+  """Checks the ranges of the shared fields, and that no number or tuple is beyond all bounds.
+
+  Each part of the project checks the ranges of its own fields.
+
+  Raises:
+    UserError: a value is out of range.
+  """
   for field in ("total_steps", "batch_size", "eval_batch_size", "log_every", "eval_every",
                 "checkpoint_every", "keep_checkpoints", "accumulation"):
     if config[field] < 1:
@@ -159,6 +257,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
                     "at least 0; 0 is off")
   if config.early_stopping_patience and not config.monitor:
     raise UserError("--config.early_stopping_patience needs --config.monitor=SPLIT/METRIC")
+  for field, value in flatten(config).items():
+    _check_bounds(field, value)
+
+
+def _check_bounds(field: str, value: Any) -> None:
+  """Refuses what would take all memory or time, no number at all, and tuples of a wrong length."""
+  group, name = field.partition(".")[0], field.rpartition(".")[2]
+  start = f"--config.{field}={_format(value)}"
+  if isinstance(value, tuple):
+    count, what = _LENGTHS.get(name, (len(value), ""))
+    if len(value) != count:
+      raise UserError(f"{start}: give {count} values, {what}")
+    if len(value) > _LONGEST_TUPLE:
+      raise UserError(f"--config.{field}: has {len(value)} values; give at most {_LONGEST_TUPLE}")
+    for item in value:
+      _check_bounds(field, item)
+  elif isinstance(value, str) and "\0" in value:
+    raise UserError(f"--config.{field}={value!r}: holds a null character; drop it")
+  elif isinstance(value, str) and "://" in value:
+    check_local(f"--config.{field}", value)
+  elif isinstance(value, float) and group in _SIZES:
+    if not math.isfinite(value):
+      raise UserError(f"{start}: must be a finite number")
+    if abs(value) > (most := _LARGEST_NUMBERS.get(name, _LARGEST_NUMBER)):
+      raise UserError(f"{start}: must be at most {most:g}")
+  elif isinstance(value, int):
+    most = _LARGEST.get(name, _LARGEST_SIZE if group in _SIZES else _LARGEST_INTEGER)
+    if name == "seed" and value < 0:
+      raise UserError(f"{start}: must be at least 0")
+    if value > most:
+      raise UserError(f"{start}: must be at most {most}")
 
 
 def apply_overrides(

@@ -187,6 +187,7 @@ def load(
   if build is None:
     module = _experiment_module(folder, family)
     build = module.build
+    preset = config_lib.preset_of(config, module.PRESETS, folder.config_file)
     known = preset in module.PRESETS
     like = module.get_config(preset) if known else config_lib.base_config(family, preset)
   else:

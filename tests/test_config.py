@@ -116,6 +116,72 @@ def test_a_shared_field_out_of_range_is_refused(field, value):
     config_lib.validate(config)
 
 
+@pytest.mark.parametrize("arguments, words", [
+    # Shapes that no memory holds, and loops that never end.
+    (["--config.batch_size=3000000000"], ["--config.batch_size=3000000000", "at most 1048576"]),
+    (["--config.model.block.depth=99999999999"], ["--config.model.block.depth", "at most 1048576"]),
+    (["--config.model.widths=4,99999999999"], ["--config.model.widths=99999999999", "at most"]),
+    (["--config.model.widths=" + "4," * 1001], ["--config.model.widths", "1001 values", "at most 1000"]),
+    (["--config.keep_checkpoints=9999999999"], ["--config.keep_checkpoints"]),
+    (["--config.eval_every=" + "9" * 30], ["--config.eval_every"]),
+    (["--config.data.image_shape=9999999999"], ["--config.data.image_shape=9999999999", "3 values"]),
+    (["--config.data.image_shape=8,8"], ["--config.data.image_shape=8,8", "3 values"]),
+    (["--config.data.image_shape=9999999999,1,1"], ["--config.data.image_shape", "at most"]),
+    (["--config.data.shift=inf"], ["--config.data.shift=inf", "finite"]),
+    (["--config.data.shift=1e30"], ["--config.data.shift=1e+30", "at most"]),
+    (["--config.data.shift=nan"], ["--config.data.shift=nan", "finite"]),
+    # What would be a folder "gs:".
+    (["--config.init.source=gs://bucket/run"], ["--config.init.source=gs://bucket/run", "local"]),
+])
+def test_what_would_take_all_memory_or_time_is_refused(arguments, words):
+  config = _config()
+  config.data = ml_collections.ConfigDict({"image_shape": (8, 8, 1), "shift": 0.0})
+  config_lib.validate(config)
+  config_lib.apply_overrides(config, arguments)
+  with pytest.raises(UserError) as error:
+    config_lib.validate(config)
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def _set(config, name, value):
+  with config.ignore_type():
+    config.update_from_flattened_dict({name: value})
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("total_steps", "400", ["total_steps is '400'", "a whole number", "1000"]),
+    ("total_steps", True, ["total_steps is True", "a whole number"]),
+    ("total_steps", 400.0, ["total_steps is 400.0", "a whole number"]),
+    ("total_steps", None, ["total_steps is None"]),
+    ("model.remat", 1, ["model.remat is 1", "true or false"]),
+    ("model.widths", 8, ["model.widths is 8", "a list"]),
+    ("model.widths", (8, "4"), ["model.widths is (8, '4')"]),
+    ("model.widths", ((8,),), ["model.widths"]),
+    ("optimizer.freeze", (None,), ["optimizer.freeze"]),
+    ("optimizer.learning_rate", "0.1", ["optimizer.learning_rate is '0.1'", "a number"]),
+    ("optimizer.name", 3, ["optimizer.name is 3", "a text"]),
+    ("preset", "other", ["preset is 'other'"]),
+    ("model.new", 3, ["has model.new"]),
+    ("model.widths", {"a": 1}, ["lacks model.widths"]),
+])
+def test_a_stored_config_is_checked_against_the_preset(name, value, words):
+  config, like = _config(), _config()
+  _set(config, name, value)
+  with pytest.raises(UserError) as error:
+    config_lib.check_complete(config, like, "run/config.json")
+  assert all(word in str(error.value) for word in ["run/config.json", *words]), error.value
+  assert "\n" not in str(error.value)
+
+
+def test_a_whole_number_may_stand_for_a_number():
+  config = _config()
+  _set(config, "optimizer.learning_rate", 1)
+  _set(config, "optimizer.bounds", (0, 1))
+  config_lib.check_complete(config, _config(), "config.json")
+  assert isinstance(config.optimizer.learning_rate, float)
+  assert [type(bound) for bound in config.optimizer.bounds] == [float, float]
+
+
 def test_a_run_may_be_as_long_as_the_step_can_count():
   config = _config()
   config.total_steps = 2**31 - 1

@@ -590,6 +590,11 @@ def test_prediction_refuses(trained, pictures, tmp_path, arguments, words):
      ["--config.optimizer.learning_rates", "pattern=factor"]),
     (["--config.batch_size=2000"], ["--config.batch_size=2000", "1293 training examples"]),
     (["--config.data.validation=train[:5%]"], ["--config.data.validation", "overlaps"]),
+    # Places that are not on this machine.
+    (["--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run", "local"]),
+    (["--data_dir=gs://bucket/tfds"], ["--data_dir=gs://bucket/tfds", "local"]),
+    (["--mode=predict", "--input=a.npy,s3://bucket/x"], ["--input=s3://bucket/x", "local"]),
+    (["--mode=predict", "--input=a.npy", "--output=s3://bucket/x.csv"], ["--output=s3", "local"]),
     (["--data_dir=/no/such/folder"], ["--data_dir=/no/such/folder", "not a folder"]),
 ])
 def test_bad_input_is_one_line_and_touches_nothing(tmp_path, monkeypatch, arguments, words):

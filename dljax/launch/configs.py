@@ -1,7 +1,7 @@
 """The config that the flags ask for, and the folder of its run."""
 
 import hashlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -16,7 +16,7 @@ GetConfig = Callable[[str], ml_collections.ConfigDict]
 
 def resolve(
     values: flags.FlagValues, overrides: Sequence[str], config: ml_collections.ConfigDict,
-    get_config: GetConfig, presets: Container[str],
+    get_config: GetConfig, presets: Mapping[str, str],
 ) -> tuple[ml_collections.ConfigDict, Workdir]:
   """The validated config, and the run's folder, which may not exist yet.
 
@@ -46,11 +46,12 @@ def resolve(
 
 def _as_it_ran(
     folder: Workdir, overrides: Sequence[str], config: ml_collections.ConfigDict,
-    get_config: GetConfig, presets: Container[str],
+    get_config: GetConfig, presets: Mapping[str, str],
 ) -> ml_collections.ConfigDict:
   """The config of the folder's run, with the overrides; refuses a run of another family."""
-  family, preset, config = config.family, config.preset, folder.read_config()
-  ran, preset = config.get("family", family), config.get("preset", preset)
+  family, config = config.family, folder.read_config()
+  ran, preset = config.get("family", family), config_lib.preset_of(
+      config, presets, folder.config_file)
   if ran != family:
     raise UserError(
         f"--workdir={folder.path} holds a run of {ran}; use python -m experiments.{ran}")

@@ -69,6 +69,9 @@ def quantiles(config: ml_collections.ConfigDict) -> tuple[float, ...]:
   if not config.model.quantiles:
     raise UserError("--config.model.quantiles: name those that --config.model.loss=pinball is to "
                     "find, such as 0.1,0.5,0.9")
+  if not all(0 < quantile < 1 for quantile in config.model.quantiles):
+    raise UserError(f"--config.model.quantiles={','.join(map(str, config.model.quantiles))}: each "
+                    "must be above 0 and below 1")
   return tuple(config.model.quantiles)
 
 

@@ -1,6 +1,7 @@
 """What an experiment compiles to: the same program for training, evaluation and the dry run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from dljax import optim
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError
 from dljax.tasks.base import CARRY, Task
 from dljax.train import flops, parallel, step
 from dljax.train.experiment import Experiment
@@ -37,6 +38,7 @@ class RunOptions:
   progress: bool = True
 
 
+_LARGEST_STATE = 2**48  # bytes
 _IDLE = {  # what the devices of an axis do if it splits no parameter
     "fsdp": "only share the batch, as those of data do; lower --config.shard_above to split "
             "smaller arrays",
@@ -75,7 +77,16 @@ class Program:
     self._create = lambda: create_state(
         task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
     self._sharding = parallel.Sharding(task.sharding, config.shard_above)
-    self.abstract_state = parallel.abstract_state(self._create, self.mesh, self._sharding)
+    try:
+      self.abstract_state = parallel.abstract_state(self._create, self.mesh, self._sharding)
+    except (MemoryError, OverflowError):
+      raise UserError("the sizes in --config.model, --config.data and --config.batch_size give arrays "
+                      "that no memory holds; lower them") from None
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(self.abstract_state))
+    if size > _LARGEST_STATE:
+      raise UserError(f"the training state has {size / 2**40:,.0f} TiB, which no machine holds; lower "
+                      "the sizes in --config.model")
     for axis in parallel.idle_axes(self.abstract_state, self.mesh):
       say(f"warning: --mesh={axis}:{self.mesh.shape[axis]} splits no parameter of {config.family}: "
           f"its devices {_IDLE[axis]}")
@@ -91,8 +102,14 @@ class Program:
         outputs=("state", "shared"), donate=(0,), sharding=self._sharding)
 
   def init_state(self) -> TrainState:
-    """An initial state on the mesh."""
-    return parallel.init_state(self._create, self.mesh, self._sharding)
+    """An initial state on the mesh; `RunError` if it does not fit into memory."""
+    try:
+      return parallel.init_state(self._create, self.mesh, self._sharding)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise RunError("the training state does not fit into the devices' memory; lower the sizes in "
+                       "--config.model, or take more devices with --mesh=fsdp:N") from error
+      raise
 
   def lower_train_step(self) -> jax.stages.Lowered:
     """The train step, lowered for the mesh from shapes alone; call `.compile()` on it."""

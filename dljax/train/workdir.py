@@ -16,7 +16,7 @@ import ml_collections
 
 from dljax import report
 from dljax.config import decides_training, flatten
-from dljax.errors import UserError, writing
+from dljax.errors import UserError, check_local, writing
 from dljax.tasks.base import Findings
 from dljax.train.state import FORMAT, check_format
 
@@ -58,10 +58,13 @@ def read_json(path: Path, **fields: type) -> Any:
   mend = "restore it from a copy, or start again in another --workdir"
   try:
     value = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError):
+  except (ValueError, RecursionError):  # also of a number with thousands of digits
     raise UserError(f"{path} is not JSON; {mend}") from None
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}); {mend}") from None
   for name, kind in fields.items():
-    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool):  # True is an int in Python
       raise UserError(f"{path} is not what dljax writes there ({name!r} is missing or wrong); {mend}")
   return value
 
@@ -76,6 +79,8 @@ class Workdir:
   """
 
   def __init__(self, path: str | os.PathLike[str]):
+    """Touches nothing on disk; raises a `UserError` if the path is an address (gs://...)."""
+    check_local("--workdir", path)
     self.path = Path(path)
     self.checkpoints = self.path / "checkpoints"
     self.data = self.path / "data"
@@ -193,7 +198,13 @@ class Workdir:
     """
     if not self.config_file.exists():
       raise UserError(f"--workdir={self.path} holds no run; name the folder of one, or train first")
-    return ml_collections.ConfigDict(_with_tuples(self._read_config()))
+    try:
+      return ml_collections.ConfigDict(_with_tuples(self._read_config()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a name that none can have
+      if isinstance(error, UserError):
+        raise
+      raise UserError(f"{self.config_file} has a field that no config has ({error}); restore it "
+                      "from a copy, or train again in another --workdir") from None
 
   def _read_config(self) -> dict[str, Any]:
     """The config in config.json, as JSON has it; `UserError` if the run has another format."""

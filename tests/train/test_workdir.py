@@ -18,6 +18,21 @@ from dljax.train.workdir import Workdir, read_json, write_json
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("text, words", [
+    ("{", ["not JSON"]), ("9" * 5000, ["not JSON"]), ("[" * 100_000, ["not JSON"]),
+    ('{"format": 2, "config": {"lear.ing_rate": 1}}', ["lear.ing_rate"]),
+    ('{"format": 2, "config": []}', ["'config' is missing or wrong"]),
+    ('{"format": true, "config": {}}', ["format"]),
+])
+def test_a_config_that_cannot_be_read_is_named(tmp_path, text, words):
+  folder = Workdir(tmp_path)
+  folder.config_file.write_text(text)
+  with pytest.raises(UserError) as error:
+    folder.read_config()
+  assert all(word in str(error.value) for word in [str(folder.config_file), *words])
+  assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 def _config(**fields):
   return base_config("toy", "small", optimizer=optim.default_config("adamw"), **fields)
 
