@@ -163,8 +163,8 @@ def check_complete(
   if lacks := sorted(wanted.keys() - stored.keys()):
     raise UserError(f"{file} lacks {', '.join(lacks[:3])}; {mend}")
   if "model" in like and (more := sorted(stored.keys() - wanted.keys())):
-    raise UserError(f"{file} has {', '.join(more[:3])}, which the preset {like.preset} does not have; "
-                    f"{mend}")
+    raise UserError(f"{file} has {', '.join(more[:3])}, which the preset {like.preset} does not "
+                    f"have; {mend}")
   for name, default in wanted.items():
     value = stored[name]
     if name in ("family", "preset", "task") and value != default:

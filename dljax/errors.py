@@ -44,6 +44,11 @@ def exit_status(run: Callable[[], int], stopped: str) -> int:
   Returns:
     What `run` returns, or the status that belongs to the error it raises.
   """
+  with _lasting_streams():
+    return _exit_status(run, stopped)
+
+
+def _exit_status(run: Callable[[], int], stopped: str) -> int:
   handler = end_as_ctrl_c()
   try:
     return run()
@@ -60,11 +65,54 @@ def exit_status(run: Callable[[], int], stopped: str) -> int:
     signal.signal(signal.SIGTERM, handler)
 
 
+class _Lasting:
+  """A text stream that goes on as the null device once nobody reads it any more."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    """Writes, or drops the text if nobody can read it."""
+    with self._dropping():
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    """Flushes, or drops what is buffered if nobody can read it."""
+    with self._dropping():
+      self._stream.flush()
+
+  @contextlib.contextmanager
+  def _dropping(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError:  # a closed pipe or terminal, a full disk
+      # What the stream has buffered goes to the null device too, at the latest when Python ends.
+      null = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(null, self._stream.fileno())
+      os.close(null)
+
+
+@contextlib.contextmanager
+def _lasting_streams() -> Iterator[None]:
+  """Lets a program finish its work although its output is closed, as by `| head -1`."""
+  before = sys.stdout, sys.stderr
+  with open(os.devnull, "w") as null:  # for streams that were closed before Python started
+    sys.stdout, sys.stderr = (_Lasting(null if stream is None else stream) for stream in before)
+    try:
+      yield
+    finally:
+      sys.stdout.flush()
+      sys.stderr.flush()
+      sys.stdout, sys.stderr = before
+
+
 def exit_with(run: Callable[[], int], stopped: str) -> NoReturn:
   """Ends the process with the `exit_status` of `run`."""
-  status = exit_status(run, stopped)
-  sys.stdout.flush()
-  sys.exit(status)
+  sys.exit(exit_status(run, stopped))
 
 
 def end_as_ctrl_c() -> Any:

@@ -224,7 +224,8 @@ def _restore(
     experiment: Experiment, folder: Workdir, options: RunOptions, which: str,
 ) -> tuple[Program, int, TrainState]:
   """The program, and the step and state that `which` (best, latest or a number) names."""
-  with Checkpointer(folder.checkpoints, assets=folder.data, read_only=True) as checkpointer:
+  with Checkpointer(folder.checkpoints, assets=folder.data, run=folder.run,
+                    read_only=True) as checkpointer:
     host = checkpointer.host()
     if host is None:
       raise UserError(f"--workdir={folder.path} holds no checkpoint; train first")

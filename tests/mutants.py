@@ -294,6 +294,27 @@ MUTANTS = (
         ("tests/train/test_workdir.py::"
          "test_json_is_on_the_disk_before_it_takes_the_place_of_the_old",)),
     Mutant(
+        "json_folder_fsync", "dljax/train/workdir.py",
+        "    fsync_folder(path.parent)\n",
+        "",
+        ("tests/train/test_workdir.py::"
+         "test_json_is_on_the_disk_before_it_takes_the_place_of_the_old",)),
+    Mutant(
+        "metrics_fsync", "dljax/train/metrics.py",
+        "      os.fsync(self._files[0].fileno())\n",
+        "      pass\n",
+        ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
+    Mutant(
+        "metrics_start_fsync", "dljax/train/metrics.py",
+        "      os.fsync(rows.fileno())\n",
+        "",
+        ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
+    Mutant(
+        "metrics_folder_fsync", "dljax/train/metrics.py",
+        "      fsync_folder(self._workdir)\n",
+        "",
+        ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
+    Mutant(
         "sums_in_float32", "dljax/train/evaluate.py",
         "np.asarray(x, np.float64), new)",
         "np.asarray(x, np.float32), new)",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -9,6 +10,39 @@ from dljax import errors
 from dljax.errors import RunError, UserError
 
 TABLE = {"resnet18": 1, "resnet50": 2, "vit_b16": 3}
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_work_goes_on_when_nobody_reads_the_output(monkeypatch, name):
+  done = []
+
+  def run():
+    for _ in range(3):
+      print("x" * 100_000, file=getattr(sys, name), flush=True)
+    done.append(True)
+    raise RunError("and it failed")
+
+  read, write = os.pipe()
+  os.close(read)
+  with open(write, "w") as stream:
+    monkeypatch.setattr(sys, name, stream)
+    assert errors.exit_status(run, "") == errors.FAILED
+    assert done and getattr(sys, name) is stream
+    monkeypatch.undo()
+
+
+def test_streams_that_were_closed_before_the_start_are_no_error(monkeypatch):
+  monkeypatch.setattr(sys, "stdout", None)
+  monkeypatch.setattr(sys, "stderr", None)
+
+  def run():
+    print("a")
+    assert not sys.stderr.isatty()
+    raise UserError("b")
+
+  status = errors.exit_status(run, "")
+  monkeypatch.undo()
+  assert status == errors.BAD_INPUT
 
 
 @pytest.mark.parametrize("path", [

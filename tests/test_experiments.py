@@ -293,6 +293,7 @@ def _events(path: Path) -> Iterator:
 def test_result_json_is_complete_and_true(trained):
   result, experiment = trained.result(), trained.experiment
   assert set(result) == {
+      "run", "sha256",
       "family", "preset", "data", "steps", "total_steps", "metrics", "checkpoint", "params", "seconds",
       "examples_per_second", "seed", "devices", "state_sha256"}
   assert (result["family"], result["preset"], result["seed"]) == (trained.family, trained.preset, 0)

@@ -177,7 +177,7 @@ def test_a_best_checkpoint_that_is_gone_gives_way_to_the_latest(digits, tmp_path
 def test_a_build_function_of_ones_own_needs_no_experiment(digits, tmp_path, images):
   copy = Path(shutil.copytree(digits, tmp_path / "run"))
   noted = json.loads((copy / "config.json").read_text())
-  noted["config"]["family"] = "mine"
+  noted["config"]["family"], noted["sha256"] = "mine", ""
   (copy / "config.json").write_text(json.dumps(noted))
   with pytest.raises(UserError, match="there is no 'mine'"):
     dljax.load(copy)
@@ -204,7 +204,7 @@ def test_what_is_no_run_or_no_step_is_refused(digits, tmp_path):
 def test_a_family_is_a_name_among_ours(digits, tmp_path, family):
   copy = Path(shutil.copytree(digits, tmp_path / "run"))
   noted = json.loads((copy / "config.json").read_text())
-  noted["config"]["family"] = family
+  noted["config"]["family"], noted["sha256"] = family, ""
   (copy / "config.json").write_text(json.dumps(noted))
   with pytest.raises(UserError, match=f"^the family in {copy / 'config.json'}: there is no {str(family)!r}"):
     dljax.load(copy)

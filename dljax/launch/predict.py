@@ -29,14 +29,18 @@ def predict(run: Run, values: flags.FlagValues) -> int:
   first = jax.process_index() == 0
   if values["prompt"].present and len(inputs.names) <= run.config.eval_batch_size:
     predictions, rows = _stream(run, inputs, first)
+    streamed = True
   else:
     predictions = run.raw(inputs)
     rows = run.rows(inputs, predictions)
-    for row in rows if first else ():
-      print("  ".join(f"{v:.4f}" if isinstance(v, float) else v
-                      for v in row.values() if not isinstance(v, dict)))
+    streamed = False
+  # The file comes first: whoever reads what is printed may stop.
   if place and first:
     output.write(place, rows, lambda: draw(inputs, predictions, run.assets))
+  for row in rows if first and not streamed else ():
+    print("  ".join(f"{v:.4f}" if isinstance(v, float) else v
+                    for v in row.values() if not isinstance(v, dict)))
+  if place and first:
     print(f"{len(rows)} prediction{'s' * (len(rows) > 1)} written to {place}")
   return FAILED if inputs.skipped else DONE
 

@@ -71,7 +71,7 @@ class Checkpointer:
 
   def __init__(
       self, directory: str | os.PathLike[str], *, keep: int = 2,
-      assets: str | os.PathLike[str] | None = None, read_only: bool = False,
+      assets: str | os.PathLike[str] | None = None, run: str = "", read_only: bool = False,
   ):
     """Touches nothing on disk.
 
@@ -81,6 +81,8 @@ class Checkpointer:
       keep: the number of newest steps to keep, besides the best one.
       assets: a directory of files without which the state is worthless (a tokenizer); `save`
         records their hashes, and `restore` verifies them.
+      run: the id of the run; `save` records it, and `restore` refuses a step of another run. ""
+        does neither.
       read_only: whether to restore only, and to move and delete nothing, as for an evaluation
         during a run.
 
@@ -93,6 +95,7 @@ class Checkpointer:
                       "in its name; name another --workdir")
     self._keep = keep
     self._assets = None if assets is None else Path(assets)
+    self._run = run
     self._read_only = read_only
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     self._link: Path | None = None  # a path without special characters that leads to `directory`
@@ -238,6 +241,8 @@ class Checkpointer:
         self._link = None
 
   def __enter__(self) -> "Checkpointer":
+    if not self._read_only:
+      _orbax()  # the import takes seconds, in which a folder that was just checked may be moved
     return self
 
   def __exit__(self, *_: object) -> None:
@@ -291,6 +296,7 @@ class Checkpointer:
     manifest = {
         "format": FORMAT,
         "step": step,
+        "run": self._run,
         "host": host,
         "leaves": leaves,
         "files": _describe(directory),
@@ -310,13 +316,24 @@ class Checkpointer:
         rest = [other for other in self.steps() if other != step]
         raise UserError(
             f"checkpoint {step} in {self.directory}: {fault}; other steps there: {rest or 'none'}")
+      self._check_run(step)
       return step
     for candidate in reversed(self._numbered()):
       fault = self._fault(candidate)
       if fault is None:
+        self._check_run(candidate)
         return candidate
       self._set_aside(candidate, fault)
     return _NONE
+
+  def _check_run(self, step: int) -> None:
+    """Refuses a step that was copied from another run, whose config and seed may differ."""
+    found = self._manifest(step).get("run", "")
+    if found and self._run and found != self._run:
+      raise UserError(
+          f"checkpoint {step} in {self.directory} belongs to another run ({found[:8]}, and config.json "
+          f"here is of run {self._run[:8]}); move it back, or start from its weights in another "
+          "--workdir with --config.init.source")
 
   def _fault(self, step: int) -> str | None:
     """What is wrong with a step, or None if it is intact."""

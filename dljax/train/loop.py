@@ -25,7 +25,7 @@ from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import StopSignals
 from dljax.train.state import TrainState, parameter_count, state_sha256
-from dljax.train.workdir import Workdir, write_json
+from dljax.train.workdir import Workdir
 
 
 def fit(
@@ -65,7 +65,7 @@ def fit(
         experiment.task, options.parallelism, program.mesh, experiment.data.context)
     monitor = Monitor(experiment, program, evaluator, folder)
     checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
-                                assets=folder.data)
+                                assets=folder.data, run=folder.run)
     _acquire(folder)
     try:
       with StopSignals() as signals, checkpointer:
@@ -118,8 +118,11 @@ class _Run:
       if start > total:
         raise UserError(f"--config.total_steps={total}: --workdir={self.folder.path} has done "
                         f"{start} steps already; ask for more, or name another --workdir")
-    writer = metrics.MetricWriter(self.folder.path, start, self.options.wandb,
-                                  self.config.to_dict())
+    writer = metrics.MetricWriter(
+        self.folder.path, start, self.options.wandb, self.config.to_dict(),
+        restored and restored.host.get("metrics"))
+    if restored is not None and (old := self.folder.total_steps()) != total:
+      self.program.warn_of_schedule(old, start)
     if jax.process_index() == 0:
       data = self.experiment.data
       model = variants.describe(getattr(self.experiment.task, "model", None))
@@ -159,6 +162,8 @@ class _Run:
         if len(running) == parallel.steps_in_flight(mesh):
           running.popleft().block_until_ready()
         log.step(done, out if due(config.log_every) else None)
+        if due(config.log_every):
+          self._check_place()
         # Several hosts must stop at the same step, and agree on it only when a step is logged. If the
         # last save has failed, the save below raises its error.
         stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(
@@ -168,6 +173,7 @@ class _Run:
           continue
 
         with log.paused(out):  # every step until here is done and good
+          self._check_place()
           tracker = self.monitor.tracker
           if evaluating:
             self.monitor.evaluate(state, done, writer)
@@ -176,7 +182,8 @@ class _Run:
           is_best = self.monitor.tracker.best_step != tracker.best_step
           if stopping or self.monitor.exhausted or is_best or due(config.checkpoint_every):
             host = {"tracker": dataclasses.asdict(self.monitor.tracker),
-                    "best_step": self.monitor.tracker.best_step, "seconds": self._seconds()}
+                    "best_step": self.monitor.tracker.best_step, "seconds": self._seconds(),
+                    "metrics": writer.mark()}
             self.checkpointer.save(done, parallel.global_state(state, mode, mesh), host)
         if stopping:
           raise Preempted(f"stopped after step {done}; the same command continues from there")
@@ -187,8 +194,15 @@ class _Run:
     self.signals.wait_for_step = False
     return parallel.global_state(state, mode, mesh)
 
+  def _check_place(self) -> None:
+    """Ends the run on all hosts if its folder is no longer in its place."""
+    if parallel.any_host(self.folder.moved):
+      raise RunError(f"--workdir={self.folder.path} was moved, deleted or replaced while the run trained; the "
+                     "command with its new place as --workdir continues from its last checkpoint")
+
   def _report(self, state: TrainState) -> None:
     """Writes the metrics of the best state on every split, the pictures, and result.json."""
+    self._check_place()
     steps = checkpoint = int(state.step)
     variables = state.variables
     if self.experiment.monitor and self.monitor.tracker.best_step not in (-1, steps):
@@ -207,7 +221,7 @@ class _Run:
     figures = {**findings.figures, "learning_curves": lambda: report.learning_curves(rows)}
     self.folder.write_findings(dataclasses.replace(findings, figures=figures))
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
-    write_json(self.folder.result_file, {
+    self.folder.write_result({
         "family": self.config.family, "preset": self.config.preset,
         "data": self.experiment.data.name, "steps": steps,
         "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from dljax import report
 from dljax.errors import RunError, UserError, writing
 from dljax.train.experiment import Experiment
 from dljax.train.state import NOT_FAILED
-from dljax.train.workdir import read_json, write_json
+from dljax.train.workdir import fsync_folder, read_json, write_json
 
 
 class MetricWriter:
@@ -28,9 +29,15 @@ class MetricWriter:
 
   Opened at a resumed step, it drops what a run that was cut off logged beyond it, so that each step
   stands in metrics.jsonl once. The first host writes; on the others it does nothing.
+
+  A checkpoint keeps the file's `mark`: the file is cut there when the run continues, after its hash
+  is verified, and need not be parsed.
   """
 
-  def __init__(self, workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any]):
+  def __init__(
+      self, workdir: Path, step: int, wandb_project: str, config: Mapping[str, Any],
+      mark: Mapping[str, Any] | None = None,
+  ):
     """Reads what is there; what it writes, it writes once it is entered.
 
     Args:
@@ -38,16 +45,23 @@ class MetricWriter:
       step: the last completed step; rows after it are dropped.
       wandb_project: the Weights & Biases project, or "" for none.
       config: sent to Weights & Biases.
+      mark: the `mark` of the checkpoint of this step; without it the rows are looked through.
 
     Raises:
-      UserError: metrics.jsonl holds something else.
+      UserError: metrics.jsonl holds something else, or was changed since the checkpoint.
     """
     self._workdir, self._path, self._step = workdir, workdir / "metrics.jsonl", step
     self._project, self._config = wandb_project, config
     self._files, self._wandb = (), None
+    self._size, self._hash, self._kept = 0, hashlib.sha256(), b""
+    if mark and self._path.exists():
+      self._kept = None  # the file stays, up to the mark
+      self._size, self._hash = mark["size"], _verified(self._path, mark)
+      return
     try:
       rows = report.read_metrics(self._path) if self._path.exists() else []
-      self._kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+      self._kept = "".join(
+          json.dumps(row) + "\n" for row in rows if row["step"] <= step).encode()
     except (ValueError, KeyError, TypeError):
       raise UserError(f"{self._path} has a line that is no row of metrics; delete that line, or start "
                       "again in another --workdir") from None
@@ -60,13 +74,31 @@ class MetricWriter:
     """
     if not self._files:
       return
-    rows, events = self._files
+    _, events = self._files
     with writing(self._path):
-      rows.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-      rows.flush()
+      self._append(json.dumps({"step": step, "split": split, **values}) + "\n")
       events.write(step, {f"{split}/{name}": value for name, value in values.items()})
     if self._wandb:
       self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+
+  def mark(self) -> dict[str, Any] | None:
+    """Makes all rows durable; returns the size and the SHA-256 of metrics.jsonl, on the first host.
+
+    Raises:
+      RunError: the rows cannot be written.
+    """
+    if not self._files:
+      return None
+    with writing(self._path):
+      os.fsync(self._files[0].fileno())
+    return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+  def _append(self, text: str) -> None:
+    data = text.encode()
+    self._files[0].write(data)
+    self._files[0].flush()
+    self._size += len(data)
+    self._hash.update(data)
 
   def picture(self, step: int, name: str, png: bytes) -> None:
     """Shows a PNG under its name in TensorBoard and Weights & Biases; any thread may call it."""
@@ -83,10 +115,19 @@ class MetricWriter:
     if jax.process_index() != 0:
       return self
     with writing(self._path):
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text(self._kept)
-      os.replace(temporary, self._path)
-      self._files = self._path.open("a"), _EventFile(self._workdir, self._step)
+      if self._kept is None:
+        os.truncate(self._path, self._size)
+        rows = self._path.open("ab")
+      else:
+        temporary = self._path.with_suffix(".tmp")
+        rows = temporary.open("wb")
+      self._files = rows, _EventFile(self._workdir, self._step)
+      if self._kept is not None:
+        self._append(self._kept.decode())
+      os.fsync(rows.fileno())
+      if self._kept is not None:
+        os.replace(temporary, self._path)
+      fsync_folder(self._workdir)
     if self._project:
       self._wandb = _wandb_module().init(project=self._project, dir=str(self._workdir),
                                          name=self._workdir.name, id=self._wandb_id(),
@@ -107,6 +148,19 @@ class MetricWriter:
     if not path.exists():
       write_json(path, {"id": uuid.uuid4().hex})
     return read_json(path, id=str)["id"]
+
+
+def _verified(path: Path, mark: Mapping[str, Any]) -> Any:
+  """The hash of the file up to a `MetricWriter.mark`; `UserError` unless the mark has it too."""
+  digest, left = hashlib.sha256(), mark["size"]
+  with path.open("rb") as file:
+    while left and (data := file.read(min(left, 2**20))):
+      digest.update(data)
+      left -= len(data)
+  if left or digest.hexdigest() != mark["sha256"]:
+    raise UserError(f"{path} was damaged or edited since the checkpoint was saved; restore it from a copy, "
+                    "or delete it to continue without its rows")
+  return digest
 
 
 class _EventFile:

@@ -62,6 +62,7 @@ class Program:
     self._batch_spec = experiment.data.batch_spec
     task = experiment.task
     _check_rows(task, config)
+    self._total_steps = config.total_steps
     self.mesh = parallel.make_mesh(options.mesh, mode, devices)
     parallel.check_batch_size(
         "--config.batch_size", config.batch_size, self.mesh, config.accumulation, task.own_rows)
@@ -73,6 +74,8 @@ class Program:
             own, config.total_steps * task.players.count(player), player if several else "",
             task.input_dimensions)
         for player, own in optimizers.items()}
+    self._optimizers, self._turns = optimizers, {
+        player: task.players.count(player) for player in optimizers}
     tx, schedules = ({player: pair[i] for player, pair in made.items()} for i in range(2))
     self._create = lambda: create_state(
         task, tx, experiment.data.batch_spec, config.seed, ema=config.ema_decay > 0)
@@ -100,6 +103,24 @@ class Program:
     self.train_step = parallel.compile_step(
         train_step, mode, self.mesh, inputs=("state", "batch", "shared"),
         outputs=("state", "shared"), donate=(0,), sharding=self._sharding)
+
+  def warn_of_schedule(self, total_steps: Any, step: int) -> None:
+    """Says by how much the learning rate jumps at `step`, if the run had another length until now.
+
+    Args:
+      total_steps: the length that config.json states; nothing is said if it is no whole number.
+      step: the number of completed steps.
+    """
+    if not isinstance(total_steps, int) or total_steps < 1 or step >= self._total_steps:
+      return
+    for player, own in self._optimizers.items():
+      turns = self._turns[player]
+      old, new = (float(optim.make_schedule(own, total * turns)(min(step, total) * turns))
+                  for total in (total_steps, self._total_steps))
+      if not math.isclose(old, new, rel_tol=0.01):
+        of = f" of {player}" if len(self._optimizers) > 1 else ""
+        say(f"warning: with total_steps={self._total_steps} instead of {total_steps} the schedule "
+            f"moves the learning rate{of} at step {step} from {old:.3g} to {new:.3g}")
 
   def init_state(self) -> TrainState:
     """An initial state on the mesh; `RunError` if it does not fit into memory."""

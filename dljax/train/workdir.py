@@ -2,12 +2,15 @@
 
 import csv
 import fcntl
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +32,39 @@ _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON so that a crash leaves the old file or the new one; `RunError` if it fails."""
+  _write_durably(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object as `write_json` does, with a hash that `read_sealed` verifies."""
+  _write_durably(path, _sealed(value))
+
+
+def _sealed(value: Mapping[str, Any]) -> str:
+  """An object's only form as text, with the hash of all its fields as "sha256"."""
+  value = {name: part for name, part in value.items() if name != "sha256"}
+  digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+  return json.dumps({**value, "sha256": digest}, indent=2) + "\n"
+
+
+def _write_durably(path: Path, text: str) -> None:
   temporary = path.with_name(path.name + ".tmp")
   with writing(path):
     with temporary.open("w") as file:
-      json.dump(value, file, indent=2)
-      file.write("\n")
+      file.write(text)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+  """Makes the names in a folder durable."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -69,6 +97,22 @@ def read_json(path: Path, **fields: type) -> Any:
   return value
 
 
+def read_sealed(path: Path, **fields: type) -> dict[str, Any]:
+  """Reads what `write_sealed` wrote; see `read_json` for `fields`.
+
+  Raises:
+    UserError: the file holds something else, or was changed since. Whoever changed it on purpose
+      sets its "sha256" to "".
+  """
+  value = read_json(path, **fields)
+  # Runs from before there were hashes have no run id either.
+  if ("run" in value or "sha256" in value) and value.get("sha256") != "":
+    if path.read_bytes() != _sealed(value).encode():
+      raise UserError(f"{path} was damaged or edited since it was written; restore it from a copy, or, "
+                      'if you edited it, write "sha256": "" in its last line')
+  return value
+
+
 class Workdir:
   """A run's folder.
 
@@ -92,6 +136,23 @@ class Workdir:
     self.result_file = self.path / "result.json"
     self._lock = None
 
+  @functools.cached_property
+  def run(self) -> str:
+    """The id of the run here, which its checkpoints carry; a new one if config.json has none."""
+    stored = read_sealed(self.config_file, config=dict) if self.config_file.exists() else {}
+    return stored.get("run") or uuid.uuid4().hex
+
+  @property
+  def moved(self) -> bool:
+    """Whether the locked folder is no longer what the path leads to."""
+    if self._lock is None:
+      return False
+    try:
+      there, locked = (self.path / ".lock").stat(), os.fstat(self._lock.fileno())
+    except OSError:
+      return True
+    return (there.st_dev, there.st_ino) != (locked.st_dev, locked.st_ino)
+
   def check(self, config: ml_collections.ConfigDict, resume: str) -> None:
     """Raises a UserError unless a run of `config` may start or continue here. Writes nothing."""
     where = f"--workdir={self.path}"
@@ -101,12 +162,19 @@ class Workdir:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
       raise UserError(f"{where} is not writable; name a folder that you may write to")
     if not self.config_file.exists():
+      if self._has_checkpoints():
+        raise UserError(f"{where} holds checkpoints but no {self.config_file.name}, which says what "
+                        "they are of; restore it from a copy, or name another --workdir")
       if resume == "must":
         raise UserError(f"--resume=must: {where} holds no run; drop the flag to start one")
       return
     if resume == "never":
       raise UserError(f"--resume=never: {where} holds a run; name another --workdir, or delete it to start again")
     self._check_same(self._read_config(), config)
+
+  def _has_checkpoints(self) -> bool:
+    folders = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+    return any(path.name.isdecimal() for path in folders)
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
     # The config goes through JSON, where a tuple is a list.
@@ -130,7 +198,7 @@ class Workdir:
     """
     if not self.config_file.exists():
       return
-    old = read_json(self.config_file, fingerprint=str)["fingerprint"]
+    old = read_sealed(self.config_file, fingerprint=str)["fingerprint"]
     if old != fingerprint:
       raise UserError(
           f"--workdir={self.path} holds a run on other data: the fingerprint of {name} is {old!r} "
@@ -175,9 +243,11 @@ class Workdir:
       fingerprint: the `Data.fingerprint` of that data.
       model: the description of the run's model by `interop.variants.describe`, or None.
     """
+    run = self.run
     self.result_file.unlink(missing_ok=True)
-    write_json(self.config_file, {
+    write_sealed(self.config_file, {
         "format": FORMAT,
+        "run": run,
         "fingerprint": fingerprint,
         "config": config.to_dict(),
         "command": sys.argv,
@@ -206,11 +276,14 @@ class Workdir:
       raise UserError(f"{self.config_file} has a field that no config has ({error}); restore it "
                       "from a copy, or train again in another --workdir") from None
 
+  def total_steps(self) -> Any:
+    """The number of steps in config.json, or None."""
+    return self._read_config().get("total_steps") if self.config_file.exists() else None
+
   def _read_config(self) -> dict[str, Any]:
     """The config in config.json, as JSON has it; `UserError` if the run has another format."""
-    stored = read_json(self.config_file, config=dict)
-    check_format(stored, self.config_file)
-    return stored["config"]
+    check_format(read_json(self.config_file, config=dict), self.config_file)
+    return read_sealed(self.config_file)["config"]
 
   def write_findings(self, findings: Findings) -> None:
     """Writes figures/*.png and tables/*.csv; `RunError` where that fails."""
@@ -231,13 +304,17 @@ class Workdir:
     """The result of a finished run, or None."""
     if not self.result_file.exists():
       return None
-    return read_json(self.result_file, family=str, preset=str, steps=int, total_steps=int,
+    return read_sealed(self.result_file, family=str, preset=str, steps=int, total_steps=int,
                      metrics=dict, checkpoint=int, params=int, seconds=float, devices=str)
 
   def is_finished(self, total_steps: int) -> bool:
     """Whether a run of `total_steps` ended here, perhaps by early stopping."""
     result = self.result()
     return result is not None and result["total_steps"] == total_steps
+
+  def write_result(self, result: Mapping[str, Any]) -> None:
+    """Writes result.json, which makes the run a finished one."""
+    write_sealed(self.result_file, {"run": self.run, **result})
 
 
 def _with_tuples(value: Any) -> Any:

@@ -129,6 +129,21 @@ def test_several_processes_refuse_a_path_that_orbax_takes_for_a_pattern(tmp_path
     Checkpointer(tmp_path / "run[1]")
 
 
+def test_a_step_of_another_run_is_refused_and_stays(tmp_path):
+  abstract = {"w": np.zeros(3)}
+  with Checkpointer(tmp_path, run="one") as checkpointer:
+    checkpointer.save(1, {"w": np.arange(3.0)}, {})
+  for step in (None, 1):
+    with Checkpointer(tmp_path, run="two") as checkpointer:
+      with pytest.raises(UserError, match="checkpoint 1 in .* belongs to another run"):
+        checkpointer.restore(abstract, step)
+      with pytest.raises(UserError, match="belongs to another run"):
+        checkpointer.restore_arrays(list, step)
+  for run in ("one", ""):
+    with Checkpointer(tmp_path, run=run) as checkpointer:
+      assert checkpointer.restore(abstract).step == 1
+
+
 def test_nothing_there_is_none_and_stays_nothing(tmp_path):
   with Checkpointer(tmp_path / "checkpoints") as checkpointer:
     assert checkpointer.restore(ABSTRACT) is None

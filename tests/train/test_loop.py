@@ -15,7 +15,7 @@ from dljax import report
 from dljax.data.image import labelled
 from dljax.data.pipeline import IndexedPipeline, InMemory
 from dljax.data.text import corpus
-from dljax.errors import Preempted, UserError
+from dljax.errors import Preempted, RunError, UserError
 from dljax.train import checkpoint, loop
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.metrics import Diverged
@@ -67,11 +67,12 @@ def _rows(folder, split=None):
 
 def _result(folder):
   result = json.loads((folder / "result.json").read_text())
-  return {k: v for k, v in result.items() if "second" not in k}
+  return {k: v for k, v in result.items() if "second" not in k and k not in ("run", "sha256")}
 
 
 def _host(folder):
-  return {k: v for k, v in Checkpointer(folder / "checkpoints").host().items() if k != "seconds"}
+  return {k: v for k, v in Checkpointer(folder / "checkpoints").host().items()
+          if k not in ("seconds", "metrics")}
 
 
 def _steps(folder):
@@ -329,9 +330,36 @@ def test_damaged_metrics_are_refused_and_the_result_stays(tmp_path):
   loop.fit(_experiment(total_steps=3, monitor=""), tmp_path, OPTIONS)
   path = tmp_path / "metrics.jsonl"
   path.write_text("nonsense\n" + path.read_text())
-  with pytest.raises(UserError, match="metrics.jsonl has a line"):
+  with pytest.raises(UserError, match="metrics.jsonl was damaged or edited"):
     loop.fit(_experiment(total_steps=5, monitor=""), tmp_path, OPTIONS)
   assert _result(tmp_path)["steps"] == json.loads((tmp_path / "config.json").read_text())["config"]["total_steps"] == 3
+
+
+@pytest.mark.parametrize("change", [
+    lambda run: run.rename(run.parent / "moved"), shutil.rmtree,
+    lambda run: (run.rename(run.parent / "moved"), shutil.copytree(run.parent / "moved", run))])
+def test_a_workdir_that_is_moved_ends_the_run_at_the_next_log(tmp_path, change):
+  run, read = tmp_path / "run", []
+
+  def batch(step):
+    if step == 8:
+      change(run)
+    read.append(step)
+    return _batch(step)
+
+  with pytest.raises(RunError, match="--workdir=.*was moved, deleted or replaced"):
+    loop.fit(_experiment(batch, total_steps=1000, log_every=2, checkpoint_every=500, monitor=""), run, OPTIONS)
+  assert max(read) < 40 and not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("schedule, said", [("cosine", True), ("constant", False)])
+def test_a_learning_rate_that_jumps_with_the_length_is_told(tmp_path, capsys, schedule, said):
+  fields = {"monitor": "", "optimizer": {"schedule": schedule, "learning_rate": 0.1}}
+  loop.fit(_experiment(total_steps=4, **fields), tmp_path, OPTIONS)
+  loop.fit(_experiment(total_steps=8, **fields), tmp_path, OPTIONS)
+  line = ("warning: with total_steps=8 instead of 4 the schedule moves the learning rate at step 4 from 0 to "
+          "0.05\n")
+  assert (line in capsys.readouterr().err) == said
 
 
 def test_must_resume_wants_a_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import resource
 import shutil
 import struct
@@ -64,6 +65,54 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
   assert [(row["step"], row["split"]) for row in rows] == expected
   assert not (tmp_path / "metrics.tmp").exists()
   assert [event[:2] for event in _events(tmp_path)] == [(step, f"{split}/loss") for step, split in expected]
+
+
+def test_a_resumed_run_is_cut_at_the_mark_of_its_checkpoint(tmp_path, monkeypatch):
+  path = tmp_path / "metrics.jsonl"
+  with MetricWriter(tmp_path, 0, "", {}) as writer:
+    writer.write(1, "train", {"loss": 1.0})
+    mark = writer.mark()
+    writer.write(2, "train", {"loss": 2.0})
+  kept = path.read_bytes()[:mark["size"]]
+  monkeypatch.setattr(report, "read_metrics", None)  # it is not parsed
+  with MetricWriter(tmp_path, 1, "", {}, mark) as writer:
+    assert path.read_bytes() == kept and writer.mark() == mark
+    writer.write(2, "train", {"loss": 3.0})
+    after = writer.mark()
+  with MetricWriter(tmp_path, 2, "", {}, after):
+    assert path.read_bytes() == kept + b'{"step": 2, "split": "train", "loss": 3.0}\n'
+
+
+def test_a_change_above_the_mark_is_told_before_anything_is_written(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  with MetricWriter(tmp_path, 0, "", {}) as writer:
+    writer.write(1, "train", {"loss": 1.0})
+    mark = writer.mark()
+  data = path.read_bytes()
+  for bad in (data[:-1], data.replace(b"1.0", b"1.1"), b""):
+    path.write_bytes(bad)
+    with pytest.raises(UserError, match="metrics.jsonl was damaged or edited.*or delete it"):
+      MetricWriter(tmp_path, 1, "", {}, mark)
+    assert path.read_bytes() == bad
+  path.unlink()
+  with MetricWriter(tmp_path, 1, "", {}, mark):
+    assert path.read_bytes() == b""
+
+
+def test_the_rows_are_durable_before_the_mark_is_given(tmp_path, monkeypatch):
+  synced, real = [], os.fsync
+
+  def fsync(descriptor):
+    synced.append(os.fstat(descriptor))
+    real(descriptor)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  path = tmp_path / "metrics.jsonl"
+  with MetricWriter(tmp_path, 0, "", {}) as writer:
+    assert [stat.st_ino for stat in synced] == [path.stat().st_ino, tmp_path.stat().st_ino]
+    writer.write(1, "train", {"loss": 1.0})
+    size = writer.mark()["size"]
+    assert (synced[-1].st_ino, synced[-1].st_size) == (path.stat().st_ino, size)
 
 
 def test_a_new_run_does_not_keep_an_old_ones_rows(tmp_path):

@@ -55,6 +55,7 @@ def _rows(folder):
 
 def _result(folder):
   result = json.loads((folder / "result.json").read_text())
+  del result["run"], result["sha256"]  # the run's own id, and the file's hash
   return {k: v for k, v in result.items() if "second" not in k}
 
 

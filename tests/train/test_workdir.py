@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and whether a run may go on in it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from dljax import optim, report
 from dljax.config import base_config
 from dljax.errors import RunError, UserError
 from dljax.tasks.base import Findings
-from dljax.train.workdir import Workdir, read_json, write_json
+from dljax.train.workdir import Workdir, read_json, read_sealed, write_json, write_sealed
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,51 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path, text, words):
     folder.read_config()
   assert all(word in str(error.value) for word in [str(folder.config_file), *words])
   assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["config_file", "result_file"])
+def test_a_flipped_bit_anywhere_is_found(tmp_path, name):
+  folder = Workdir(tmp_path)
+  path = getattr(folder, name)
+  write_sealed(path, {"run": "ab", "config": {"mean": [0.5, float("nan")], "name": "é"}})
+  data = path.read_bytes()
+  assert read_sealed(path, config=dict)["config"]["name"] == "é"
+  for bit in range(8 * len(data)):
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match=path.name):
+      read_sealed(path, config=dict)
+
+
+def test_an_edit_that_was_meant_is_accepted(tmp_path):
+  path = tmp_path / "config.json"
+  write_sealed(path, {"run": "ab", "config": {"steps": 1}})
+  text = path.read_text().replace('"steps": 1', '"steps": 2')
+  path.write_text(text)
+  with pytest.raises(UserError, match='write "sha256": "" in its last line'):
+    read_sealed(path)
+  digest = json.loads(text)["sha256"]
+  path.write_text(text.replace(digest, ""))
+  assert read_sealed(path)["config"] == {"steps": 2}
+
+
+def test_checkpoints_without_their_config_are_refused(tmp_path):
+  folder = Workdir(tmp_path)
+  (folder.checkpoints / "corrupt-3").mkdir(parents=True)
+  folder.check(_config(), "auto")
+  (folder.checkpoints / "3").mkdir()
+  with pytest.raises(UserError, match="holds checkpoints but no config.json"):
+    folder.check(_config(), "auto")
+
+
+def test_a_run_keeps_its_id(tmp_path):
+  folder = Workdir(tmp_path)
+  folder.start(_config(), {}, "x")
+  assert Workdir(tmp_path).run == folder.run != Workdir(tmp_path / "other").run
+  again = Workdir(tmp_path)
+  again.start(_config(total_steps=7), {}, "x")
+  assert json.loads(folder.config_file.read_text())["run"] == folder.run
 
 
 def _config(**fields):
@@ -98,7 +144,9 @@ def test_json_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, monk
   monkeypatch.setattr(os, "fsync", lambda descriptor: order.append(os.fstat(descriptor).st_ino))
   monkeypatch.setattr(os, "replace", lambda old, new: (order.append("replaced"), replace(old, new)))
   write_json(tmp_path / "a.json", {"x": 1})
-  assert order == [(tmp_path / "a.json").stat().st_ino, "replaced"] and read_json(tmp_path / "a.json") == {"x": 1}
+  # The name is durable once the folder is.
+  assert order == [(tmp_path / "a.json").stat().st_ino, "replaced", tmp_path.stat().st_ino]
+  assert read_json(tmp_path / "a.json") == {"x": 1}
 
 
 def test_figures_and_tables_are_written_beside_each_other(begun):
