@@ -17,6 +17,7 @@ from tensorflow_datasets.datasets.tiny_shakespeare import tiny_shakespeare_datas
 from tensorflow_datasets.image_classification import cifar, mnist
 
 from dljax.data.text.corpus import split_text
+from dljax.errors import UserError
 
 
 class _LocalFiles:
@@ -34,8 +35,23 @@ class _LocalFiles:
       return str(path)
     unpacked = path.with_name(path.name.removesuffix(".tar.gz"))
     with tarfile.open(path) as archive:
-      archive.extractall(unpacked, filter="data")
+      try:
+        if hasattr(tarfile, "data_filter"):
+          archive.extractall(unpacked, filter="data")
+        else:  # before Python 3.11.4
+          _extract_plain(archive, unpacked)
+      except tarfile.TarError as error:
+        raise UserError(f"{path} cannot be unpacked ({error}); delete it and download it again") from error
     return str(unpacked)
+
+
+def _extract_plain(archive: tarfile.TarFile, folder: Path) -> None:
+  """Extracts an archive of nothing but files and folders that stay within `folder`."""
+  for member in archive:
+    place = Path(member.name)
+    if not (member.isfile() or member.isdir()) or place.is_absolute() or ".." in place.parts:
+      raise tarfile.ExtractError(f"{member.name!r} is no file within the archive's folder")
+  archive.extractall(folder)
 
 
 class _FromFiles:
