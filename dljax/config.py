@@ -21,8 +21,8 @@ _LARGEST = {
     "early_stopping_patience": _MOST_STEPS, "plateau_patience": _MOST_STEPS,
     "max_new_tokens": 2**20, "top_k": 2**20, "num_layers": 1000, "num_pools": 16, "beam": 1024,
     "randaugment_layers": 100, "time_masks": 1000, "frequency_masks": 1000, "buckets": 1000,
-    "num_mels": 512, "sample_rate": 2**19, "image_shape": 2**15, "num_classes": 2**15, "mask_classes": 2**15,
-    "stem": 1000, "strides": 1000, "background": 255}
+    "num_mels": 512, "sample_rate": 2**19, "image_shape": 2**15, "num_classes": 2**15,
+    "mask_classes": 2**15, "stem": 1000, "strides": 1000, "background": 255}
 _LARGEST_SIZE = 2**20  # of the other sizes in the groups below
 _SIZES = ("model", "data")
 _LARGEST_NUMBER = 1e9  # of the numbers in these groups; windows of sound are in seconds
@@ -201,7 +201,7 @@ def _kind(like: Any) -> str:
 def _is_like(value: Any, like: Any) -> bool:
   """Says whether a stored value has the type of `like`."""
   if isinstance(like, tuple):
-    # An empty tuple tells nothing of its elements, but that they are texts or numbers.
+    # An empty tuple says only that its elements are texts or numbers.
     return isinstance(value, tuple) and all(
         _is_like(item, like[0]) if like else isinstance(item, (str, int, float)) for item in value)
   if isinstance(like, float):

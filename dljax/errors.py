@@ -133,6 +133,16 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     raise RunError(f"{path} was not written: {error.strerror or error}") from error
 
 
+# What JSON of another form than expected raises where it is parsed and used.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+def one_line(error: BaseException, most: int = 150) -> str:
+  """Returns what another library's error says, in one line of at most so many characters."""
+  text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+  return " ".join(text.split())[:most] or type(error).__name__
+
+
 def check_local(what: str, path: str | os.PathLike[str]) -> None:
   """Raises a `UserError` if a path is an address such as gs://bucket/folder.
 
@@ -143,8 +153,8 @@ def check_local(what: str, path: str | os.PathLike[str]) -> None:
     path: the path that the user wrote; `pathlib` makes one slash of two.
   """
   if _ADDRESS.match(os.fsdecode(path)):
-    raise UserError(f"{what}={os.fsdecode(path)}: only local paths can be used; copy the files to a "
-                    "local folder, or mount the bucket, and name that folder")
+    raise UserError(f"{what}={os.fsdecode(path)}: only local paths can be used; copy the files "
+                    "to a local folder, or mount the bucket, and name that folder")
 
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from dljax import downloads
 from dljax.data import sources
 from dljax.data.datasets import DOWNLOADED, EMBEDDED
-from dljax.errors import DONE, UserError, exit_status, unknown
+from dljax.errors import DONE, UserError, exit_status, one_line, unknown
 
 # The Debian packages that hold a set's files.
 DEBIAN = {
@@ -146,8 +146,8 @@ def _prepare_by_tfds(name: str, data_dir: Path, manual_dir: Path | None) -> None
     raise UserError(f"{name}: TFDS prepares it with a package that is not installed "
                     f"({e.name or e}); run `pip install 'dljax[tf]'` and try again") from e
   except Exception as e:  # TFDS has hundreds of builders, which raise all kinds of errors
-    reason = " ".join(str(e).split())[:300]
-    raise UserError(f"{name}: TFDS could not prepare it: {type(e).__name__}: {reason}") from e
+    raise UserError(f"{name}: TFDS could not prepare it: {type(e).__name__}: "
+                    f"{one_line(e, 300)}") from e
 
 
 def _require_network(url: str) -> None:

@@ -17,11 +17,9 @@ from unittest import mock
 import numpy as np
 
 from dljax.data.datasets import EMBEDDED
-from dljax.errors import UserError, unknown
+from dljax.errors import MALFORMED, UserError, one_line, unknown
 
 
-# What JSON of another form raises where it is parsed and used.
-_NOT_METADATA = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _MOST_CLASSES = 10**6  # as many names are made where a set has none
 _OPENING = threading.Lock()  # while parts of TFDS are replaced
 _CONFIG = r"(?!\.+(?:[:/]|$))[\w.+-]+"  # a config's name, which is also a folder's, but not ".."
@@ -83,8 +81,8 @@ def _default_config(file: Path) -> str:
     if not re.fullmatch(_CONFIG, config):
       raise ValueError(f"{config!r:.80} is no config's name")
     return config
-  except (OSError, *_NOT_METADATA) as e:
-    raise UserError(f"{file} names no config ({_line(e)}); remove it, or name the config in "
+  except (OSError, *MALFORMED) as e:
+    raise UserError(f"{file} names no config ({one_line(e)}); remove it, or name the config in "
                     "--config.data.name") from e
 
 
@@ -161,7 +159,7 @@ class Dataset:
       raise UserError(f"{folder} is in a format that only TensorFlow reads; prepare it elsewhere "
                       f"with `python -m dljax.data.prepare {self.name} --data_dir=...`") from e
     except Exception as e:  # TFDS, ArrayRecord and the file system each raise their own kinds
-      raise _unreadable(folder, self.name, _line(e)) from e
+      raise _unreadable(folder, self.name, one_line(e)) from e
     return Records(source, lambda reason: _unreadable(folder, self.name, f"{split}: {reason}"))
 
 
@@ -218,7 +216,7 @@ class Records:
     try:
       return self._source.__getitems__([index])[0]
     except Exception as e:
-      raise self._unreadable(f"example {index} is damaged: {_line(e)}") from e
+      raise self._unreadable(f"example {index} is damaged: {one_line(e)}") from e
 
   def _parse(self, record: bytes, index: int) -> Mapping[str, Any]:
     from google.protobuf import message
@@ -230,7 +228,7 @@ class Records:
     try:
       feature = tf_example_pb2.Example.FromString(record).features.feature
     except message.DecodeError as e:
-      raise self._unreadable(f"example {index} is damaged: {_line(e)}") from e
+      raise self._unreadable(f"example {index} is damaged: {one_line(e)}") from e
     return _Record(lacks, {key: getattr(value, value.WhichOneof("kind") or "bytes_list").value
                            for key, value in feature.items()})
 
@@ -292,7 +290,7 @@ def open_dataset(name: str) -> Dataset:
     _check(dataset, path)
     return dataset
   except Exception as e:  # protobuf, JSON, TFDS and the file system each raise their own kinds
-    raise _unreadable(path, name, _line(e)) from e
+    raise _unreadable(path, name, one_line(e)) from e
 
 
 def _check(dataset: Dataset, folder: Path) -> None:
@@ -348,11 +346,6 @@ def _audio_undecoded() -> Iterator[None]:
 
   with mock.patch.object(audio_feature._AudioDecoder, "__init__", lambda self, **_: None):
     yield
-
-
-def _line(error: BaseException) -> str:
-  """An error in one short line."""
-  return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def _command(name: str) -> str:

@@ -95,10 +95,9 @@ def _read_index(index: Path) -> dict[str, np.ndarray]:
     files = sorted(set(places.values()))
     if not files or not all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
       raise ValueError("it names no .safetensors files of this folder")
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+  except (OSError, *errors.MALFORMED) as e:
     raise errors.UserError(
-        f"{index} is no index of weights ({' '.join(str(e).split())[:200]}); get the folder "
-        "again") from e
+        f"{index} is no index of weights ({errors.one_line(e)}); get the folder again") from e
   parts = {file: _read_file(folder / file) for file in files}
   for name, file in places.items():
     if name not in parts[file]:

@@ -53,7 +53,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model = json.loads((path / MODEL).read_text())
     if not (isinstance(model["model"], str) and isinstance(model["settings"], dict)):
       raise ValueError("a field is wrong")
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+  except (OSError, *errors.MALFORMED) as e:
     raise errors.UserError(f"{path / MODEL} is missing or damaged; convert the weights again") from e
   return read(path / WEIGHTS), model
 
@@ -102,9 +102,8 @@ def model_of(path: Path, source: str) -> nn.Module:
     except errors.UserError as e:
       raise errors.UserError(f"{path}: {e}") from e
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
-      reason = " ".join(f"{type(e).__name__}: {e}".split())[:100]
-      raise errors.UserError(
-          f"{file} describes a model of {source} in another form ({reason}); get it again") from e
+      raise errors.UserError(f"{file} describes a model of {source} in another form "
+                             f"({errors.one_line(e, 100)}); get it again") from e
     if model is not None:
       return model
   naming = ("architecture", "architectures", "model_type", "_class_name")

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dljax import downloads
-from dljax.errors import UserError, choose, writing
+from dljax.errors import MALFORMED, UserError, choose, one_line, writing
 
 PREFIX = "hub:"
 # One of several files, such as model-00001-of-00002.safetensors.
 SHARD = re.compile(r"(?P<stem>.+)-\d{1,9}-of-(?P<count>(?!0*1\.)\d{1,9})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LONGEST_ANSWER = 2**24  # bytes
-# What JSON of another form raises where it is parsed and used.
-_NOT_A_LISTING = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class _Entry(NamedTuple):
@@ -149,8 +147,8 @@ def _listing(name: str, repository: str, cached: Path) -> dict[str, Any]:
     reason = getattr(e, "reason", e)
     raise UserError(f"{name}: no network ({reason}); download the .safetensors file elsewhere and "
                     "give its path") from e
-  except _NOT_A_LISTING as e:
-    raise UserError(f"{name}: {_endpoint()} does not answer as the Hub does ({_line(e)}); check "
+  except MALFORMED as e:
+    raise UserError(f"{name}: {_endpoint()} does not answer as the Hub does ({one_line(e)}); check "
                     "HF_ENDPOINT") from e
   with writing(cached):
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +162,9 @@ def _read_listing(name: str, cached: Path) -> dict[str, Any]:
   """The listing that was last seen."""
   try:
     return _check_listing(json.loads(cached.read_bytes()))
-  except (OSError, *_NOT_A_LISTING) as e:
+  except (OSError, *MALFORMED) as e:
     raise UserError(f"{cached}, the copy of {name}'s listing on this machine, is damaged "
-                    f"({_line(e)}); remove it, and run again with a network") from e
+                    f"({one_line(e)}); remove it, and run again with a network") from e
 
 
 def _check_listing(listing: Any) -> dict[str, Any]:
@@ -195,11 +193,6 @@ def _entry(name: str, entry: Mapping[str, Any]) -> _Entry:
   if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
     raise UserError(f"{name}: {_endpoint()} gives {sha256!r:.80} as a file's SHA-256; {mend}")
   return _Entry(size, sha256)
-
-
-def _line(error: Exception) -> str:
-  """An error in one short line."""
-  return " ".join(f"{type(error).__name__}: {error}".split())[:150]
 
 
 def _choose(name: str, files: Mapping[str, Any], file: str | None) -> list[str]:

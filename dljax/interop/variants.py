@@ -76,9 +76,8 @@ def build(model: str, settings: Mapping[str, Any]) -> nn.Module:
     return variant(**unset | {key: _decode(value) for key, value in settings.items()})
   except errors.UserError:
     raise
-  except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as e:
-    reason = " ".join(str(e).split())[:200]
-    raise errors.UserError(f"--set: {model} cannot be made: {reason}") from None
+  except errors.MALFORMED as e:
+    raise errors.UserError(f"--set: {model} cannot be made: {errors.one_line(e, 200)}") from None
 
 
 def describe(model: nn.Module | None) -> dict[str, Any] | None:

@@ -91,7 +91,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
   except flags.Error as error:
     raise UserError(str(error).replace("\n", " ")) from None
   for name in ("workdir", "input", "output", "data_dir"):
-    for path in [values[name].value] if isinstance(values[name].value, str) else values[name].value:
+    given = values[name].value
+    for path in [given] if isinstance(given, str) else given:
       errors.check_local(f"--{name}", path)
   if rest[1:]:
     raise UserError(f"{rest[1]!r} is not a flag; write --FLAG=VALUE, and see --help")

@@ -27,13 +27,12 @@ def predict(run: Run, values: flags.FlagValues) -> int:
   for line in inputs.skipped:
     print(f"skipped {line}", file=sys.stderr)
   first = jax.process_index() == 0
-  if values["prompt"].present and len(inputs.names) <= run.config.eval_batch_size:
+  streamed = values["prompt"].present and len(inputs.names) <= run.config.eval_batch_size
+  if streamed:
     predictions, rows = _stream(run, inputs, first)
-    streamed = True
   else:
     predictions = run.raw(inputs)
     rows = run.rows(inputs, predictions)
-    streamed = False
   # The file comes first: whoever reads what is printed may stop.
   if place and first:
     output.write(place, rows, lambda: draw(inputs, predictions, run.assets))

@@ -91,8 +91,8 @@ class Checkpointer:
     """
     self.directory = Path(directory).absolute()
     if jax.process_count() > 1 and re.search(r"[*?[]", str(self.directory)):
-      raise UserError(f"{self.directory}: several processes cannot save below a folder with *, ? or [ "
-                      "in its name; name another --workdir")
+      raise UserError(f"{self.directory}: several processes cannot save below a folder with *, "
+                      "? or [ in its name; name another --workdir")
     self._keep = keep
     self._assets = None if assets is None else Path(assets)
     self._run = run

@@ -197,8 +197,9 @@ class _Run:
   def _check_place(self) -> None:
     """Ends the run on all hosts if its folder is no longer in its place."""
     if parallel.any_host(self.folder.moved):
-      raise RunError(f"--workdir={self.folder.path} was moved, deleted or replaced while the run trained; the "
-                     "command with its new place as --workdir continues from its last checkpoint")
+      raise RunError(f"--workdir={self.folder.path} was moved, deleted or replaced while the run "
+                     "trained; the command with its new place as --workdir continues from its last "
+                     "checkpoint")
 
   def _report(self, state: TrainState) -> None:
     """Writes the metrics of the best state on every split, the pictures, and result.json."""

@@ -158,8 +158,8 @@ def _verified(path: Path, mark: Mapping[str, Any]) -> Any:
       digest.update(data)
       left -= len(data)
   if left or digest.hexdigest() != mark["sha256"]:
-    raise UserError(f"{path} was damaged or edited since the checkpoint was saved; restore it from a copy, "
-                    "or delete it to continue without its rows")
+    raise UserError(f"{path} was damaged or edited since the checkpoint was saved; restore it from "
+                    "a copy, or delete it to continue without its rows")
   return digest
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dljax.errors import UserError
+from dljax.errors import UserError, one_line
 from dljax.ops import collectives
 from dljax.tasks.base import CARRY
 from dljax.train.state import TrainState, join_carry, path_name, player_params, split_carry
@@ -68,9 +68,9 @@ def initialize() -> None:
   except (LookupError, RuntimeError, ValueError) as error:
     found = " ".join(f"{name}={value}"
                      for name, value in by_hand.items()) or "SLURM, Open MPI or a TPU pod"
-    reason = " ".join(str(error).split())
-    raise UserError(f"{found}: the other processes cannot be joined ({reason}); set {', '.join(_BY_HAND)} to "
-                    "host:port of process 0, the number of processes, and this one's, from 0") from None
+    raise UserError(f"{found}: the other processes cannot be joined ({one_line(error, 1000)}); "
+                    f"set {', '.join(_BY_HAND)} to host:port of process 0, the number of processes, "
+                    "and this one's, from 0") from None
 
 
 def parse_mesh(text: str) -> dict[str, int]:

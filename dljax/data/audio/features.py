@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from dljax.errors import one_line
+
 FLOOR = 1e-10  # the least power of a band, before the logarithm (librosa's)
 # The least and the most samples a second of a recording: a tiny rate would make it very long.
 RATES = (100, 768_000)
@@ -52,8 +54,7 @@ def read_wav(data: bytes) -> tuple[np.ndarray, int]:
       warnings.simplefilter("ignore", scipy.io.wavfile.WavFileWarning)
       rate, samples = scipy.io.wavfile.read(io.BytesIO(data))
   except Exception as e:  # SciPy raises many kinds of errors for a broken file
-    reason = " ".join(str(e).split())[:100] or type(e).__name__
-    raise ValueError(f"cannot be read as a WAV file ({reason}); convert it to one of 16 "
+    raise ValueError(f"cannot be read as a WAV file ({one_line(e, 100)}); convert it to one of 16 "
                      "bits") from e
   check_rate(rate)
   return to_mono(samples), int(rate)

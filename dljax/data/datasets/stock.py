@@ -41,7 +41,8 @@ class _LocalFiles:
         else:  # before Python 3.11.4
           _extract_plain(archive, unpacked)
       except tarfile.TarError as error:
-        raise UserError(f"{path} cannot be unpacked ({error}); delete it and download it again") from error
+        raise UserError(f"{path} cannot be unpacked ({error}); delete it and download it "
+                        "again") from error
     return str(unpacked)
 
 

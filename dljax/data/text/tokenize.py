@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dljax.data.text import sentencepiece
-from dljax.errors import UserError, unknown
+from dljax.errors import UserError, one_line, unknown
 
 FITTED = ("character", "bpe", "wordpiece", "unigram")  # the kinds fitted to the training text
 TOKENIZERS = ("byte", *FITTED, "file")
@@ -200,8 +200,7 @@ def _failing(message: str, **fields: Any) -> Iterator[None]:
   except BaseException as error:
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
       raise
-    reason = " ".join(str(error).split())[:100] or type(error).__name__
-    raise UserError(message.format(reason=reason, **fields)) from error
+    raise UserError(message.format(reason=one_line(error, 100), **fields)) from error
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
