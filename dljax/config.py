@@ -10,7 +10,7 @@ import ml_collections
 
 from dljax.errors import UserError, check_local, unknown
 
-_FROM_FLAGS = ("family", "preset", "task", "seed")  # fields that --config.<field> cannot set
+_FROM_FLAGS = ("family", "preset", "task", "seed", "found")  # that --config.<field> cannot set
 _MOST_STEPS = 2**31 - 1  # the step is an int32
 # The largest whole numbers by the last part of a field's name. Some are counts of what is traced or
 # computed one after the other, which would never end; others are sizes of arrays.
@@ -72,6 +72,8 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
 
   Fields:
     family, preset: the names of the family and the preset that the config comes from.
+    found: the fields that were looked up in the user's own data when the run started, such as
+      data.num_classes; evaluation and prediction never look again.
     task: the kind of experiment, named as its file in dljax.recipes; the preset decides it.
     seed: the seed of everything random.
     total_steps: the number of updates of the parameters.
@@ -111,6 +113,7 @@ def base_config(family: str, preset: str, **fields: Any) -> ml_collections.Confi
   config = ml_collections.ConfigDict({
       "family": family,
       "preset": preset,
+      "found": (),
       "seed": 0,
       "total_steps": 1000,
       "batch_size": 128,
@@ -137,6 +140,8 @@ def decides_training(field: str) -> bool:
 
   Fields of groups outside of `_TRAINING` say what is done with the trained network.
   """
+  if field == "found":  # it only says where the values of other fields come from
+    return False
   group, dot, _ = field.partition(".")
   return not dot or group in _TRAINING or field in _TRAINING
 
@@ -171,7 +176,7 @@ def check_complete(
       raise UserError(f"{file}: {name} is {value!r} and should be {default!r}; {mend}")
     if not _is_like(value, default):
       raise UserError(f"{file}: {name} is {value!r} and should be {_kind(default)}, such as "
-                      f"{_format(default)!r}; {mend}")
+                      f"{format_value(default)!r}; {mend}")
     with config.ignore_type():
       config.update_from_flattened_dict({name: _as_type_of(value, default)})
 
@@ -264,7 +269,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _check_bounds(field: str, value: Any) -> None:
   """Refuses what would take all memory or time, no number at all, and tuples of a wrong length."""
   group, name = field.partition(".")[0], field.rpartition(".")[2]
-  start = f"--config.{field}={_format(value)}"
+  start = f"--config.{field}={format_value(value)}"
   if isinstance(value, tuple):
     count, what = _LENGTHS.get(name, (len(value), ""))
     if len(value) != count:
@@ -329,7 +334,7 @@ def apply_overrides(
       fields = ", ".join(f"{flag}.{key}" for key in place[field])
       raise UserError(f"{flag} is a group; set one of its fields: {fields}")
     if not equals:
-      raise UserError(f"{flag} needs a value: write {flag}={_format(place[field])}")
+      raise UserError(f"{flag} needs a value: write {flag}={format_value(place[field])}")
     if name in _FROM_FLAGS:
       raise UserError(f"{flag} cannot be set; use --preset and --seed")
     place[field] = _parse(flag, text, typed.get(name, ()) if place[field] == () else place[field])
@@ -350,12 +355,13 @@ def _parse(flag: str, text: str, like: Any) -> Any:
     return float(text) if isinstance(like, float) else text
   except (KeyError, ValueError):
     raise UserError(
-        f"{flag}={text}: must be {kinds[type(like)]}, such as {_format(like)}") from None
+        f"{flag}={text}: must be {kinds[type(like)]}, such as {format_value(like)}") from None
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+  """Returns a value as it is written on the command line, such as 0.5,0.5 for (0.5, 0.5)."""
   if isinstance(value, tuple):
-    return ",".join(_format(v) for v in value)
+    return ",".join(format_value(v) for v in value)
   return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -372,5 +378,5 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def describe(config: ml_collections.ConfigDict) -> str:
   """Returns a line for each field that can be set, as it is written on the command line."""
-  return "\n".join(f"  --config.{name}={_format(value)}" for name, value in flatten(config).items()
+  return "\n".join(f"  --config.{name}={format_value(value)}" for name, value in flatten(config).items()
                    if name not in _FROM_FLAGS)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax import errors
+from dljax.launch import configs
 from dljax.train.state import FORMAT
 from dljax.train.workdir import Workdir
 from experiments import lenet, mlp
@@ -726,3 +727,48 @@ def test_a_full_disk_ends_with_1_and_one_line(tmp_path):
 
 def test_exit_statuses_are_what_is_documented():
   assert (errors.DONE, errors.FAILED, errors.BAD_INPUT, errors.PREEMPTED) == (0, 1, 2, 75)
+
+
+def _look_up(folder: Workdir, found: dict, *overrides: str, resume: str = "auto"):
+  """A config after `configs.look_up`, and how often the data were looked at."""
+  config, looks = mlp.get_config("digits"), []
+
+  def resolve(config, given):
+    del config
+    looks.append(given)
+    return {name: value for name, value in found.items() if name not in given}
+
+  config_lib.apply_overrides(config, overrides)
+  configs.look_up(resolve, config, overrides, folder, resume)
+  return config, len(looks)
+
+
+def test_a_run_keeps_what_was_looked_up_at_its_start(tmp_path, capsys):
+  folder = Workdir(tmp_path)
+  first, looks = _look_up(folder, {"data.num_classes": 3, "data.mean": (0.25,)})
+  assert (first.data.num_classes, first.data.mean, looks) == (3, (0.25,), 1)
+  assert first.found == ("data.mean", "data.num_classes")
+  assert "found data.num_classes=3\nfound data.mean=0.25\n" == capsys.readouterr().out
+  folder.start(first, {}, "")
+  again, looks = _look_up(folder, {"data.num_classes": 4, "data.mean": (0.5,)})
+  assert (again.data.num_classes, again.data.mean, looks) == (3, (0.25,), 0)
+  folder.check(again, "auto")
+  assert folder.read_config().data.num_classes == 3
+
+
+def test_a_field_that_the_user_gives_is_not_looked_up(tmp_path):
+  folder = Workdir(tmp_path)
+  found = {"data.num_classes": 3, "data.mean": (0.25,)}
+  config, _ = _look_up(folder, found, "--config.data.num_classes=5")
+  assert (config.data.num_classes, config.found) == (5, ("data.mean",))
+  folder.start(_look_up(folder, found)[0], {}, "")
+  config, _ = _look_up(folder, found, "--config.data.num_classes=5")
+  with pytest.raises(errors.UserError, match="data.num_classes is 3 there and 5 here"):
+    folder.check(config, "auto")
+  with pytest.raises(errors.UserError, match="--resume=never: .* holds a run"):
+    _look_up(folder, found, resume="never")
+
+
+def test_a_value_that_was_looked_up_is_held_against_the_bounds(tmp_path):
+  with pytest.raises(errors.UserError, match="--config.data.num_classes=100000: must be at most"):
+    _look_up(Workdir(tmp_path), {"data.num_classes": 100_000})

@@ -13,7 +13,7 @@ from absl import logging
 from dljax import errors
 from dljax.errors import DONE, UserError
 from dljax.launch import configs, flags, train
-from dljax.launch.configs import GetConfig
+from dljax.launch.configs import GetConfig, Resolve
 from dljax.train import parallel
 from dljax.train.experiment import Experiment
 from dljax.train.program import RunOptions
@@ -21,7 +21,10 @@ from dljax.train.program import RunOptions
 Build = Callable[[ml_collections.ConfigDict], Experiment]
 
 
-def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> None:
+def main(
+    get_config: GetConfig, build: Build, presets: Mapping[str, str],
+    resolve: Resolve | None = None,
+) -> None:
   """Runs an experiment's command line, and exits.
 
   The exit status is 0 when done, 1 after a failure, 2 on bad input, and 75 if the run was
@@ -32,18 +35,21 @@ def main(get_config: GetConfig, build: Build, presets: Mapping[str, str]) -> Non
     get_config: preset -> config.
     build: config -> experiment.
     presets: preset -> one line that says what it runs; the first is the default.
+    resolve: looks up, once and before `build`, what the user's own data decide; see
+      `configs.Resolve`.
   """
   absl_flags.FLAGS.mark_as_parsed()  # only absl's logging reads these flags
   logging.use_absl_handler()
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.set_verbosity(logging.WARNING)
   errors.exit_with(
-      lambda: _run(sys.argv, get_config, build, presets),
+      lambda: _run(sys.argv, get_config, build, presets, resolve),
       "stopped before there was anything to save")
 
 
 def _run(
     argv: Sequence[str], get_config: GetConfig, build: Build, presets: Mapping[str, str],
+    resolve: Resolve | None = None,
 ) -> int:
   values, overrides = flags.parse(argv)
   preset = values.preset or next(iter(presets))
@@ -61,6 +67,8 @@ def _run(
       parallelism=values.parallelism, mesh=parallel.parse_mesh(values.mesh), resume=values.resume,
       wandb=values.wandb)
   config, folder = configs.resolve(values, overrides, config, get_config, presets)
+  if resolve is not None and values.mode == "train":
+    configs.look_up(resolve, config, overrides, folder, values.resume)
   experiment = build(config)
   if config.eval.corruptions and not experiment.data.corruptions:
     raise UserError(f"--config.eval.corruptions={config.eval.corruptions}: there is nothing to "

@@ -1,8 +1,9 @@
-"""The config that the flags ask for, and the folder of its run."""
+"""The config that the flags and the user's own data ask for, and the folder of its run."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -12,6 +13,9 @@ from dljax.errors import UserError
 from dljax.train.workdir import Workdir
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
+# A recipe's function of (config, names of the fields that the user has given) that looks at the
+# user's own data and returns field -> value, such as {"data.num_classes": 3}.
+Resolve = Callable[[ml_collections.ConfigDict, Collection[str]], Mapping[str, Any]]
 
 
 def resolve(
@@ -42,6 +46,42 @@ def resolve(
     name += "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
   folder = Workdir(values.workdir or Path("runs", name))
   return (config if trains else _as_it_ran(folder, overrides, config, get_config, presets)), folder
+
+
+def look_up(
+    resolve: Resolve, config: ml_collections.ConfigDict, overrides: Sequence[str],
+    folder: Workdir, resume: str,
+) -> None:
+  """Sets the fields that the user's own data decide, unless the user has given them.
+
+  The data are looked at once, when a run starts. A run that continues takes the values from its
+  config.json, even if the data have changed since.
+
+  Args:
+    resolve: the recipe's function, see `Resolve`.
+    config: the config to change, in place.
+    overrides: the arguments --config.FIELD=VALUE.
+    folder: the run's folder, which may not exist yet.
+    resume: the value of --resume.
+
+  Raises:
+    UserError: the data are missing or cannot be used; or --resume=never, and there is a run.
+  """
+  given = [argument.partition("=")[0].removeprefix("--config.") for argument in overrides]
+  if folder.config_file.exists():
+    if resume == "never":
+      folder.check(config, resume)
+    stored = folder.read_config()
+    values = config_lib.flatten(stored)
+    found = {name: values[name] for name in stored.get("found", ())
+             if name in values and name not in given}
+  else:
+    found = dict(resolve(config, given))
+    for name, value in found.items():
+      print(f"found {name}={config_lib.format_value(value)}")
+  config.update_from_flattened_dict(found)
+  config.found = tuple(sorted(found))
+  config_lib.validate(config)
 
 
 def _as_it_ran(
