@@ -3,9 +3,9 @@
 Training reads an infinite stream of examples, which is one permutation per epoch, end to end.
 Global batch s holds the elements [s B, (s + 1) B) of the stream, so every example is seen once per
 epoch whatever the batch size. Evaluation reads the examples in order, and pads and masks the last
-batch. A host takes the block of rows that its devices hold. Whatever is random in a batch is drawn
-for the global batch and then sliced (`Plan.rng`). Neither hosts nor threads can therefore change
-which examples are in batch s, or how they are augmented.
+batch. A host reads the rows that its devices hold, which it is told by `Pipeline.open`. Whatever
+is random in a batch is drawn for the global batch and then sliced (`Plan.rng`). Neither hosts nor
+threads can therefore change which examples are in batch s, or how they are augmented.
 
 Every batch holds mask f32[b], which is 0 where a row is padding, and id i32[b], by which the
 engine draws what is random in a row. The id is the row of the global batch in training, the
@@ -27,9 +27,23 @@ import numpy as np
 from dljax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
+# (number of rows of a global batch) -> those rows that this process's devices hold, ascending;
+# `train.parallel.batch_rows` of a mesh.
+Rows = Callable[[int], np.ndarray]
 PADDING = -1  # the index of a padding row
 CHUNK = 8  # the number of rows that a thread reads at once
 ENDLESS = 2**62  # the number of chunks that stands for "no end"
+
+
+def all_rows(batch_size: int) -> np.ndarray:
+  """The `Rows` of a process that is alone: all.
+
+  Raises:
+    RuntimeError: several processes take part, so that it depends on the mesh which rows are whose.
+  """
+  if jax.process_count() > 1:
+    raise RuntimeError("several processes take part; open the pipeline with parallel.batch_rows")
+  return np.arange(batch_size)
 
 
 class Pipeline(Protocol):
@@ -60,8 +74,11 @@ class Pipeline(Protocol):
       UserError: the split has to be read in order.
     """
 
-  def open(self) -> bool:
+  def open(self, rows: Rows = all_rows) -> bool:
     """Finds and reads the data if it is not open; returns whether it had to.
+
+    Args:
+      rows: the rows of a global batch that this process reads.
 
     Raises:
       UserError: the data is missing; the message says what to run.
@@ -75,11 +92,16 @@ class Pipeline(Protocol):
 
 
 @contextlib.contextmanager
-def opened(*pipelines: Pipeline) -> Iterator[None]:
-  """Opens the pipelines that are not open, and closes those at the end; the others stay open."""
+def opened(*pipelines: Pipeline, rows: Rows) -> Iterator[None]:
+  """Opens the pipelines that are not open, and closes those at the end; the others stay open.
+
+  Args:
+    *pipelines: the pipelines.
+    rows: see `Pipeline.open`.
+  """
   with contextlib.ExitStack() as stack:
     for pipeline in pipelines:
-      if pipeline.open():
+      if pipeline.open(rows):
         stack.callback(pipeline.close)
     yield
 
@@ -87,11 +109,6 @@ def opened(*pipelines: Pipeline) -> Iterator[None]:
 def rng(seed: int, step: int, name: str) -> np.random.Generator:
   """The generator for everything that is drawn under `name` in `step`."""
   return np.random.default_rng([seed, step, zlib.crc32(name.encode())])
-
-
-def host_rows(batch_size: int, host: int, hosts: int) -> np.ndarray:
-  """The rows of a global batch that host `host` of `hosts` reads, i64[batch_size / hosts]."""
-  return np.arange(batch_size // hosts * host, batch_size // hosts * (host + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +119,7 @@ class Plan:
     seed: the run's seed.
     step: the number of the global batch.
     indices: i64[B], the examples of the global batch; `PADDING` in padding rows.
-    rows: i64[b], the rows that this host reads.
+    rows: i64[b], the rows that this host's devices hold, ascending.
   """
 
   seed: int
@@ -138,18 +155,16 @@ class IndexedPipeline:
     batch_size: B, the number of rows of the global batch.
     seed: the run's seed.
     train: whether to shuffle and repeat for ever; otherwise there is one pass in order.
-    host: this host's number; by default JAX's process index when the data is opened.
-    hosts: the number of hosts; by default JAX's process count then.
   """
 
   def __init__(
       self, open_examples: Callable[["IndexedPipeline"], Examples],
       finish: Callable[[Examples, Plan], HostBatch], *, batch_size: int, seed: int = 0,
-      train: bool = False, host: int | None = None, hosts: int | None = None,
+      train: bool = False,
   ):
     self._open_examples, self._finish = open_examples, finish
     self.batch_size, self.seed, self.train = batch_size, seed, train
-    self._host, self._hosts = host, hosts
+    self.rows = np.arange(0)  # those of this host in every global batch; after `open`
     self._examples: Examples | None = None
     self._lock = threading.RLock()
     self._permutation = functools.lru_cache(maxsize=2)(self._permute)
@@ -158,15 +173,11 @@ class IndexedPipeline:
   def sample(self, count: int, seed: int) -> None:
     self._sample, self._sample_seed = count, seed
 
-  def open(self) -> bool:
+  def open(self, rows: Rows = all_rows) -> bool:
     with self._lock:
       if self._examples is not None:
         return False
-      if self._hosts is None:
-        self._host, self._hosts = jax.process_index(), jax.process_count()
-      if self.batch_size % self._hosts:
-        raise UserError(f"--config.batch_size={self.batch_size} is not a multiple of the "
-                        f"{self._hosts} hosts")
+      self.rows = rows(self.batch_size)
       examples = self._open_examples(self)
       if self.train and len(examples) < self.batch_size:
         examples.close()
@@ -231,7 +242,7 @@ class IndexedPipeline:
       if not 0 <= start < len(order):
         raise IndexError(f"batch {step} of a pass over {num_examples} examples, {size} at a time")
       indices = order[start:end]
-    return Plan(self.seed, step, indices, host_rows(self.batch_size, self._host, self._hosts))
+    return Plan(self.seed, step, indices, self.rows)
 
   def _permute(self, epoch: int, num_examples: int) -> np.ndarray:
     return rng(self.seed, epoch, "order").permutation(num_examples)

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from dljax.data.pipeline import (
-    PADDING, Examples, HostBatch, IndexedPipeline, Plan, host_rows, rng)
+    PADDING, Examples, HostBatch, IndexedPipeline, Plan, Rows, all_rows, rng)
 from dljax.errors import UserError
 
 MAX_BUCKETS = 8
@@ -125,18 +125,16 @@ class RaggedPipeline(IndexedPipeline):
     flag: the config field that holds it, for the message.
     buckets: the number of bucket lengths, at most `MAX_BUCKETS`.
     multiple: a number that divides all bucket lengths; `longest` is rounded up to a multiple.
-    batch_size, seed, train, host, hosts: see `IndexedPipeline`.
+    batch_size, seed, train: see `IndexedPipeline`.
   """
 
   def __init__(
       self, open_examples: Callable[["RaggedPipeline"], RaggedExamples],
       finish: Callable[[RaggedExamples, RaggedPlan], HostBatch], *, longest: int,
       flag: str = "--config.data.max_length", buckets: int = MAX_BUCKETS, multiple: int = 1,
-      batch_size: int, seed: int = 0, train: bool = False, host: int | None = None,
-      hosts: int | None = None,
+      batch_size: int, seed: int = 0, train: bool = False,
   ):
-    super().__init__(open_examples, finish, batch_size=batch_size, seed=seed, train=train,
-                     host=host, hosts=hosts)
+    super().__init__(open_examples, finish, batch_size=batch_size, seed=seed, train=train)
     if not 1 <= buckets <= MAX_BUCKETS:
       raise UserError(f"--config.data.buckets={buckets}: must be from 1 to {MAX_BUCKETS}, as a "
                       "program is compiled for each")
@@ -145,9 +143,9 @@ class RaggedPipeline(IndexedPipeline):
     self._longest, self._flag, self._buckets, self._multiple = longest, flag, buckets, multiple
     self._ends, self._windows = (), None
 
-  def open(self) -> bool:
+  def open(self, rows: Rows = all_rows) -> bool:
     with self._lock:
-      if not super().open():
+      if not super().open(rows):
         return False
       lengths = np.asarray(self._examples.lengths)
       longest = int(_round_up(np.int64(self._longest), self._multiple))
@@ -177,8 +175,7 @@ class RaggedPipeline(IndexedPipeline):
       raise IndexError(f"batch {step} of a pass over {num_examples} examples, {self.batch_size} "
                        "at a time")
     indices, ends = self._windows(window, num_examples)
-    rows = host_rows(self.batch_size, self._host, self._hosts)
-    return RaggedPlan(self.seed, step, indices[place], rows, int(ends[place]))
+    return RaggedPlan(self.seed, step, indices[place], self.rows, int(ends[place]))
 
   def padding(self, passes: int = 1) -> float:
     """The fraction of positions that are padding, in the first `passes` passes."""

@@ -105,7 +105,7 @@ class DataSet:
 
     Args:
       split: "train", "validation" or "test".
-      **options: batch_size, seed, train, host and hosts, as `IndexedPipeline` takes them.
+      **options: batch_size, seed and train, as `IndexedPipeline` takes them.
     """
     raise NotImplementedError
 
@@ -118,17 +118,13 @@ class DataSet:
     return {}
 
   def pipelines(
-      self, *, batch_size: int, eval_batch_size: int, seed: int, host: int | None = None,
-      hosts: int | None = None,
-  ) -> Data:
+      self, *, batch_size: int, eval_batch_size: int, seed: int) -> Data:
     """The pipelines of all splits; opens nothing. Training is endless, an evaluation is one pass.
 
     Args:
       batch_size: the number of rows of a global training batch.
       eval_batch_size: the number of rows of a global evaluation batch.
       seed: the run's seed, which decides order and augmentation in training.
-      host: this host's number; by default JAX's process index when the data is opened.
-      hosts: the number of hosts; by default JAX's process count then.
 
     Raises:
       UserError: a value is out of range. Later, when a pipeline is opened: the data is missing or
@@ -140,8 +136,7 @@ class DataSet:
 
     def make(split: str, size: int) -> Pipeline:
       train = split == "train"
-      return self.pipeline(
-          split, batch_size=size, seed=seed if train else 0, train=train, host=host, hosts=hosts)
+      return self.pipeline(split, batch_size=size, seed=seed if train else 0, train=train)
 
     fields = {
         "name": self.config.name,

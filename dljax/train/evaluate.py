@@ -40,6 +40,8 @@ class Evaluator:
     self._task = task
     self._mode = mode
     self._mesh = mesh
+    # The `data.pipeline.Rows` of this process, to open pipelines with.
+    self.rows = functools.partial(parallel.batch_rows, mesh)
     self._context = Context(task, mode, mesh, context)
     self._steps = {
         predictions: parallel.compile_step(
@@ -61,7 +63,7 @@ class Evaluator:
 
   def metric_names(self, variables: Mapping[str, Any], rng: Any, pipeline: Pipeline) -> list[str]:
     """Returns the names of the metrics that `sums` would give, by tracing alone."""
-    batch = {k: v for k, v in pipeline.batch(0).items() if not k.startswith(parallel.HOST)}
+    batch = self._global_batch(pipeline.batch(0))
     variables = join_carry(variables, self._carry(variables, batch))
     sums, *_ = jax.eval_shape(step.make_eval_step(self._task, predictions=False), variables, rng,
                               batch, {})
@@ -107,8 +109,7 @@ class Evaluator:
     with contextlib.closing(prefetch(load, steps)) as batches:
       for batch, on_device in metrics.progress(batches, f"evaluate {name}", len(steps)):
         if carry is None:
-          carry = parallel.zero_rows(self._carry(variables, batch, jax.process_count()),
-                                     self._mesh)
+          carry = parallel.zero_rows(self._carry(variables, self._global_batch(batch)), self._mesh)
         new, predicted, carry = self._steps[predictions](
             join_carry(variables, carry), rng, on_device, context)
         new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
@@ -118,20 +119,24 @@ class Evaluator:
           rows = parallel.rows_to_host(predicted, self._mode)
           host = parallel.gather_hosts({k: v for k, v in batch.items()
                                         if k.startswith(parallel.HOST)
-                                        or k in (*self._task.evaluate_reads, "mask")})
+                                        or k in (*self._task.evaluate_reads, "mask")},
+                                       self._mode, self._mesh)
           real = np.asarray(host["mask"]) > 0
           yield jax.tree.map(lambda x: x[real], (rows, host))
 
-  def _carry(self, variables, batch: Mapping[str, Any], hosts: int = 1) -> dict[str, Any]:
-    """Returns the carry's specification, {"carry": ...}, or {} if the task has none.
+  def _global_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the specification of the global batch of which `batch` are this process's rows."""
+    return {k: jax.ShapeDtypeStruct((parallel.global_rows(self._mesh, len(v)), *v.shape[1:]),
+                                    v.dtype)
+            for k, v in batch.items() if not k.startswith(parallel.HOST)}
 
-    It has `hosts` times the rows of `batch`.
+  def _carry(self, variables, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Returns the specification of the carry for a global batch, {"carry": ...}, or {} if the task
+    has none.
     """
     if CARRY not in variables:
       return {}
-    spec = {k: jax.ShapeDtypeStruct((hosts * len(v), *v.shape[1:]), v.dtype)
-            for k, v in batch.items() if not k.startswith(parallel.HOST)}
-    return split_carry(dict(jax.eval_shape(self._task.init, jax.random.key(0), spec)))[1]
+    return split_carry(dict(jax.eval_shape(self._task.init, jax.random.key(0), batch)))[1]
 
 
 class Context:
@@ -183,7 +188,7 @@ def evaluate(
   draw_samples(experiment)
   passes = [pipeline for passes in experiment.data.corruptions.values()
             for pipeline in passes.values()]
-  with opened(*experiment.data.evals.values(), *passes):
+  with opened(*experiment.data.evals.values(), *passes, rows=evaluator.rows):
     for split, pipeline in experiment.data.evals.items():
       findings = evaluator.full(variables, rng, pipeline, split, assets)
       metrics_of[split] = findings.metrics
@@ -244,10 +249,10 @@ def _put_padded(
     rows: Batch, size: int, mode: parallel.Mode, mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.Array]:
   """Puts rows that every host has, and rows of zeros up to `size`, on the devices."""
-  hosts, host = jax.process_count(), jax.process_index()
   padded = {k: np.concatenate([v, np.zeros((size - len(v), *v.shape[1:]), v.dtype)])
             for k, v in rows.items()}
-  return parallel.put_batch({k: np.split(v, hosts)[host] for k, v in padded.items()}, mode, mesh)
+  own = parallel.batch_rows(mesh, size)
+  return parallel.put_batch({k: v[own] for k, v in padded.items()}, mode, mesh)
 
 
 def generate(

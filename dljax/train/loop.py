@@ -59,7 +59,8 @@ def fit(
   if assets := folder.read_assets():
     experiment.data.restore(assets)
   draw_samples(experiment)
-  with opened(experiment.data.train, *experiment.data.evals.values()):
+  rows = functools.partial(parallel.batch_rows, program.mesh)
+  with opened(experiment.data.train, *experiment.data.evals.values(), rows=rows):
     folder.check_data(experiment.data.name, experiment.data.fingerprint())
     evaluator = Evaluator(
         experiment.task, options.parallelism, program.mesh, experiment.data.context)

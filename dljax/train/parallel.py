@@ -119,6 +119,34 @@ def count_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def batch_rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+  """The rows of a global batch that the devices of one process hold, i64[b], ascending.
+
+  They need not follow each other. Processes whose devices differ only in their place on `tensor`
+  hold the same rows.
+
+  Args:
+    mesh: the devices.
+    batch_size: B, the number of rows over all devices, which the mesh divides.
+    process: the process; by default this one.
+  """
+  blocks = np.arange(batch_size).reshape(count_shards(mesh), -1)
+  return blocks[_blocks(mesh, process)].reshape(-1)
+
+
+def _blocks(mesh: Mesh, process: int | None = None) -> list[int]:
+  """The parts of a batch, out of `count_shards`, that a process's devices hold, ascending."""
+  process = jax.process_index() if process is None else process
+  places = mesh.devices.reshape(count_shards(mesh), -1)  # AXES begins with BATCH_AXES
+  return [block for block, devices in enumerate(places)
+          if any(device.process_index == process for device in devices)]
+
+
+def global_rows(mesh: Mesh, rows: int) -> int:
+  """The number of rows of a global batch of which this process holds `rows`."""
+  return rows * count_shards(mesh) // len(_blocks(mesh))
+
+
 def check_batch_size(
     flag: str, batch_size: int, mesh: Mesh, accumulation: int = 1, parts: int = 1,
 ) -> None:
@@ -449,15 +477,40 @@ def abstract_shared(value: np.generic, mesh: Mesh) -> jax.ShapeDtypeStruct:
 def put_batch(batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh) -> dict[str, jax.Array]:
   """Puts this host's rows on its devices, without the fields for the host; does not wait.
 
+  Args:
+    batch: the rows of `batch_rows`, in that order.
+    mode: "jit" or "pmap".
+    mesh: the devices.
+
   Returns:
     Global arrays [B, ...], or [devices, B / devices, ...] for pmap.
   """
-  count = len(mesh.local_devices)
-  split = lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]) if mode == "pmap" else x
-  rows = {k: split(np.asarray(v)) for k, v in batch.items() if not k.startswith(HOST)}
+  rows = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(HOST)}
   if jax.process_count() > 1:
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+    return {k: _put_rows(v, mode, mesh) for k, v in rows.items()}
+  count = mesh.devices.size
+  if mode == "pmap":
+    rows = {k: v.reshape(count, len(v) // count, *v.shape[1:]) for k, v in rows.items()}
   return _putter(mesh)(rows)
+
+
+def _put_rows(own: np.ndarray, mode: Mode, mesh: Mesh) -> jax.Array:
+  """`put_batch` of one field, where several processes take part."""
+  size = global_rows(mesh, len(own))
+  rows = batch_rows(mesh, size)
+  count = mesh.devices.size
+
+  def piece(index: tuple[slice, ...]) -> np.ndarray:
+    """The rows of one device, which this process holds all of."""
+    first, last, _ = index[0].indices(count if mode == "pmap" else size)
+    if mode == "pmap":  # the index is the device's number
+      first, last = first * size // count, last * size // count
+    start = int(np.searchsorted(rows, first))
+    part = own[start:start + last - first]
+    return part[None] if mode == "pmap" else part
+
+  shape = (count, size // count) if mode == "pmap" else (size,)
+  return jax.make_array_from_callback((*shape, *own.shape[1:]), batch_sharding(mesh), piece)
 
 
 @functools.cache
@@ -482,22 +535,31 @@ def rows_to_host(tree: Any, mode: Mode) -> Any:
   return jax.tree.map(lambda x: merge(np.asarray(x)), tree)
 
 
-def gather_hosts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The global batch on every host, with its rows in the order of `rows_to_host`.
+def gather_hosts(
+    batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh,
+) -> dict[str, np.ndarray]:
+  """The global batch on every host, in the order of its rows.
 
   Fields of objects and bytes are left out.
+
+  Args:
+    batch: the rows of `batch_rows`, in that order.
+    mode: "jit" or "pmap".
+    mesh: the devices.
   """
   if jax.process_count() == 1:
     return dict(batch)
-  gather = functools.partial(_multihost().process_allgather, tiled=True)
-  found = gather({k: v for k, v in batch.items() if v.dtype.kind not in "OUS"})
-  for key, texts in sorted(batch.items()):
-    # Texts travel as code points; the longest text decides their number.
-    if texts.dtype.kind == "U":
-      width = int(gather(np.asarray([texts.dtype.itemsize])).max()) // 4
-      points = np.ascontiguousarray(texts.astype(f"U{width}")).view(np.uint32).reshape(len(texts),
-                                                                                       width)
-      found[key] = np.ascontiguousarray(gather(points)).view(f"U{width}").reshape(-1)
+  found = {}
+  for key, own in sorted(batch.items()):
+    if own.dtype.kind in "OS":
+      continue
+    if own.dtype.kind == "U":  # the longest text of all hosts decides the width
+      width = int(np.max(_multihost().process_allgather(np.array(own.dtype.itemsize))))
+      own = own.astype(f"U{width // 4}")
+    # All types travel as bytes, because arrays on devices may know neither texts nor 64 bits.
+    data = np.ascontiguousarray(own).view(np.uint8).reshape(len(own), -1)
+    rows = rows_to_host(_put_rows(data, mode, mesh), mode)
+    found[key] = np.ascontiguousarray(rows).view(own.dtype).reshape(-1, *own.shape[1:])
   return found
 
 

@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from dljax.data.pipeline import HostBatch, Pipeline
+from dljax.data.pipeline import HostBatch, Pipeline, Rows, all_rows
 from dljax.errors import UserError
 from dljax.train import inspect, parallel
 from dljax.train.evaluate import prefetch
@@ -51,8 +51,8 @@ class _Tap:
   def num_batches(self) -> int:
     return self._pipeline.num_batches
 
-  def open(self) -> None:
-    self._pipeline.open()
+  def open(self, rows: Rows = all_rows) -> None:
+    self._pipeline.open(rows)
 
   def batch(self, step: int) -> HostBatch:
     self._at(step)

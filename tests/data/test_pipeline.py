@@ -1,13 +1,15 @@
 """Which examples make up which batch."""
 
+import jax
 import numpy as np
 import pytest
 
-from dljax.data.pipeline import PADDING, IndexedPipeline, InMemory, Streaming, rng
+from dljax.data.pipeline import PADDING, IndexedPipeline, InMemory, Streaming, all_rows, rng
 from dljax.errors import UserError
+from tests.data.hosts import share
 
 
-def make(n=10, batch_size=4, streamed=False, **kwargs):
+def make(n=10, batch_size=4, streamed=False, rows=all_rows, **kwargs):
   """A pipeline over the numbers 0..n-1."""
   def load(indices, plan, rows):
     return [{"x": np.float32(index), "where": np.array([plan.step, row])}
@@ -22,9 +24,8 @@ def make(n=10, batch_size=4, streamed=False, **kwargs):
   def finish(examples, plan):
     return {**examples.gather(plan, plan.rows), "host/id": plan.indices[plan.rows]}
 
-  kwargs = {"host": 0, "hosts": 1, **kwargs}
   pipeline = IndexedPipeline(open_examples, finish, batch_size=batch_size, **kwargs)
-  pipeline.open()
+  pipeline.open(rows)
   return pipeline
 
 
@@ -54,21 +55,21 @@ def test_every_name_seed_and_step_has_draws_of_its_own():
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_out_the_global_batch(train, hosts):
   whole = make(train=train)
-  parts = [make(train=train, host=host, hosts=hosts) for host in range(hosts)]
-  assert {p.num_batches for p in parts} == {whole.num_batches}
-  for step in range(3):
-    joined = np.concatenate([p.batch(step)["host/id"] for p in parts])
-    np.testing.assert_array_equal(joined, whole.batch(step)["host/id"])
+  for rows in (share(host, hosts) for host in range(hosts)):
+    part = make(train=train, rows=rows)
+    assert part.num_batches == whole.num_batches
+    for step in range(3):
+      np.testing.assert_array_equal(part.batch(step)["host/id"], whole.batch(step)["host/id"][rows(4)])
 
 
 def test_id_is_the_global_row_in_training_and_the_example_in_evaluation():
   """So that what the engine draws for a row depends on neither hosts nor, in evaluation, the batch size."""
   for hosts in (1, 2):
     for host in range(hosts):
-      train = make(train=True, host=host, hosts=hosts)
+      train = make(train=True, rows=share(host, hosts))
       for step in (0, 5):
         batch = train.batch(step)
-        assert batch["id"].dtype == np.int32 and batch["id"].tolist() == np.split(np.arange(4), hosts)[host].tolist()
+        assert batch["id"].dtype == np.int32 and batch["id"].tolist() == list(range(host, 4, hosts))
         assert batch["mask"].tolist() == [1] * (4 // hosts)
   for size in (2, 4, 16):
     evaluation = make(batch_size=size)
@@ -122,5 +123,10 @@ def test_open_reads_once():
 def test_sizes_that_cannot_be():
   with pytest.raises(UserError, match="batch_size=4.*3 training examples"):
     make(n=3, batch_size=4, train=True)
-  with pytest.raises(UserError, match="batch_size=4.*3 hosts"):
-    make(batch_size=4, host=0, hosts=3)
+
+
+def test_whose_rows_are_whose_is_asked_where_several_processes_take_part(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(RuntimeError, match="batch_rows"):
+    make()
+  assert make(rows=share(1, 2)).batch(0)["host/id"].tolist() == [1, 3]

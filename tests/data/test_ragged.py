@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dljax.data import ragged
-from dljax.data.pipeline import PADDING
+from dljax.data.pipeline import PADDING, all_rows
 from dljax.errors import UserError
+from tests.data.hosts import share
 
 LONGEST = 40
 
@@ -30,16 +31,16 @@ class Rows:
     pass
 
 
-def make(n=50, batch_size=4, lengths=None, **kwargs):
+def make(n=50, batch_size=4, lengths=None, rows=all_rows, **kwargs):
   """A pipeline of n rows, row i filled with i + 1."""
   lengths = np.random.default_rng(0).integers(1, LONGEST + 1, n) if lengths is None else np.asarray(lengths)
-  rows = [np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)]
-  kwargs = {"host": 0, "hosts": 1, "longest": LONGEST, **kwargs}
+  examples = Rows([np.full(length, i + 1, np.int32) for i, length in enumerate(lengths)])
+  kwargs = {"longest": LONGEST, **kwargs}
   pipeline = ragged.RaggedPipeline(
-      lambda _: Rows(rows),
+      lambda _: examples,
       lambda examples, plan: {**examples.gather(plan, plan.rows), "host/id": plan.indices[plan.rows]},
       batch_size=batch_size, **kwargs)
-  pipeline.open()
+  pipeline.open(rows)
   return pipeline, lengths
 
 
@@ -85,10 +86,10 @@ def test_evaluation_takes_each_example_once_and_no_batch_more_than_without_bucke
 @pytest.mark.parametrize("train", [True, False])
 def test_a_batch_is_a_function_of_seed_and_step_and_hosts_share_it_out(train):
   whole, _ = make(train=train, seed=5)
-  parts = [make(train=train, seed=5, host=host, hosts=2)[0] for host in range(2)]
-  for step in (9, 2, 11):
-    joined = np.concatenate([part.batch(step)["x"] for part in parts])
-    np.testing.assert_array_equal(joined, whole.batch(step)["x"])
+  for rows in share(0, 2), share(1, 2):
+    part, _ = make(train=train, seed=5, rows=rows)
+    for step in (9, 2, 11):
+      np.testing.assert_array_equal(part.batch(step)["x"], whole.batch(step)["x"][rows(4)])
 
 
 def test_fitted_lengths_need_the_least_padding():

@@ -19,7 +19,7 @@ def test_real_sets(name, first_class, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(ROOT))
   config = labelled.default_config()
   config.update(name=name, train="train[:90%]", validation="train[90%:]", image_shape=(28, 28, 1))
-  data = labelled.ImageSet(config).pipelines(batch_size=128, eval_batch_size=1000, seed=0, host=0, hosts=1)
+  data = labelled.ImageSet(config).pipelines(batch_size=128, eval_batch_size=1000, seed=0)
   classes = data.assets()["classes"]
   assert classes[0] == first_class and len(classes) == 10
   sizes = (data.evals["validation"], 6000), (data.evals["test"], 10000), (data.train, 54000)

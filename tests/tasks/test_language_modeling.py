@@ -156,7 +156,7 @@ def _pipelines(play, **fields):
   config = corpus.default_config()
   config.update({"file": str(play), "length": 16, **fields})
   return lambda size: corpus.TextSet(config).pipelines(
-      batch_size=16, eval_batch_size=size, seed=0, host=0, hosts=1)
+      batch_size=16, eval_batch_size=size, seed=0)
 
 
 @functools.cache
@@ -227,8 +227,7 @@ class _Documents:
     begins = np.flatnonzero(joined.tokens == 256)
     self.pipeline = ragged.RaggedPipeline(
         lambda _: streams.Documents((joined, begins), 40, 256, counts=True),
-        lambda documents, plan: documents.gather(plan, plan.rows), longest=40, buckets=buckets, batch_size=size,
-        host=0, hosts=1)
+        lambda documents, plan: documents.gather(plan, plan.rows), longest=40, buckets=buckets, batch_size=size)
 
 
 def test_documents_have_the_same_sums_whatever_the_buckets_and_few_programs():

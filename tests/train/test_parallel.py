@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -341,6 +343,27 @@ def test_rows_come_back_in_order_and_host_fields_stay(mode):
       lambda batch: (2 * batch["x"],), mode, mesh, inputs=("batch",), outputs=("batch",))
   out, = double(batch)
   np.testing.assert_array_equal(parallel.rows_to_host(out, mode), 2 * rows)
+
+
+@pytest.mark.parametrize("sizes, processes, rows", [
+    ((2, 1, 1), [0, 1], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ((1, 2, 1), [0, 1], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ((1, 1, 2), [0, 1], [range(8), range(8)]),  # both need all
+    ((2, 1, 2), [0, 0, 1, 1], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ((2, 1, 2), [0, 1, 0, 1], [range(8), range(8)]),
+    ((2, 2, 1), [0, 1, 1, 0], [[0, 1, 6, 7], [2, 3, 4, 5]]),  # devices that stand by their wires
+    ((1, 4, 1), [1, 0, 1, 0], [[2, 3, 6, 7], [0, 1, 4, 5]]),
+    ((4, 1, 2), [0, 0, 0, 1, 1, 1, 2, 2], [[0, 1, 2, 3], [2, 3, 4, 5], [6, 7]]),
+])
+def test_a_process_reads_the_rows_of_its_devices(sizes, processes, rows):
+  devices = np.array([types.SimpleNamespace(process_index=i) for i in processes], object).reshape(sizes)
+  mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(parallel.AXES, sizes)))
+  for process, expected in enumerate(rows):
+    found = parallel.batch_rows(mesh, 8, process)
+    assert found.tolist() == list(expected)
+    with mock.patch.object(jax, "process_index", lambda: process):
+      assert parallel.batch_rows(mesh, 8).tolist() == list(expected)
+      assert parallel.global_rows(mesh, len(found)) == 8
 
 
 def test_virtual_devices_take_one_step_at_a_time():

@@ -103,7 +103,7 @@ def test_two_processes_draw_what_one_draws(alone, two_processes):
 
 def test_rows_and_their_texts_are_gathered_over_two_processes(two_processes):
   for found in two_processes:
-    assert found["gathered"] == {"x": [0, 1, 2, 3], "host/group/place": ["a", "Łódź", "", "a longer one"]}
+    assert found["gathered"] == {"x": [2**40 + i for i in range(4)], "host/group/place": ["a", "Łódź", "", "a longer one"]}
 
 
 class _Keys(TaskBase):

@@ -122,7 +122,7 @@ class Scripted:
   def sample(self, count, seed):
     pass
 
-  def open(self):
+  def open(self, rows=None):
     pass
 
   def close(self):

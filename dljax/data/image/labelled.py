@@ -300,8 +300,14 @@ class ImageSet(splits.DataSet):
 
 
 def _partners(plan: Plan) -> np.ndarray:
-  """The rows after the host's rows, some of which may be another host's; the order is random."""
-  return (plan.rows + 1) % len(plan.indices)
+  """The rows that the host's rows are mixed with; the order of examples is random.
+
+  Rows 0 and 1 are each other's partners, as are 2 and 3, and so on: a host whose devices hold even
+  numbers of rows needs no other row. In a batch with an odd number of rows the last row takes the
+  one before it, or itself if there is no other.
+  """
+  partners = plan.rows ^ 1
+  return np.where(partners < len(plan.indices), partners, np.maximum(plan.rows - 1, 0))
 
 
 def few_of_each(

@@ -14,11 +14,10 @@ from `Tokenizer.end`.
 import threading
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from dljax.data import ragged
-from dljax.data.pipeline import PADDING, HostBatch, host_rows, rng
+from dljax.data.pipeline import PADDING, HostBatch, Rows, all_rows, rng
 from dljax.data.text import tokenize
 from dljax.errors import UserError
 
@@ -36,18 +35,15 @@ class Streams:
     length: L, the number of tokens in a window.
     seed: the run's seed.
     train: whether to repeat for ever; otherwise there is one pass.
-    host: this host's number; by default JAX's process index when the data is opened.
-    hosts: the number of hosts; by default JAX's process count then.
   """
 
   def __init__(
       self, read: Callable[[], tuple[tokenize.Encoded, np.ndarray]], *, batch_size: int,
-      length: int, seed: int = 0, train: bool = False, host: int | None = None,
-      hosts: int | None = None,
+      length: int, seed: int = 0, train: bool = False,
   ):
     self._read, self._size, self._length = read, batch_size, length
     self._seed, self._train = seed, train
-    self._host, self._hosts = host, hosts
+    self._rows = np.arange(0)
     self._text: tokenize.Encoded | None = None
     self._lock = threading.RLock()
 
@@ -59,15 +55,11 @@ class Streams:
       raise UserError(f"--config.eval.examples={count}: a text is read from its start to its end; "
                       "set it to 0")
 
-  def open(self) -> bool:
+  def open(self, rows: Rows = all_rows) -> bool:
     with self._lock:
       if self._text is not None:
         return False
-      if self._hosts is None:
-        self._host, self._hosts = jax.process_index(), jax.process_count()
-      if self._size % self._hosts:
-        raise UserError(f"--config.batch_size={self._size} is not a multiple of the {self._hosts} "
-                        "hosts")
+      self._rows = rows(self._size)
       text, _ = self._read()
       targets = len(text.tokens) - 1
       if self._train and targets < self._size * self._length:
@@ -95,7 +87,7 @@ class Streams:
 
   def batch(self, step: int) -> HostBatch:
     targets, length, windows = self._targets(), self._length, self.num_batches
-    rows = host_rows(self._size, self._host, self._hosts)
+    rows = self._rows
     epoch, window = divmod(step, windows)
     if self._train:
       spare = targets - windows * length * self._size

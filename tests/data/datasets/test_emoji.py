@@ -220,7 +220,7 @@ def test_prepared_from_packages_at_hand(packages, tmp_path, monkeypatch):
                 resize="bilinear")
   for crop in (0.0, 0.9):
     config.random_resized_crop = crop
-    data = labelled.ImageSet(config).pipelines(batch_size=2, eval_batch_size=2, seed=0, host=0, hosts=1)
+    data = labelled.ImageSet(config).pipelines(batch_size=2, eval_batch_size=2, seed=0)
     data.train.open()
     batch = data.train.batch(0)["image"]
     assert batch.shape == (2, 32, 34, 3)

@@ -96,7 +96,7 @@ def test_the_pipelines_disturb_the_test_split_alone(digits_dir, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(digits_dir))
   config = labelled.default_config()
   data = labelled.ImageSet(config).pipelines(
-      batch_size=16, eval_batch_size=50, seed=0, host=0, hosts=1, corruptions=["blur", "noise"])
+      batch_size=16, eval_batch_size=50, seed=0, corruptions=["blur", "noise"])
   assert list(data.corruptions) == ["blur", "noise"] and list(data.corruptions["blur"]) == list(corrupt.STRENGTHS)
   disturbed, clean = data.corruptions["noise"][4], data.evals["test"]
   assert disturbed.open() and not clean.open(), "they share what was read"

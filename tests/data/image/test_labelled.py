@@ -17,6 +17,7 @@ from dljax.data import sources
 from dljax.data.image import augment, decode, labelled
 from dljax.data.pipeline import InMemory, Plan, Streaming
 from dljax.errors import UserError
+from tests.data.hosts import share
 
 EVERYTHING = {"pad_crop": 2, "flip": True, "color_jitter": 0.4, "cutout": 3, "randaugment_layers": 2,
               "mixup": 0.4, "cutmix": 1.0, "random_resized_crop": 0.3}
@@ -26,7 +27,7 @@ NAMES = [",".join(options) or "plain" if len(options) < 2 else "everything" for 
 
 def build(config, seed=0, batch_size=16, **kwargs):
   data = labelled.ImageSet(config).pipelines(
-      batch_size=batch_size, eval_batch_size=50, seed=seed, **{"host": 0, "hosts": 1, **kwargs})
+      batch_size=batch_size, eval_batch_size=50, seed=seed, **kwargs)
   return data
 
 
@@ -70,21 +71,62 @@ def test_batch_does_not_depend_on_hosts_or_on_where_examples_are(digits, options
   streamed.train.open()
   assert isinstance(streamed.train._examples, Streaming)
   monkeypatch.undo()
-  parts = {hosts: [build(digits, seed=5, host=host, hosts=hosts).train for host in range(hosts)]
-           for hosts in (2, 4)}
+  shares = [share(0, 2), share(1, 2), share(3, 4), lambda size: np.arange(size)[4:12]]
+  parts = [build(digits, seed=5).train for _ in shares]
+  for rows, part in zip(shares, parts):
+    part.rows, part._examples = rows(16), whole.train._examples  # as `open` does, without reading again
   for step in (0, 80):  # step 80 lies across two epochs
     expected = whole.train.batch(step)
     for key, value in streamed.train.batch(step).items():
       np.testing.assert_array_equal(value, expected[key])
-    for hosts, pipelines in parts.items():
-      batches = []
-      for pipeline in pipelines:
-        pipeline._examples = whole.train._examples
-        batches.append(pipeline.batch(step))
+    for rows, part in zip(shares, parts):
+      own = part.batch(step)
+      assert own.keys() == expected.keys()
       for key, value in expected.items():
-        joined = np.concatenate([batch[key] for batch in batches])
-        np.testing.assert_array_equal(joined, value)
+        np.testing.assert_array_equal(own[key], value[rows(16)])
   streamed.train.close()
+
+
+class _Counts:
+  """An opened split that notes which rows are read."""
+
+  def __init__(self, side=8):
+    self.read, self._side = [], side
+
+  def __len__(self):
+    return 2000
+
+  def gather(self, plan, rows):
+    self.read.append(rows.tolist())
+    image = np.zeros((len(rows), self._side, self._side, 1), np.uint8)
+    return {"image": image, "label": plan.indices[rows].astype(np.int32)}
+
+
+def _mixed(config, batch_size, rows):
+  """(the training batch of a host, the rows that it read, the examples of the global batch)."""
+  config.mixup = 0.4
+  train = build(config, batch_size=batch_size).train
+  train.rows, train._examples = rows, _Counts()
+  return train.batch(0), train._examples.read[0], train.plan(0, 2000).indices
+
+
+def test_a_host_of_eight_that_mixes_reads_its_own_rows_alone(digits):
+  for host in range(8):
+    rows = np.arange(1024).reshape(8, 128)[host]
+    batch, read, indices = _mixed(digits, 1024, rows)
+    assert read == rows.tolist()  # 128, not 256
+    np.testing.assert_array_equal(batch["mix_label"], indices[rows ^ 1])
+
+
+@pytest.mark.parametrize("batch_size, rows, partners, read", [
+    (5, [0, 1, 2, 3, 4], [1, 0, 3, 2, 3], [0, 1, 2, 3, 4]),  # the last row has none: the one before it
+    (5, [4], [3], [3, 4]), (1, [0], [0], [0]),
+    (6, [0, 1, 2], [1, 0, 3], [0, 1, 2, 3]), (6, [3, 4, 5], [2, 5, 4], [2, 3, 4, 5])])
+def test_a_row_without_a_partner_of_its_host_is_mixed_too(digits, batch_size, rows, partners, read):
+  batch, found, indices = _mixed(digits, batch_size, np.array(rows))
+  assert found == read
+  assert batch["label"].tolist() == indices[rows].tolist()
+  assert batch["mix_label"].tolist() == indices[partners].tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -144,8 +186,11 @@ def test_pad_and_crop_draws_every_shift(digits):
   assert seen[2:7, 2:7].min() > 40
 
 
+PARTNERS = np.arange(16).reshape(8, 2)[:, ::-1].ravel()  # 1 0 3 2 ...
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_mixing_is_with_the_next_row_of_the_global_batch(digits, kind):
+def test_mixing_is_with_the_other_row_of_a_pair(digits, kind):
   plain = build(digits)
   digits[kind] = 0.7
   mixed = build(digits)
@@ -153,8 +198,8 @@ def test_mixing_is_with_the_next_row_of_the_global_batch(digits, kind):
     data.train.open()
   for step in range(5):
     own, batch = plain.train.batch(step), mixed.train.batch(step)
-    partner = np.roll(own["image"], -1, axis=0)
-    np.testing.assert_array_equal(batch["mix_label"], np.roll(own["label"], -1))
+    partner = own["image"][PARTNERS]
+    np.testing.assert_array_equal(batch["mix_label"], own["label"][PARTNERS])
     weight = batch["mix_weight"][:, None, None, None]
     if kind == "mixup":
       np.testing.assert_allclose(batch["image"], weight * own["image"] + (1 - weight) * partner, atol=1e-5)
@@ -200,11 +245,10 @@ def test_evaluation_pass(digits):
   assert mask.sum() == 360 == test.num_examples and len(mask) == 400
   np.testing.assert_array_equal(ids, np.where(mask > 0, np.arange(400), 0))
   assert np.isfinite(batches[-1]["image"]).all()
-  hosts = [build(digits, host=host, hosts=2).evals["test"] for host in range(2)]
-  for part in hosts:
-    part.open()
-  joined = np.concatenate([part.batch(7)["image"] for part in hosts])
-  np.testing.assert_array_equal(joined, batches[-1]["image"])
+  for rows in share(0, 2), share(1, 2):
+    part = build(digits).evals["test"]
+    part.open(rows)
+    np.testing.assert_array_equal(part.batch(7)["image"], batches[-1]["image"][rows(50)])
 
 
 def test_resize_options(digits):

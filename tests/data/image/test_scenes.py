@@ -9,7 +9,9 @@ from dljax.data import sources
 from dljax.data.image import scenes
 from dljax.data.image.geometry import Placement, Window
 from dljax.data.image.scenes import VOID
+from dljax.data.pipeline import all_rows
 from dljax.errors import UserError
+from tests.data.hosts import share
 
 SIZE = (40, 56)
 
@@ -59,16 +61,16 @@ def blocks_prepared(tmp_path_factory):
     yield
 
 
-def make(targets=scenes.TARGETS, host=0, hosts=1, batch_size=4, **fields):
+def make(targets=scenes.TARGETS, batch_size=4, **fields):
   config = scenes.default_config()
   config.update({"name": "blocks", "num_classes": 2, "image_shape": (48, 64, 1), "mean": (0.0,), "std": (1.0,),
                  "max_boxes": 3, "mask_classes": 3, "mask_values": (0, 1, 2), **fields})
   return scenes.SceneSet(config, targets).pipelines(
-      batch_size=batch_size, eval_batch_size=4, seed=7, host=host, hosts=hosts)
+      batch_size=batch_size, eval_batch_size=4, seed=7)
 
 
-def opened(pipeline):
-  pipeline.open()
+def opened(pipeline, rows=all_rows):
+  pipeline.open(rows)
   return pipeline
 
 
@@ -166,10 +168,10 @@ def test_what_a_window_leaves_too_little_of_is_no_object():
 def test_hosts_share_a_batch_that_does_not_depend_on_their_number():
   fields = {"shift": 9, "flip": True, "scale": (0.7, 1.5)}
   whole = opened(make(**fields).train).batch(2)
-  for host in (0, 1):
-    part = opened(make(host=host, hosts=2, **fields).train).batch(2)
+  for rows in share(0, 2), share(1, 2):
+    part = opened(make(**fields).train, rows).batch(2)
     for name, value in part.items():
-      np.testing.assert_array_equal(value, np.split(whole[name], 2)[host], err_msg=name)
+      np.testing.assert_array_equal(value, whole[name][rows(4)], err_msg=name)
 
 
 def test_a_streamed_split_gives_the_same_batches(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from dljax.data import prepare, sources
 from dljax.data.series import table, windows
 from dljax.errors import UserError
+from tests.data.hosts import share
 
 HOUR = 3600
 START = datetime.datetime(2019, 12, 30)  # a Monday
@@ -36,7 +37,7 @@ def config(path, **fields):
 
 
 def opened(made, batch_size=8, eval_batch_size=7, seed=0):
-  data = windows.SeriesSet(made).pipelines(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, host=0, hosts=1)
+  data = windows.SeriesSet(made).pipelines(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
   for pipeline in (data.train, *data.evals.values()):
     pipeline.open()
   return data
@@ -101,13 +102,13 @@ def test_batches_have_the_fields_and_shapes_that_the_spec_says(tmp_path):
 
 def test_hosts_share_out_the_global_batch(tmp_path):
   made = config(write(tmp_path / "x.csv"))
-  make = lambda host, hosts: windows.SeriesSet(made).pipelines(
-      batch_size=8, eval_batch_size=8, seed=0, host=host, hosts=hosts).train
-  whole, parts = make(0, 1), [make(host, 2) for host in range(2)]
-  for pipeline in (whole, *parts):
-    pipeline.open()
-  joined = np.concatenate([part.batch(3)["window"] for part in parts])
-  np.testing.assert_array_equal(joined, whole.batch(3)["window"])
+  whole, part = (windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=8, seed=0).train
+                 for _ in range(2))
+  whole.open()
+  for rows in share(0, 2), share(1, 2):
+    part.open(rows)
+    np.testing.assert_array_equal(part.batch(3)["window"], whole.batch(3)["window"][rows(8)])
+    part.close()
 
 
 def test_the_literatures_windows_of_etth1(tmp_path):
@@ -191,11 +192,11 @@ def test_small_and_huge_changes_are_kept():
 def test_a_saved_normaliser_takes_the_place_of_the_fitted_one(tmp_path):
   saved = windows.Normaliser(("a", "b"), np.array([1.0, 2.0]), np.array([10.0, 20.0]), HOUR)
   made = config(write(tmp_path / "x.csv"))
-  data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0, host=0, hosts=1)
+  data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0)
   data.restore({windows.ASSET: saved.asset()})
   data.evals["test"].open()
   np.testing.assert_allclose(data.evals["test"].batch(0)["window"][0], (VALUES[128:140] - [1, 2]) / [10, 20], atol=1e-6)
-  data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0, host=0, hosts=1)
+  data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0)
   data.restore({windows.ASSET: {**saved.asset(), "channels": ["a", "c"]}})
   with pytest.raises(UserError, match="has the channels a, b, but the model was trained on a, c; name these by"):
     data.train.open()

@@ -12,6 +12,7 @@ from dljax.data.text import corpus, tokenize
 from dljax.data.text import streams as streams_lib
 from dljax.data.datasets import pydoc
 from dljax.errors import UserError
+from tests.data.hosts import share
 
 PLAY = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 12 + "Ende: 日本é\n"
 END = tokenize.Bytes.end
@@ -44,9 +45,9 @@ def _config(play, **fields):
   return config
 
 
-def _data(play, batch_size=4, eval_batch_size=3, seed=0, host=0, hosts=1, **fields):
+def _data(play, batch_size=4, eval_batch_size=3, seed=0, **fields):
   return corpus.TextSet(_config(play, **fields)).pipelines(
-      batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, host=host, hosts=hosts)
+      batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
 
 
 def _bytes_of(split):
@@ -121,7 +122,7 @@ def test_training_reads_parallel_streams_in_order_and_starts_each_epoch_anew(pla
 def test_every_token_is_some_epochs_first_or_last():
   """13 tokens, of which two streams of windows of 5 read 10 and predict as many: an epoch begins at 0, 1 or 2."""
   text = tokenize.Encoded(*np.arange(39).reshape(3, 13).astype(np.int32))
-  streams = streams_lib.Streams(lambda: (text, np.zeros(1, int)), batch_size=2, length=5, train=True, host=0, hosts=1)
+  streams = streams_lib.Streams(lambda: (text, np.zeros(1, int)), batch_size=2, length=5, train=True)
   streams.open()
   assert {int(streams.batch(epoch)["tokens"].min()) for epoch in range(40)} == {0, 1, 2}
 
@@ -140,18 +141,20 @@ def test_a_batch_is_a_function_of_seed_and_step(play, documents):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_hosts_share_out_the_global_batch(play, split, documents):
-  def get(**hosts):
-    data = _data(play, eval_batch_size=4, documents=documents, **hosts)
+  def get(*rows):
+    data = _data(play, eval_batch_size=4, documents=documents)
     pipeline = data.train if split == "train" else data.evals[split]
-    pipeline.open()
+    pipeline.open(*rows)
     return pipeline
 
-  whole, parts = get(), [get(host=host, hosts=2) for host in range(2)]
-  for step in range(whole.num_batches):
-    batch = whole.batch(step)
-    for field in batch:
-      joined = np.concatenate([part.batch(step)[field] for part in parts])
-      np.testing.assert_array_equal(joined, batch[field])
+  whole = get()
+  for rows in share(0, 2), share(1, 2):
+    part = get(rows)
+    for step in range(whole.num_batches):
+      batch, own = whole.batch(step), part.batch(step)
+      assert own.keys() == batch.keys()
+      for field in batch:
+        np.testing.assert_array_equal(own[field], batch[field][rows(4)])
 
 
 def test_documents_of_a_stream_are_told_apart(documents):
