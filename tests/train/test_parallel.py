@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
@@ -385,6 +388,61 @@ def test_a_mesh_is_read():
 def test_a_mesh_that_is_none_is_refused(text):
   with pytest.raises(UserError, match="--mesh.*data:4,fsdp:2,tensor:1"):
     parallel.parse_mesh(text)
+
+
+def _hops(mesh, sides):
+  """The mean number of wires between neighbours on each axis of several devices; rows of chips are rings."""
+  places = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, -1)
+  found = {}
+  for axis, name in enumerate(mesh.axis_names):
+    if mesh.shape[name] > 1:
+      steps = np.abs(places - np.roll(places, -1, axis))
+      found[name] = float(np.minimum(steps, np.array(sides) - steps).sum(-1).mean())
+  return found
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_neighbours_on_a_mesh_are_neighbours_on_a_tpu(monkeypatch):
+  for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled",
+                      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+    monkeypatch.setenv(name, value)
+  devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
+  assert {tuple(device.coords) for device in devices} == {(x, y, 0) for x in range(16) for y in range(16)}
+
+  def hops(mode="jit", **sizes):
+    return _hops(parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, **sizes}, mode, devices), (16, 16, 1))
+
+  assert hops(data=16, fsdp=16) == {"data": 1, "fsdp": 1}
+  assert hops(data=16, tensor=16) == {"data": 1, "tensor": 1}
+  assert hops(data=256)["data"] < 1.1
+  split = hops(data=32, tensor=8)  # an axis of 16 chips has to be split
+  assert split["data"] <= 1.5 and split["tensor"] < 2
+  in_order = Mesh(np.array(devices).reshape(16, 16, 1), parallel.AXES)
+  assert _hops(in_order, (16, 16, 1))["data"] == 9
+  # A part of a machine and a machine of which a chip is missing still make a mesh.
+  for some in devices[:2], devices[:3]:
+    sizes = {"data": len(some), "fsdp": 1, "tensor": 1}
+    assert set(parallel.make_mesh(sizes, devices=some).devices.flat) == set(some)
+  assert parallel.make_mesh({"data": 256, "fsdp": 1, "tensor": 1}, "pmap", devices).devices.flat[1] == devices[1]
+
+
+@pytest.mark.parametrize("refused, taken", [((), False), ((False,), True), ((False, True), None)])
+@pytest.mark.parametrize("error", [AssertionError, NotImplementedError, ValueError])
+def test_a_mesh_that_the_wires_do_not_allow_is_made_all_the_same(monkeypatch, refused, taken, error):
+  asked = []
+
+  def place(shape, devices, *, allow_split_physical_axes):
+    asked.append(allow_split_physical_axes)
+    if allow_split_physical_axes in refused:
+      raise error("no")
+    return np.array(devices[::-1]).reshape(shape)
+
+  monkeypatch.setattr(mesh_utils, "create_device_mesh", place)
+  mesh = parallel.make_mesh({"data": 2, "fsdp": 1, "tensor": 2})
+  devices = jax.devices()
+  assert mesh.devices.ravel().tolist() == (devices if taken is None else devices[::-1])
+  assert mesh.devices.shape == (2, 1, 2)
+  assert asked == [False, True][:1 + len(refused)]
 
 
 def test_what_does_not_fit_the_devices_is_refused():
