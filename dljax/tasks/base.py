@@ -107,7 +107,9 @@ class Task(Protocol):
       Accumulation is then refused, and the evaluation batch size is part of the metric.
     goals: metric -> `MIN` or `MAX`, for every metric of `summarize` and `evaluate`. Each of them
       may be monitored.
-    evaluate_reads: the batch fields that `evaluate` needs besides the predictions.
+    evaluate_reads: the batch fields that `evaluate` needs of every row besides the predictions. A
+      name that ends with "/" stands for all fields that begin with it.
+    evaluate_draws: the batch fields that `evaluate` needs of a few rows, to draw them; see there.
     sharding: how parameters lie on a mesh, the model file's SHARDING; see `TaskBase.sharding`.
     input_dimensions: which kernels have several output dimensions, the model file's
       INPUT_DIMENSIONS; see `TaskBase.input_dimensions`.
@@ -119,6 +121,7 @@ class Task(Protocol):
   couples_rows: bool
   goals: Mapping[str, str]
   evaluate_reads: tuple[str, ...]
+  evaluate_draws: tuple[str, ...]
   sharding: Sharding
   input_dimensions: InputDimensions
 
@@ -180,7 +183,10 @@ class Task(Protocol):
     """Whole-set metrics, pictures and tables, on the host.
 
     Args:
-      rows: (predictions, host batch) of every batch, padding dropped, gathered over hosts.
+      rows: (predictions, host batch) of every batch, padding dropped. The predictions and the
+        fields of `evaluate_reads` are gathered over hosts. A field of `evaluate_draws` has a shape,
+        and is indexed by rows, i64[k], which alone are gathered; so every host has to ask for the
+        same rows, and before it takes the next batch.
       sums: the summed metrics of the same pass.
       assets: what was fitted to the data, as saved in `workdir/data/` (e.g. the class names).
 
@@ -198,6 +204,7 @@ class TaskBase:
   couples_rows: bool = False
   goals: Mapping[str, str] = {"loss": MIN}
   evaluate_reads: tuple[str, ...] = ()
+  evaluate_draws: tuple[str, ...] = ()
 
   @property
   def sharding(self) -> Sharding:

@@ -24,6 +24,7 @@ from dljax.tasks import scores
 from dljax.tasks.base import (
     ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
     at_least_float32, class_names)
+from dljax.tasks.worst import Worst
 
 CRITERIA = ("softmax", "perceptron")
 MAX_CONFUSION_CLASSES = 200  # a matrix of more is large to add up, and too fine to look at
@@ -58,7 +59,8 @@ class Classification(TaskBase):
   criterion: str = "softmax"
   groups: tuple[str, ...] = ()
 
-  evaluate_reads = ("image", "label")
+  evaluate_reads = ("label", GROUP)
+  evaluate_draws = ("image",)
 
   def __post_init__(self):
     if self.criterion not in CRITERIA:
@@ -262,11 +264,11 @@ class _Tally:
 
 def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str]) -> Any:
   """A function that draws the wrong guesses, or the least sure right ones; None without images."""
-  worst = []  # (right, margin, image, title) of the MAX_PICTURED worst so far
+  worst = Worst(MAX_PICTURED)
   seen = wrong = 0
   for predictions, batch in rows:
-    images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
-    if images.ndim != 4:
+    images, labels = batch["image"], np.asarray(batch["label"])
+    if len(images.shape) != 4:
       continue
     p = np.asarray(predictions["probabilities"])
     guesses = p.argmax(axis=-1)
@@ -276,19 +278,23 @@ def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: l
     margins = np.take_along_axis(p, labels[:, None], axis=-1)[:, 0] - rest.max(axis=-1)
     seen += len(labels)
     wrong += int(np.sum(~right))
-    for i in np.lexsort((margins, right))[:MAX_PICTURED]:
-      sure = f"sure: {p[i, labels[i]]:.0%}" if right[i] else f"guess: {names[guesses[i]]}"
-      title = f"truth: {names[labels[i]]}\n{sure}"
-      # A view would keep the whole batch in memory.
-      worst.append((bool(right[i]), float(margins[i]), images[i].copy(), title))
-    worst = sorted(worst, key=lambda row: row[:2])[:MAX_PICTURED]
-  if not worst:
+
+    def look(kept: np.ndarray) -> list[tuple[bool, np.ndarray, str]]:
+      found = []
+      for i, image in zip(kept, images[kept]):
+        sure = f"sure: {p[i, labels[i]]:.0%}" if right[i] else f"guess: {names[guesses[i]]}"
+        found.append((bool(right[i]), image, f"truth: {names[labels[i]]}\n{sure}"))
+      return found
+
+    worst.add(list(zip(right.tolist(), margins.tolist())), look)
+  shown = worst.rows
+  if not shown:
     return None
   if wrong:
-    worst = [row for row in worst if not row[0]]
-    shown = f", the worst {len(worst)}" if wrong > len(worst) else ""
-    caption = f"{wrong:,} of {seen:,} images wrong{shown}"
+    shown = [row for row in shown if not row[0]]
+    part = f", the worst {len(shown)}" if wrong > len(shown) else ""
+    caption = f"{wrong:,} of {seen:,} images wrong{part}"
   else:
     caption = f"All {seen:,} images right, the least sure"
   return functools.partial(
-      report.image_grid, [row[2] for row in worst], [row[3] for row in worst], caption=caption)
+      report.image_grid, [row[1] for row in shown], [row[2] for row in shown], caption=caption)

@@ -26,6 +26,7 @@ from dljax.tasks import boxes as box_lib
 from dljax.tasks.base import (
     ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
     at_least_float32, class_names)
+from dljax.tasks.worst import Worst
 
 MAX_PICTURED = 8
 SHOWN_SCORE = 0.5  # detections with at least this score are drawn and listed
@@ -69,7 +70,8 @@ class Detection(TaskBase):
   candidates: int = 1000
   max_detections: int = 100
 
-  evaluate_reads = ("image", "boxes", "box_label", "box_mask")
+  evaluate_reads = ("boxes", "box_label", "box_mask", "host/box_crowd")
+  evaluate_draws = ("image",)
 
   def __post_init__(self):
     for name in ("alpha", "score_threshold", "nms_threshold"):
@@ -198,8 +200,9 @@ class Detection(TaskBase):
     """
     del sums
     names = class_names(assets, self.num_classes)
-    worst, images, truths, crowds, found = [], [], [], [], []
+    worst, images, truths, crowds, found = Worst(MAX_PICTURED), [], [], [], []
     for predictions, batch in rows:
+      here, mistakes = [], []  # what is drawn of each image; minus the number of its mistakes
       for i in range(len(batch["boxes"])):
         objects, there = batch["box_mask"][i] > 0, predictions["valid"][i]
         crowd = np.zeros_like(objects)
@@ -207,19 +210,20 @@ class Detection(TaskBase):
           crowd = batch["host/box_crowd"][i] > 0
         truth = {"boxes": batch["boxes"][i][objects], "labels": batch["box_label"][i][objects]}
         detected = {name: predictions[name][i][there] for name in ("boxes", "labels", "scores")}
-        images.append(batch["image"][i].shape[:2])
+        images.append(batch["image"].shape[1:3])
         truths.append(truth)
         crowds.append({"boxes": batch["boxes"][i][crowd], "labels": batch["box_label"][i][crowd]})
         found.append(detected)
         sure = {name: values[detected["scores"] >= SHOWN_SCORE]
                 for name, values in detected.items()}
-        worst.append((count_mistakes(truth, sure), -len(worst), batch["image"][i].copy(), truth,
-                      sure))
-      worst = sorted(worst, key=lambda row: row[:2], reverse=True)[:MAX_PICTURED]
+        here.append((truth, sure))
+        mistakes.append(-count_mistakes(truth, sure))
+      worst.add(mistakes, lambda kept: [
+          (image, *here[i]) for i, image in zip(kept, batch["image"][kept])])
     metrics, table = average_precision(images, truths, found, names, crowds)
     figures = {}
-    if worst:
-      _, _, pictured, objects, detected = zip(*worst)
+    if worst.rows:
+      pictured, objects, detected = zip(*worst.rows)
       figures["detections"] = functools.partial(
           report.detections, pictured, objects, detected, names,
           caption="Images with the most mistakes")

@@ -50,7 +50,8 @@ class Forecasting(TaskBase):
   model: nn.Module
   quantiles: tuple[float, ...] = ()
 
-  evaluate_reads = ("window", "horizon")
+  evaluate_reads = ("horizon",)
+  evaluate_draws = ("window",)
 
   def __post_init__(self):
     q, flag = self.quantiles, f"--config.model.quantiles={','.join(map(str, self.quantiles))}"
@@ -223,13 +224,16 @@ class _Tally:
     self.steps = self.steps + np.stack([x.sum((0, 2)) for x in values])
     errors = (error**2).sum((1, 2)) / np.maximum(known.sum((1, 2)), 1)
 
+    made = []  # (row, its fields); the windows follow, for the rows that are kept
+
     def fields(i: int) -> dict[str, np.ndarray]:
-      found = {"window": batch["window"][i], "truth": truth[i], "forecast": forecast[i]}
+      found = {"truth": truth[i], "forecast": forecast[i]}
       if self._bands:
         found |= {"low": predictions["quantiles"][i, ..., 0],
                   "high": predictions["quantiles"][i, ..., -1]}
       # A view would keep the whole batch in memory.
-      return {name: np.array(x, np.float64) for name, x in found.items()}
+      made.append((i, {name: np.array(x, np.float64) for name, x in found.items()}))
+      return made[-1][1]
 
     for i in np.flatnonzero(known.any((1, 2))):
       if errors[i] < self._least[0]:
@@ -242,6 +246,11 @@ class _Tally:
           self._stride *= 2
           self._kept = {k: row for k, row in self._kept.items() if k % self._stride == 0}
       self._errors.append(errors[i])
+    kept = {id(row) for row in (self._least[1], self._largest[1], *self._kept.values())}
+    if kept := [(i, row) for i, row in made if id(row) in kept]:
+      windows = batch["window"][np.array([i for i, _ in kept])]
+      for (_, row), window in zip(kept, windows):
+        row["window"] = np.array(window, np.float64)
 
   def pick(self) -> dict[str, Mapping[str, np.ndarray]]:
     """Title -> fields of the windows with the least, about the median, and the largest error."""

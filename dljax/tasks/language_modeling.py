@@ -54,7 +54,8 @@ class LanguageModeling(TaskBase):
   sampling: Sampling = Sampling()
   spell: Callable[[np.ndarray], Sequence[str]] | None = None
 
-  evaluate_reads = ("targets", "length")
+  evaluate_reads = ("length", "host/position")
+  evaluate_draws = ("targets",)
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
@@ -160,10 +161,12 @@ class LanguageModeling(TaskBase):
       return Findings()
     parts = []
     for predicted, batch in rows:
-      for tokens, nats, start, length in zip(
-          batch["targets"], predicted["nats"], batch["host/position"], batch["length"]):
-        if start < MAX_PICTURED:
-          parts.append((start, tokens[:length], nats[:length]))
+      drawn = np.flatnonzero(np.asarray(batch["host/position"]) < MAX_PICTURED)
+      if not len(drawn):
+        continue
+      for tokens, i in zip(batch["targets"][drawn], drawn):
+        length = batch["length"][i]
+        parts.append((batch["host/position"][i], tokens[:length], predicted["nats"][i][:length]))
     # The rows come from several streams or buckets; the figure needs them in reading order.
     parts.sort(key=lambda part: part[0])
     if not parts:

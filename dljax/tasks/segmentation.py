@@ -28,6 +28,7 @@ from dljax.tasks import scores
 from dljax.tasks.base import (
     ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
     at_least_float32, class_names, ratio)
+from dljax.tasks.worst import Worst
 
 MAX_CLASSES = 255  # a class is a byte, and one value is left for pixels without a class
 MAX_CONFUSION_CLASSES = 50
@@ -63,7 +64,8 @@ class Segmentation(TaskBase):
   dice_weight: float = 0.0
   ground: bool = True
 
-  evaluate_reads = ("image", "segmentation")
+  evaluate_reads = ("segmentation",)
+  evaluate_draws = ("image",)
 
   def __post_init__(self):
     weights = {name: getattr(self, name) for name in ("cross_entropy_weight", "dice_weight")}
@@ -173,14 +175,13 @@ class Segmentation(TaskBase):
     wrong pixels first.
     """
     names = class_names(assets, self.num_classes)
-    worst = []  # (wrong pixels, order, image, truth, found)
+    worst = Worst(MAX_PICTURED)
     for predictions, batch in rows:  # first, as `sums` may be filled while they pass
       found = np.asarray(predictions["classes"])
       truth = np.asarray(crop(batch["segmentation"], found.shape[1:3]))
-      images = np.asarray(crop(batch["image"], found.shape[1:3]))
-      for i, wrong in enumerate(np.sum((truth != found) & (truth >= 0), axis=(1, 2))):
-        worst.append((int(wrong), -len(worst), images[i].copy(), truth[i].copy(), found[i].copy()))
-      worst = sorted(worst, key=lambda row: row[:2], reverse=True)[:MAX_PICTURED]
+      wrong = np.sum((truth != found) & (truth >= 0), axis=(1, 2))
+      worst.add((-wrong).tolist(), lambda kept: list(zip(
+          np.asarray(crop(batch["image"][kept], found.shape[1:3])), truth[kept], found[kept])))
     intersection, union = (np.asarray(x, np.float64) for x in sums["iou"])
     figures, table = {}, [{"class": name, "iou": i / u if u else 0.0}
                           for name, i, u in zip(names, intersection.tolist(), union.tolist())]
@@ -192,8 +193,8 @@ class Segmentation(TaskBase):
                 "f1": float(by_class.f1[i]), "support": int(by_class.support[i])}
       figures["confusion_matrix"] = functools.partial(
           report.confusion_matrix, matrix, names, per_cent=True)
-    if worst:
-      _, _, images, truths, found = zip(*worst)
+    if worst.rows:
+      images, truths, found = zip(*worst.rows)
       figures["segmentations"] = functools.partial(
           report.segmentations, images, {"truth": truths, "found": found}, names,
           caption="Images with the most wrong pixels")

@@ -16,7 +16,6 @@ blank, `W` beam.
 
 import dataclasses
 import functools
-import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +32,7 @@ from dljax.ops import ctc
 from dljax.tasks.base import (
     ALL, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
     at_least_float32)
+from dljax.tasks.worst import Worst
 
 BLANK = 0
 MAX_PICTURED = 4
@@ -61,7 +61,8 @@ class Transcription(TaskBase):
   alphabet: str
   beam: int = 1
 
-  evaluate_reads = ("features", "length", "tokens", "token_length")
+  evaluate_reads = ("length", "tokens", "token_length")
+  evaluate_draws = ("features",)
 
   def __post_init__(self):
     check_beam(self.beam)
@@ -121,18 +122,21 @@ class Transcription(TaskBase):
     import jiwer
 
     del sums, assets
-    truths, found, worst = [], [], []  # worst: (share of wrong characters, order, what to draw)
+    truths, found, worst = [], [], Worst(MAX_PICTURED)
     for predictions, batch in rows:
+      texts, shares = [], []  # (truth, found); minus the share of wrong characters
       for i, text in enumerate(transcribe(predictions, self.alphabet, self.beam)):
         truth = spell(batch["tokens"][i][:batch["token_length"][i]], self.alphabet)
         wrong = jiwer.process_characters(truth, text)
         edits = wrong.substitutions + wrong.deletions + wrong.insertions
-        entry = (edits / max(len(truth), 1), -len(truths), (
-            np.asarray(batch["features"][i][:batch["length"][i]]),
-            np.asarray(predictions["log_probs"][i][:predictions["length"][i]]), truth, text))
-        (heapq.heappush if len(worst) < MAX_PICTURED else heapq.heappushpop)(worst, entry)
-        truths.append(truth)
-        found.append(text)
+        shares.append(-edits / max(len(truth), 1))
+        texts.append((truth, text))
+      worst.add(shares, lambda kept: [
+          (features[:batch["length"][i]],
+           np.array(predictions["log_probs"][i][:predictions["length"][i]]), *texts[i])
+          for i, features in zip(kept, batch["features"][kept])])
+      truths += [truth for truth, _ in texts]
+      found += [text for _, text in texts]
     if not truths:
       return Findings({"word_error_rate": math.nan, "character_error_rate": math.nan})
     rates = {"word_error_rate": jiwer.wer(truths, found),
@@ -140,8 +144,7 @@ class Transcription(TaskBase):
     table = [{"truth": truth, "found": text, "character_error_rate": jiwer.cer(truth, text)}
              for truth, text in zip(truths, found)]
     table.sort(key=lambda row: -row["character_error_rate"])
-    worst_first = [entry[2] for entry in sorted(worst, reverse=True)]
-    features, log_probs, of_truth, of_found = zip(*worst_first)
+    features, log_probs, of_truth, of_found = zip(*worst.rows)
     figure = functools.partial(
         report.alignments, features, [np.exp(x) for x in log_probs], ["", *self.alphabet],
         [f"said: {truth}\nread: {text}" for truth, text in zip(of_truth, of_found)])

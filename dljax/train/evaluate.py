@@ -117,12 +117,17 @@ class Evaluator:
           sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
         if predictions:
           rows = parallel.rows_to_host(predicted, self._mode)
-          host = parallel.gather_hosts({k: v for k, v in batch.items()
-                                        if k.startswith(parallel.HOST)
-                                        or k in (*self._task.evaluate_reads, "mask")},
-                                       self._mode, self._mesh)
-          real = np.asarray(host["mask"]) > 0
-          yield jax.tree.map(lambda x: x[real], (rows, host))
+          host = parallel.gather_hosts(
+              {k: v for k, v in batch.items() if k == "mask" or self._reads(k)},
+              self._mode, self._mesh)
+          real = np.flatnonzero(host["mask"] > 0)
+          rows, host = jax.tree.map(lambda x: x[real], (rows, host))
+          yield rows, host | {k: DrawnField(batch[k], on_device[k], real, self._mode)
+                              for k in self._task.evaluate_draws if k in batch}
+
+  def _reads(self, field: str) -> bool:
+    return any(field == name or name.endswith("/") and field.startswith(name)
+               for name in self._task.evaluate_reads)
 
   def _global_batch(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the specification of the global batch of which `batch` are this process's rows."""
@@ -137,6 +142,33 @@ class Evaluator:
     if CARRY not in variables:
       return {}
     return split_carry(dict(jax.eval_shape(self._task.init, jax.random.key(0), batch)))[1]
+
+
+class DrawnField:
+  """A field of `Task.evaluate_draws`: the rows that are asked for are gathered over hosts.
+
+  Args:
+    own: this process's rows of the batch.
+    on_device: the global batch.
+    real: the rows of the global batch that are no padding, by which it is indexed.
+    mode: "jit" or "pmap".
+
+  Attributes:
+    shape: the shape [rows, ...].
+  """
+
+  def __init__(
+      self, own: np.ndarray, on_device: jax.Array, real: np.ndarray, mode: parallel.Mode,
+  ):
+    self._own, self._on_device, self._real, self._mode = own, on_device, real, mode
+    self.shape = (len(real), *own.shape[1:])
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    """Returns the rows, [k, ...]; every host has to ask for the same."""
+    rows = self._real[rows]
+    if jax.process_count() == 1:
+      return self._own[rows]
+    return parallel.some_rows_to_host(self._on_device, rows, self._mode).astype(self._own.dtype)
 
 
 class Context:

@@ -554,6 +554,30 @@ def rows_to_host(tree: Any, mode: Mode) -> Any:
   return jax.tree.map(lambda x: merge(np.asarray(x)), tree)
 
 
+def some_rows_to_host(x: jax.Array, rows: np.ndarray, mode: Mode) -> np.ndarray:
+  """Some rows of one array of a global batch, on every host; the others stay where they are.
+
+  Args:
+    x: an array that `put_batch` gives.
+    rows: the rows, i64[k], the same on every host.
+    mode: "jit" or "pmap".
+  """
+  # Few numbers of rows, as a program is compiled for each.
+  padded = np.zeros(1 << max(len(rows) - 1, 0).bit_length(), np.int32)
+  padded[:len(rows)] = rows
+  return np.asarray(take_rows(x.sharding.mesh, mode)(x, padded))[:len(rows)]
+
+
+@functools.cache
+def take_rows(mesh: Mesh, mode: Mode) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+  """The compiled program (array of a global batch, rows) -> the rows, on every device of `mesh`."""
+
+  def take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return (x.reshape(-1, *x.shape[2:]) if mode == "pmap" else x)[rows]
+
+  return jax.jit(take, out_shardings=NamedSharding(mesh, P()))
+
+
 def gather_hosts(
     batch: Mapping[str, np.ndarray], mode: Mode, mesh: Mesh,
 ) -> dict[str, np.ndarray]:
@@ -584,9 +608,25 @@ def gather_hosts(
 
 def state_to_host(state: TrainState, mesh: Mesh) -> Any:
   """A global state as unsharded NumPy arrays, on every host."""
-  if jax.process_count() > 1:
-    state = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(state)
-  return jax.tree.map(np.asarray, state)
+  return jax.tree.map(lambda x: array_to_host(x, mesh), state)
+
+
+def array_to_host(x: jax.Array, mesh: Mesh) -> np.ndarray:
+  """One array of a global state, unsharded, on every host.
+
+  Only while it is called does a device hold more than its part, and `x` keeps no copy.
+  """
+  if jax.process_count() > 1 and not x.is_fully_replicated:
+    return np.asarray(replicate(mesh)(x))
+  # An array remembers what NumPy has read; this one is forgotten.
+  return np.asarray(jax.make_array_from_single_device_arrays(
+      x.shape, x.sharding, [shard.data for shard in x.addressable_shards]))
+
+
+@functools.cache
+def replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+  """The compiled program that puts an array whole on every device of `mesh`."""
+  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def of_first_host(value: float) -> float:

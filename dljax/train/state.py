@@ -1,7 +1,8 @@
 """TrainState: everything that training changes, and nothing else."""
 
 import hashlib
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,24 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def state_sha256(state: Any) -> str:
-  """SHA-256 over the sorted path, dtype, shape and bytes of every (unsharded) array of `state`."""
+def state_sha256(state: Any, fetch: Callable[[Any], np.ndarray] = np.asarray) -> str:
+  """SHA-256 over the sorted path, dtype, shape and bytes of every (unsharded) array of `state`.
+
+  Args:
+    state: the arrays.
+    fetch: gives an array as NumPy's; it is called for one after the other.
+  """
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   digest = hashlib.sha256()
-  for name, leaf in sorted((path_name(path), leaf) for path, leaf in leaves):
-    array = np.asarray(leaf)
-    digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
+  for name, leaf in sorted(((path_name(path), leaf) for path, leaf in leaves),
+                           key=operator.itemgetter(0)):
+    _add(digest, name, fetch(leaf))
   return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, array: np.ndarray) -> None:
+  digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+  digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def parameter_count(params: Any) -> int:

@@ -1,19 +1,28 @@
-"""Tiny forms of real families, and what each gives on a mesh over any number of processes.
+"""Tiny forms of real families give on a mesh over several processes what they give on virtual devices of one.
 
-  python -m tests.train.processes FOLDER "lenet data:2" "rnn fsdp:2,tensor:2" ...
+  python -m tests.train.processes                              every family on every mesh, over two and four processes
+  python -m tests.train.processes 2 "rnn tensor:2" "lenet fsdp:2"     these, over two
 
-trains each family on its mesh, evaluates it and predicts with it, in float64, and writes FOLDER/OUTPUT/CASE.npz for
-each. Start one process a device with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (test_processes.py
-does), or one process with virtual devices. FOLDER holds what `prepare` writes.
+trains each family, evaluates it and predicts with it, in float64, with one device a process, and prints the largest
+difference of any number (in units of the largest of its array) to one process with as many virtual devices. The whole
+takes about ten minutes on two cores; test_processes.py has a part of it.
 """
 
+import contextlib
 import functools
 import json
+import math
+import os
+import socket
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import tests.conftest  # sets the flags of XLA, before JAX reads them
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,16 +41,20 @@ from dljax.train import parallel
 from dljax.train.evaluate import Evaluator, Predictor
 from dljax.train.experiment import Request
 from dljax.train.program import Program, RunOptions
+from dljax.train.state import state_sha256
 from experiments import deepspeech, lenet, retinanet, rnn, vit
+from tests.command import xla_flags
 
 STEPS = 2
+FAMILIES = {"lenet": lenet, "rnn": rnn, "deepspeech": deepspeech, "retinanet": retinanet, "vit": vit}
 FORMS = {  # in place of the families' small forms
     (deepspeech_models, "deepspeech_small"): functools.partial(
         deepspeech_models.DeepSpeech, channels=2, kernels=((5, 5),), strides=((4, 4),), hidden_size=4, num_layers=1),
     (retinanet_models, "retinanet_small"): functools.partial(
         retinanet_models.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1), backbone_width=4, small_stem=True,
         first_stage=2, extra_levels=0, width=4, head_depth=0),
-    (vit_models, "vit_nano"): functools.partial(vit_models.ViT, embed_dim=8, num_layers=1, num_heads=2),
+    (vit_models, "vit_nano"): functools.partial(
+        vit_models.ViT, patch_size=4, embed_dim=8, num_layers=1, num_heads=2),
 }
 
 
@@ -69,8 +82,9 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(folder: Path) -> None:
-  """Writes the sets and the text that the families read; digits are prepared by another."""
+  """Writes the sets and the text that the families read."""
   sources.build(Squares, folder / "tfds")
+  sources.prepare_embedded("digits/stratified", folder / "tfds")
   splits = {name: (count, 10.0, 10.0) for name, count in (("train", 9), ("validation", 6), ("test_10db", 6))}
   with mock.patch.object(morse, "SPLITS", splits):
     sources.prepare_embedded("morse", folder / "tfds")
@@ -79,7 +93,7 @@ def prepare(folder: Path) -> None:
 
 
 def _config(family: str, folder: Path) -> Any:
-  module = {"lenet": lenet, "rnn": rnn, "deepspeech": deepspeech, "retinanet": retinanet, "vit": vit}[family]
+  module = FAMILIES[family]
   config = module.get_config(next(iter(module.PRESETS)))
   # Not Adam, which divides by gradients, of which those that are nearly 0 are rounding noise.
   config.optimizer = optim.default_config("momentum")
@@ -104,12 +118,29 @@ def _config(family: str, folder: Path) -> Any:
   return config, module.build
 
 
-def _inputs(family: str, experiment: Any, pipeline: Any) -> Any:
-  """Rows to predict for; more than one batch, and not a multiple of the devices."""
+def _rows(family: str, experiment: Any, batch: Any) -> Any:
+  """Rows to predict for: more than one batch, and no multiple of the devices."""
   if family == "rnn":
     return experiment.read(Request(texts=["to be", "or", "not"]), {}).batch
-  batch = {k: v for k, v in pipeline.items() if not k.startswith("host/")}
-  return {k: np.concatenate([v, v])[:11] for k, v in batch.items()}
+  return {k: np.concatenate([v, v])[:11] for k, v in batch.items() if not k.startswith("host/")}
+
+
+def _named(name: str, tree: Any) -> dict[str, np.ndarray]:
+  """Each array (number, text) of a tree by its place."""
+  return {f"{name}{jax.tree_util.keystr(path)}": np.asarray(x)
+          for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _initial(family: str, folder: Path, program: Program) -> Any:
+  """The initial state in float64, computed by the first process that needs it, which is alone."""
+  path = folder / f"{family}.npz"
+  cast = lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  if not path.exists():
+    np.savez(path, *jax.tree.leaves(jax.tree.map(lambda x: cast(np.asarray(x)), program.init_state())))
+  with np.load(path) as stored:
+    values = jax.tree.unflatten(jax.tree.structure(program.abstract_state), stored.values())
+  return jax.tree.map(lambda x, like: jax.make_array_from_callback(x.shape, like.sharding, x.__getitem__),
+                      values, program.abstract_state)
 
 
 def outcome(family: str, mesh: str, folder: Path) -> dict[str, np.ndarray]:
@@ -118,51 +149,102 @@ def outcome(family: str, mesh: str, folder: Path) -> dict[str, np.ndarray]:
   experiment = build(config)
   data, task = experiment.data, experiment.task
   program = Program(experiment, RunOptions(mesh=parallel.parse_mesh(mesh)))
-  shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
-  cast = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
-  state = jax.jit(lambda s: jax.tree.map(cast, s), out_shardings=shardings)(program.init_state())
+  state = _initial(family, folder, program)
   found = {}
   evaluator = Evaluator(task, "jit", program.mesh, data.context)
   with opened(data.train, *data.evals.values(), rows=evaluator.rows):
     for step in range(STEPS):
       batch = parallel.put_batch(data.train.batch(step), "jit", program.mesh)
       state, out = program.train_step(state, batch, parallel.put_shared(np.float32(1), program.mesh))
-      out = jax.tree.map(np.asarray, jax.block_until_ready(out))
-      found |= {f"step {step} {jax.tree_util.keystr(path)}": x
-                for path, x in jax.tree_util.tree_flatten_with_path(out)[0]}
-    assets = json.loads(json.dumps(data.assets()))
-    findings = evaluator.full(state.variables, state.rng, data.evals["test"], "test", assets)
-    found |= {f"test {name}": np.asarray(value) for name, value in findings.metrics.items()}
-    for name in findings.figures:  # as pixels: a picture shows rows of every process
-      figure = findings.figures[name]()
-      figure.canvas.draw()
-      found[f"figure {name}"] = np.asarray(figure.canvas.buffer_rgba())
+      found |= _named(f"step {step}", jax.tree.map(np.asarray, jax.block_until_ready(out)))
+    findings = evaluator.full(
+        state.variables, state.rng, data.evals["test"], "test", json.loads(json.dumps(data.assets())))
+    found |= _named("test", dict(findings.metrics))
+    # A picture shows rows of every process; all of them are drawn by a function of arrays.
+    pictures = {name: (figure.args, figure.keywords) for name, figure in findings.figures.items()}
+    found |= {name: x for name, x in _named("picture", pictures).items() if x.dtype != object}
     whole = build(config).data.evals["test"]
     whole.open(np.arange)
-    inputs = _inputs(family, experiment, whole.batch(0))
-    predicted = Predictor(experiment, program, "jit")(state, inputs)
-    found |= {f"predicted {jax.tree_util.keystr(path)}": x
-              for path, x in jax.tree_util.tree_flatten_with_path(predicted)[0]}
-  whole_state = parallel.state_to_host(state, program.mesh)
-  found |= {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_flatten_with_path(whole_state)[0]}
+    rows = _rows(family, experiment, whole.batch(0))
+    found |= _named("predicted", Predictor(experiment, program, "jit")(state, rows))
+  fetch = functools.partial(parallel.array_to_host, mesh=program.mesh)
+  found |= _named("state", jax.tree.map(fetch, state))
+  found["digest"] = np.array(state_sha256(state, fetch))
   return found
 
 
-def outcomes(cases: list[str], folder: Path) -> dict[str, dict[str, np.ndarray]]:
+def outcomes(cases: Sequence[str], folder: Path) -> dict[str, dict[str, np.ndarray]]:
   """Case ("lenet data:2") -> `outcome`."""
   environment = {"TFDS_DATA_DIR": str(folder / "tfds")}
-  with mock.patch.dict("os.environ", environment), jax.enable_x64(True):
+  with mock.patch.dict("os.environ", environment), jax.enable_x64(True), contextlib.ExitStack() as forms:
     for (module, name), form in FORMS.items():
-      module.VARIANTS = {**module.VARIANTS, name: form}
+      forms.enter_context(mock.patch.object(module, "VARIANTS", {**module.VARIANTS, name: form}))
     return {case: outcome(*case.split(), folder) for case in cases}
 
 
+def _difference(one: np.ndarray, other: np.ndarray) -> float:
+  """The largest difference, in units of the largest number; of what is not floating, 0 or infinite."""
+  if one.dtype.kind != "f" or one.shape != other.shape or one.dtype != other.dtype:
+    return 0.0 if np.array_equal(one, other) else math.inf
+  if not np.array_equal(np.isnan(one), np.isnan(other)):
+    return math.inf
+  one, other = np.nan_to_num(one), np.nan_to_num(other)
+  gap = np.max(np.abs(one - other), initial=0)
+  return float(gap and gap / np.max(np.abs(one)))
+
+
+def compare(count: int, cases: Sequence[str], folder: Path) -> dict[str, tuple[float, str]]:
+  """Case -> the largest difference of any of `count` processes to this one, and where it is."""
+  expected = outcomes(cases, folder)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  variables = {**os.environ, "XLA_FLAGS": xla_flags(1), "JAX_COORDINATOR_ADDRESS": address,
+               "JAX_NUM_PROCESSES": str(count)}
+  command = [sys.executable, "-m", "tests.train.processes", str(folder), *cases]
+  processes = [
+      subprocess.Popen(command, env={**variables, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True,
+                       stdout=subprocess.DEVNULL) for i in range(count)]
+  try:
+    for process in processes:
+      _, said = process.communicate(timeout=600)
+      assert process.returncode == 0, said
+  finally:
+    for process in processes:
+      process.kill()
+  found = {}
+  for case, arrays in expected.items():
+    worst, digests = (0.0, ""), set()
+    for i in range(count):
+      with np.load(folder / f"{case}-{i}.npz") as stored:
+        other = dict(stored)
+      digests.add(str(other.pop("digest")))  # its last bit may differ from this process's, but not among them
+      assert other.keys() == arrays.keys() - {"digest"}
+      worst = max(worst, *((_difference(arrays[name], x), name) for name, x in other.items()))
+    assert len(digests) == 1
+    found[case] = worst
+  return found
+
+
+MESHES = {2: ("data:2", "fsdp:2", "tensor:2"),
+          4: ("data:4", "fsdp:4", "tensor:4", "data:2,fsdp:2", "data:2,tensor:2", "fsdp:2,tensor:2")}
+
+
 def main() -> None:
-  folder, output, *cases = sys.argv[1:]
-  parallel.initialize()
-  for case, found in outcomes(cases, Path(folder)).items():
-    # Every process writes what it has, as all need the same.
-    np.savez(Path(output) / f"{case}-{jax.process_index()}.npz", **found)
+  if "JAX_PROCESS_ID" in os.environ:
+    folder, *cases = sys.argv[1:]
+    parallel.initialize()
+    for case, arrays in outcomes(cases, Path(folder)).items():
+      np.savez(Path(folder) / f"{case}-{jax.process_index()}.npz", **arrays)
+    return
+  _, *asked = sys.argv
+  work = {int(asked[0]): asked[1:]} if asked else {
+      count: [f"{family} {mesh}" for family in FAMILIES for mesh in meshes] for count, meshes in MESHES.items()}
+  with tempfile.TemporaryDirectory() as folder:
+    prepare(Path(folder))
+    for count, cases in work.items():
+      for case, (gap, name) in compare(count, cases, Path(folder)).items():
+        print(f"{count} processes, {case}: {gap:.1e} {name}", flush=True)
 
 
 if __name__ == "__main__":

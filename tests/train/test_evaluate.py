@@ -22,7 +22,8 @@ class _Collects(toys.Formula):
   """Notes the rows that a whole-set metric would see."""
 
   seen: list = []
-  evaluate_reads = ("x",)
+  evaluate_reads = ("x", "host/row/")
+  evaluate_draws = ("picture",)
 
   def evaluate(self, rows, sums, assets):
     rows = list(rows)
@@ -40,7 +41,8 @@ def _split(step):
   ids = np.arange(step * toys.BATCH_SIZE, (step + 1) * toys.BATCH_SIZE)
   real = ids < COUNT
   return {"x": np.where(real, _x(ids), 1e6).astype(np.float32), "mask": real.astype(np.float32),
-          "host/id": np.where(real, ids, -1)}
+          "picture": np.repeat(np.where(real, ids, -1).astype(np.float32)[:, None], 3, 1), "unread": real,
+          "host/row/number": np.where(real, ids, -1), "host/other": real}
 
 
 SPLIT = toys.Scripted(_split, num_batches=3, num_examples=COUNT)
@@ -68,7 +70,10 @@ def test_each_real_row_counts_once_and_comes_back_in_order(mode, mesh):
   assert found.metrics == {"all_loss": pytest.approx(EXPECTED, rel=1e-6), "rows": COUNT, "asset": 1.5}
   assert (found.figures, found.tables) == ({"picture": "figure"}, {"table": [{"rows": COUNT}]})
   predictions, batches = zip(*TASK.seen)
-  np.testing.assert_array_equal(np.concatenate([b["host/id"] for b in batches]), np.arange(COUNT))
+  assert set(batches[0]) == {"mask", "x", "picture", "host/row/number"}  # nothing else crosses hosts
+  assert [b["picture"].shape for b in batches] == [(16, 3), (16, 3), (5, 3)]
+  np.testing.assert_array_equal(batches[2]["picture"][np.array([4, 0])], [[36] * 3, [32] * 3])
+  np.testing.assert_array_equal(np.concatenate([b["host/row/number"] for b in batches]), np.arange(COUNT))
   losses = np.concatenate([p["loss"] for p in predictions])
   np.testing.assert_allclose(losses, 2 * _x(range(COUNT))**2, rtol=1e-6)
 

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils, topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
@@ -332,6 +334,60 @@ def test_a_checkpoint_restores_under_another_mode_or_mesh_and_trains_on(checkpoi
   assert np.isfinite(out["loss"])
 
 
+# The digest of the whole state
+
+
+def _gpt2_xl(width=1600, layers=48, heads=25):
+  """path -> shape of each parameter; joint projections lie heads first."""
+  shapes = {"wte": (50257, width), "wpe": (1024, width), "ln_f/scale": (width,), "ln_f/bias": (width,)}
+  for i in range(layers):
+    shapes |= {f"h{i}/{name}": shape for name, shape in {
+        "ln_1/scale": (width,), "ln_1/bias": (width,), "ln_2/scale": (width,), "ln_2/bias": (width,),
+        "qkv/kernel": (width, heads, 3, width // heads), "qkv/bias": (heads, 3, width // heads),
+        "project/kernel": (width, width), "project/bias": (width,),
+        "mlp1/kernel": (width, 4 * width), "mlp1/bias": (4 * width,),
+        "mlp2/kernel": (4 * width, width), "mlp2/bias": (width,)}.items()}
+  return shapes
+
+
+def test_the_digest_of_gpt2_xl_with_adam_fits_into_a_tpu():
+  """Its parameters and moments take 18.7 GB, and one chip of a v5e has 15.75 GiB."""
+  mesh = parallel.make_mesh(toys.MESHES["fsdp:4"])
+  sharding = parallel.Sharding(above=4 * 2**20)
+  states = {}  # (shape, how it lies) -> its parts' bytes on a device, and what the gathering needs there
+  whole = own = 0
+  for path, shape in _gpt2_xl().items():
+    spec = sharding.spec(path, jax.ShapeDtypeStruct(shape, jnp.float32), mesh)
+    if (shape, spec) not in states:
+      array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+      memory = parallel.replicate(mesh).lower(array).compile().memory_analysis()
+      states[shape, spec] = (memory.argument_size_in_bytes,
+                             memory.output_size_in_bytes + memory.temp_size_in_bytes)
+    whole += 3 * 4 * math.prod(shape)
+    own += 3 * states[shape, spec][0]
+  assert whole == 3 * 4 * 1_557_611_200  # more than a chip has
+  assert own < whole / 4 + 50e6
+  gathered = max(size for _, size in states.values())
+  # The largest array, once where it ends up and once on its way.
+  assert 50257 * 1600 * 4 <= gathered <= 2 * 50257 * 1600 * 4
+  assert own + gathered < 6e9
+
+
+def test_arrays_are_read_one_at_a_time_for_the_digest():
+  state = toys.make_program(toys.digits_experiment(toys.tiny_mlp()), mesh="data:2,fsdp:2").init_state()
+  mesh = jax.tree.leaves(state)[0].sharding.mesh
+  last = []
+
+  def fetch(x):
+    assert not last or last.pop()() is None, "the array before is still there"
+    array = np.array(parallel.array_to_host(x, mesh))
+    last.append(weakref.ref(array))
+    return array
+
+  digest = state_sha256(state, fetch)
+  assert digest == state_sha256(jax.tree.map(np.asarray, state)) and last
+
+
 # Batches there and back
 
 
@@ -346,6 +402,18 @@ def test_rows_come_back_in_order_and_host_fields_stay(mode):
       lambda batch: (2 * batch["x"],), mode, mesh, inputs=("batch",), outputs=("batch",))
   out, = double(batch)
   np.testing.assert_array_equal(parallel.rows_to_host(out, mode), 2 * rows)
+
+
+@pytest.mark.parametrize("mode, mesh", [("jit", "data:4"), ("jit", "data:2,fsdp:2"), ("pmap", "data:4")])
+def test_of_rows_that_are_drawn_nothing_else_moves(mode, mesh):
+  mesh = parallel.make_mesh(toys.MESHES[mesh], mode)
+  images = np.arange(64 * 300, dtype=np.float32).reshape(64, 10, 30)
+  batch = parallel.put_batch({"image": images}, mode, mesh)
+  rows = np.array([63, 0, 17, 16, 40])
+  np.testing.assert_array_equal(parallel.some_rows_to_host(batch["image"], rows, mode), images[rows])
+  program = parallel.take_rows(mesh, mode).lower(batch["image"], np.zeros(8, np.int32)).compile()
+  moved = inspect.summarize_compiled(program).collectives
+  assert {c.kind for c in moved} == {"all-reduce"} and sum(c.size for c in moved) == 8 * 300 * 4
 
 
 @pytest.mark.parametrize("sizes, processes, rows", [
