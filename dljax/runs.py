@@ -20,7 +20,7 @@ from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment, Inputs, Request
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import TrainState, split_carry
-from dljax.train.workdir import Workdir
+from dljax.train.workdir import Workdir, decisive
 
 Build = Callable[[ml_collections.ConfigDict], Experiment]
 
@@ -225,7 +225,7 @@ def _restore(
 ) -> tuple[Program, int, TrainState]:
   """The program, and the step and state that `which` (best, latest or a number) names."""
   with Checkpointer(folder.checkpoints, assets=folder.data, run=folder.run,
-                    read_only=True) as checkpointer:
+                    config=decisive(folder.read_config()), read_only=True) as checkpointer:
     host = checkpointer.host()
     if host is None:
       raise UserError(f"--workdir={folder.path} holds no checkpoint; train first")

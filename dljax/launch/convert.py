@@ -25,7 +25,7 @@ from dljax import errors, interop
 from dljax.errors import UserError
 from dljax.interop import folder, hub, variants
 from dljax.train import pretrained
-from dljax.train.workdir import Workdir, read_json
+from dljax.train.workdir import Workdir
 
 
 def convert(
@@ -93,8 +93,7 @@ def _ours(
   if pretrained.is_run(place):
     _, tensors = pretrained.read_run(place)
     found, own = "", {}
-    if (file := Workdir(place).model_file).exists():
-      model = read_json(file, model=str, settings=dict)
+    if model := Workdir(place).read_model():
       found, own = model["model"], model["settings"]
   else:
     tensors, model = folder.read_folder(place)

@@ -6,14 +6,16 @@ Orbax writes the arrays asynchronously. This file closes five gaps that it leave
   `<step>/manifest.json`, durably and last. It holds the size and SHA-256 of every file, the dtype
   and shape of every array, and a hash of the manifest itself. A step without a valid manifest does
   not exist, so a save in flight, a failed save and an empty directory are never taken for the
-  latest step.
+  latest step. What an interrupted save left is removed at the next start.
 * Orbax restores whatever it finds. Here every file is verified first. A step that fails is moved
-  to `corrupt-<step>`, with a warning that says why, and the next older step is used.
+  to `corrupt-<step>`, with a warning that says why, and the next older step is used. What earlier
+  starts moved there is then removed.
 * Orbax may refuse a save by returning False, and it forgets an error of its background thread if
   nobody asks. Both raise a `CheckpointError` here, at the next `save` or at `close`; the property
   `failed` shows it earlier.
-* Orbax reads its directory as a pattern: in "runs[1]" it finds nothing that it wrote. It is given
-  a symbolic link with a plain name where the path has such characters.
+* Orbax reads its directory as a pattern: in "runs[1]" it finds nothing that it wrote. And it makes
+  every folder that is missing, so that a run whose folder was moved would go on in the old place.
+  It is given a path by way of an open descriptor, which follows the folder wherever it is moved.
 * Orbax casts arrays to the dtypes that the caller asks for. Here an array with another name, dtype
   or shape is refused by name.
 
@@ -30,7 +32,9 @@ import logging as python_logging
 import os
 import re
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +44,13 @@ import numpy as np
 from absl import logging
 
 from dljax.errors import RunError, UserError, writing
-from dljax.train import parallel
+from dljax.train import durable, parallel
 from dljax.train.state import FORMAT, check_format, path_name
+from dljax.train.workdir import differences
 
 MANIFEST = "manifest.json"
-_SPECIAL = re.compile(r"[^\w/.,=+@:~ -]")  # what no path given to Orbax may hold
+_DESCRIPTORS = Path("/proc/self/fd")  # where Linux shows the open files of a process
+_MOST_ERRORS = 8  # that Orbax raises while it closes
 _NONE, _FAILED = -1, -2  # what process 0 sends to the others in place of a step
 
 
@@ -71,7 +77,8 @@ class Checkpointer:
 
   def __init__(
       self, directory: str | os.PathLike[str], *, keep: int = 2,
-      assets: str | os.PathLike[str] | None = None, run: str = "", read_only: bool = False,
+      assets: str | os.PathLike[str] | None = None, run: str = "",
+      config: Mapping[str, Any] | None = None, read_only: bool = False,
   ):
     """Touches nothing on disk.
 
@@ -83,6 +90,9 @@ class Checkpointer:
         records their hashes, and `restore` verifies them.
       run: the id of the run; `save` records it, and `restore` refuses a step of another run. ""
         does neither.
+      config: the fields that decide the training (`workdir.decisive`); `save` records them, and
+        `restore` refuses a step that was trained with others. A reader only warns then, because
+        whoever edits the config of a finished run on purpose may use it. None does neither.
       read_only: whether to restore only, and to move and delete nothing, as for an evaluation
         during a run.
 
@@ -95,10 +105,10 @@ class Checkpointer:
                       "? or [ in its name; name another --workdir")
     self._keep = keep
     self._assets = None if assets is None else Path(assets)
-    self._run = run
+    self._run, self._config = run, config
     self._read_only = read_only
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-    self._link: Path | None = None  # a path without special characters that leads to `directory`
+    self._undo = contextlib.ExitStack()  # gives back what `_place` took
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
   def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
@@ -115,27 +125,40 @@ class Checkpointer:
     Raises:
       CheckpointError: this save was refused, or the previous one failed.
     """
-    failure = None
-    try:
-      self._wait()
-    except CheckpointError as error:
-      failure = error
     host = json.loads(json.dumps(host))
     flat, _ = _flatten(state)
     leaves = {name: {"dtype": leaf.dtype.name, "shape": list(leaf.shape)}
               for name, leaf in flat.items()}
-    if not failure and jax.process_index() == 0 and self._path(step).exists() and self._manifest(step) is None:
-      self._set_aside(step, self._fault(step))
-    if parallel.any_host(failure is not None):  # the question also makes all wait for process 0
-      raise failure or CheckpointError(f"a checkpoint in {self.directory} was not saved; another process says why")
+    self.wait(functools.partial(self._make_room, step))
     try:
       self._manager.reload()
       accepted = self._manager.save(step, args=_orbax().args.Composite(state=_orbax().args.PyTreeSave(flat)))
     except Exception as error:
+      self._forget()
       raise self._error(step, error) from error
     if not accepted:
       raise self._error(step, f"steps must increase, and {self.steps()} exist")
     self._pending = step, self._worker.submit(self._commit, step, leaves, host)
+
+  def wait(self, then: Callable[[], None] = lambda: None) -> None:
+    """Waits until the last save is on disk with its manifest; every process calls it.
+
+    Args:
+      then: what the first process does before the others go on.
+
+    Raises:
+      CheckpointError: it failed, on this process or on another.
+    """
+    failure = None
+    try:
+      self._wait()
+      if jax.process_index() == 0:
+        then()
+    except CheckpointError as error:
+      failure = error
+    if parallel.any_host(failure is not None):  # the question also makes all wait for process 0
+      raise failure or CheckpointError(
+          f"a checkpoint in {self.directory} was not saved; another process says why")
 
   @property
   def failed(self) -> bool:
@@ -169,8 +192,8 @@ class Checkpointer:
       The restored step, or None if `step` is None and no step is intact.
 
     Raises:
-      UserError: `step` does not exist or is not intact; an array differs in name, dtype or shape;
-        an asset is missing or differs.
+      UserError: `step` does not exist, is not intact, or belongs to another run or config; an array
+        differs in name, dtype or shape; an asset is missing or differs.
     """
     self._wait()
     step = _agree(lambda: self._choose(step))
@@ -208,7 +231,7 @@ class Checkpointer:
       The result of `restore`, whose state is a mapping from names to NumPy arrays.
 
     Raises:
-      UserError: `step` does not exist or is not intact.
+      UserError: `step` does not exist, is not intact, or belongs to another run.
     """
     self._wait()
     step = _agree(lambda: self._choose(step))
@@ -232,42 +255,86 @@ class Checkpointer:
     """
     try:
       self._wait()
+      if error := self._close_manager():
+        raise self._error(max(self._numbered(), default=0), error) from error
     finally:
+      self._close_manager()
       self._worker.shutdown()
-      if "_manager" in self.__dict__:
-        self.__dict__.pop("_manager").close()
-      if self._link is not None:
-        shutil.rmtree(self._link.parent, ignore_errors=True)  # the link, and not what it leads to
-        self._link = None
+      self._undo.close()
+      self.__dict__.pop("_place", None)
 
   def __enter__(self) -> "Checkpointer":
     if not self._read_only:
-      _orbax()  # the import takes seconds, in which a folder that was just checked may be moved
+      if self.directory.parent.is_dir():
+        self._place  # before the import, which takes seconds in which the folder may be moved
+      _orbax()
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+               trace: Any) -> None:
+    try:
+      self.close()
+    except CheckpointError:
+      if not isinstance(error, (RunError, UserError)):  # otherwise the first error says more
+        raise
 
   @functools.cached_property
   def _manager(self) -> Any:
     ocp = _orbax()
     write = not self._read_only
     if write and jax.process_index() == 0:
-      for rest in self.directory.glob("deleting-*"):
+      with writing(self.directory):
+        durable.make_folder(self._place)
+      for rest in self._place.glob("deleting-*"):
         shutil.rmtree(rest, ignore_errors=True)
-    place = self.directory
-    if jax.process_count() == 1 and _SPECIAL.search(str(place)):
-      with writing(place):
-        if write:
-          place.mkdir(parents=True, exist_ok=True)
-        place = self._link = Path(tempfile.mkdtemp(prefix="dljax-")) / place.name
-        place.symlink_to(self.directory)
     return ocp.CheckpointManager(
-        place,
+        self._place,
         # Weights hardly compress, and the attempt would slow the training down.
         item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)},
         options=ocp.CheckpointManagerOptions(
             create=write, cleanup_tmp_directories=write, lightweight_initialize=True))
+
+  @functools.cached_property
+  def _place(self) -> Path:
+    """The directory by a plain path, which stays right when the folder above it is moved.
+
+    Several processes have to agree on the path, so that they use the directory's own.
+    """
+    if jax.process_count() > 1:
+      return self.directory
+    if not self._read_only:
+      with writing(self.directory):
+        durable.make_folder(self.directory.parent)
+    if _DESCRIPTORS.is_dir():
+      descriptor = os.open(self.directory.parent, os.O_RDONLY)
+      self._undo.callback(os.close, descriptor)
+      return _DESCRIPTORS / str(descriptor) / self.directory.name
+    link = Path(tempfile.mkdtemp(prefix="dljax-")) / "run"
+    self._undo.callback(shutil.rmtree, link.parent, ignore_errors=True)  # and not what it leads to
+    link.symlink_to(self.directory.parent)
+    return link / self.directory.name
+
+  def _close_manager(self) -> Exception | None:
+    """Closes Orbax's manager, if there is one; returns its first error.
+
+    After a failed save it raises an error for each of its threads, one at a call.
+    """
+    first, manager = None, self.__dict__.pop("_manager", None)
+    for _ in range(_MOST_ERRORS if manager else 0):
+      try:
+        manager.close()
+        break
+      except Exception as error:  # pylint: disable=broad-exception-caught
+        first = first or error
+    return first
+
+  def _forget(self) -> None:
+    """Lets Orbax forget a save that failed, whose error it would raise again at the next call."""
+    if jax.process_count() == 1:
+      self._close_manager()  # and removes the rest of the save when it is opened again
+    else:  # all processes would have to open it together
+      with contextlib.suppress(Exception):
+        self._manager.wait_until_finished()
 
   def _wait(self) -> None:
     """Waits for the save in flight, and raises its error."""
@@ -277,8 +344,7 @@ class Checkpointer:
     concurrent.futures.wait([future])
     self._pending = None
     if error := future.exception():
-      with contextlib.suppress(Exception):  # Orbax would raise the same again at the next call
-        self._manager.wait_until_finished()
+      self._forget()
       raise self._error(step, error) from error
 
   def _commit(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
@@ -297,17 +363,30 @@ class Checkpointer:
         "format": FORMAT,
         "step": step,
         "run": self._run,
+        "config": self._config,
         "host": host,
         "leaves": leaves,
         "files": _describe(directory),
         "assets": _describe(self._assets) if self._assets else {},
     }
-    _write_durably(directory / MANIFEST, _sealed(manifest))
+    durable.write(directory / MANIFEST, _sealed(manifest))
+    durable.sync(directory.parent)  # where Orbax made the step's name
     steps = self.steps()
     for old in {*steps[:-self._keep]} - {host.get("best_step")}:
-      # It is renamed first, because a half-deleted step would look like a corrupt one.
-      doomed = self._path(old).rename(self.directory / f"deleting-{old}")
-      shutil.rmtree(doomed, ignore_errors=True)
+      self._delete(old)
+
+  def _delete(self, step: int) -> None:
+    """Deletes a step, which is renamed first: a half-deleted one would look like a corrupt one."""
+    doomed = self._path(step).rename(self._path(step).with_name(f"deleting-{step}"))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+  def _make_room(self, step: int) -> None:
+    """Moves or deletes what stands in the place of a step that is to be saved."""
+    try:
+      if self._path(step).exists() and self._manifest(step) is None:
+        self._set_aside(step, self._fault(step))
+    except OSError as error:
+      raise self._error(step, error) from error
 
   def _choose(self, step: int | None) -> int:
     """The verified step to restore, or `_NONE`; moves corrupt steps aside if `step` is None."""
@@ -318,12 +397,17 @@ class Checkpointer:
             f"checkpoint {step} in {self.directory}: {fault}; other steps there: {rest or 'none'}")
       self._check_run(step)
       return step
+    earlier = [] if self._read_only else sorted(self._directory.glob("corrupt-*"))
     for candidate in reversed(self._numbered()):
       fault = self._fault(candidate)
       if fault is None:
         self._check_run(candidate)
         return candidate
-      self._set_aside(candidate, fault)
+      with writing(self.directory):
+        moved = self._set_aside(candidate, fault)
+      while moved and earlier:
+        logging.warning("%s, moved there at an earlier start, is removed", earlier[-1].name)
+        shutil.rmtree(earlier.pop(), ignore_errors=True)
     return _NONE
 
   def _check_run(self, step: int) -> None:
@@ -334,6 +418,14 @@ class Checkpointer:
           f"checkpoint {step} in {self.directory} belongs to another run ({found[:8]}, and config.json "
           f"here is of run {self._run[:8]}); move it back, or start from its weights in another "
           "--workdir with --config.init.source")
+    trained = self._manifest(step).get("config")
+    differ = "" if None in (trained, self._config) else differences(trained, self._config)
+    what = f"checkpoint {step} in {self.directory} was trained with another config: {differ}"
+    if differ and not self._read_only:
+      raise UserError(f"{what}; undo the edit of config.json, or start from its weights in another "
+                      "--workdir with --config.init.source")
+    if differ:
+      logging.warning("%s; the edited config.json is used", what)
 
   def _fault(self, step: int) -> str | None:
     """What is wrong with a step, or None if it is intact."""
@@ -352,17 +444,27 @@ class Checkpointer:
         return f"{name} {fault}"
     return None
 
-  def _set_aside(self, step: int, fault: str) -> None:
-    """Moves a corrupt step out of the way, and says so."""
+  def _set_aside(self, step: int, fault: str) -> bool:
+    """Moves a corrupt step out of the way, and says so; returns whether it did.
+
+    A step without a manifest never was a checkpoint: it is what an interrupted save left, and is
+    deleted.
+    """
+    place = self.directory / str(step)
     if self._read_only:
-      logging.warning("checkpoint %s: %s; looking for an older one", self._path(step), fault)
-      return
-    target, count = self.directory / f"corrupt-{step}", 1
+      logging.warning("checkpoint %s: %s; looking for an older one", place, fault)
+      return False
+    if not (self._path(step) / MANIFEST).exists():
+      self._delete(step)
+      logging.warning("checkpoint %s: %s; removed", place, fault)
+      return False
+    target, count = self._path(step).with_name(f"corrupt-{step}"), 1
     while target.exists():
       count += 1
-      target = self.directory / f"corrupt-{step}-{count}"
+      target = target.with_name(f"corrupt-{step}-{count}")
     self._path(step).rename(target)
-    logging.warning("checkpoint %s: %s; moved to %s", self._path(step), fault, target.name)
+    logging.warning("checkpoint %s: %s; moved to %s", place, fault, target.name)
+    return True
 
   def _check_leaves(self, step: int, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuses a state whose arrays differ in name, dtype or shape from the saved ones."""
@@ -394,16 +496,22 @@ class Checkpointer:
 
   def _numbered(self) -> list[int]:
     """The decimal directories, whatever is in them, ascending."""
-    if not self.directory.is_dir():
+    if not self._directory.is_dir():
       return []
-    names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+    names = [path.name for path in self._directory.iterdir() if path.is_dir()]
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
+  @property
+  def _directory(self) -> Path:
+    """The directory; once it is open, wherever it was moved since."""
+    return self.__dict__.get("_place", self.directory)
+
   def _path(self, step: int) -> Path:
-    return self.directory / str(step)
+    return self._directory / str(step)
 
   def _error(self, step: int, reason: object) -> CheckpointError:
-    line = str(reason).partition("\n")[0] or type(reason).__name__
+    line = getattr(reason, "strerror", None) or str(reason)
+    line = line.partition("\n")[0] or type(reason).__name__
     # TensorStore says what happened at the end.
     line = line if len(line) <= 200 else f"... {line[-200:]}"
     return CheckpointError(f"checkpoint {step} in {self.directory} was not saved: {line}")
@@ -419,7 +527,23 @@ def _orbax() -> Any:
 
   inside = f"{os.sep}orbax{os.sep}"
   python_logging.getLogger("absl").addFilter(lambda record: inside not in record.pathname)
+  # Of several writes that fail, all but one have nobody to tell.
+  python_logging.getLogger("asyncio").addFilter(
+      lambda record: "exception was never retrieved" not in record.getMessage())
+  warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+  sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
   return ocp
+
+
+def _show_unraisable(show: Callable[[Any], None], unraisable: Any) -> None:
+  """Calls `show` for an exception that Python could raise nowhere, but for one kind.
+
+  When a save has failed, TensorStore still reports its other writes, from threads of its own, to
+  an event loop that is closed.
+  """
+  error = unraisable.exc_value
+  if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    show(unraisable)
 
 
 def _agree(choose: Callable[[], int]) -> int:
@@ -432,7 +556,7 @@ def _agree(choose: Callable[[], int]) -> int:
   if jax.process_index() == 0:
     try:
       choice = choose()
-    except UserError as e:
+    except (UserError, RunError) as e:
       error = e
   choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
   if choice == _FAILED:
@@ -458,7 +582,7 @@ def _describe(directory: Path) -> dict[str, Any]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         entries[path.relative_to(directory).as_posix()] = {"size": file.tell(), "sha256": digest}
     else:
-      _fsync_directory(path)
+      durable.sync(path)
   return entries
 
 
@@ -479,25 +603,4 @@ def _file_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
   """The manifest's only form as bytes, with the hash of all its other fields."""
-  digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-  return (json.dumps({**manifest, "sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-  """Writes a file so that it exists in full or not at all, even after a power failure."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.rename(path)
-  _fsync_directory(path.parent)
-  _fsync_directory(path.parent.parent)
-
-
-def _fsync_directory(path: Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  return durable.sealed(manifest, sort_keys=True, indent=1)

@@ -25,7 +25,7 @@ from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
 from dljax.train.signals import StopSignals
 from dljax.train.state import TrainState, parameter_count, state_sha256
-from dljax.train.workdir import Workdir
+from dljax.train.workdir import Workdir, decisive
 
 
 def fit(
@@ -66,7 +66,7 @@ def fit(
         experiment.task, options.parallelism, program.mesh, experiment.data.context)
     monitor = Monitor(experiment, program, evaluator, folder)
     checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
-                                assets=folder.data, run=folder.run)
+                                assets=folder.data, run=folder.run, config=decisive(config))
     _acquire(folder)
     try:
       with StopSignals() as signals, checkpointer:
@@ -219,6 +219,9 @@ class _Run:
     # All hosts take part, as each holds a part of the arrays.
     digest = state_sha256(
         state, functools.partial(parallel.array_to_host, mesh=self.program.mesh))
+    self._check_place()
+    self.checkpointer.wait()  # a result exists once what it names is on disk
+    self.checkpointer.close()
     if jax.process_index() != 0:
       return
     rows = report.read_metrics(self.folder.metrics_file)

@@ -20,8 +20,9 @@ import jax
 from dljax import report
 from dljax.errors import RunError, UserError, writing
 from dljax.train.experiment import Experiment
+from dljax.train import durable
 from dljax.train.state import NOT_FAILED
-from dljax.train.workdir import fsync_folder, read_json, write_json
+from dljax.train.workdir import read_json, write_json
 
 
 class MetricWriter:
@@ -127,7 +128,7 @@ class MetricWriter:
       os.fsync(rows.fileno())
       if self._kept is not None:
         os.replace(temporary, self._path)
-      fsync_folder(self._workdir)
+      durable.sync(self._workdir)
     if self._project:
       self._wandb = _wandb_module().init(project=self._project, dir=str(self._workdir),
                                          name=self._workdir.name, id=self._wandb_id(),

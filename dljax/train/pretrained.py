@@ -28,7 +28,7 @@ from dljax.tasks.base import CARRY
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
 from dljax.train.state import TrainState, averaged, split_carry
-from dljax.train.workdir import Workdir
+from dljax.train.workdir import Workdir, decisive
 
 
 BACKBONE = "backbone/"
@@ -207,9 +207,11 @@ def read_run(path: Path) -> tuple[int, dict[str, np.ndarray]]:
       averaged if the run averages.
 
   Raises:
-    UserError: the run has no intact checkpoint.
+    UserError: the run has no intact checkpoint, it is another run's, or config.json was damaged.
   """
-  with Checkpointer(Workdir(path).checkpoints, read_only=True) as checkpointer:
+  run = Workdir(path)
+  with Checkpointer(run.checkpoints, run=run.run, config=decisive(run.read_config()),
+                    read_only=True) as checkpointer:
     best = (checkpointer.host() or {}).get("best_step")
     restored = checkpointer.restore_arrays(_of_evaluation,
                                            best if best in checkpointer.steps() else None)

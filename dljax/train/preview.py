@@ -60,7 +60,8 @@ class Preview:
     parts = [part for part in drawn if part is not None]
     place = self._folder.figures / "preview"
     with writing(place):
-      place.mkdir(parents=True, exist_ok=True)
+      for folder in self._folder.figures, place:  # and not the workdir, which may have been moved
+        folder.mkdir(exist_ok=True)
       if pictures := [data for suffix, data in parts if suffix == ".png"]:
         picture = report.side_by_side(pictures)
         _write_whole(place / f"{step}.png", picture)

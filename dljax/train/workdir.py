@@ -1,10 +1,12 @@
 """The folder of a run: who may write in it, what ran there, and where each thing lies."""
 
 import csv
+import errno
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -19,62 +21,65 @@ import ml_collections
 
 from dljax import report
 from dljax.config import decides_training, flatten
-from dljax.errors import UserError, check_local, writing
+from dljax.errors import RunError, UserError, check_local, writing
 from dljax.tasks.base import Findings
+from dljax.train import durable, redact
 from dljax.train.state import FORMAT, check_format
 
 # The fields that decide the training and that may yet differ when a run continues.
 _MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "full_eval_every",
                "shard_above")
+# A disk that fails, as opposed to a folder in which nobody may write.
+_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _PACKAGES = ("dljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy",
              "tensorflow-datasets")
 
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON so that a crash leaves the old file or the new one; `RunError` if it fails."""
-  _write_durably(path, json.dumps(value, indent=2) + "\n")
+  with writing(path):
+    durable.write(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+  return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
   """Writes a JSON object as `write_json` does, with a hash that `read_sealed` verifies."""
-  _write_durably(path, _sealed(value))
-
-
-def _sealed(value: Mapping[str, Any]) -> str:
-  """An object's only form as text, with the hash of all its fields as "sha256"."""
-  value = {name: part for name, part in value.items() if name != "sha256"}
-  digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-  return json.dumps({**value, "sha256": digest}, indent=2) + "\n"
-
-
-def _write_durably(path: Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
   with writing(path):
-    with temporary.open("w") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(path: Path) -> None:
-  """Makes the names in a folder durable."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+    durable.write(path, durable.sealed(value, indent=2))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes rows that have the same keys; the first line holds the keys, and a dict becomes JSON.
+
+  A crash leaves the old file or the new one; raises `OSError` if it cannot be written.
   """
-  with path.open("w", newline="") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
-                     for row in rows)
+  text = io.StringIO(newline="")
+  writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+  writer.writeheader()
+  writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
+                   for row in rows)
+  durable.write(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def decisive(config: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
+  """The fields in which two configs of one run have to agree, as JSON has them.
+
+  They decide the training. A run may continue with another length, other intervals and another
+  limit for splitting arrays; mesh, parallelism and data directory are no fields at all.
+  """
+  fields = {name: value for name, value in flatten(config).items()
+            if decides_training(name) and name not in _MAY_CHANGE}
+  return json.loads(json.dumps(fields))  # where a tuple is a list
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+  """Names the fields in which two results of `decisive` differ; "" if they agree."""
+  return "; ".join(f"{name} is {old.get(name, 'not set')!r} there and "
+                   f"{new.get(name, 'not set')!r} here" for name in sorted(old.keys() | new.keys())
+                   if name not in old or name not in new or old[name] != new[name])
 
 
 def read_json(path: Path, **fields: type) -> Any:
@@ -85,7 +90,7 @@ def read_json(path: Path, **fields: type) -> Any:
   """
   mend = "restore it from a copy, or start again in another --workdir"
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text("utf-8"))
   except (ValueError, RecursionError):  # also of a number with thousands of digits
     raise UserError(f"{path} is not JSON; {mend}") from None
   except OSError as error:
@@ -107,7 +112,7 @@ def read_sealed(path: Path, **fields: type) -> dict[str, Any]:
   value = read_json(path, **fields)
   # Runs from before there were hashes have no run id either.
   if ("run" in value or "sha256" in value) and value.get("sha256") != "":
-    if path.read_bytes() != _sealed(value).encode():
+    if path.read_bytes() != durable.sealed(value, indent=2):
       raise UserError(f"{path} was damaged or edited since it was written; restore it from a copy, or, "
                       'if you edited it, write "sha256": "" in its last line')
   return value
@@ -161,6 +166,10 @@ class Workdir:
     parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
       raise UserError(f"{where} is not writable; name a folder that you may write to")
+    for name, value in flatten(config).items():
+      if redact.holds_secret(str(value)):
+        raise UserError(f"--config.{name}={redact.hide(str(value))} holds a password or a token, which "
+                        f"{self.config_file.name} would keep; download what it names, and give its path")
     if not self.config_file.exists():
       if self._has_checkpoints():
         raise UserError(f"{where} holds checkpoints but no {self.config_file.name}, which says what "
@@ -177,16 +186,9 @@ class Workdir:
     return any(path.name.isdecimal() for path in folders)
 
   def _check_same(self, old: Mapping[str, Any], config: ml_collections.ConfigDict) -> None:
-    # The config goes through JSON, where a tuple is a list.
-    new, old = flatten(json.loads(json.dumps(config.to_dict()))), flatten(old)
-    differ = [
-        f"{key} is {old.get(key, 'not set')!r} there and {new.get(key, 'not set')!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if decides_training(key) and key not in _MAY_CHANGE
-        and (key not in old or key not in new or old[key] != new[key])
-    ]
+    differ = differences(decisive(old), decisive(config))
     if differ:
-      raise UserError(f"--workdir={self.path} holds a run with a different config: {'; '.join(differ)}; name "
+      raise UserError(f"--workdir={self.path} holds a run with a different config: {differ}; name "
                       "another --workdir, or delete it to start again")
 
   def check_data(self, name: str, fingerprint: str) -> None:
@@ -207,9 +209,11 @@ class Workdir:
   def acquire(self) -> None:
     """Makes the folder and locks it until this process ends, however it ends."""
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self._lock = (self.path / ".lock").open("a+")
+      durable.make_folder(self.path)
+      self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
+      if error.errno in _FAILURES:
+        raise RunError(f"{self.path} was not written: {error.strerror}") from error
       raise UserError(f"--workdir={self.path} is not writable ({error.strerror}); name a folder that you may "
                       "write to") from None
     try:
@@ -244,19 +248,22 @@ class Workdir:
       model: the description of the run's model by `interop.variants.describe`, or None.
     """
     run = self.run
-    self.result_file.unlink(missing_ok=True)
+    with writing(self.result_file):
+      self.result_file.unlink(missing_ok=True)
     write_sealed(self.config_file, {
         "format": FORMAT,
         "run": run,
         "fingerprint": fingerprint,
         "config": config.to_dict(),
-        "command": sys.argv,
+        "command": redact.hide_in_command(sys.argv),
         "git_commit": _git_commit(),
+        "model_sha256": None if model is None else hashlib.sha256(_json(model)).hexdigest(),
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
     })
     if model is not None:
       write_json(self.model_file, model)
-    self.data.mkdir(exist_ok=True)
+    with writing(self.data):
+      durable.make_folder(self.data)
     for stem, value in assets.items():
       write_json(self.data / f"{stem}.json", value)
 
@@ -285,27 +292,54 @@ class Workdir:
     check_format(read_json(self.config_file, config=dict), self.config_file)
     return read_sealed(self.config_file)["config"]
 
+  def read_model(self) -> dict[str, Any] | None:
+    """The description of the run's model in model.json, or None; see `start`.
+
+    Raises:
+      UserError: the file was damaged or edited, or belongs to another run.
+    """
+    if not self.model_file.exists():
+      return None
+    model = read_json(self.model_file, model=str, settings=dict)
+    wanted = read_sealed(self.config_file).get("model_sha256")
+    if wanted and hashlib.sha256(self.model_file.read_bytes()).hexdigest() != wanted:
+      raise UserError(f"{self.model_file} was damaged or edited since it was written; restore it from "
+                      "a copy, or name the model by --model and --set, and remove it")
+    return model
+
   def write_findings(self, findings: Findings) -> None:
-    """Writes figures/*.png and tables/*.csv; `RunError` where that fails."""
+    """Writes figures/*.png and tables/*.csv durably; `RunError` where that fails."""
     with writing(self.figures):
-      self.figures.mkdir(exist_ok=True)
+      self.figures.mkdir(exist_ok=True)  # in a workdir that was moved, this fails
       for stem, draw in findings.figures.items():
         report.save(draw(), self.figures / f"{stem}.png")
+        durable.sync(self.figures / f"{stem}.png")
+      durable.sync(self.figures)
     with writing(self.tables):
       self.tables.mkdir(exist_ok=True)
       for stem, rows in findings.tables.items():
         write_csv(self.tables / f"{stem}.csv", rows)
+    with writing(self.path):
+      durable.sync(self.path)
 
   def read_assets(self) -> dict[str, Any]:
     """What was fitted to the data, by file stem."""
     return {path.stem: read_json(path) for path in sorted(self.data.glob("*.json"))}
 
   def result(self) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
+    """The result of a finished run, or None.
+
+    Raises:
+      UserError: result.json was damaged or edited, or belongs to another run.
+    """
     if not self.result_file.exists():
       return None
-    return read_sealed(self.result_file, family=str, preset=str, steps=int, total_steps=int,
-                     metrics=dict, checkpoint=int, params=int, seconds=float, devices=str)
+    result = read_sealed(self.result_file, family=str, preset=str, steps=int, total_steps=int,
+                         metrics=dict, checkpoint=int, params=int, seconds=float, devices=str)
+    if result.get("run", self.run) != self.run:
+      raise UserError(f"{self.result_file} belongs to another run than {self.config_file.name} beside "
+                      "it; restore it from a copy, or remove it")
+    return result
 
   def is_finished(self, total_steps: int) -> bool:
     """Whether a run of `total_steps` ended here, perhaps by early stopping."""

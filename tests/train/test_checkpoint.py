@@ -123,6 +123,40 @@ def test_the_path_is_no_pattern(tmp_path, name):
   assert set(Path(tempfile.gettempdir()).glob("dljax-*")) == before, "a link is left"
 
 
+@pytest.mark.parametrize("descriptors", [checkpoint._DESCRIPTORS, Path("/nowhere")])
+def test_a_folder_that_is_moved_takes_its_saves_along(tmp_path, monkeypatch, descriptors):
+  monkeypatch.setattr(checkpoint, "_DESCRIPTORS", descriptors)
+  run, moved = tmp_path / "run[1]", tmp_path / "moved"
+  run.mkdir()
+  try:
+    with Checkpointer(run / "checkpoints") as checkpointer:
+      checkpointer.save(1, {"w": np.arange(3.0)}, {})
+      checkpointer.wait()
+      run.rename(moved)
+      checkpointer.save(2, {"w": np.arange(3.0) + 1}, {})
+  except CheckpointError as error:  # without open descriptors there is no way to follow the folder
+    assert descriptors != checkpoint._DESCRIPTORS or not descriptors.is_dir(), error
+  assert _names(tmp_path) == {"moved"}
+  restored = Checkpointer(moved / "checkpoints", read_only=True).restore({"w": np.zeros(3)})
+  assert restored.step == (2 if descriptors.is_dir() else 1)
+  np.testing.assert_array_equal(restored.state["w"], np.arange(3.0) + restored.step - 1)
+
+
+@pytest.mark.parametrize("when", ["before the first save", "between saves"])
+def test_a_folder_that_is_deleted_is_not_made_again(tmp_path, capfd, when):
+  run = tmp_path / "run"
+  run.mkdir()
+  with pytest.raises(CheckpointError, match=r"run/checkpoints was not saved: .*No such file") as error:
+    with Checkpointer(run / "checkpoints") as checkpointer:
+      if when == "between saves":
+        checkpointer.save(1, {"w": np.arange(3.0)}, {})
+        checkpointer.wait()
+      shutil.rmtree(run)
+      checkpointer.save(2, {"w": np.arange(3.0)}, {})
+  assert "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""
+
+
 def test_several_processes_refuse_a_path_that_orbax_takes_for_a_pattern(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(UserError, match=r"\[ in its name"):
@@ -259,12 +293,12 @@ def _delete(step: Path) -> str:
 
 def _delete_manifest(step: Path) -> str:
   (step / "manifest.json").unlink()
-  return "manifest.json is missing"
+  return "manifest.json is missing, as after a save that was interrupted"
 
 
 def _half_a_manifest(step: Path) -> str:
   (step / "manifest.json").rename(step / "manifest.json.tmp")
-  return "manifest.json is missing"
+  return "manifest.json is missing, as after a save that was interrupted"
 
 
 def _empty(step: Path) -> str:
@@ -285,9 +319,7 @@ def _edited_manifest(step: Path) -> str:
   return "manifest.json is damaged"
 
 
-@pytest.mark.parametrize("damage", [
-    _truncate, _delete, _delete_manifest, _half_a_manifest, _empty, _other_manifest, _edited_manifest,
-])
+@pytest.mark.parametrize("damage", [_truncate, _delete, _other_manifest, _edited_manifest])
 def test_damage_falls_back_and_the_step_can_be_saved_again(saved, caplog, damage):
   fault = damage(saved / "8")
   _restores(saved, 4)
@@ -298,9 +330,23 @@ def test_damage_falls_back_and_the_step_can_be_saved_again(saved, caplog, damage
     assert checkpointer.restore(ABSTRACT).step == 4
     checkpointer.save(8, _state(8), {"seen": 8})
   assert _names(saved) == {"4", "8", "corrupt-8"}
+  caplog.clear()
   damage(saved / "8")
   _restores(saved, 4)
-  assert _names(saved) == {"4", "corrupt-8", "corrupt-8-2"}
+  assert _names(saved) == {"4", "corrupt-8-2"}
+  assert [m for m in _messages(caplog) if m == "corrupt-8, moved there at an earlier start, is removed"]
+
+
+@pytest.mark.parametrize("interrupt", [_delete_manifest, _half_a_manifest, _empty])
+def test_what_an_interrupted_save_left_is_removed(saved, caplog, interrupt):
+  fault = interrupt(saved / "8")
+  with Checkpointer(saved, read_only=True) as checkpointer:
+    assert checkpointer.restore(ABSTRACT).step == 4
+  assert _names(saved) == {"4", "8"}
+  caplog.clear()
+  _restores(saved, 4)
+  assert _names(saved) == {"4"}
+  assert _messages(caplog) == [f"checkpoint {saved / '8'}: {fault}; removed"]
 
 
 def test_every_step_damaged_is_none(saved):
@@ -314,7 +360,7 @@ def test_an_empty_directory_with_a_larger_number_is_no_step(saved):
   (saved / "100").mkdir()
   assert Checkpointer(saved).steps() == [4, 8]
   _restores(saved, 8)
-  assert _names(saved) == {"4", "8", "corrupt-100"}
+  assert _names(saved) == {"4", "8"}
 
 
 def test_saving_where_a_crash_left_a_directory(saved):
@@ -322,7 +368,7 @@ def test_saving_where_a_crash_left_a_directory(saved):
   with Checkpointer(saved) as checkpointer:
     checkpointer.save(12, _state(12), {"seen": 12})
   _restores(saved, 12)
-  assert _names(saved) == {"8", "12", "corrupt-12"}
+  assert _names(saved) == {"8", "12"}
 
 
 def test_what_orbax_and_an_interrupted_deletion_leave_is_no_step_and_is_removed(saved):
@@ -479,7 +525,7 @@ def test_a_manifest_that_cannot_be_written_is_an_error(saved, monkeypatch, leave
 
   checkpointer = Checkpointer(saved)
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "_write_durably", full)
+    patch.setattr(checkpoint.durable, "write", full)
     checkpointer.save(12, _state(12), {"seen": 12})
     deadline = time.monotonic() + 30
     while not checkpointer.failed and time.monotonic() < deadline:
@@ -495,14 +541,14 @@ def test_a_manifest_that_cannot_be_written_is_an_error(saved, monkeypatch, leave
 
 def test_a_step_in_flight_is_not_there_yet(saved, monkeypatch):
   reached, go = threading.Event(), threading.Event()
-  write = checkpoint._write_durably
+  write = checkpoint.durable.write
 
   def slow(path, data):
     reached.set()
     assert go.wait(30)
     write(path, data)
 
-  monkeypatch.setattr(checkpoint, "_write_durably", slow)
+  monkeypatch.setattr(checkpoint.durable, "write", slow)
   with Checkpointer(saved, keep=1) as checkpointer:
     checkpointer.save(12, _state(12), {"seen": 12})
     assert reached.wait(30)
@@ -585,7 +631,7 @@ def test_kill_9_leaves_an_intact_step_and_a_normal_exit_the_last_one(tmp_path):
   child = start(newest + 3)
   _, err = child.communicate("\n", timeout=60)
   assert child.returncode == 0
-  assert all("moved to corrupt-" in line for line in err.splitlines()), err
+  assert all(line.endswith("; removed") for line in err.splitlines()), err
   assert max(Checkpointer(tmp_path).steps()) == newest + 3
 
 
@@ -628,7 +674,7 @@ _PROCESS = textwrap.dedent("""
     def full(path, data):
       raise OSError(28, "No space left on device")
 
-    write, checkpoint._write_durably = checkpoint._write_durably, full  # only process 0 calls it
+    write, checkpoint.durable.write = checkpoint.durable.write, full  # only process 0 calls it
     with Checkpointer(directory) as checkpointer:
       checkpointer.save(5, make(5, P()), {"best_step": 1})
       try:
@@ -636,7 +682,7 @@ _PROCESS = textwrap.dedent("""
         raise AssertionError("step 5 was not saved")
       except CheckpointError as error:
         assert ("No space left" if process == 0 else "another process says why") in str(error), error
-      checkpoint._write_durably = write
+      checkpoint.durable.write = write
       checkpointer.save(6, make(6, P()), {"best_step": 1})
 """)
 

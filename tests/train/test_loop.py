@@ -277,7 +277,11 @@ def test_handlers_and_the_lock_are_given_back(tmp_path):
 def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
   failing = threading.Event()
 
+  write = checkpoint.durable.write
+
   def full(path, data):
+    if path.name != checkpoint.MANIFEST:
+      return write(path, data)
     failing.set()
     raise OSError(28, "No space left on device", str(path))
 
@@ -287,11 +291,29 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tmp_p
       time.sleep(0.2)
     return _batch(step)
 
-  monkeypatch.setattr(checkpoint, "_write_durably", full)
+  monkeypatch.setattr(checkpoint.durable, "write", full)
   experiment = _experiment(batch, log_every=1, eval_every=100, checkpoint_every=10, monitor="")
   with pytest.raises(checkpoint.CheckpointError, match="checkpoint 10 in .* was not saved: .*No space left on device"):
     loop.fit(experiment, tmp_path, OPTIONS)
   assert 10 < _rows(tmp_path)[-1]["step"] <= 13
+
+
+def test_a_result_is_written_only_once_the_last_save_is_on_disk(tmp_path, monkeypatch):
+  write = checkpoint.durable.write
+
+  def full(path, data):
+    if path.parts[-2:] == ("10", checkpoint.MANIFEST):
+      raise OSError(28, "No space left on device", str(path))
+    write(path, data)
+
+  experiment = _experiment(total_steps=10, eval_every=100, monitor="")
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.durable, "write", full)
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoint 10 in .* was not saved: No space left"):
+      loop.fit(experiment, tmp_path, OPTIONS)
+  assert not (tmp_path / "result.json").exists() and _steps(tmp_path) == [5]
+  loop.fit(experiment, tmp_path, OPTIONS)
+  assert _result(tmp_path)["checkpoint"] == 10 and _steps(tmp_path) == [5, 10]
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
