@@ -13,11 +13,12 @@ import numpy as np
 from absl import logging
 
 from dljax import config as config_lib
-from dljax import errors, report
+from dljax import errors
 from dljax.errors import UserError
 from dljax.train import evaluate, parallel
-from dljax.train.checkpoint import Checkpointer
+from dljax.train.checkpoint import Checkpointer, Restored
 from dljax.train.experiment import Experiment, Inputs, Request
+from dljax.train.metrics import read_rows
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import TrainState, split_carry
 from dljax.train.workdir import Workdir, decisive
@@ -45,6 +46,7 @@ class Run:
     self.experiment, self.folder = experiment, folder
     self.config, self.model = experiment.config, experiment.task.model
     self._options, self._which, self._restored, self._predictor = options, step, None, None
+    self._mark = None  # how far metrics.jsonl had come at the checkpoint
     self.assets = folder.read_assets()
     if self.assets:
       experiment.data.restore(self.assets)
@@ -59,7 +61,9 @@ class Run:
       UserError: there is no such checkpoint, or it does not fit the experiment.
     """
     if self._restored is None:
-      self._restored = _restore(self.experiment, self.folder, self._options, self._which)
+      program, restored = _restore(self.experiment, self.folder, self._options, self._which)
+      self._restored = program, restored.step, restored.state
+      self._mark = restored.host.get("metrics")
     return self._restored
 
   @property
@@ -84,14 +88,18 @@ class Run:
 
   @property
   def metrics(self) -> dict[str, dict[str, float]]:
-    """Split -> metric -> the value that the run reported for this step; {} if it reported none."""
+    """Split -> metric -> the value that the run reported for this step; {} if it reported none.
+
+    Raises:
+      UserError: the file that holds them was damaged or edited, or belongs to another run.
+    """
     result = self.folder.result()
     if result and result["checkpoint"] == self.step:
       return result["metrics"]
-    path = self.folder.metrics_file
-    rows = report.read_metrics(path) if path.exists() else []
+    step = self.step  # reading the checkpoint gives the mark
     return {row.pop("split"): {name: value for name, value in row.items() if name != "step"}
-            for row in rows if row["step"] == self.step and row["split"] != "train"}
+            for row in read_rows(self.folder.metrics_file, self._mark)
+            if row["step"] == step and row["split"] != "train"}
 
   def predict(self, inputs: Any) -> list[dict[str, Any]]:
     """Predictions, as --mode=predict prints them.
@@ -222,8 +230,8 @@ def _experiment_module(folder: Workdir, family: Any) -> ModuleType:
 
 def _restore(
     experiment: Experiment, folder: Workdir, options: RunOptions, which: str,
-) -> tuple[Program, int, TrainState]:
-  """The program, and the step and state that `which` (best, latest or a number) names."""
+) -> tuple[Program, Restored]:
+  """The program, and the checkpoint that `which` (best, latest or a number) names."""
   with Checkpointer(folder.checkpoints, assets=folder.data, run=folder.run,
                     config=decisive(folder.read_config()), read_only=True) as checkpointer:
     host = checkpointer.host()
@@ -243,4 +251,4 @@ def _restore(
     if restored is None:
       raise UserError(
           f"--workdir={folder.path} holds no intact checkpoint; train again in another --workdir")
-    return program, restored.step, restored.state
+    return program, restored

@@ -174,6 +174,43 @@ def test_a_best_checkpoint_that_is_gone_gives_way_to_the_latest(digits, tmp_path
   assert caplog.messages == [f"checkpoint {best}, the best, is gone; the latest, {STEPS}, takes its place"]
 
 
+def test_metrics_that_were_changed_are_refused(digits, tmp_path):
+  copy = Path(shutil.copytree(digits, tmp_path / "run"))
+  expected = dljax.load(copy, step="latest").metrics
+  assert set(expected) == {"validation"} and expected["validation"]["loss"] > 0
+  path = copy / "metrics.jsonl"
+  data = path.read_bytes()
+  path.write_bytes(data.replace(b'"loss": ', b'"loss": 1', 1))
+  with pytest.raises(UserError, match="metrics.jsonl was damaged or edited since the checkpoint"):
+    dljax.load(copy, step="latest").metrics
+  path.write_bytes(data + b"{}")  # what came after the checkpoint does not matter to it
+  assert dljax.load(copy, step="latest").metrics == expected
+  path.unlink()
+  assert dljax.load(copy, step="latest").metrics == {}
+  result = json.loads((copy / "result.json").read_text())
+  (copy / "result.json").write_text(json.dumps({**result, "run": "another", "sha256": ""}))
+  with pytest.raises(UserError, match="result.json belongs to another run than config.json"):
+    dljax.load(copy).metrics
+
+
+def test_an_edit_of_what_decided_the_training_is_said_and_another_runs_config_refused(
+    digits, tmp_path, images, caplog):
+  copy = Path(shutil.copytree(digits, tmp_path / "run"))
+  noted = json.loads((copy / "config.json").read_text())
+  noted["config"]["optimizer"]["learning_rate"] = 0.5
+  (copy / "config.json").write_text(json.dumps(noted))
+  with pytest.raises(UserError, match='config.json was damaged or edited .* write "sha256": ""'):
+    dljax.load(copy)
+  (copy / "config.json").write_text(json.dumps({**noted, "sha256": ""}))
+  assert dljax.load(copy).predict(images) == dljax.load(digits).predict(images)
+  line, = caplog.messages
+  assert line.endswith("was trained with another config: optimizer.learning_rate is 0.02 there and 0.5 here; the "
+                       "edited config.json is used")
+  (copy / "config.json").write_text(json.dumps({**noted, "run": "another", "sha256": ""}))
+  with pytest.raises(UserError, match="checkpoint .* belongs to another run"):
+    dljax.load(copy)
+
+
 def test_a_build_function_of_ones_own_needs_no_experiment(digits, tmp_path, images):
   copy = Path(shutil.copytree(digits, tmp_path / "run"))
   noted = json.loads((copy / "config.json").read_text())

@@ -6,6 +6,7 @@ makes pipelines from a config, and `encode`, which reads the user's own inputs a
 reads a split. This module holds what the modalities share.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_collections
@@ -24,6 +25,7 @@ from dljax.data import sources
 from dljax.data.pipeline import Pipeline
 from dljax.errors import UserError
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[Sequence[int], Any]]  # field -> shape of one row, dtype
 
 
@@ -85,6 +87,7 @@ class DataSet:
     self.config = ml_collections.FrozenConfigDict(config)
     self.lock = threading.RLock()
     self._dataset: sources.Dataset | None = None
+    self._fingerprints: dict[str, str] = {}  # of the user's own files
 
   @property
   def dataset(self) -> sources.Dataset:
@@ -99,6 +102,29 @@ class DataSet:
   def check(self, dataset: sources.Dataset) -> None:
     """Raises `UserError` if a set does not fit the config."""
     check_splits(dataset, self.config)
+
+  def fingerprint_of(self, path: str) -> str:
+    """The `file_fingerprint` of the user's own file, the same at every call.
+
+    Raises:
+      UserError: the file has changed since the first call.
+    """
+    found = file_fingerprint(path)
+    with self.lock:
+      if self._fingerprints.setdefault(path, found) != found:
+        raise UserError(f"{path} was changed while the run read it; run again once nothing writes to it")
+    return found
+
+  def read_own(self, path: str, read: Callable[[], T]) -> T:
+    """What `read` gives, which reads the user's own file; raises as `fingerprint_of` does.
+
+    So what is trained on is what the fingerprint says, though a run reads a file several times.
+    """
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # `read` says it better
+      self.fingerprint_of(path)
+    value = read()
+    self.fingerprint_of(path)
+    return value
 
   def pipeline(self, split: str, **options: Any) -> Pipeline:
     """The pipeline of a split; opens nothing.

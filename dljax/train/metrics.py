@@ -151,6 +151,25 @@ class MetricWriter:
     return read_json(path, id=str)["id"]
 
 
+def read_rows(path: Path, mark: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl that were written before a checkpoint; [] if there is no file.
+
+  Args:
+    path: the file.
+    mark: the checkpoint's `MetricWriter.mark`; without it all rows are read, and not verified.
+
+  Raises:
+    UserError: the file was damaged or edited since.
+  """
+  if not path.exists():
+    return []
+  if mark is None:
+    return report.read_metrics(path)
+  _verified(path, mark)
+  with path.open("rb") as file:
+    return [json.loads(line) for line in file.read(mark["size"]).splitlines()]
+
+
 def _verified(path: Path, mark: Mapping[str, Any]) -> Any:
   """The hash of the file up to a `MetricWriter.mark`; `UserError` unless the mark has it too."""
   digest, left = hashlib.sha256(), mark["size"]

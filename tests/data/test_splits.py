@@ -33,6 +33,38 @@ def test_a_files_fingerprint_is_its_length_and_content(tmp_path):
         "5 bytes, SHA-256 cb09d412cce28fbba90874502fea7b38c3f87a944b5626c6e1217b157fba1652")
 
 
+@pytest.mark.parametrize("kind", ["text", "series"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, kind):
+  if kind == "text":
+    path, config = tmp_path / "play.txt", corpus.default_config()
+    path.write_text("Speak the speech, I pray you\n" * 20)
+    config.file = str(path)
+    data = corpus.TextSet(config).pipelines(**SIZES)
+    data.train.open()
+    with path.open("a") as play:
+      play.write("trippingly on the tongue\n")
+    with pytest.raises(UserError, match="play.txt was changed while the run read it") as error:
+      data.evals["validation"].open()
+  else:
+    path, config = tmp_path / "series.csv", windows.default_config()
+    path.write_text("date,OT\n2016-07-01 00:00,1\n2016-07-01 01:00,2\n")
+    config.name, config.channels = str(path), ("OT",)
+    read = windows.table.read_csv
+
+    def grown(*arguments):
+      with path.open("a") as series:
+        series.write("2016-07-01 02:00,3\n")
+      return read(*arguments)
+
+    monkeypatch.setattr(windows.table, "read_csv", grown)
+    data = windows.SeriesSet(config).pipelines(**SIZES)
+    with pytest.raises(UserError, match="series.csv was changed while the run read it") as error:
+      data.train.open()
+  assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="was changed"):
+    data.fingerprint()
+
+
 def test_a_sets_fingerprint_is_its_name_version_and_split_sizes(digits):
   data = labelled.ImageSet(digits).pipelines(**SIZES)
   assert data.name == "digits"

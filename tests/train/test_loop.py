@@ -357,6 +357,19 @@ def test_damaged_metrics_are_refused_and_the_result_stays(tmp_path):
   assert _result(tmp_path)["steps"] == json.loads((tmp_path / "config.json").read_text())["config"]["total_steps"] == 3
 
 
+def test_a_run_is_not_continued_with_an_edited_config(tmp_path):
+  loop.fit(_experiment(total_steps=3, monitor=""), tmp_path, OPTIONS)
+  noted = json.loads((tmp_path / "config.json").read_text())
+  noted["config"]["optimizer"]["learning_rate"] = 0.125
+  (tmp_path / "config.json").write_text(json.dumps({**noted, "sha256": ""}))
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+  edited = _experiment(total_steps=5, monitor="", optimizer={"learning_rate": 0.125})
+  with pytest.raises(UserError, match="checkpoint 3 in .* was trained with another config: optimizer.learning_rate is "
+                                      "0.25 there and 0.125 here; undo the edit"):
+    loop.fit(edited, tmp_path, OPTIONS)
+  assert before == {path: path.read_bytes() for path in before}
+
+
 @pytest.mark.parametrize("change", [
     lambda run: run.rename(run.parent / "moved"), shutil.rmtree,
     lambda run: (run.rename(run.parent / "moved"), shutil.copytree(run.parent / "moved", run))])

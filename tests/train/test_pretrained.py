@@ -185,6 +185,28 @@ def test_what_does_not_fit_is_named(run_dir, tmp_path):
   assert "holds no intact checkpoint" in refusal(_experiment(mlp, *SHORT, f"--config.init.source={tmp_path / 'empty'}"))
 
 
+def test_a_source_is_verified_as_a_run_that_continues(run_dir, tmp_path):
+  copy = tmp_path / "run"
+  shutil.copytree(run_dir, copy)
+  noted = (copy / "config.json").read_text()
+  run = json.loads(noted)["run"]
+  for text, message in ((noted.replace('"seed": 0', '"seed": 1'), "was damaged or edited"),
+                        (noted.replace(run, "0" * 32), "was damaged or edited"),
+                        (json.dumps({**json.loads(noted), "run": "another", "sha256": ""}), "belongs to another run")):
+    assert text != noted
+    (copy / "config.json").write_text(text)
+    for use in (lambda: pretrained.read_run(copy),
+                lambda: _start(_experiment(mlp, *SHORT, f"--config.init.source={copy}")),
+                lambda: convert.convert(interop.OURS, "torch", "", {}, str(copy), tmp_path / "out.safetensors")):
+      with pytest.raises(UserError, match=message):
+        use()
+  (copy / "config.json").write_text(noted)
+  (copy / "model.json").write_text((copy / "model.json").read_text().replace("16", "17"))
+  with pytest.raises(UserError, match="model.json was damaged or edited"):
+    convert.convert(interop.OURS, "torch", "", {}, str(copy), tmp_path / "out.safetensors")
+  assert not (tmp_path / "out.safetensors").exists()
+
+
 # --- On the command line ----------------------------------------------------------------------------------
 
 

@@ -217,7 +217,7 @@ class SeriesSet(splits.DataSet):
     """See `DataSet.fields`."""
     fields = {"restore": self.restore, "assets": lambda: {ASSET: self.normaliser().asset()}}
     if _is_csv(name := self.config.name):
-      fields["fingerprint"] = lambda: splits.file_fingerprint(name)
+      fields["fingerprint"] = lambda: self.fingerprint_of(name)
     return fields
 
   def restore(self, assets: Mapping[str, Any]) -> None:
@@ -235,7 +235,8 @@ class SeriesSet(splits.DataSet):
       if self._opened is None:
         config = self.config
         if _is_csv(config.name):
-          read = table.read_csv(Path(config.name).expanduser(), config.time, config.channels)
+          read = self.read_own(config.name, functools.partial(
+              table.read_csv, Path(config.name).expanduser(), config.time, config.channels))
         else:
           read = self._read_set()
         series = read.checked(config.missing)

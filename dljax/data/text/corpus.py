@@ -147,7 +147,7 @@ class TextSet(splits.DataSet):
     """See `DataSet.fields`."""
     fields = {"restore": self.restore, "assets": lambda: {ASSET: self.tokenizer().to_json()}}
     if file := self.config.file:
-      fields |= {"name": file, "fingerprint": lambda: splits.file_fingerprint(file)}
+      fields |= {"name": file, "fingerprint": lambda: self.fingerprint_of(file)}
     return fields
 
   def restore(self, assets: Mapping[str, Any]) -> None:
@@ -200,7 +200,8 @@ class TextSet(splits.DataSet):
   def _documents(self, split: str) -> list[str]:
     config = self.config
     if config.file:
-      return [split_text(read_file(config.file, "--config.data.file"))[split]]
+      read = functools.partial(read_file, config.file, "--config.data.file")
+      return [split_text(self.read_own(config.file, read))[split]]
     records = self.dataset.records(config[split])
     return [self._text(split, i, record[config.field])
             for i, record in enumerate(records[range(len(records))])]
