@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -34,6 +35,9 @@ _LENGTHS = {"image_shape": (3, "height, width and channels"), "scale": (2, "the 
 # What decides the training: these groups, these fields of other groups, and every field outside of
 # groups.
 _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
+
+
+_DATA = ("folder", "file", "name")  # the fields that say which data these are; the first set counts
 
 
 class ModelConfig(ml_collections.ConfigDict):
@@ -228,6 +232,22 @@ def _float(value: int | float) -> float:
     return math.inf
 
 
+def data_field(config: ml_collections.ConfigDict) -> str:
+  """Returns the field that says which data these are, such as "data.file"; "" if none does."""
+  data = config.get("data", {})
+  named = [f"data.{name}" for name in _DATA if data.get(name)]
+  return named[0] if named else ""
+
+
+def title(config: ml_collections.ConfigDict) -> str:
+  """Returns what a run is called where people read it: its family and its data."""
+  field = data_field(config)
+  data = str(flatten(config)[field]).rstrip("/") if field else config.preset
+  # A path has a suffix or is a folder's; a slash in the name of a set is no path.
+  own = field != "data.name" or Path(data).suffix == ".csv"
+  return f"{config.family} {Path(data).name if own else data}"
+
+
 def identity(config: ml_collections.ConfigDict) -> str:
   """Returns a text that is the same for two configs if they train the same network."""
   fields = {name: value for name, value in flatten(config).items() if decides_training(name)}
@@ -337,6 +357,8 @@ def apply_overrides(
       raise UserError(f"{flag} needs a value: write {flag}={format_value(place[field])}")
     if name in _FROM_FLAGS:
       raise UserError(f"{flag} cannot be set; use --preset and --seed")
+    if name == "data.folder":
+      text = text.rstrip("/") or text  # the same folder with and without, to one and the same run
     place[field] = _parse(flag, text, typed.get(name, ()) if place[field] == () else place[field])
 
 

@@ -18,8 +18,9 @@ from dljax.errors import UserError
 from dljax.train import evaluate, parallel
 from dljax.train.checkpoint import Checkpointer, Restored
 from dljax.train.experiment import Experiment, Inputs, Request
-from dljax.train.metrics import read_rows
+from dljax.train.metrics import read_rows, say
 from dljax.train.program import Program, RunOptions
+from dljax.train.progress import Compilations
 from dljax.train.state import TrainState, split_carry
 from dljax.train.workdir import Workdir, decisive
 
@@ -47,12 +48,13 @@ class Run:
     self.config, self.model = experiment.config, experiment.task.model
     self._options, self._which, self._restored, self._predictor = options, step, None, None
     self._mark = None  # how far metrics.jsonl had come at the checkpoint
+    self._compilations = Compilations(say if options.progress else None)
     self.assets = folder.read_assets()
     if self.assets:
       experiment.data.restore(self.assets)
 
   def __repr__(self) -> str:
-    return f"<{self.config.family} {self.config.preset} of {self.folder.path}, step {self.step}>"
+    return f"<{config_lib.title(self.config)} of {self.folder.path}, step {self.step}>"
 
   def restore(self) -> tuple[Program, int, TrainState]:
     """The compiled experiment, the checkpoint's step and its training state, read once.
@@ -141,13 +143,14 @@ class Run:
     """The result of `Task.predict` for the rows, as NumPy arrays with leading axis rows."""
     if self._predictor is None:
       self._predictor = evaluate.Predictor(
-          self.experiment, self.program, self._options.parallelism)
+          self.experiment, self.program, self._options.parallelism, self._compilations)
     return self._predictor(self.state, inputs.batch)
 
   def generate(self, inputs: Inputs) -> Iterator[np.ndarray]:
     """The tokens i32[rows, n] that continue the rows, a part at a time."""
     return evaluate.generate(
-        self.experiment, self.program, self._options.parallelism, self.state, inputs.batch)
+        self.experiment, self.program, self._options.parallelism, self.state, inputs.batch,
+        self._compilations)
 
   def rows(self, inputs: Inputs, predictions: Any) -> list[dict[str, Any]]:
     """A dict for each row, with its name as "input" and its prediction."""

@@ -247,7 +247,7 @@ def test_the_default_workdir_tells_configs_apart(tmp_path, monkeypatch):
   assert [folder.name for folder in folders()] == ["mlp-digits"]
   assert run(tiny, "--mesh=data:1", "--seed=1").status == 0
   plain, other = folders()
-  assert plain.name == "mlp-digits" and re.fullmatch("mlp-digits-[0-9a-f]{8}", other.name)
+  assert plain.name == "mlp-digits" and other.name == "mlp-digits-seed=1"
 
   # The seed decides the run.
   assert _json(other / "config.json")["config"]["seed"] == 1
@@ -259,6 +259,40 @@ def test_the_default_workdir_tells_configs_apart(tmp_path, monkeypatch):
   assert folders() == [plain, other]
   assert (other / "evaluation.json").exists() and not (plain / "evaluation.json").exists()
   assert "holds no run" in refuse(tiny, "--seed=2", "--mode=eval")
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--epochs=0", "must be a number above 0"), ("--epochs=nan", "must be a number above 0"),
+    ("--epochs=inf", "must be a number above 0"), ("--epochs=1e30", "ask for fewer")])
+def test_epochs_out_of_range_are_refused(tmp_path, flag, words):
+  said = refuse(mlp, f"--workdir={tmp_path / 'run'}", flag)
+  assert "--epochs=" in said and words in said and not (tmp_path / "run").exists()
+
+
+def test_epochs_and_steps_exclude_each_other():
+  assert "--config.total_steps do not go together" in refuse(
+      mlp, "--epochs=1", "--config.total_steps=5")
+
+
+def test_epochs_become_steps_by_the_number_of_examples(tmp_path):
+  train = functools.partial(run, mlp, f"--workdir={tmp_path}", "--mesh=data:1", *SMALL)
+  steps = lambda: _json(tmp_path / "config.json")["config"]["total_steps"]
+  # There are 1293 examples in batches of 128.
+  assert train("--epochs=0.5").status == 0 and steps() == 6
+  outcome = train("--epochs=0.7")
+  assert outcome.status == 0 and "continuing from step 6" in outcome.err
+  # A log file has the lines that a terminal has.
+  assert re.search(r"^compiled the train step in \d+\.\d s$", outcome.err, re.M)
+  assert re.search(r"^step 8: validation top_5_accuracy [\d.]+, .*loss [\d.]+.*$", outcome.err, re.M)
+  assert steps() == _json(tmp_path / "result.json")["steps"] == 8
+  assert "finished" in train("--epochs=0.7").out
+
+
+def test_a_dry_run_in_epochs_says_what_it_needs(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  said = refuse(mlp, "--preset=mnist", "--dry_run", "--epochs=2")
+  assert "number of training examples" in said and "--config.total_steps=N" in said
+
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------

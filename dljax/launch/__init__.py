@@ -1,24 +1,23 @@
 """The command line of every experiment: from flags to training, evaluation or prediction."""
 
+import contextlib
 import logging as python_logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ml_collections
 from absl import flags as absl_flags
 from absl import logging
 
 from dljax import errors
 from dljax.errors import DONE, UserError
 from dljax.launch import configs, flags, train
-from dljax.launch.configs import GetConfig, Resolve
+from dljax.launch.configs import Build, GetConfig, Resolve
 from dljax.train import parallel
 from dljax.train.experiment import Experiment
 from dljax.train.program import RunOptions
-
-Build = Callable[[ml_collections.ConfigDict], Experiment]
+from dljax.train.workdir import Workdir
 
 
 def main(
@@ -61,7 +60,7 @@ def _run(
   if values.list_presets:
     print("\n".join(f"{name:16}{text}" for name, text in presets.items()))
     return DONE
-  flags.check_together(values)
+  flags.check_together(values, overrides)
   _use_data_dir(values.data_dir)
   options = RunOptions(
       parallelism=values.parallelism, mesh=parallel.parse_mesh(values.mesh), resume=values.resume,
@@ -76,11 +75,13 @@ def _run(
   if values.dry_run:
     from dljax.launch import dry_run  # pylint: disable=g-import-not-at-top
 
-    return dry_run.dry_run(experiment, options, values.topology)
+    with _in_epochs(experiment, build, folder, values.epochs) as experiment:
+      return dry_run.dry_run(experiment, options, values.topology)
   parallel.initialize()
   errors.end_as_ctrl_c()  # jax.distributed takes SIGTERM for itself
   if values.mode == "train":
-    return train.train(experiment, folder, options)
+    with _in_epochs(experiment, build, folder, values.epochs) as experiment:
+      return train.train(experiment, folder, options)
   from dljax import runs  # pylint: disable=g-import-not-at-top
   from dljax.launch import evaluate, predict  # pylint: disable=g-import-not-at-top
 
@@ -88,6 +89,17 @@ def _run(
   if values.mode == "eval":
     return evaluate.evaluate(run, options.parallelism)
   return predict.predict(run, values)
+
+
+def _in_epochs(
+    experiment: Experiment, build: Build, folder: Workdir, epochs: float | None,
+) -> contextlib.AbstractContextManager[Experiment]:
+  """The experiment with as many steps as --epochs asks for, if it is given."""
+  if epochs is None:
+    return contextlib.nullcontext(experiment)
+  from dljax.train.epochs import in_epochs  # pylint: disable=g-import-not-at-top
+
+  return in_epochs(experiment, build, folder, epochs)
 
 
 def _use_data_dir(path: str) -> None:

@@ -1,6 +1,5 @@
 """The config that the flags and the user's own data ask for, and the folder of its run."""
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from absl import flags
 
 from dljax import config as config_lib
 from dljax.errors import UserError
+from dljax.launch import names
+from dljax.train.experiment import Experiment
 from dljax.train.workdir import Workdir
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
+Build = Callable[[ml_collections.ConfigDict], Experiment]
 # A recipe's function of (config, names of the fields that the user has given) that looks at the
 # user's own data and returns field -> value, such as {"data.num_classes": 3}.
 Resolve = Callable[[ml_collections.ConfigDict, Collection[str]], Mapping[str, Any]]
@@ -35,16 +37,13 @@ def resolve(
     UserError: an override is bad; or, in evaluation and prediction, the folder holds no run of
       this family.
   """
-  trains, preset = values.mode == "train", config.preset
-  plain = config_lib.identity(config)
+  trains = values.mode == "train"
   if trains or not values.workdir:  # a run that is named brings its own config
     config_lib.apply_overrides(config, overrides)
     config.seed = values.seed
     config_lib.validate(config)
-  name = f"{config.family}-{preset}"
-  if (identity := config_lib.identity(config)) != plain:
-    name += "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
-  folder = Workdir(values.workdir or Path("runs", name))
+  folder = Workdir(values.workdir or Path("runs", names.run_name(
+      config, get_config(config.preset), default=next(iter(presets)), epochs=values.epochs)))
   return (config if trains else _as_it_ran(folder, overrides, config, get_config, presets)), folder
 
 

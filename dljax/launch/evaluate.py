@@ -7,7 +7,9 @@ from dljax.errors import DONE, RunError
 from dljax.launch import tables
 from dljax.runs import Run
 from dljax.train.evaluate import Evaluator, evaluate as evaluate_splits
+from dljax.train.metrics import say
 from dljax.train.parallel import Mode
+from dljax.train.progress import Compilations
 from dljax.train.workdir import write_json
 
 
@@ -15,7 +17,8 @@ def evaluate(run: Run, parallelism: Mode) -> int:
   """Evaluates the run's checkpoint on all splits; returns the exit status."""
   experiment, folder = run.experiment, run.folder
   program, step, state = run.restore()
-  evaluator = Evaluator(experiment.task, parallelism, program.mesh, experiment.data.context)
+  evaluator = Evaluator(experiment.task, parallelism, program.mesh, experiment.data.context,
+                        Compilations(say))
   found, findings = evaluate_splits(
       experiment, evaluator, state.variables, state.rng, run.assets)
   if jax.process_index() == 0:

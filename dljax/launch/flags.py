@@ -1,5 +1,6 @@
 """The flags of every experiment's command line: their definition, parsing and explanation."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,8 @@ def define() -> flags.FlagValues:
     flags.DEFINE_bool(name, False, text, flag_values=values)
 
   string("preset", "", "What to run; see --list_presets. The default runs at once, offline.")
-  path("workdir", "The run's folder; by default runs/FAMILY-PRESET.")
+  path("workdir", "The run's folder; by default runs/FAMILY-PRESET and what differs from the "
+       "preset, as in runs/lenet-digits-seed=7.")
   choice("mode", ["train", "eval", "predict"], "What to do with the run in the workdir.")
   string("step", "best",
          "The checkpoint to evaluate or to predict with: best, latest or a number.")
@@ -60,6 +62,9 @@ def define() -> flags.FlagValues:
          "to start a new run.")
   flags.DEFINE_integer("seed", 0, "The seed of everything random.", lower_bound=0,
                        upper_bound=2**32 - 1, flag_values=values)
+  flags.DEFINE_float("epochs", None,
+                     "How often to train on every example, in place of --config.total_steps; "
+                     "fractions are allowed.", flag_values=values)
   path("data_dir", "The TFDS directory; also the variable TFDS_DATA_DIR.")
   string("wandb", "", "A Weights & Biases project to log to.")
   switch("dry_run", "Show the model, the batch and the compiled step's memory, without any data.")
@@ -99,8 +104,18 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
   return values, overrides
 
 
-def check_together(values: flags.FlagValues) -> None:
-  """Raises `UserError` if a flag has no meaning together with the others."""
+def check_together(values: flags.FlagValues, overrides: Sequence[str]) -> None:
+  """Raises `UserError` if a flag has no meaning together with the others.
+
+  Args:
+    values: the parsed flags.
+    overrides: arguments --config.FIELD=VALUE.
+  """
+  if values.epochs is not None:
+    if not 0 < values.epochs < math.inf:
+      raise UserError(f"--epochs={values.epochs:g}: must be a number above 0")
+    if any(re.match("--config.total_steps(=|$)", argument) for argument in overrides):
+      raise UserError("--epochs and --config.total_steps do not go together; drop one of them")
   trains, predicts = values.mode == "train", values.mode == "predict"
   named = not trains and values.workdir  # a run that is named brings its own preset and seed
   for name, with_what, there in (
@@ -110,6 +125,7 @@ def check_together(values: flags.FlagValues) -> None:
       ("wandb", "--mode=train", trains),
       ("preset", "--mode=train", not named),
       ("seed", "--mode=train", not named),
+      ("epochs", "--mode=train", not named),
       ("step", "--mode=eval or --mode=predict", not trains),
       ("input", "--mode=predict", predicts),
       ("prompt", "--mode=predict", predicts),

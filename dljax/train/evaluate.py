@@ -18,9 +18,11 @@ from dljax.tasks.base import CARRY, Batch, Findings, Task
 from dljax.train import metrics, parallel, step
 from dljax.train.experiment import Experiment
 from dljax.train.program import Program
+from dljax.train.progress import Compilations
 from dljax.train.state import TrainState, join_carry, split_carry
 
 CHUNK = 8  # tokens that `generate` yields at once
+_PATIENCE = 1.0  # seconds that a prediction may compile before a line says so
 
 
 class Evaluator:
@@ -31,11 +33,13 @@ class Evaluator:
     mode: "jit" or "pmap".
     mesh: the devices.
     context: () -> the host arrays of `Data.context`, for `Task.context`.
+    compilations: says what is compiled; by default nothing is said.
   """
 
   def __init__(
       self, task: Task, mode: parallel.Mode, mesh: jax.sharding.Mesh,
       context: Callable[[], Mapping[str, Any]] = dict,
+      compilations: Compilations = Compilations(),
   ):
     self._task = task
     self._mode = mode
@@ -43,11 +47,13 @@ class Evaluator:
     # The `data.pipeline.Rows` of this process, to open pipelines with.
     self.rows = functools.partial(parallel.batch_rows, mesh)
     self._context = Context(task, mode, mesh, context)
+    names = {False: "evaluation step", True: "evaluation step with predictions"}
     self._steps = {
-        predictions: parallel.compile_step(
+        predictions: compilations.of(parallel.compile_step(
             step.make_eval_step(task, predictions=predictions), mode, mesh,
-            inputs=("state", "shared", "batch", "shared"), outputs=("shared", "batch", "state"))
-        for predictions in (False, True)
+            inputs=("state", "shared", "batch", "shared"),
+            outputs=("shared", "batch", "state")), name, batch=2)
+        for predictions, name in names.items()
     }
 
   def sums(
@@ -245,14 +251,19 @@ class Predictor:
     experiment: gives the task and the batch size.
     program: gives the devices.
     mode: "jit" or "pmap".
+    compilations: says what is compiled; by default nothing is said.
   """
 
-  def __init__(self, experiment: Experiment, program: Program, mode: parallel.Mode):
+  def __init__(
+      self, experiment: Experiment, program: Program, mode: parallel.Mode,
+      compilations: Compilations = Compilations(),
+  ):
     self._size, self._mode, self._mesh = experiment.config.eval_batch_size, mode, program.mesh
     self._context = Context(experiment.task, mode, program.mesh, experiment.data.context)
-    self._step = parallel.compile_step(
+    self._step = compilations.of(parallel.compile_step(
         step.make_predict_step(experiment.task), mode, program.mesh,
-        inputs=("state", "shared", "batch", "shared"), outputs=("batch",))
+        inputs=("state", "shared", "batch", "shared"), outputs=("batch",)), "prediction", batch=2,
+        patience=_PATIENCE)
 
   def __call__(self, state: TrainState, batch: Batch) -> Any:
     """What `Task.predict` gives for the rows of `batch`.
@@ -289,6 +300,7 @@ def _put_padded(
 
 def generate(
     experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch,
+    compilations: Compilations = Compilations(),
 ) -> Iterator[np.ndarray]:
   """Continues prompts as `Predictor` does, and yields the tokens as they come, i32[rows, n].
 
@@ -298,12 +310,15 @@ def generate(
     mode: "jit" or "pmap".
     state: gives the variables.
     batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
+    compilations: says what is compiled; by default nothing is said.
   """
   start, advance = step.make_generate_steps(experiment.task, CHUNK)
-  start = parallel.compile_step(start, mode, program.mesh, inputs=("state", "batch"),
-                                outputs=("batch",))
-  advance = parallel.compile_step(
-      advance, mode, program.mesh, inputs=("state", "shared", "batch"), outputs=("batch", "batch"))
+  start = compilations.of(parallel.compile_step(
+      start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",)),
+      "reading of the prompt", batch=1, patience=_PATIENCE)
+  advance = compilations.of(parallel.compile_step(
+      advance, mode, program.mesh, inputs=("state", "shared", "batch"),
+      outputs=("batch", "batch")), "generation", batch=2, patience=_PATIENCE)
   variables, _ = split_carry(state.variables)
   fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
   count, total = len(fields["mask"]), experiment.task.max_new_tokens

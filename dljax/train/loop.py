@@ -23,6 +23,7 @@ from dljax.train.experiment import Experiment
 from dljax.train.monitor import Monitor
 from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
+from dljax.train.progress import Compilations
 from dljax.train.signals import StopSignals
 from dljax.train.state import TrainState, parameter_count, state_sha256
 from dljax.train.workdir import Workdir, decisive
@@ -62,16 +63,17 @@ def fit(
   rows = functools.partial(parallel.batch_rows, program.mesh)
   with opened(experiment.data.train, *experiment.data.evals.values(), rows=rows):
     folder.check_data(experiment.data.name, experiment.data.fingerprint())
-    evaluator = Evaluator(
-        experiment.task, options.parallelism, program.mesh, experiment.data.context)
-    monitor = Monitor(experiment, program, evaluator, folder)
+    compilations = Compilations(metrics.say if options.progress else None)
+    evaluator = Evaluator(experiment.task, options.parallelism, program.mesh,
+                          experiment.data.context, compilations)
+    monitor = Monitor(experiment, program, evaluator, folder, compilations.say)
     checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
                                 assets=folder.data, run=folder.run, config=decisive(config))
     _acquire(folder)
     try:
       with StopSignals() as signals, checkpointer:
         return _Run(experiment, folder, options, program, weights, evaluator, monitor,
-                    checkpointer, signals).run()
+                    checkpointer, signals, compilations).run()
     finally:
       folder.release()
 
@@ -94,11 +96,12 @@ class _Run:
   def __init__(
       self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program,
       weights: Callable[[], pretrained.Weights], evaluator: Evaluator, monitor: Monitor,
-      checkpointer: Checkpointer, signals: StopSignals,
+      checkpointer: Checkpointer, signals: StopSignals, compilations: Compilations,
   ):
     self.experiment, self.config, self.options = experiment, experiment.config, options
     self.folder, self.program, self.weights, self.evaluator = folder, program, weights, evaluator
     self.monitor, self.checkpointer, self.signals = monitor, checkpointer, signals
+    self.compilations = compilations
     # The seconds that earlier calls took, and the start of this one.
     self.seconds, self.started = 0.0, time.monotonic()
 
@@ -135,8 +138,8 @@ class _Run:
         metrics.say(self.weights().summary)
     elif start < total and not self.monitor.exhausted:
       metrics.say(f"continuing from step {start}")
-    with writer, Preview(
-        self.experiment, self.program, self.options.parallelism, self.folder, writer) as preview:
+    with writer, Preview(self.experiment, self.program, self.options.parallelism, self.folder,
+                         writer, self.compilations) as preview:
       # A run that stopped early and was interrupted before its report has nothing left to train.
       if not self.monitor.exhausted:
         state = self._train(state, start, writer, preview)
@@ -151,14 +154,16 @@ class _Run:
     state = parallel.step_state(state, mode, mesh)
     load = lambda step: parallel.put_batch(self.experiment.data.train.batch(step), mode, mesh)
     lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
-    log = metrics.TrainLog(self.experiment, start, writer, self.options.progress)
+    log = metrics.TrainLog(
+        self.experiment, start, writer, self.options.progress, self.compilations)
+    train_step = self.compilations.of(self.program.train_step, "train step", batch=1)
     running = collections.deque()  # a small result of each step that may still be computed
     due = lambda every: every and done % every == 0 or done == config.total_steps
     batches = prefetch(load, range(start, config.total_steps))
     with contextlib.closing(batches), contextlib.closing(log):
       for done, batch in enumerate(batches, start + 1):
         self.signals.wait_for_step = True
-        state, out = self.program.train_step(state, batch, lr_scale)
+        state, out = train_step(state, batch, lr_scale)
         running.append(out["failed_step"])
         if len(running) == parallel.steps_in_flight(mesh):
           running.popleft().block_until_ready()
@@ -173,7 +178,7 @@ class _Run:
         if not (stopping or evaluating or due(config.checkpoint_every)):
           continue
 
-        with log.paused(out):  # every step until here is done and good
+        with log.paused(out, evaluating):  # every step until here is done and good
           self._check_place()
           tracker = self.monitor.tracker
           if evaluating:

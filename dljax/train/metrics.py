@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import hashlib
@@ -18,9 +18,11 @@ from typing import Any
 import jax
 
 from dljax import report
+from dljax.config import title
 from dljax.errors import RunError, UserError, writing
-from dljax.train.experiment import Experiment
 from dljax.train import durable
+from dljax.train.experiment import Experiment
+from dljax.train.progress import Compilations, Progress, bar_stream
 from dljax.train.state import NOT_FAILED
 from dljax.train.workdir import read_json, write_json
 
@@ -241,37 +243,16 @@ def _wandb_module():
   return wandb
 
 
-class Progress:
-  """A progress bar with the newest numbers and the time left; on a terminal or in a log file."""
-
-  def __init__(self, total: int, initial: int, name: str, show: bool):
-    from tqdm import tqdm  # pylint: disable=g-import-not-at-top
-
-    # In a file each refresh is a line of its own: one in ten seconds is enough.
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    self._bar = tqdm(total=total, initial=initial, desc=name, unit="step", mininterval=interval,
-                     maxinterval=interval, dynamic_ncols=True,
-                     disable=not (show and jax.process_index() == 0))
-
-  def advance(self) -> None:
-    """Advances the bar by one step."""
-    self._bar.update(1)
-
-  def show(self, values: Mapping[str, float]) -> None:
-    """Shows the newest numbers beside the bar."""
-    self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-
-  def close(self) -> None:
-    """Leaves the last state of the bar on the screen."""
-    self._bar.close()
-
-
 def say(text: str) -> None:
   """Prints a line on the first host, above a progress bar if there is one."""
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
 
-  if jax.process_index() == 0:
+  if jax.process_index() != 0:
+    return
+  if sys.stderr.isatty():
     tqdm.write(text, file=sys.stderr)
+  else:
+    print(text, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[Any], name: str, total: int | None = None) -> Iterator[Any]:
@@ -279,7 +260,8 @@ def progress(items: Iterable[Any], name: str, total: int | None = None) -> Itera
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
 
   yield from tqdm(items, desc=name, total=total, leave=False,
-                  mininterval=0.2 if sys.stderr.isatty() else 30.0, delay=1.0, dynamic_ncols=True)
+                  mininterval=0.2 if sys.stderr.isatty() else 30.0, delay=1.0, dynamic_ncols=True,
+                  file=bar_stream())
 
 
 class Diverged(RunError):
@@ -289,16 +271,29 @@ class Diverged(RunError):
 class TrainLog:
   """Shows and writes the numbers of the train steps, one log late, so that dispatch never waits."""
 
-  def __init__(self, experiment: Experiment, start: int, writer: MetricWriter, show: bool):
+  def __init__(
+      self, experiment: Experiment, start: int, writer: MetricWriter, show: bool,
+      compilations: Compilations,
+  ):
+    """
+    Args:
+      experiment: the experiment that is trained.
+      start: the number of steps that are done.
+      writer: takes the rows.
+      show: whether to show a progress bar.
+      compilations: says how long was compiled, which counts as no training.
+    """
     config = experiment.config
     self._summarize, self._batch_size = experiment.task.summarize, config.batch_size
-    self._writer = writer
-    self._bar = Progress(config.total_steps, start, f"{config.family} {config.preset}", show)
+    self._writer, self._compilations = writer, compilations
+    self._bar = Progress(title(config), start, config.total_steps, config.eval_every, show)
+    self._compiled = compilations.seconds
     self._pending: tuple[int, Any, float] | None = None
     self._clock: tuple[int, float] | None = None  # a step and when it was dispatched
 
   def step(self, step: int, out: Any | None) -> None:
     """Counts a step that was dispatched; `out` is what it returned, if it is to be logged."""
+    self._pause(self._newly_compiled())
     self._bar.advance()
     now = time.monotonic()
     if self._clock is None:
@@ -310,14 +305,31 @@ class TrainLog:
       self._pending, self._clock = (step, out, rate), (step, now)
 
   @contextlib.contextmanager
-  def paused(self, out: Any) -> Iterator[None]:
-    """Waits for the step that returned `out`; what happens inside is not counted as training time."""
+  def paused(self, out: Any, evaluating: bool) -> Iterator[None]:
+    """Waits for the step that returned `out`; what happens inside is not counted as training time.
+
+    Args:
+      out: what the newest step returned.
+      evaluating: whether an evaluation happens inside.
+    """
     jax.block_until_ready(out)
     start = time.monotonic()
     self._flush()
     _check_finite(out)
     yield
-    self._clock = self._clock[0], self._clock[1] + time.monotonic() - start
+    seconds = time.monotonic() - start
+    compiled = self._newly_compiled()
+    self._pause(seconds, seconds - compiled if evaluating else None)
+
+  def _newly_compiled(self) -> float:
+    """The seconds of compilation since the last call."""
+    before, self._compiled = self._compiled, self._compilations.seconds
+    return self._compiled - before
+
+  def _pause(self, seconds: float, evaluation: float | None = None) -> None:
+    if self._clock is not None:
+      self._clock = self._clock[0], self._clock[1] + seconds
+    self._bar.pause(seconds, evaluation)
 
   def _flush(self) -> None:
     if self._pending is None:

@@ -1,6 +1,6 @@
 """Evaluation during training: the metrics of every split but test, and what follows from the monitored one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dljax import optim
 from dljax.data.pipeline import Pipeline
@@ -13,6 +13,8 @@ from dljax.train.metrics import MetricWriter
 from dljax.train.program import Program
 from dljax.train.state import TrainState
 from dljax.train.workdir import Workdir
+
+_SHOWN = 4  # metrics of a split in the line of an evaluation
 
 
 class Monitor:
@@ -29,13 +31,22 @@ class Monitor:
 
   def __init__(
       self, experiment: Experiment, program: Program, evaluator: Evaluator, folder: Workdir,
+      say: Callable[[str], None],
   ):
     """The data must be open.
+
+    Args:
+      experiment: gives the splits, the task and the monitored metric.
+      program: gives the shapes of the state.
+      evaluator: evaluates.
+      folder: the run's folder, with what was fitted to the data.
+      say: shows a line, that of each evaluation.
 
     Raises:
       UserError: there is no such metric or split.
     """
     self._experiment, self._evaluator, self._folder = experiment, evaluator, folder
+    self._say = say
     self._optimizer, *_ = optim.player_configs(experiment.config, experiment.task.players).values()
     self._always_full = self._check(program)
     self.tracker = optim.Tracker()
@@ -65,17 +76,27 @@ class Monitor:
 
   def evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> None:
     """Evaluates the state after `step`, writes the metrics, and moves the tracker."""
-    values = {}
+    values, lines = {}, []
     for split, pipeline in self._experiment.data.evals.items():
       if split != "test":
         found = self._metrics(state, pipeline, split, step)
         writer.write(step, split, found)
         values |= {f"{split}/{name}": value for name, value in found.items()}
+        lines.append(self._line(split, found))
     name = self._experiment.monitor
     if name in values:
       goal = self._experiment.task.goals[name.partition("/")[2]]
       value = parallel.of_first_host(values[name])
       self.tracker = optim.track(self._optimizer, self.tracker, step, value, goal == MAX)
+    if lines:
+      best = f"; the best {name} so far" if name in values and self.tracker.best_step == step else ""
+      self._say(f"step {step}: {'; '.join(lines)}{best}")
+
+  def _line(self, split: str, found: Mapping[str, float]) -> str:
+    """The first metrics of a split, of which the monitored one is always one."""
+    monitored = (self._experiment.monitor or "").removeprefix(f"{split}/")
+    names = sorted(found, key=lambda name: name != monitored)[:_SHOWN]
+    return f"{split} " + ", ".join(f"{name} {found[name]:.4g}" for name in names)
 
   def _metrics(
       self, state: TrainState, pipeline: Pipeline, split: str, step: int,

@@ -14,6 +14,7 @@ from dljax.train.evaluate import Predictor
 from dljax.train.experiment import Experiment
 from dljax.train.metrics import MetricWriter
 from dljax.train.program import Program
+from dljax.train.progress import Compilations
 from dljax.train.state import TrainState
 from dljax.train.workdir import Workdir
 
@@ -30,15 +31,16 @@ class Preview:
     mode: "jit" or "pmap".
     folder: the run's folder; pictures go into figures/preview/.
     writer: shows them in TensorBoard, and in Weights & Biases if it is in use.
+    compilations: says what is compiled; by default nothing is said.
   """
 
   def __init__(
       self, experiment: Experiment, program: Program, mode: parallel.Mode, folder: Workdir,
-      writer: MetricWriter,
+      writer: MetricWriter, compilations: Compilations = Compilations(),
   ):
     self._experiment, self._folder, self._writer = experiment, folder, writer
     self._inputs = experiment.preview() if experiment.preview and experiment.draw else None
-    self._predict = Predictor(experiment, program, mode)
+    self._predict = Predictor(experiment, program, mode, compilations)
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="preview")
     self._pending: concurrent.futures.Future[None] | None = None
 

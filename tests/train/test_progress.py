@@ -1,0 +1,101 @@
+"""What a run says: the compilations, and the time left."""
+
+import threading
+import types
+
+import numpy as np
+import pytest
+
+from dljax.train import progress
+from dljax.train.progress import Compilations, Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that moves by hand."""
+  now = types.SimpleNamespace(seconds=100.0)
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
+  return now
+
+
+def test_each_compilation_is_announced_and_timed_once(clock):
+  said = []
+
+  def step(state, batch):
+    assert said and said[-1].startswith("compiling") or clock.seconds > 100
+    clock.seconds += 2.5
+    return state + batch["x"].sum()
+
+  compilations = Compilations(said.append)
+  announced = compilations.of(step, "train step", batch=1)
+  for rows in (3, 3, 4, 3):
+    assert announced(1, {"x": np.ones(rows)}) == 1 + rows
+  assert said == ["compiling the train step ...", "compiled the train step in 2.5 s",
+                  "compiling the train step for another shape of the batch ...",
+                  "compiled the train step for another shape of the batch in 2.5 s"]
+  assert compilations.seconds == 5.0  # two of the four calls
+
+
+def test_a_short_compilation_may_pass_in_silence():
+  said = []
+  waits = threading.Event()
+  compilations = Compilations(said.append)
+  compilations.of(lambda x: x, "prediction", batch=0, patience=30.0)(np.ones(1))
+  assert not said
+  slow = compilations.of(lambda x: waits.wait(0.1), "prediction", batch=0, patience=0.01)
+  slow(np.ones(1))
+  assert said == ["compiling the prediction ...", "compiled the prediction in 0.1 s"]
+
+
+def test_nothing_is_said_without_a_place_to_say_it(capsys):
+  assert Compilations().of(lambda x: 2 * x, "step", batch=0)(np.ones(1)) == 2
+  assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("start", [0, 40])
+def test_the_time_left_counts_steps_and_evaluations_but_no_compilation(clock, start):
+  bar = Progress("lenet digits", start, start + 100, eval_every=20, show=False)
+  clock.seconds += 60  # the first step compiles
+  bar.advance()
+  assert bar.seconds_left() is None
+  clock.seconds += 2
+  bar.advance()
+  assert bar.seconds_left() == 98 * 2  # right from the second step, and nothing is known of evaluations
+  for _ in range(18):
+    clock.seconds += 2
+    bar.advance()
+  clock.seconds += 30
+  bar.pause(30, evaluation=10)  # of the 30 s, 20 were a compilation
+  assert bar.seconds_left() == 80 * 2 + 4 * 10
+  clock.seconds += 7
+  bar.pause(7)  # a train step of another shape compiled
+  clock.seconds += 2
+  bar.advance()
+  assert bar.seconds_left() == pytest.approx(79 * 2 + 4 * 10)
+  bar.close()
+
+
+def test_the_last_evaluation_is_at_the_end_whatever_the_interval(clock):
+  bar = Progress("x", 0, 10, eval_every=4, show=False)
+  for _ in range(8):
+    clock.seconds += 1
+    bar.advance()
+  bar.pause(0, evaluation=100)
+  assert bar.seconds_left() == 2 + 100
+  for _ in range(2):
+    clock.seconds += 1
+    bar.advance()
+  assert bar.seconds_left() == 100  # it comes now
+  bar.close()
+
+
+def test_the_bar_shows_the_time_left(clock, capsys):
+  bar = Progress("lenet digits", 0, 100, eval_every=50, show=True)
+  for _ in range(3):
+    clock.seconds += 36
+    bar.advance()
+  bar.close()
+  err = capsys.readouterr().err
+  assert "\r" not in err and err.endswith("\n")  # a log file has whole lines
+  last = err.splitlines()[-1]
+  assert "lenet digits" in last and "3/100" in last and "<58:12, " in last and "36.00s/step" in last
