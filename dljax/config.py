@@ -1,11 +1,13 @@
 """The config of an experiment: the fields that all experiments share, and overrides by flags."""
 
+import functools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -40,7 +42,50 @@ _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples"
 _DATA = ("folder", "file", "name")  # the fields that say which data these are; the first set counts
 
 
-class ModelConfig(ml_collections.ConfigDict):
+class Field(NamedTuple):
+  """A field of a config with the sentence that --help shows for it."""
+
+  value: Any
+  sentence: str
+
+
+def one_of(sentence: str, choices: Iterable[str]) -> str:
+  """Returns the sentence of a field that has one of a few values, with these values."""
+  return f"{sentence}: {', '.join(choices)}."
+
+
+class Group(ml_collections.ConfigDict):
+  """A group of a config's fields, each with a sentence that --help shows.
+
+  Attributes:
+    sentences: field -> sentence.
+  """
+
+  def __init__(self, fields: Mapping[str, Any] | None = None, **options: Any):
+    """
+    Args:
+      fields: name -> a `Field`, or a value that `describe` gives a sentence.
+      **options: those of a `ConfigDict`.
+    """
+    sentences = dict(getattr(fields, "sentences", {}))
+    object.__setattr__(self, "sentences", sentences)
+    if isinstance(fields, dict):
+      described = {name: field for name, field in fields.items() if isinstance(field, Field)}
+      sentences.update({name: field.sentence for name, field in described.items()})
+      fields = {**fields, **{name: field.value for name, field in described.items()}}
+    super().__init__(fields, **options)
+
+  def describe(self, sentences: Mapping[str, str]) -> None:
+    """Gives fields their sentences, or other ones; of fields that this group lacks, nothing."""
+    self.sentences.update(sentences)
+
+  def copy_and_resolve_references(self, visit_map: Any = None) -> "Group":
+    copied = super().copy_and_resolve_references(visit_map)
+    object.__setattr__(copied, "sentences", dict(self.sentences))
+    return copied
+
+
+class ModelConfig(Group):
   """`config.model` of a family whose variants decide some of its fields.
 
   Setting `variant` sets the fields that this variant decides; any of them can be set afterwards.
@@ -48,15 +93,16 @@ class ModelConfig(ml_collections.ConfigDict):
 
   def __init__(
       self, fields: Mapping[str, Any] | None = None,
-      variants: Mapping[str, Mapping[str, Any]] | None = None,
+      variants: Mapping[str, Mapping[str, Any]] | None = None, **options: Any,
   ):
     """
     Args:
       fields: the model's fields with their values, `variant` among them.
       variants: a variant's name -> the values of the fields that it decides.
+      **options: those of a `ConfigDict`.
     """
     object.__setattr__(self, "variants", {})  # none while the fields are filled in
-    super().__init__(fields)
+    super().__init__(fields, **options)
     object.__setattr__(self, "variants", variants or {})
 
   def __setitem__(self, key: str, value: Any) -> None:
@@ -74,66 +120,53 @@ class ModelConfig(ml_collections.ConfigDict):
 def base_config(family: str, preset: str, **fields: Any) -> ml_collections.ConfigDict:
   """Returns a config with the fields that every experiment has.
 
-  Fields:
-    family, preset: the names of the family and the preset that the config comes from.
-    found: the fields that were looked up in the user's own data when the run started, such as
-      data.num_classes; evaluation and prediction never look again.
-    task: the kind of experiment, named as its file in dljax.recipes; the preset decides it.
-    seed: the seed of everything random.
-    total_steps: the number of updates of the parameters.
-    batch_size: the number of examples per update, over all devices and micro-batches.
-    eval_batch_size: the number of examples per batch in evaluation and prediction.
-    log_every, eval_every, checkpoint_every: the intervals in steps.
-    full_eval_every: the interval, in steps, of evaluations with whole-set metrics (average
-      precision, error rates); 0 computes them in every evaluation if one of them is the monitor,
-      else only at the end.
-    keep_checkpoints: the number of newest checkpoints to keep besides the best.
-    accumulation: the number of micro-batches per update.
-    ema_decay: the decay of the averages of parameters and batch statistics that evaluation uses; 0
-      is off.
-    shard_above: the size in bytes from which on the mesh axis fsdp splits an array that no
-      sharding rule of its family names; smaller arrays lie whole on every device.
-    monitor: the metric, as "split/metric", that decides the best checkpoint, early stopping and
-      the plateau; "" is none.
-    early_stopping_patience: the number of evaluations without improvement after which training
-      stops; 0 is off.
-    init.source: the weights to start from: the workdir of a run (its best checkpoint), a
-      .safetensors file, a folder written by `python -m dljax.interop`, or hub:OWNER/NAME; ""
-      trains from scratch.
-    init.format: the library whose names the tensors of init.source have (dljax, torchvision, ...);
-      "" detects it.
-    init.new_head: whether the head is initialised from scratch even if init.source has as many
-      classes, which may be different ones.
-    eval.corruptions: the corruptions of the test images in a final evaluation: "all", names
-      separated by commas, or "" for none.
-    eval.examples: the number of examples that whole-set metrics are computed over, a sample fixed
-      by the seed; 0 takes all.
-
   Args:
     family: the name of the experiment's file.
     preset: the name of one of its presets.
-    **fields: the values of the fields above, and the groups optimizer, model and data.
+    **fields: other values of these fields, and the groups optimizer, model and data.
   """
-  config = ml_collections.ConfigDict({
+  config = Group({
       "family": family,
       "preset": preset,
-      "found": (),
+      "found": Field((), "The fields that were looked up in the user's own data when the run "
+                     "started, such as data.num_classes; evaluation and prediction never look "
+                     "again."),
       "seed": 0,
-      "total_steps": 1000,
-      "batch_size": 128,
-      "eval_batch_size": 512,
-      "log_every": 20,
-      "eval_every": 200,
-      "checkpoint_every": 200,
-      "full_eval_every": 0,
-      "keep_checkpoints": 2,
-      "accumulation": 1,
-      "ema_decay": 0.0,
-      "shard_above": 4 * 2**20,
-      "monitor": "",
-      "early_stopping_patience": 0,
-      "init": {"source": "", "format": "", "new_head": False},
-      "eval": {"corruptions": "", "examples": 0},
+      "total_steps": Field(1000, "The number of updates of the parameters."),
+      "batch_size": Field(128, "The number of examples per update, over all devices and "
+                          "micro-batches."),
+      "eval_batch_size": Field(512, "The number of examples per batch in evaluation and "
+                               "prediction."),
+      "log_every": Field(20, "The interval of logged points, in steps."),
+      "eval_every": Field(200, "The interval of evaluations, in steps."),
+      "checkpoint_every": Field(200, "The interval of checkpoints, in steps."),
+      "full_eval_every": Field(0, "The interval, in steps, of evaluations with whole-set metrics "
+                               "(average precision, error rates); 0 computes them in every "
+                               "evaluation if one of them is the monitor, else only at the end."),
+      "keep_checkpoints": Field(2, "The number of newest checkpoints to keep besides the best."),
+      "accumulation": Field(1, "The number of micro-batches per update."),
+      "ema_decay": Field(0.0, "The decay of the averages of parameters and batch statistics that "
+                         "evaluation uses; 0 is off."),
+      "shard_above": Field(4 * 2**20, "The size in bytes from which on the mesh axis fsdp splits "
+                           "an array that no sharding rule of its family names; smaller arrays "
+                           "lie whole on every device."),
+      "monitor": Field("", 'The metric, as "split/metric", that decides the best checkpoint, early '
+                       'stopping and the plateau; "" is none.'),
+      "early_stopping_patience": Field(0, "The number of evaluations without improvement after "
+                                       "which training stops; 0 is off."),
+      "init": Group({
+          "source": Field("", "The weights to start from: the workdir of a run (its best "
+                          "checkpoint), a .safetensors file, a folder written by `python -m "
+                          'dljax.interop`, or hub:OWNER/NAME; "" trains from scratch.'),
+          "format": Field("", "The library whose names the tensors of init.source have (dljax, "
+                          'torchvision, ...); "" detects it.'),
+          "new_head": Field(False, "Whether the head is initialised from scratch even if "
+                            "init.source has as many classes, which may be different ones.")}),
+      "eval": Group({
+          "corruptions": Field("", 'The corruptions of the test images in a final evaluation: '
+                               '"all", names separated by commas, or "" for none.'),
+          "examples": Field(0, "The number of examples that whole-set metrics are computed over, a "
+                            "sample fixed by the seed; 0 takes all.")}),
   })
   config.update(fields)
   return config
@@ -399,6 +432,18 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
-  """Returns a line for each field that can be set, as it is written on the command line."""
-  return "\n".join(f"  --config.{name}={format_value(value)}" for name, value in flatten(config).items()
-                   if name not in _FROM_FLAGS)
+  """Returns each field that can be set, as it is written on the command line, with its sentence."""
+  lines = []
+  for name, value in flatten(config).items():
+    if name not in _FROM_FLAGS:
+      lines.append(f"  --config.{name}={format_value(value)}")
+      if text := sentence(config, name):
+        lines += textwrap.wrap(text, 96, initial_indent=6 * " ", subsequent_indent=6 * " ")
+  return "\n".join(lines)
+
+
+def sentence(config: ml_collections.ConfigDict, field: str) -> str:
+  """Returns the sentence of a field, such as "optimizer.learning_rate"; "" if it has none."""
+  *groups, name = field.split(".")
+  group = functools.reduce(lambda place, part: place[part], groups, config)
+  return getattr(group, "sentences", {}).get(name, "")

@@ -57,6 +57,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from dljax.config import Field, Group, one_of
 from dljax.errors import UserError, unknown
 
 PyTree = Any
@@ -86,58 +87,43 @@ def default_config(name: str = "adamw") -> ml_collections.ConfigDict:
   """Returns the config of optimizer `name` with its usual numbers.
 
   Setting only `config.name` afterwards keeps the other numbers as they are.
-
-  Fields:
-    name: one of `OPTIMIZERS`.
-    learning_rate: the schedule's peak.
-    momentum: the decay of the sum of past gradients (momentum, nesterov, muon; rmsprop, where 0
-      means no momentum).
-    b1: the decay of the average of gradients (adam, adamw, lamb, muon's adam; lion's beta_1).
-    b2: the decay of the average of squared gradients (rmsprop, adam, adamw, lamb, muon's adam).
-      Lion keeps no squares: there it is the decay of the gradients that it remembers (its beta_2).
-    eps: the number added to the root of the squares, in units of the gradient (all rules that
-      divide by a root).
-    schedule: one of `SCHEDULES`, see `make_schedule`.
-    warmup_fraction: the share of total_steps in which the learning rate rises linearly from 0.
-    end_factor: the final learning rate as a share of the peak (linear, cosine, exponential,
-      one_cycle).
-    decay_boundaries: the shares of total_steps at which the schedule "step" multiplies the
-      learning rate by `decay_factor`.
-    decay_factor: the factor at each of these boundaries.
-    clip_norm: the largest global norm of the gradient; 0 is off.
-    weight_decay: the coefficient of decoupled decay; 0 is off.
-    l2: the coefficient of decay through the gradient, the alternative; 0 is off.
-    freeze: patterns of parameters that never change and have no optimizer state.
-    learning_rates: entries "pattern=factor" that multiply the learning rate; the first match
-      counts.
-    plateau_factor: the factor on the learning rate at each plateau of the monitored metric; 1 is
-      off.
-    plateau_patience: the number of evaluations in a row without improvement that make a plateau.
-    plateau_min_delta: the difference that an improvement must exceed to count, in the metric's
-      units.
   """
   if name not in _PUBLISHED:
     raise unknown("--config.optimizer.name", name, OPTIMIZERS)
-  config = ml_collections.ConfigDict({
-      "name": name,
-      "learning_rate": 0.0,
-      "momentum": 0.0,
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
-      "schedule": "cosine",
-      "warmup_fraction": 0.05,
-      "end_factor": 0.0,
-      "decay_boundaries": (0.5, 0.75),
-      "decay_factor": 0.1,
-      "clip_norm": 0.0,
-      "weight_decay": 0.0,
-      "l2": 0.0,
-      "freeze": (),
-      "learning_rates": (),
-      "plateau_factor": 1.0,
-      "plateau_patience": 5,
-      "plateau_min_delta": 0.0,
+  config = Group({
+      "name": Field(name, one_of("The update rule", OPTIMIZERS)),
+      "learning_rate": Field(0.0, "The schedule's peak."),
+      "momentum": Field(0.0, "The decay of the sum of past gradients (momentum, nesterov, muon; "
+                        "rmsprop, where 0 means no momentum)."),
+      "b1": Field(0.9, "The decay of the average of gradients (adam, adamw, lamb, muon's adam; "
+                  "lion's beta_1)."),
+      "b2": Field(0.999, "The decay of the average of squared gradients (rmsprop, adam, adamw, "
+                  "lamb, muon's adam). Lion keeps no squares: there it is the decay of the "
+                  "gradients that it remembers (its beta_2)."),
+      "eps": Field(1e-8, "The number added to the root of the squares, in units of the gradient "
+                   "(all rules that divide by a root)."),
+      "schedule": Field("cosine", one_of("The course of the learning rate", SCHEDULES)),
+      "warmup_fraction": Field(0.05, "The share of total_steps in which the learning rate rises "
+                               "linearly from 0."),
+      "end_factor": Field(0.0, "The final learning rate as a share of the peak (linear, cosine, "
+                          "exponential, one_cycle)."),
+      "decay_boundaries": Field((0.5, 0.75), "The shares of total_steps at which the schedule "
+                                '"step" multiplies the learning rate by decay_factor.'),
+      "decay_factor": Field(0.1, "The factor at each of decay_boundaries."),
+      "clip_norm": Field(0.0, "The largest global norm of the gradient; 0 is off."),
+      "weight_decay": Field(0.0, "The coefficient of decoupled decay; 0 is off."),
+      "l2": Field(0.0, "The coefficient of decay through the gradient, the alternative to "
+                  "weight_decay; 0 is off."),
+      "freeze": Field((), "Patterns of parameters that never change and have no optimizer state, "
+                      "such as stem*."),
+      "learning_rates": Field((), 'Entries "pattern=factor" that multiply the learning rate of '
+                              "parameters; the first match counts."),
+      "plateau_factor": Field(1.0, "The factor on the learning rate at each plateau of the "
+                              "monitored metric; 1 is off."),
+      "plateau_patience": Field(5, "The number of evaluations in a row without improvement that "
+                                "make a plateau."),
+      "plateau_min_delta": Field(0.0, "The difference that an improvement must exceed to count, in "
+                                 "the metric's units."),
   })
   config.update(_PUBLISHED[name])
   return config

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import one_of
 from dljax.recipes import common, speech
 from dljax.errors import UserError
 from dljax.models import deepspeech
@@ -76,7 +77,11 @@ _CONFIGS = {
 
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  return _CONFIGS[preset]()
+  config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", deepspeech.VARIANTS),
+      "dropout": "The probability of dropping a value between recurrent layers in training."})
+  return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

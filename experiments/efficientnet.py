@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 
 from dljax import errors, launch
-from dljax.config import ModelConfig
+from dljax.config import ModelConfig, one_of
 from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import efficientnet
@@ -92,6 +92,12 @@ _CONFIGS = {
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", efficientnet.VARIANTS),
+      "stem_stride": "The stride of the first convolution.",
+      "strides": "The stride of each stage.",
+      "dropout": "The probability of dropping a feature that the head sees, in training.",
+      "stochastic_depth": "The last block's rate of stochastic depth; the rates grow from 0."})
   config.model = ModelConfig(
       config.model, {name: _decided(name, config.model) for name in efficientnet.VARIANTS})
   return config

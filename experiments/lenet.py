@@ -20,6 +20,7 @@ import ml_collections
 from flax import linen as nn
 
 from dljax import errors, launch
+from dljax.config import one_of
 from dljax.recipes import common, image_classification
 from dljax.models import lenet
 from dljax.train.experiment import Experiment
@@ -68,7 +69,12 @@ _CONFIGS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist}
 
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  return _CONFIGS[preset]()
+  config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", lenet.VARIANTS),
+      "activation": one_of("The activation after each layer but the last", ACTIVATIONS),
+      "pool": "What a pooling layer takes from each 2x2 square: avg or max."})
+  return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

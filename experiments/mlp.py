@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from dljax import errors, launch, optim
 from dljax.recipes import common, image_classification
-from dljax.config import ModelConfig, base_config
+from dljax.config import Group, ModelConfig, base_config, one_of
 from dljax.data import inputs
 from dljax.data.image import xor
 from dljax.errors import UserError
@@ -69,9 +69,8 @@ def _xor() -> ml_collections.ConfigDict:
   config = base_config(
       "mlp", "xor", task="xor", total_steps=400, batch_size=32, eval_batch_size=112,
       eval_every=100, monitor="validation/accuracy", optimizer=optim.default_config("adam"),
-      data=xor.default_config(), model=ml_collections.ConfigDict({
-          "variant": "mlp", "dtype": "float32", "remat": False, "label_smoothing": 0.0,
-          **_MODEL, "widths": (8,)}))
+      data=xor.default_config(), model=Group({
+          **common.model_fields("mlp"), "label_smoothing": 0.0, **_MODEL, "widths": (8,)}))
   config.optimizer.learning_rate = 1e-2
   return config
 
@@ -82,6 +81,13 @@ _CONFIGS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist,
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", mlp.VARIANTS),
+      "activation": one_of("The activation after each hidden layer", ACTIVATIONS),
+      "widths": "The width of each hidden layer.",
+      "dropout": "The probability of dropping a hidden unit in training.",
+      "criterion": one_of("The loss", classification.CRITERIA),
+      "label_smoothing": "The share of the target that all classes get alike."})
   config.model = ModelConfig(config.model, {
       name: {"widths": variant(num_classes=1).widths} for name, variant in mlp.VARIANTS.items()})
   return config

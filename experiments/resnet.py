@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import one_of
 from dljax.recipes import common, image_classification
 from dljax.models import resnet
 from dljax.train.experiment import Experiment
@@ -97,7 +98,12 @@ _CONFIGS = {
 
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  return _CONFIGS[preset]()
+  config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", resnet.VARIANTS),
+      "small_stem": "Whether the stem suits small images: 3x3, without stride and pooling.",
+      "zero_init_residual": "Whether the scale of each block's last norm starts at zero."})
+  return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import one_of
 from dljax.recipes import common, object_detection
 from dljax.models import retinanet
 from dljax.train.experiment import Experiment
@@ -74,7 +75,11 @@ _CONFIGS = {"digit_scenes": _digit_scenes, "emoji_scenes": _emoji_scenes, "coco"
 
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  return _CONFIGS[preset]()
+  config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", retinanet.VARIANTS),
+      "frozen_norm": "Whether the normalisation stays as the pretrained weights have it."})
+  return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

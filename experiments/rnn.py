@@ -41,7 +41,7 @@ import flax.linen as nn
 import ml_collections
 
 from dljax import errors, launch
-from dljax.config import ModelConfig
+from dljax.config import ModelConfig, one_of
 from dljax.recipes import common, forecasting, language_modeling
 from dljax.errors import UserError
 from dljax.models import baselines, rnn
@@ -132,9 +132,27 @@ _DECIDED = ("cell", "embed_dim", "hidden_size", "num_layers", "dropout", "embed_
             "weight_dropout", "variational", "tied", "layer_norm")
 
 
+_FIELDS = {
+    "cell": one_of("The recurrent cell", rnn.CELLS),
+    "embed_dim": "The width of a token's vector.",
+    "hidden_size": "The width of a cell's state.",
+    "num_layers": "The number of recurrent layers.",
+    "dropout": "The probability of dropping a value between layers in training.",
+    "embed_dropout": "The probability of dropping a word from all of a row in training.",
+    "weight_dropout": "The probability of dropping a recurrent weight in training.",
+    "variational": "Whether all steps of a row drop the same values.",
+    "tied": "Whether the head's kernel is the embedding, and the last layer has its width.",
+    "layer_norm": "Whether both products of a cell are normalised.",
+    "relative": one_of("What the network predicts: values (no), differences from the last value, "
+                       "or from the value a season before", rnn.RELATIVE),
+}
+
+
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = _CONFIGS[preset]()
+  of_task = _LANGUAGE_MODELS if config.task == "language_modeling" else _FORECASTERS
+  config.model.describe({**_FIELDS, "variant": one_of("The network", of_task)})
   if config.task == "language_modeling":
     config.model = ModelConfig(config.model, {
         name: {field: getattr(variant(vocab_size=1), field) for field in _DECIDED}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
-from dljax.config import ModelConfig
+from dljax.config import ModelConfig, one_of
 from dljax.recipes import common, semantic_segmentation
 from dljax.errors import UserError
 from dljax.models import unet
@@ -67,6 +67,11 @@ _CONFIGS = {
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", unet.VARIANTS),
+      "width": "The channels at the image's own size; each pooling doubles them.",
+      "num_pools": "The number of times that the contracting path halves the image.",
+      "dropout": "The probability of dropping a value where the images are smallest, in training."})
   config.model = ModelConfig(config.model, {
       name: {field: getattr(variant(num_classes=1), field) for field in ("width", "num_pools")}
       for name, variant in unet.VARIANTS.items()})

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
+from dljax.config import one_of
 from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import vgg
@@ -94,7 +95,15 @@ _CONFIGS = {
 
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
-  return _CONFIGS[preset]()
+  config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", vgg.VARIANTS),
+      "num_pools": "The number of stages, from the first on, that end with pooling.",
+      "width_factor": "The factor on the channels of all stages.",
+      "pooled_size": "The height and width that the last map is averaged to.",
+      "hidden_width": "The number of units of each hidden fully connected layer.",
+      "dropout": "The probability of dropping a hidden unit in training."})
+  return config
 
 
 def build(config: ml_collections.ConfigDict) -> Experiment:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import ml_collections
 
 from dljax import errors, launch
-from dljax.config import ModelConfig
+from dljax.config import ModelConfig, one_of
 from dljax.recipes import common, image_classification
 from dljax.errors import UserError
 from dljax.models import vit
@@ -99,6 +99,13 @@ _CONFIGS = {
 def get_config(preset: str) -> ml_collections.ConfigDict:
   """The config of a preset of `PRESETS`."""
   config = _CONFIGS[preset]()
+  config.model.describe({
+      "variant": one_of("The network", vit.VARIANTS),
+      "patch_size": "The side of a patch, in pixels.",
+      "pool": one_of("What the head sees", vit.POOLS),
+      "positions": one_of("The kind of position embeddings", vit.POSITIONS),
+      "dropout": "The probability of dropping a value after the positions and each layer in training.",
+      "stochastic_depth": "The last block's rate of stochastic depth; the rates grow from 0."})
   config.model = ModelConfig(config.model, {
       name: {"patch_size": variant(num_classes=1).patch_size}
       for name, variant in vit.VARIANTS.items()})

@@ -21,7 +21,7 @@ MAX_NAMED_LAMBDAS = 1.5  # per 1,000 lines
 
 # What each room may import of the project; "dljax.data" stands for everything below it too.
 TASKS = ["dljax.tasks", "dljax.ops", "dljax.report", "dljax.errors"]
-DATA = ["dljax.data", "dljax.downloads", "dljax.errors"]
+DATA = ["dljax.data", "dljax.downloads", "dljax.errors", "dljax.config"]
 INTEROP = ["dljax.interop", "dljax.models", "dljax.downloads", "dljax.errors"]
 TRAIN = ["dljax.train", "dljax.tasks", "dljax.ops", "dljax.data.pipeline", "dljax.data.splits", "dljax.optim", "dljax.report",
          "dljax.config", "dljax.errors"]
@@ -30,7 +30,7 @@ ALLOWED = {
     "dljax.downloads": ["dljax.errors"],
     "dljax.config": ["dljax.errors"],
     "dljax.report": ["dljax.report", "dljax.errors"],
-    "dljax.optim": ["dljax.errors"],
+    "dljax.optim": ["dljax.config", "dljax.errors"],
     "dljax.ops": ["dljax.ops", "dljax.errors"],
     "dljax.models.retinanet": ["dljax.models.layers", "dljax.models.resnet"],  # whose stages carry its pyramid
     "dljax.models.deepspeech": ["dljax.models.layers", "dljax.models.rnn"],  # whose stack hears its convolutions

@@ -198,9 +198,30 @@ def test_what_describe_prints_can_be_typed_again():
   changed = ["--config.model.widths=3", "--config.model.remat=true", "--config.optimizer.freeze=a/*,b"]
   config, other = _config(), _config()
   config_lib.apply_overrides(config, changed)
-  config_lib.apply_overrides(other, [line.strip() for line in config_lib.describe(config).splitlines()])
+  config_lib.apply_overrides(other, [
+      line.strip() for line in config_lib.describe(config).splitlines() if line[2:4] == "--"])
   assert other.to_json() == config.to_json() != _config().to_json()
 
 
 def test_a_config_is_json():
   assert json.loads(_config().to_json())["optimizer"]["bounds"] == [0.5, 0.75]
+
+
+def test_a_sentence_survives_what_is_done_with_a_config():
+  group = config_lib.Group({
+      "rate": config_lib.Field(0.5, "The rate."), "kind": config_lib.Field("a", "")})
+  group.update({"rate": 0.25, "size": 3})
+  group.describe({"size": "The size."})
+  config = config_lib.base_config("x", "y", model=config_lib.ModelConfig(group), optimizer=group)
+  copied = config.copy_and_resolve_references()
+  for some in (config, copied):
+    assert config_lib.sentence(some, "model.rate") == "The rate."
+    assert config_lib.sentence(some, "optimizer.size") == "The size."
+    assert config_lib.sentence(some, "total_steps") and not config_lib.sentence(some, "model.kind")
+  copied.model.describe({"rate": "Another."})
+  assert config_lib.sentence(config, "model.rate") == "The rate."
+  assert (config.model.rate, config.to_dict()["optimizer"]["size"]) == (0.25, 3)
+
+
+def test_one_of_lists_the_choices():
+  assert config_lib.one_of("The kind", ("a", "b")) == "The kind: a, b."

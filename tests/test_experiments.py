@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from dljax import config as config_lib
+from dljax import optim
 from dljax.data import sources
 from dljax.data.datasets import EMBEDDED
 from dljax.interop import variants
@@ -35,7 +36,7 @@ from dljax.train.loop import fit
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import TrainState, parameter_count, state_sha256
 from tests.command import plain_pictures, run
-from tests.families import EXPERIMENTS, ROOT
+from tests.families import EXPERIMENTS, ROOT, SHOWN
 
 SHARED = ROOT.parent / "shared" / "data" / "tfds"
 PRESETS = [(family, preset) for family, module in EXPERIMENTS.items() for preset in module.PRESETS]
@@ -144,6 +145,22 @@ def test_a_config_is_plain_typed_and_json(family, preset):
   again = EXPERIMENTS[family].get_config(preset)
   again.optimizer.learning_rate = 0.123
   assert EXPERIMENTS[family].get_config(preset).to_dict() == config.to_dict(), "configs share something"
+
+
+@pytest.mark.parametrize("family, preset", PRESETS)
+def test_every_field_has_a_sentence(family, preset):
+  config = EXPERIMENTS[family].get_config(preset)
+  by_flags = {"family", "preset", "task", "seed"}  # --help explains the flags
+  for name in config_lib.flatten(config).keys() - by_flags:
+    sentence = config_lib.sentence(config, name)
+    own = name.startswith("model.") and family not in SHOWN  # a fork may say less of its network
+    assert own or sentence[:1].isupper() and sentence.endswith("."), name
+  choices = {"optimizer.schedule": optim.SCHEDULES, "optimizer.name": optim.OPTIMIZERS,
+             "model.dtype": ("float32", "bfloat16")}
+  if family in SHOWN:
+    choices["model.variant"] = [config.model.variant]
+  for name, values in choices.items():
+    assert all(value in config_lib.sentence(config, name) for value in values)
 
 
 @pytest.mark.parametrize("family, preset", PRESETS)

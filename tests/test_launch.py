@@ -113,12 +113,12 @@ def test_help_names_every_flag_preset_and_config_field(experiment):
   outcome = run(experiment, "--help")
   assert (outcome.status, outcome.err) == (0, "")
   for flag in ("preset", "workdir", "mode", "step", "input", "prompt", "output", "parallelism", "mesh", "resume",
-               "seed", "data_dir", "wandb", "dry_run", "topology", "list_presets", "help"):
+               "seed", "epochs", "data_dir", "wandb", "dry_run", "topology", "list_presets", "help"):
     assert f"\n  --{flag}" in outcome.out
   for name, text in experiment.PRESETS.items():
     assert name in outcome.out and text in outcome.out
   default = experiment.get_config(next(iter(experiment.PRESETS)))
-  settable = set(config_lib.flatten(default)) - {"family", "preset", "task", "seed"}
+  settable = set(config_lib.flatten(default)) - {"family", "preset", "task", "seed", "found"}
   lines = outcome.out.splitlines()
   printed = {line.strip().partition("=")[0] for line in lines if line.startswith("  --config.")}
   assert printed == {f"--config.{name}" for name in settable}

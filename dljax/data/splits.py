@@ -21,12 +21,25 @@ import jax
 import ml_collections
 import numpy as np
 
+from dljax.config import Field
 from dljax.data import sources
 from dljax.data.pipeline import Pipeline
 from dljax.errors import UserError
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[Sequence[int], Any]]  # field -> shape of one row, dtype
+
+
+NAME = "The name of a TFDS set, possibly with config and version."
+
+
+def fields(train: str, validation: str, test: str) -> dict[str, Field]:
+  """The fields of `config.data` that name a TFDS set's splits, with these defaults."""
+  what = "as an expression of TFDS such as train[:90%]"
+  return {
+      "train": Field(train, f"The examples to train on, {what}; the splits must not overlap."),
+      "validation": Field(validation, f'The examples of the validation, {what}; "" is none.'),
+      "test": Field(test, f'The examples of the test, {what}; "" is none.')}
 
 
 def _nothing() -> Mapping[str, Any]:

@@ -9,13 +9,31 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from dljax.config import Field, one_of
 from dljax.errors import UserError
 from dljax.train.experiment import Request
 
 
+_DTYPES = ("float32", "bfloat16")
+
+
+def model_fields(variant: str) -> dict[str, Field]:
+  """The fields of `config.model` that all families have.
+
+  Args:
+    variant: the preset's network, a key of the family's VARIANTS.
+  """
+  return {
+      "variant": Field(variant, "The network, one of the family's variants."),
+      "dtype": Field("float32", one_of("The dtype of the computation; parameters stay float32",
+                                       _DTYPES)),
+      "remat": Field(False, "Whether the backward pass recomputes activations, which saves memory."),
+  }
+
+
 def dtype(config: ml_collections.ConfigDict) -> jnp.dtype:
   """The compute dtype that `config.model.dtype` names."""
-  known = ("float32", "bfloat16") + (("float64",) if jax.config.jax_enable_x64 else ())
+  known = _DTYPES + (("float64",) if jax.config.jax_enable_x64 else ())
   if config.model.dtype not in known:
     raise UserError(f"--config.model.dtype={config.model.dtype}: must be float32, bfloat16 or "
                     "(with JAX_ENABLE_X64=1) float64")

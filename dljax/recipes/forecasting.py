@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from dljax import optim
-from dljax.config import base_config
+from dljax.config import Field, Group, base_config, one_of
 from dljax.data.series import windows
 from dljax.errors import UserError, choose
 from dljax.models import baselines
@@ -52,12 +52,14 @@ def config(
   return base_config(
       family, preset, task="forecasting",
       monitor="validation/loss", optimizer=optim.default_config(optimizer),
-      data=data_config, model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False,
-          "loss": "mse",  # or "pinball", to forecast the quantiles
-          "quantiles": (0.1, 0.5, 0.9),
-          "season": 24,  # rows in a season, for seasonal_naive and for a network that corrects it
-          "kernel_size": 25,  # rows in dlinear's moving average
+      data=data_config, model=Group({
+          **common.model_fields(variant),
+          "loss": Field("mse", one_of('The loss; with "pinball" the quantiles are forecast',
+                                      LOSSES)),
+          "quantiles": Field((0.1, 0.5, 0.9), 'The quantiles that the loss "pinball" forecasts.'),
+          "season": Field(24, "The number of rows in a season, for seasonal_naive and for a "
+                          "network that corrects it."),
+          "kernel_size": Field(25, "The number of rows in dlinear's moving average."),
       }))
 
 

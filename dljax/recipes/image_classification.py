@@ -8,7 +8,7 @@ import flax.linen as nn
 import ml_collections
 
 from dljax import optim
-from dljax.config import base_config
+from dljax.config import Field, Group, base_config, one_of
 from dljax.data.image import corrupt, decode, labelled
 from dljax.recipes import common
 from dljax.tasks import classification
@@ -50,12 +50,17 @@ def config(
   """
   data_config = labelled.default_config()
   data_config.update(DATA[data])
-  return base_config(
+  config = base_config(
       family, preset, task="image_classification",
       monitor="validation/accuracy", optimizer=optim.default_config(optimizer),
-      model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False, "label_smoothing": 0.0}),
+      model=Group({
+          **common.model_fields(variant),
+          "label_smoothing": Field(0.0, "The share of the target that all classes get alike.")}),
       data=data_config)
+  config.eval.describe({"corruptions": one_of(
+      'The corruptions of the test images in a final evaluation, "" for none, or names separated '
+      "by commas", ["all", *corrupt.CORRUPTIONS])})
+  return config
 
 
 def build(

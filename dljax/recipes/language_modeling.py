@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from dljax import optim, report
-from dljax.config import base_config
+from dljax.config import Field, Group, base_config
 from dljax.data.splits import find_files
 from dljax.data.text import corpus, tokenize
 from dljax.errors import UserError
@@ -26,6 +26,15 @@ DATA = {
     "tiny_shakespeare": {"name": "tiny_shakespeare", "tokenizer": "character", "vocab_size": 66},
     "lm1b": {"name": "lm1b", "tokenizer": "bpe", "vocab_size": 32_000, "documents": True,
              "length": 128, "train": "train[:99%]", "validation": "train[99%:]"},
+}
+
+_SAMPLING = {
+    "max_new_tokens": "The number of tokens to generate.",
+    "temperature": "The logits' divisor; 0 always takes the most probable token.",
+    "top_k": "The number of most probable tokens that may be drawn; 0 allows all.",
+    "top_p": "The probability that the most probable tokens must reach together; only these may be "
+             "drawn, and 1 allows all.",
+    "seed": "The seed of the draws; another one gives another text for the same prompt and run.",
 }
 
 
@@ -46,8 +55,9 @@ def config(
   return base_config(
       family, preset, task="language_modeling",
       monitor="validation/loss", optimizer=optim.default_config(optimizer),
-      model=ml_collections.ConfigDict({"variant": variant, "dtype": "float32", "remat": False}), data=data_config,
-      sampling=ml_collections.ConfigDict(vars(language_modeling.Sampling())))
+      model=Group(common.model_fields(variant)), data=data_config,
+      sampling=Group({name: Field(value, _SAMPLING[name])
+                      for name, value in vars(language_modeling.Sampling()).items()}))
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -> Experiment:

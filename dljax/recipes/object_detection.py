@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from dljax import optim, report
-from dljax.config import base_config
+from dljax.config import Field, Group, base_config
 from dljax.data.image import scenes
 from dljax.data.image.geometry import Placement
 from dljax.errors import UserError
@@ -31,8 +31,14 @@ DATA = {
              "max_boxes": 100, "bad_boxes": "drop", "flip": True},
 }
 PREVIEWED = 4  # the number of images whose detections are drawn as the network learns
-_OF_TASK = ("alpha", "gamma", "smooth_l1_beta", "score_threshold", "nms_threshold",
-            "max_detections")
+_OF_TASK = {
+    "alpha": "The weight of objects in the focal loss; the background's is 1 - alpha.",
+    "gamma": "How much less easy examples count in the focal loss; 0 gives the cross-entropy.",
+    "smooth_l1_beta": "The error of a box's code below which its loss is quadratic; 0 gives L1.",
+    "score_threshold": "The score that a detection must exceed.",
+    "nms_threshold": "The IoU above which the lower-scored of two detections of a class is dropped.",
+    "max_detections": "The greatest number of detections in an image.",
+}
 
 
 def config(
@@ -53,13 +59,16 @@ def config(
   """
   data_config = scenes.default_config()
   data_config.update(DATA[data])
-  defaults = {field: getattr(detection.Detection, field) for field in _OF_TASK}
+  defaults = {field: Field(getattr(detection.Detection, field), sentence)
+              for field, sentence in _OF_TASK.items()}
   return base_config(
       family, preset, task="object_detection",
       optimizer=optim.default_config(optimizer), data=data_config,
-      model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False, "anchor_scale": 4,
-          "anchor_ratios": (0.5, 1.0, 2.0), **defaults}))
+      model=Group({
+          **common.model_fields(variant), **defaults,
+          "anchor_scale": Field(4, "The smallest size of a level's anchors, in its strides; each "
+                                "level has three sizes, up to below twice that."),
+          "anchor_ratios": Field((0.5, 1.0, 2.0), "The anchors' height / width.")}))
 
 
 def anchors(config: ml_collections.ConfigDict, strides: Sequence[int]) -> boxes.Anchors:

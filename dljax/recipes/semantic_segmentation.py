@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from dljax import optim, report
-from dljax.config import base_config
+from dljax.config import Field, Group, base_config
 from dljax.data.image import scenes
 from dljax.data.image.geometry import Placement
 from dljax.recipes import common
@@ -28,7 +28,11 @@ DATA = {
                         "resize": "bilinear", "mask_feature": "segmentation_mask", "mask_classes": 3,
                         "mask_values": (2, 1, 3), "mask_names": ("ground", "pet", "border")},
 }
-_OF_TASK = ("cross_entropy_weight", "dice_weight", "ground")
+_OF_TASK = {
+    "cross_entropy_weight": "The weight of the cross-entropy in the loss.",
+    "dice_weight": "The weight of the Dice loss.",
+    "ground": "Whether the first class, the ground, counts in the mean IoU and in Dice.",
+}
 _NOWHERE = 255  # marks the pixels, in a picture of classes, that the network gives no class
 
 
@@ -46,12 +50,12 @@ def config(
   """
   data_config = scenes.default_config()
   data_config.update(DATA[data])
-  defaults = {field: getattr(segmentation.Segmentation, field) for field in _OF_TASK}
+  defaults = {field: Field(getattr(segmentation.Segmentation, field), sentence)
+              for field, sentence in _OF_TASK.items()}
   return base_config(
       family, preset, task="semantic_segmentation",
       monitor="validation/mean_iou", optimizer=optim.default_config(optimizer),
-      data=data_config, model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False, **defaults}))
+      data=data_config, model=Group({**common.model_fields(variant), **defaults}))
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:

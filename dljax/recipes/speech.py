@@ -8,7 +8,7 @@ import flax.linen as nn
 import ml_collections
 
 from dljax import optim
-from dljax.config import base_config
+from dljax.config import Field, Group, base_config
 from dljax.data.audio import recordings
 from dljax.recipes import common
 from dljax.tasks import transcription
@@ -46,8 +46,10 @@ def config(
   return base_config(
       family, preset, task="speech",
       monitor="validation/loss", optimizer=optim.default_config(optimizer),
-      data=data_config, model=ml_collections.ConfigDict({
-          "variant": variant, "dtype": "float32", "remat": False, "beam": 8}))
+      data=data_config, model=Group({
+          **common.model_fields(variant),
+          "beam": Field(8, "The number of texts that the search keeps; 1 takes the best label of "
+                        "each frame.")}))
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:

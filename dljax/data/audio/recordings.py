@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
+from dljax.config import Field, Group
 from dljax.data import inputs, ragged, sources, splits
 from dljax.data.audio import features
 from dljax.data.pipeline import PADDING, HostBatch, Pipeline
@@ -44,32 +44,31 @@ _SPACES = re.compile(r"\s+")
 _log = logging.getLogger(__name__)
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Group:
   """The fields of `config.data`."""
-  return ml_collections.ConfigDict({
-      "name": "morse",  # a TFDS name, possibly with config and version
-      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
-      "train": "train",
-      "validation": "validation",
-      "test": "test",
-      "audio_feature": "audio",  # the feature with a WAV file, or with samples (TFDS's Audio)
-      "text_feature": "text",
-      "alphabet": " ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",  # a text's letters take its case
-      "max_text": 32,  # the most characters in a text
-      "max_frames": 800,  # the most frames in a recording
-      "sample_rate": 8000,  # Hz; recordings of another rate are resampled
-      "window": 0.032,  # seconds
-      "hop": 0.01,  # seconds
-      "num_mels": 40,  # F
-      "lowest": 0.0,  # Hz
-      "highest": 0.0,  # Hz; 0 is half the sample rate
-      "buckets": 4,  # number of lengths to pad to; a program is compiled for each
-      # SpecAugment in training; 0 masks turn it off.
-      "time_masks": 0,
-      "time_mask": 20,  # frames, the greatest width
-      "time_mask_share": 0.2,  # share of a recording, the greatest width
-      "frequency_masks": 0,
-      "frequency_mask": 6,  # bands, the greatest width
+  return Group({
+      "name": Field("morse", splits.NAME),
+      **splits.fields("train", "validation", "test"),
+      "audio_feature": Field("audio", "The feature of the set with a WAV file, or with samples "
+                             "(TFDS's Audio)."),
+      "text_feature": Field("text", "The feature of the set with the text of a recording."),
+      "alphabet": Field(" ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "The characters that the model "
+                        "writes; a text's letters take their case."),
+      "max_text": Field(32, "The greatest number of characters in a text."),
+      "max_frames": Field(800, "The greatest number of frames in a recording."),
+      "sample_rate": Field(8000, "The sample rate in Hz; other recordings are resampled."),
+      "window": Field(0.032, "The length of a frame's window, in seconds."),
+      "hop": Field(0.01, "The time from one frame to the next, in seconds."),
+      "num_mels": Field(40, "The number of mel bands."),
+      "lowest": Field(0.0, "The lowest frequency of the bands, in Hz."),
+      "highest": Field(0.0, "The bands' highest frequency in Hz; 0 is half the sample rate."),
+      "buckets": Field(4, "The number of lengths that batches are padded to; each is compiled."),
+      "time_masks": Field(0, "The number of SpecAugment's masks over frames; 0 is off."),
+      "time_mask": Field(20, "The greatest width of such a mask, in frames."),
+      "time_mask_share": Field(0.2, "The greatest share of a recording that such a mask covers."),
+      "frequency_masks": Field(0, "The number of SpecAugment's masks over bands in training; 0 is "
+                               "off."),
+      "frequency_mask": Field(6, "The greatest width of such a mask, in bands."),
   })
 
 

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
+from dljax.config import Field, Group, one_of
 from dljax.data import sources, splits
 from dljax.data.image import augment, corrupt, decode
 from dljax.data.pipeline import (
@@ -29,34 +29,39 @@ CROP_ATTEMPTS = 10
 DECODE_AT_ONCE = 2048  # number of images
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Group:
   """The fields of `config.data`; 0 and False turn an augmentation off."""
-  return ml_collections.ConfigDict({
-      "name": "digits",  # a TFDS name, possibly with config and version
-      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
-      "train": "train",
-      "validation": "validation",
-      "test": "test",
-      "per_class": 0,  # number of examples of each class to train on, drawn by the seed; 0 is all
-      "num_classes": 10,
-      "image_shape": (8, 8, 1),  # height, width, channels that the model sees
-      "groups": (),  # features (classes or texts); evaluation also reports by their values
-      "mean": (0.3051,),  # of each channel, where white is 1
-      "std": (0.3757,),
-      "background": 0,  # grey from 0 (black) to 255 that shows where an image is transparent
-      # How an image reaches image_shape: "pad" centres it on black, and shrinks it if it is too
-      # large; "bilinear" ignores its aspect ratio; "crop" takes the centre.
-      "resize": "pad",
-      "crop_fraction": 0.875,  # share of the shorter side, for "crop"
-      "random_resized_crop": 0.0,  # the smallest share of the area; 0.08 in the literature
-      "pad_crop": 0,  # pixels
-      "flip": False,
-      "randaugment_layers": 0,
-      "randaugment_magnitude": 9.0,  # at most 30
-      "color_jitter": 0.0,  # brightness, contrast and saturation within 1 - x and 1 + x
-      "cutout": 0,  # pixels
-      "mixup": 0.0,  # alpha; with CutMix on too, a coin decides for each batch
-      "cutmix": 0.0,  # alpha
+  return Group({
+      "name": Field("digits", splits.NAME),
+      **splits.fields("train", "validation", "test"),
+      "per_class": Field(0, "The number of examples of each class to train on, drawn by the seed; "
+                         "0 is all."),
+      "num_classes": Field(10, "The number of classes."),
+      "image_shape": Field((8, 8, 1), "The height, width and channels that the model sees."),
+      "groups": Field((), "Features (classes or texts) of the set; an evaluation also reports by "
+                      "their values."),
+      "mean": Field((0.3051,), "The mean of each channel, where white is 1."),
+      "std": Field((0.3757,), "The standard deviation of each channel, where white is 1."),
+      "background": Field(0, "The grey, from 0 (black) to 255, that shows where an image is "
+                          "transparent."),
+      "resize": Field("pad", one_of('How an image reaches image_shape: "pad" centres it on black, '
+                                    'and shrinks it if it is too large, "bilinear" ignores its '
+                                    'aspect ratio, "crop" takes the centre', RESIZE)),
+      "crop_fraction": Field(0.875, 'The share of the shorter side that resize "crop" takes.'),
+      "random_resized_crop": Field(0.0, "The smallest share of the area that a random crop in "
+                                   "training takes, 0.08 in the literature; 0 is off."),
+      "pad_crop": Field(0, "The pixels by which an image is padded before it is cropped at random "
+                        "in training; 0 is off."),
+      "flip": Field(False, "Whether images are mirrored at random in training."),
+      "randaugment_layers": Field(0, "The number of RandAugment's operations on each image in "
+                                  "training; 0 is off."),
+      "randaugment_magnitude": Field(9.0, "The strength of RandAugment's operations, at most 30."),
+      "color_jitter": Field(0.0, "Brightness, contrast and saturation change in training by "
+                            "factors from 1 - x to 1 + x; 0 is off."),
+      "cutout": Field(0, "The side, in pixels, of a square that is blanked in training; 0 is off."),
+      "mixup": Field(0.0, "Mixup's alpha; with CutMix on too, a coin decides for each batch; 0 "
+                     "is off."),
+      "cutmix": Field(0.0, "CutMix's alpha; 0 is off."),
   })
 
 

@@ -21,9 +21,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
+from dljax.config import Field, Group, one_of
 from dljax.data import sources, splits
 from dljax.data.image import augment, decode
 from dljax.data.image.geometry import VOID_BYTE, Placement, Window
@@ -45,31 +45,31 @@ EMOJI_SCENES = {"name": "emoji_scenes", "image_shape": (96, 96, 3), "num_classes
                 "mean": (0.5476, 0.5132, 0.4896), "std": (0.2388, 0.2113, 0.2254)}
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Group:
   """The fields of `config.data`."""
-  return ml_collections.ConfigDict({
-      "name": "digit_scenes",  # a TFDS name, possibly with config and version
-      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
-      "train": "train",
-      "validation": "validation",
-      "test": "test",
-      "num_classes": 10,  # number of the objects' classes
-      "image_shape": (96, 96, 1),  # height, width, channels that the model sees
-      "mean": (0.3126,),  # of each channel, where white is 1
-      "std": (0.1563,),
-      # How an image reaches image_shape: "pad" centres it on black, and shrinks it if it is too
-      # large; "bilinear" ignores its aspect ratio.
-      "resize": "pad",
-      "max_boxes": 8,  # the most boxes in an image
-      "bad_boxes": "refuse",  # for boxes without area or outside of the image; or "drop"
-      "mask_feature": "segmentation",  # the feature with an image of the pixels' classes
-      "mask_classes": 11,  # number of the pixels' classes; the first is the ground
-      "mask_values": tuple(range(11)),  # the value of each class in that image
-      "mask_names": (),  # by default "ground" and the names of the objects
-      # In training the model sees a random window on the image: magnified, moved, mirrored.
-      "scale": (1.0, 1.0),  # range of the magnification, whose logarithm is uniform
-      "shift": 0,  # pixels
-      "flip": False,  # left to right
+  return Group({
+      "name": Field("digit_scenes", splits.NAME),
+      **splits.fields("train", "validation", "test"),
+      "num_classes": Field(10, "The number of the objects' classes."),
+      "image_shape": Field((96, 96, 1), "The height, width and channels that the model sees."),
+      "mean": Field((0.3126,), "The mean of each channel, where white is 1."),
+      "std": Field((0.1563,), "The standard deviation of each channel, where white is 1."),
+      "resize": Field("pad", one_of('How an image reaches image_shape: "pad" centres it on black, '
+                                    'and shrinks it if it is too large, "bilinear" ignores its '
+                                    'aspect ratio', RESIZE)),
+      "max_boxes": Field(8, "The greatest number of boxes in an image."),
+      "bad_boxes": Field("refuse", one_of("What is done about boxes without area or outside of "
+                                          "the image", BAD_BOXES)),
+      "mask_feature": Field("segmentation", "The feature of the set with an image of the pixels' "
+                            "classes."),
+      "mask_classes": Field(11, "The number of the pixels' classes; the first is the ground."),
+      "mask_values": Field(tuple(range(11)), "The value of each class in that image."),
+      "mask_names": Field((), 'The names of the pixels\' classes; by default "ground" and the '
+                          "names of the objects."),
+      "scale": Field((1.0, 1.0), "The range of the magnification in training, whose logarithm is "
+                     "uniform."),
+      "shift": Field(0, "The greatest shift of an image in training, in pixels."),
+      "flip": Field(False, "Whether images are mirrored at random, left to right, in training."),
   })
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import ml_collections
 import numpy as np
 
+from dljax.config import Field, Group
 from dljax.data.pipeline import HostBatch, IndexedPipeline, InMemory, Plan, Pipeline, rng
 from dljax.data.splits import Data, batch_spec
 from dljax.errors import UserError
@@ -13,13 +13,13 @@ SPLITS = ("train", "validation", "test")
 MOST_POINTS = 10**6
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Group:
   """The fields of `config.data`."""
-  return ml_collections.ConfigDict({
-      "noise": 0.15,  # standard deviation around the four corners (+-1, +-1)
-      "train": 800,  # number of points, as in the next two
-      "validation": 100,
-      "test": 400,
+  return Group({
+      "noise": Field(0.15, "The standard deviation around the four corners (+-1, +-1)."),
+      "train": Field(800, "The number of points to train on."),
+      "validation": Field(100, "The number of validation points."),
+      "test": Field(400, "The number of test points."),
   })
 
 

@@ -25,9 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
+from dljax.config import Field, Group, one_of
 from dljax.data import inputs, sources, splits
 from dljax.data.series import table
 from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline, Plan
@@ -41,21 +41,23 @@ DAY = 86400  # seconds
 MONDAY = 3 * DAY  # seconds from a Monday to the start of 1970, which was a Thursday
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Group:
   """The fields of `config.data`."""
-  return ml_collections.ConfigDict({
-      "name": "temperatures",  # a TFDS name, or the path of a .csv file
-      "time": "date",  # the column of a .csv file that holds the time
-      "channels": ("seattle", "san_francisco"),  # the channels to read and forecast
-      "train": 5880,  # number of rows, from the first; rows that are missing count
-      "validation": 1440,  # number of rows after the training rows
-      "test": 1440,  # number of rows after those
-      "window": 168,  # number of rows that a forecast is made from
-      "horizon": 24,  # number of rows that are forecast
-      "covariates": ("hour_of_day", "day_of_year"),  # names in COVARIATES
-      # What to do about missing values; or "mask": a window repeats the last value before, and the
-      # loss leaves them out.
-      "missing": "refuse",
+  return Group({
+      "name": Field("temperatures", "The name of a TFDS set, or the path of a .csv file."),
+      "time": Field("date", "The column of a .csv file that holds the time."),
+      "channels": Field(("seattle", "san_francisco"), "The channels to read and to forecast."),
+      "train": Field(5880, "The number of rows to train on, from the first; rows that are missing "
+                     "count."),
+      "validation": Field(1440, "The number of validation rows, after the training rows."),
+      "test": Field(1440, "The number of test rows, after those of the validation."),
+      "window": Field(168, "The number of rows that a forecast is made from."),
+      "horizon": Field(24, "The number of rows that are forecast."),
+      "covariates": Field(("hour_of_day", "day_of_year"), one_of(
+          "What the model reads of the time; none, one or more", COVARIATES)),
+      "missing": Field("refuse", one_of('What is done about missing values; with "mask" a window '
+                                        "repeats the last value before, and the loss leaves them "
+                                        "out", MISSING)),
   })
 
 

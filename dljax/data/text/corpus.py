@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
+from dljax.config import Field, Group, one_of
 from dljax.data import ragged, sources, splits
 from dljax.data.pipeline import HostBatch, Pipeline
 from dljax.data.text import streams, tokenize
@@ -36,24 +36,26 @@ _SPLITS = ("train", "validation", "test")
 _LEAST_VOCABULARY = 300  # for a sub-word tokenizer: 256 bytes and some words
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Group:
   """The fields of `config.data`."""
-  return ml_collections.ConfigDict({
-      "name": "pydoc",  # a TFDS name, possibly with config and version
-      "file": "",  # a UTF-8 text of your own in place of a set; split_text makes its splits
-      "field": "text",  # the feature of the set that holds the text
-      # TFDS's split expressions, e.g. train[:90%], which must not overlap; "" for none.
-      "train": "train",
-      "validation": "validation",
-      "test": "test",
-      "tokenizer": "byte",  # one of tokenize.TOKENIZERS
-      "tokenizer_file": "",  # for "file": a SentencePiece .model or a tokenizer.json
-      "vocab_size": 257,  # the model's; a tokenizer may have fewer tokens
-      # Whether characters that are not in the training text become bytes, or are refused.
-      "byte_fallback": False,
-      "documents": False,  # whether each document is read on its own, or all as one text
-      "length": 64,  # tokens in a window, and in the longest piece that a document is cut into
-      "buckets": ragged.MAX_BUCKETS,  # number of lengths that batches of documents are padded to
+  return Group({
+      "name": Field("pydoc", splits.NAME),
+      "file": Field("", "A UTF-8 text of your own in place of a set: the first 90 % are for "
+                    "training, half of the rest for validation, and half for the test."),
+      "field": Field("text", "The feature of the set that holds the text."),
+      **splits.fields("train", "validation", "test"),
+      "tokenizer": Field("byte", one_of("How text becomes tokens", tokenize.TOKENIZERS)),
+      "tokenizer_file": Field("", 'The file of the tokenizer "file": a SentencePiece .model or a '
+                              "tokenizer.json."),
+      "vocab_size": Field(257, "The number of tokens of the model; a tokenizer may have fewer."),
+      "byte_fallback": Field(False, "Whether characters that are not in the training text become "
+                             "bytes; otherwise they are refused."),
+      "documents": Field(False, "Whether each document is read on its own; otherwise all are read "
+                         "as one text."),
+      "length": Field(64, "The number of tokens in a window, and in the longest piece that a "
+                      "document is cut into."),
+      "buckets": Field(ragged.MAX_BUCKETS, "The number of lengths that batches of documents are "
+                       "padded to."),
   })
 
 
