@@ -265,20 +265,20 @@ def _float(value: int | float) -> float:
     return math.inf
 
 
-def data_field(config: ml_collections.ConfigDict) -> str:
+def data_field(config: Mapping[str, Any]) -> str:
   """Returns the field that says which data these are, such as "data.file"; "" if none does."""
   data = config.get("data", {})
   named = [f"data.{name}" for name in _DATA if data.get(name)]
   return named[0] if named else ""
 
 
-def title(config: ml_collections.ConfigDict) -> str:
+def title(config: Mapping[str, Any]) -> str:
   """Returns what a run is called where people read it: its family and its data."""
   field = data_field(config)
-  data = str(flatten(config)[field]).rstrip("/") if field else config.preset
+  data = str(flatten(config)[field]).rstrip("/") if field else config["preset"]
   # A path has a suffix or is a folder's; a slash in the name of a set is no path.
   own = field != "data.name" or Path(data).suffix == ".csv"
-  return f"{config.family} {Path(data).name if own else data}"
+  return f"{config['family']} {Path(data).name if own else data}"
 
 
 def identity(config: ml_collections.ConfigDict) -> str:

@@ -501,7 +501,9 @@ def test_an_input_that_is_no_image_is_skipped_and_told(trained, pictures, tmp_pa
   output = tmp_path / "out.jsonl"
   outcome = _predict(trained, str(pictures), output)
   assert outcome.status == 1
-  assert outcome.err.startswith(f"skipped {pictures / '1.png'}: ") and outcome.err.count("\n") == 1
+  skipped, last = outcome.err.splitlines()
+  assert skipped.startswith(f"skipped {pictures / '1.png'}: ")
+  assert last == "1 input was skipped, as said above; the exit status is 1 because of that"
   assert [Path(row["input"]).name for row in _read(output)] == ["0.png", "2.png", "3.png", "4.png"]
 
 

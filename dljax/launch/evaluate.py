@@ -3,6 +3,7 @@
 import jax
 from absl import logging
 
+from dljax.config import title
 from dljax.errors import DONE, RunError
 from dljax.launch import tables
 from dljax.runs import Run
@@ -22,14 +23,14 @@ def evaluate(run: Run, parallelism: Mode) -> int:
   found, findings = evaluate_splits(
       experiment, evaluator, state.variables, state.rng, run.assets)
   if jax.process_index() == 0:
-    print(f"{run.config.family} {run.config.preset}: checkpoint {step}")
+    print(f"{title(run.config)}: checkpoint {step}")
     tables.show(tables.metrics(found))
     entries = {"checkpoint": step, "metrics": found}
     if experiment.data.corruptions:
       entries["corruptions"] = findings.tables["corruptions"]
       tables.show(tables.corruptions(entries["corruptions"], found["test"]))
     try:
-      folder.write_findings(findings)
+      folder.write_findings(findings, title(run.config))
       write_json(folder.path / "evaluation.json", entries)
       print(f"written to {folder.path / 'evaluation.json'}")
     except RunError as error:  # a read-only run can be evaluated too

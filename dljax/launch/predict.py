@@ -41,7 +41,12 @@ def predict(run: Run, values: flags.FlagValues) -> int:
                     for v in row.values() if not isinstance(v, dict)))
   if place and first:
     print(f"{len(rows)} prediction{'s' * (len(rows) > 1)} written to {place}")
-  return FAILED if inputs.skipped else DONE
+  if not inputs.skipped:
+    return DONE
+  count = len(inputs.skipped)
+  print(f"{count} input{'s were' if count > 1 else ' was'} skipped, as said above; the exit status is "
+        f"{FAILED} because of that", file=sys.stderr)
+  return FAILED
 
 
 def _request(values: flags.FlagValues) -> Request:

@@ -2,6 +2,7 @@
 
 import jax
 
+from dljax.config import title
 from dljax.errors import DONE
 from dljax.launch import tables
 from dljax.train.experiment import Experiment
@@ -25,7 +26,7 @@ def train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
 def _print_result(folder: Workdir) -> None:
   """Prints a short table of results, and the places of the files."""
   result = folder.result()
-  print(f"\n{result['family']} {result['preset']}: {result['steps']} steps, "
+  print(f"\n{title(folder.read_config())}: {result['steps']} steps, "
         f"{result['params']:,} parameters, {result['seconds']:.1f} s on {result['devices']}")
   tables.show(tables.metrics(result["metrics"]))
   places = {"checkpoint": folder.checkpoints / str(result["checkpoint"]),

@@ -57,8 +57,17 @@ def side_by_side(pictures: Sequence[bytes]) -> bytes:
   return content.getvalue()
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-  """Writes a figure as PNG at `DPI`; a reader of `path` sees the old file or the whole new one."""
+def save(figure: Any, path: str | os.PathLike[str], title: str = "") -> None:
+  """Writes a figure as PNG at `DPI`; a reader of `path` sees the old file or the whole new one.
+
+  Args:
+    figure: the figure.
+    path: the file to write.
+    title: what stands above the figure, before its own caption if it has one.
+  """
+  if title:
+    caption = figure.get_suptitle()
+    figure.suptitle(plain(title) + (f": {caption}" if caption else ""), fontsize=12, color=INK)
   directory = os.path.dirname(os.path.abspath(path))
   os.makedirs(directory, exist_ok=True)
   temporary = os.path.join(directory,

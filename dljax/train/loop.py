@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dljax import optim, report
+from dljax.config import title
 from dljax.data.pipeline import opened
 from dljax.errors import Preempted, RunError, UserError
 from dljax.interop import variants
@@ -231,7 +232,8 @@ class _Run:
       return
     rows = report.read_metrics(self.folder.metrics_file)
     figures = {**findings.figures, "learning_curves": lambda: report.learning_curves(rows)}
-    self.folder.write_findings(dataclasses.replace(findings, figures=figures))
+    self.folder.write_findings(
+        dataclasses.replace(findings, figures=figures), title(self.config))
     rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     self.folder.write_result({
         "family": self.config.family, "preset": self.config.preset,

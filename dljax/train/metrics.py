@@ -132,9 +132,9 @@ class MetricWriter:
         os.replace(temporary, self._path)
       durable.sync(self._workdir)
     if self._project:
-      self._wandb = _wandb_module().init(project=self._project, dir=str(self._workdir),
-                                         name=self._workdir.name, id=self._wandb_id(),
-                                         resume="allow", config=dict(self._config))
+      self._wandb = _wandb_module().init(
+          project=self._project, dir=str(self._workdir), id=self._wandb_id(), resume="allow",
+          name=f"{title(self._config)} {self._workdir.name}", config=dict(self._config))
     return self
 
   def __exit__(self, *_: object) -> None:

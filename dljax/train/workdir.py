@@ -307,12 +307,12 @@ class Workdir:
                       "a copy, or name the model by --model and --set, and remove it")
     return model
 
-  def write_findings(self, findings: Findings) -> None:
-    """Writes figures/*.png and tables/*.csv durably; `RunError` where that fails."""
+  def write_findings(self, findings: Findings, title: str = "") -> None:
+    """Writes figures/*.png, under a title, and tables/*.csv durably; `RunError` where that fails."""
     with writing(self.figures):
       self.figures.mkdir(exist_ok=True)  # in a workdir that was moved, this fails
       for stem, draw in findings.figures.items():
-        report.save(draw(), self.figures / f"{stem}.png")
+        report.save(draw(), self.figures / f"{stem}.png", title)
         durable.sync(self.figures / f"{stem}.png")
       durable.sync(self.figures)
     with writing(self.tables):

@@ -21,7 +21,7 @@ def _name(family, *overrides, preset=None, seed=0, epochs=None):
     (lenet, [], {}, "lenet-digits"),
     (lenet, ["optimizer.learning_rate=0.4"], {"seed": 7}, "lenet-digits-learning_rate=0.4-seed=7"),
     (lenet, ["total_steps=8", "optimizer.learning_rate=1e-5"], {"preset": "mnist"},
-     "lenet-mnist-total_steps=8-learning_rate=1e-05"),
+     "lenet-mnist-learning_rate=1e-05-total_steps=8"),
     (lenet, [], {"epochs": 3.0}, "lenet-digits-epochs=3"),
     (lenet, [], {"epochs": 0.5, "seed": 1}, "lenet-digits-epochs=0.5-seed=1"),
     # What is done with the trained network does not tell runs apart.
@@ -35,7 +35,7 @@ def _name(family, *overrides, preset=None, seed=0, epochs=None):
     # The variant decides the patch size.
     (vit, ["model.variant=vit_b32"], {}, "vit-digits-variant=vit_b32"),
     (vit, ["model.variant=vit_b32", "model.patch_size=8"], {},
-     "vit-digits-variant=vit_b32-patch_size=8"),
+     "vit-digits-patch_size=8-variant=vit_b32"),
 ])
 def test_the_name_says_what_differs_from_the_preset(family, overrides, others, name):
   assert _name(family, *overrides, **others) == name
@@ -44,13 +44,13 @@ def test_the_name_says_what_differs_from_the_preset(family, overrides, others, n
 @pytest.mark.parametrize("overrides, start", [
     (["data.file=texts/book.txt"], "rnn-book.txt"),
     (["data.file=/a [b]/c*.txt"], "rnn-c_.txt"),
-    (["data.file=.."], "rnn-.."),
+    (["data.file=../.."], "rnn-.."),
     (["data.file=caf\udce9.txt"], "rnn-caf_.txt"),
     (["data.train=train[:90%]"], "rnn-pydoc-train=train_90"),
     (["monitor=validation/loss", "init.source=../old run/"], "rnn-pydoc-source=old_run"),
     (["data.file=" + 80 * "a"], "rnn-" + 40 * "a"),
     # Too long for a name.
-    (["optimizer.learning_rate=0.4", "optimizer.schedule=constant", "optimizer.clip_norm=2"],
+    (["optimizer.learning_rate=0.45", "optimizer.schedule=constant", "optimizer.clip_norm=0.25"],
      "rnn-pydoc"),
 ])
 def test_a_hash_stands_for_what_is_unfit_for_a_path(overrides, start):

@@ -15,7 +15,10 @@ from dljax import report
 def test_save_replaces_as_a_whole(tmp_path):
   path = tmp_path / "figures" / "grid.png"
   report.save(report.image_grid([np.eye(8)]), path)
+  untitled = path.read_bytes()
+  report.save(report.image_grid([np.eye(8)], caption="what"), path, "lenet $5 [x]")
   before = path.read_bytes()
+  assert before != untitled
   assert Image.open(path).width >= 4 * report.DPI
 
   class Broken:

@@ -164,10 +164,11 @@ class _Wandb:
   """What is used of the module and of a run, noting the ids."""
 
   def __init__(self):
-    self.ids, self.logged = [], []
+    self.ids, self.names, self.logged = [], [], []
 
-  def init(self, *, id, **_):
+  def init(self, *, id, name, **_):
     self.ids.append(id)
+    self.names.append(name)
     return self
 
   def log(self, values, step):
@@ -183,7 +184,8 @@ def test_weights_and_biases_continues_the_run_of_a_workdir_and_of_no_other(tmp_p
 
   def log(folder, step):
     folder.mkdir(parents=True, exist_ok=True)
-    with MetricWriter(folder, step - 1, "project", {}) as writer:
+    config = {"family": "rnn", "preset": "pydoc", "data": {"file": "texts/book.txt", "name": "pydoc"}}
+    with MetricWriter(folder, step - 1, "project", config) as writer:
       writer.write(step, "train", {"loss": 0.5})
 
   one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
@@ -193,5 +195,6 @@ def test_weights_and_biases_continues_the_run_of_a_workdir_and_of_no_other(tmp_p
   shutil.rmtree(one)
   log(one, 1)
   first, again, of_other, afresh = wandb.ids
+  assert set(wandb.names) == {"rnn book.txt run"}  # the data, not the preset
   assert first == again and len({first, of_other, afresh}) == 3
   assert wandb.logged[:2] == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.5})]
