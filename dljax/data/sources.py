@@ -141,6 +141,11 @@ class Dataset:
                       "choose a wider range")
     return [(f.filename, f.skip, f.skip + f.take) for f in files]
 
+  def example(self, split: str, number: int) -> str:
+    """The name of an example, for messages."""
+    del split
+    return f"example {number} of {self.name}"
+
   def records(self, split: str) -> "Records":
     """Random access to the undecoded examples of a split.
 

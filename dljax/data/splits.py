@@ -89,8 +89,9 @@ class DataSet:
   """What the pipelines of one config share: the data set, opened and checked against the config
   once, by any thread.
 
-  A subclass defines `pipeline` and `shapes`. It extends `check` if the set must hold more than its
-  splits, and `fields` if its `Data` has more than what all sets have.
+  A subclass defines `pipeline` and `shapes`. It extends `open` if users can bring their own data
+  (see `data/own.py`), `check` if the set must hold more than its splits, and `fields` if its `Data`
+  has more than what all sets have.
 
   Args:
     config: `config.data`; later changes to it have no effect.
@@ -99,20 +100,24 @@ class DataSet:
   def __init__(self, config: Any):
     self.config = ml_collections.FrozenConfigDict(config)
     self.lock = threading.RLock()
-    self._dataset: sources.Dataset | None = None
+    self._dataset: Any = None
     self._fingerprints: dict[str, str] = {}  # of the user's own files
 
   @property
-  def dataset(self) -> sources.Dataset:
-    """The opened set; raises `UserError` if it is missing or does not fit the config."""
+  def dataset(self) -> Any:
+    """The opened set, as `open` gives it; raises `UserError` if it is missing or does not fit the config."""
     with self.lock:
       if self._dataset is None:
-        dataset = sources.open_dataset(self.config.name)
+        dataset = self.open()
         self.check(dataset)
         self._dataset = dataset
       return self._dataset
 
-  def check(self, dataset: sources.Dataset) -> None:
+  def open(self) -> Any:
+    """Opens the set: a prepared TFDS set, or the user's own data, an `own.Dataset`."""
+    return sources.open_dataset(self.config.name)
+
+  def check(self, dataset: Any) -> None:
     """Raises `UserError` if a set does not fit the config."""
     check_splits(dataset, self.config)
 
@@ -203,7 +208,7 @@ def need(config: Any, field: str, ok: bool, mend: str) -> None:
     raise UserError(f"--config.data.{field}={written}: {mend}")
 
 
-def check_splits(dataset: sources.Dataset, config: Any) -> None:
+def check_splits(dataset: Any, config: Any) -> None:
   """Raises `UserError` if a split of `config.data` is missing, is empty or overlaps another."""
   splits = {field: config[field] for field in ("train", "validation", "test") if config[field]}
   ranges = {field: dataset.ranges(split, field) for field, split in splits.items()}
@@ -236,12 +241,12 @@ def find_files(paths: Sequence[str], mend: str, suffix: str = "") -> list[Path]:
       raise UserError(f"--input: there is no {path}; name {mend}")
     inside = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")
               and p.name.lower().endswith(suffix))
-    found += sorted(inside, key=_natural) if path.is_dir() else [path]
+    found += sorted(inside, key=natural) if path.is_dir() else [path]
   return found
 
 
-def _natural(path: Path) -> list[str | int]:
-  """A key by which the numbers in names sort as numbers."""
+def natural(path: str | os.PathLike[str]) -> list[str | int]:
+  """A key by which the numbers in names sort as numbers, "2.png" before "10.png"."""
   return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
