@@ -273,45 +273,74 @@ MUTANTS = (
         "finite = jnp.isfinite(out.loss) & jnp.isfinite(norm)",
         ("tests/train/test_step.py::test_every_players_loss_has_to_be_finite",)),
     Mutant(
+        "file_fsync", "dljax/train/durable.py",
+        "      file.flush()\n      os.fsync(file.fileno())\n",
+        "      file.flush()\n",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
+    Mutant(
+        "name_fsync", "dljax/train/durable.py",
+        "    raise\n  sync(path.parent)\n",
+        "    raise\n",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
+    Mutant(
+        "new_folder_fsync", "dljax/train/durable.py",
+        "  path.mkdir(exist_ok=True)\n  sync(path.parent)\n",
+        "  path.mkdir(exist_ok=True)\n",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
+    Mutant(
+        "sync_does_nothing", "dljax/train/durable.py",
+        "    os.fsync(descriptor)\n",
+        "    pass\n",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
+    Mutant(
         "payload_fsync", "dljax/train/checkpoint.py",
         "        os.fsync(file.fileno())\n        digest",
         "        digest",
-        ("tests/train/test_checkpoint.py::test_the_payload_is_durable_before_the_manifest",)),
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
     Mutant(
-        "manifest_fsync", "dljax/train/checkpoint.py",
-        "    file.flush()\n    os.fsync(file.fileno())\n",
-        "    file.flush()\n",
-        ("tests/train/test_checkpoint.py::test_the_payload_is_durable_before_the_manifest",)),
+        "payload_folder_fsync", "dljax/train/checkpoint.py",
+        "    else:\n      durable.sync(path)\n  return entries",
+        "  return entries",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
     Mutant(
-        "checkpoints_directory_fsync", "dljax/train/checkpoint.py",
-        "  _fsync_directory(path.parent.parent)\n",
-        "",
-        ("tests/train/test_checkpoint.py::test_the_payload_is_durable_before_the_manifest",)),
-    Mutant(
-        "json_fsync", "dljax/train/workdir.py",
-        "      file.flush()\n      os.fsync(file.fileno())\n",
-        "      file.flush()\n",
-        ("tests/train/test_workdir.py::"
-         "test_json_is_on_the_disk_before_it_takes_the_place_of_the_old",)),
-    Mutant(
-        "json_folder_fsync", "dljax/train/workdir.py",
-        "    fsync_folder(path.parent)\n",
-        "",
-        ("tests/train/test_workdir.py::"
-         "test_json_is_on_the_disk_before_it_takes_the_place_of_the_old",)),
+        "step_name_fsync", "dljax/train/checkpoint.py",
+        "    durable.sync(directory.parent)",
+        "    pass",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
     Mutant(
         "metrics_fsync", "dljax/train/metrics.py",
         "      os.fsync(self._files[0].fileno())\n",
         "      pass\n",
-        ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
+    Mutant(
+        "metrics_name_fsync", "dljax/train/metrics.py",
+        "      durable.sync(self._workdir)\n",
+        "",
+        ("tests/train/test_metrics.py::"
+         "test_the_rows_are_durable_before_the_mark_is_given",)),
+    Mutant(
+        "picture_fsync", "dljax/train/workdir.py",
+        "        durable.sync(self.figures / f\"{stem}.png\")\n",
+        "",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
+    Mutant(
+        "picture_name_fsync", "dljax/train/workdir.py",
+        "      durable.sync(self.figures)\n",
+        "",
+        ("tests/train/test_durable.py::"
+         "test_a_power_failure_at_any_moment_loses_nothing",)),
     Mutant(
         "metrics_start_fsync", "dljax/train/metrics.py",
         "      os.fsync(rows.fileno())\n",
-        "",
-        ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
-    Mutant(
-        "metrics_folder_fsync", "dljax/train/metrics.py",
-        "      fsync_folder(self._workdir)\n",
         "",
         ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
     Mutant(

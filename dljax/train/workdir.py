@@ -319,8 +319,6 @@ class Workdir:
       self.tables.mkdir(exist_ok=True)
       for stem, rows in findings.tables.items():
         write_csv(self.tables / f"{stem}.csv", rows)
-    with writing(self.path):
-      durable.sync(self.path)
 
   def read_assets(self) -> dict[str, Any]:
     """What was fitted to the data, by file stem."""

@@ -14,7 +14,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import types
 from pathlib import Path
 
 import jax
@@ -489,33 +488,6 @@ def test_disk_full_is_raised_at_the_next_save_and_loses_nothing(saved, caplog, c
   checkpointer.close()
   _restores(saved, 12)
   assert _names(saved) == {"8", "12"}
-
-
-def test_the_payload_is_durable_before_the_manifest(tmp_path, monkeypatch):
-  """By inode, which a renamed file keeps: what was brought to the disk by this file, in order."""
-  order, renamed = [], []
-
-  def fsync(descriptor):
-    order.append(os.fstat(descriptor).st_ino)
-    os.fsync(descriptor)
-
-  def rename(path, target):
-    if path.name.startswith(checkpoint.MANIFEST):
-      renamed.append(len(order))
-    return os.rename(path, target)
-
-  monkeypatch.setattr(checkpoint, "os", types.SimpleNamespace(**{**vars(os), "fsync": fsync}))
-  monkeypatch.setattr(Path, "rename", rename)
-  directory = tmp_path / "checkpoints"
-  with Checkpointer(directory) as checkpointer:
-    checkpointer.save(4, _state(4), {})
-  before = set(order[:renamed[0]])
-  inside = [path for path in (directory / "4").rglob("*") if path.name != checkpoint.MANIFEST]
-  assert any(path.is_dir() for path in inside)
-  assert {path.stat().st_ino for path in inside} <= before
-  assert order[renamed[0] - 1] == (directory / "4" / checkpoint.MANIFEST).stat().st_ino
-  after = order[renamed[0]:]  # the names of the manifest, and of the step
-  assert after == [(directory / "4").stat().st_ino, directory.stat().st_ino]
 
 
 @pytest.mark.parametrize("leave", ["close", "save"])
