@@ -1,17 +1,20 @@
 """Errors that print one line and no traceback, and the exit statuses of command lines."""
 
 import contextlib
-import difflib
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75  # exit status
+# What stops a program: a scheduler, Ctrl-C, and a terminal that is closed.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PATIENCE = 10  # seconds that the main thread has to come to a signal's handler
 
 
 class UserError(ValueError):
@@ -49,20 +52,104 @@ def exit_status(run: Callable[[], int], stopped: str) -> int:
 
 
 def _exit_status(run: Callable[[], int], stopped: str) -> int:
-  handler = end_as_ctrl_c()
-  try:
-    return run()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return BAD_INPUT
-  except RunError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return FAILED
-  except (Preempted, KeyboardInterrupt) as stop:
-    print(str(stop) or stopped, file=sys.stderr)
-    return PREEMPTED
-  finally:
-    signal.signal(signal.SIGTERM, handler)
+  with Stops(_interrupt, stopped) as stops:
+    try:
+      return run()
+    except UserError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return BAD_INPUT
+    except RunError as error:
+      print(f"error: {error}", file=sys.stderr)
+      return FAILED
+    except (Preempted, KeyboardInterrupt) as stop:
+      stops.ignore = True  # the program ends already
+      print(str(stop) or stopped, file=sys.stderr)
+      return PREEMPTED
+
+
+def _interrupt() -> NoReturn:
+  raise KeyboardInterrupt
+
+
+class Stops:
+  """Handles SIGTERM, Ctrl-C and SIGHUP inside a `with` statement.
+
+  Python runs a handler between two instructions of the main thread. While that thread waits for C
+  code, as for a compilation, the next instruction may be minutes away. A thread therefore ends the
+  process with the status `PREEMPTED` if the handler has not run within 10 s of a signal.
+
+  Attributes:
+    ignore: whether signals do nothing.
+    may_end: whether the thread may end the process: nothing is lost then.
+  """
+
+  def __init__(self, handle: Callable[[], None], line: str):
+    """Changes nothing yet.
+
+    Args:
+      handle: called in the main thread for each signal; it may raise.
+      line: what to print where the thread ends the process.
+    """
+    self.ignore, self.may_end = False, True
+    self._handle, self._line = handle, line
+    self._answered = threading.Event()
+    self._old: dict[int, Any] = {}
+
+  def __enter__(self) -> "Stops":
+    if threading.current_thread() is not threading.main_thread():
+      return self  # other threads cannot have handlers
+    for number in STOPS:
+      before = signal.getsignal(number)
+      if number != signal.SIGHUP or before is not signal.SIG_IGN:  # as `nohup` wants it
+        self._old[number] = before
+        signal.signal(number, self._answer)
+    read, self._write = os.pipe()
+    os.set_blocking(self._write, False)
+    self._old_write = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+    threading.Thread(target=self._watch, args=(read,), daemon=True, name="stops").start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if not self._old:
+      return
+    signal.set_wakeup_fd(self._old_write)
+    os.close(self._write)
+    for number, before in self._old.items():
+      # A command that has ended no longer says that there was nothing to save.
+      signal.signal(number, signal.SIG_IGN if before is _end_early else before or signal.SIG_DFL)
+
+  def _answer(self, *_: object) -> None:
+    self._answered.set()
+    if not self.ignore:
+      self._handle()
+
+  def _watch(self, read: int) -> None:
+    """Waits for the numbers of signals, which Python writes as they come."""
+    with open(read, "rb", buffering=0) as numbers:
+      while number := numbers.read(1):
+        if number[0] in STOPS and not self._answered.wait(_PATIENCE) and self.may_end:
+          end_process(self._line, PREEMPTED)
+
+
+def end_process(line: str, status: int) -> NoReturn:
+  """Prints a line and ends the process, whatever its other threads do."""
+  os.write(2, f"{line}\n".encode())
+  os._exit(status)
+
+
+def stop_early() -> None:
+  """Lets signals end the program at once, with one line, until `exit_status` handles them.
+
+  A program calls it in its first line: the imports that follow take seconds.
+  """
+  for number in STOPS:
+    if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+      signal.signal(number, _end_early)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `experiments/__init__.py`
+
+
+def _end_early(*_: object) -> NoReturn:
+  end_process("stopped before there was anything to save", PREEMPTED)
 
 
 class _Lasting:
@@ -115,15 +202,6 @@ def exit_with(run: Callable[[], int], stopped: str) -> NoReturn:
   sys.exit(exit_status(run, stopped))
 
 
-def end_as_ctrl_c() -> Any:
-  """Lets SIGTERM end the process as Ctrl-C does, except in `fit`, which handles both.
-
-  Returns:
-    The handler that was installed before.
-  """
-  return signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
   """Turns an `OSError` inside (disk full, read-only) into a `RunError` that names `path`."""
@@ -168,6 +246,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     name: the name that the user wrote.
     known: the valid names.
   """
+  import difflib  # pylint: disable=g-import-not-at-top
+
   known = sorted(known)
   near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
   mend = f"did you mean {' or '.join(near)}?" if near else f"choose one of: {', '.join(known)}"

@@ -1,6 +1,10 @@
 """The experiments: one file per family, run as `python -m experiments.x`."""
 
+# The first line that runs: as it imports dljax, Ctrl-C and SIGTERM end the program in one line.
+from dljax import errors
+
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,7 +28,12 @@ def _use_huge_pages() -> None:
   # A restart would take the program away from a debugger.
   if knows and on_request and name not in tunables and sys.gettrace() is None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{name}=1"]))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # A signal that comes before the program has started again waits until it has a handler.
+    signal.pthread_sigmask(signal.SIG_BLOCK, errors.STOPS)
+    try:
+      os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    finally:
+      signal.pthread_sigmask(signal.SIG_UNBLOCK, errors.STOPS)
 
 
 if sys.argv[0] == "-m":  # `python -m` is still looking for the experiment

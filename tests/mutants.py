@@ -432,9 +432,26 @@ MUTANTS = (
         ("tests/data/test_prepare.py::test_download_goes_on_where_the_connection_broke",)),
     Mutant(
         "term_handler", "dljax/errors.py",
-        "    signal.signal(signal.SIGTERM, handler)",
-        "    pass",
-        ("tests/test_errors.py::test_a_command_gives_sigterm_back_its_handler",)),
+        "if before is _end_early else before or signal.SIG_DFL)",
+        "if before is _end_early else signal.SIG_DFL)",
+        ("tests/test_errors.py::test_a_command_gives_signals_back_their_handlers",)),
+    Mutant(
+        "signal_lost_in_last_save", "dljax/train/loop.py",
+        "      self.signals.release(stopped)",
+        "      pass",
+        ("tests/train/test_loop.py::test_a_signal_in_the_last_steps_save_is_not_lost",)),
+    Mutant(
+        "evaluation_not_left", "dljax/train/loop.py",
+        'self.monitor.left = restored.host.get("left", "")',
+        "pass",
+        ("tests/train/test_loop.py::test_a_signal_within_an_evaluation_or_the_report_leaves_the_rest_to_"
+         "the_next_call",)),
+    Mutant(
+        "manifest_not_amended", "dljax/train/loop.py",
+        "      self.checkpointer.amend(start, self._host(writer))",
+        "      pass",
+        ("tests/train/test_loop.py::test_a_signal_within_an_evaluation_or_the_report_leaves_the_rest_to_"
+         "the_next_call",)),
     Mutant(
         "output_probe_stays", "dljax/launch/output.py",
         "  if new:\n    place.unlink",

@@ -109,7 +109,8 @@ def test_imports_run_one_way(path):
   module = _module(path)
   rooms = [room for room in ALLOWED if _below(module, [room])]
   if module == "dljax":
-    assert _imports(path) == ["dljax.runs"]  # when it is asked for, see tests/test_runs.py
+    # The one in a program of ours, the other when it is asked for, see tests/test_runs.py.
+    assert [name for name in _imports(path) if name.startswith("dljax")] == ["dljax.errors", "dljax.runs"]
     return
   assert rooms, f"{module} lies in no room of the house"
   allowed = ALLOWED[rooms[0]]
@@ -317,7 +318,7 @@ print(*(name for name in sys.modules if name.partition(".")[0] in ("dljax", "exp
     there = {path.stem for path in ROOT.joinpath(*room.split(".")).glob("*.py")} - {"__init__"}
     foreign += [name for name in loaded if name in {f"{room}.{other}" for other in there - names}]
   assert not foreign, foreign
-  assert len(loaded) <= 72, sorted(loaded)
+  assert len(loaded) <= 75, sorted(loaded)
 
 
 def test_nothing_is_left_for_later():

@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -73,21 +77,98 @@ def test_an_unknown_name_gets_the_nearest(name, mend):
   assert str(error.value) == f"--x: there is no {name!r}; {mend}"
 
 
-def test_a_command_gives_sigterm_back_its_handler():
-  before = signal.getsignal(signal.SIGTERM)
+def test_a_command_gives_signals_back_their_handlers():
+  before = {number: signal.getsignal(number) for number in errors.STOPS}
   try:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for error in (None, UserError("a"), RunError("b"), KeyboardInterrupt()):
       def run(error=error):
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as nohup wants it
         if error is not None:
           raise error
         return 0
 
       errors.exit_status(run, "stopped")
       assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+      assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def test_a_command_that_has_ended_ignores_signals_where_it_began_by_ending_at_them(monkeypatch):
+  before = {number: signal.getsignal(number) for number in errors.STOPS}
+  ended = []
+  monkeypatch.setattr(errors, "end_process", lambda line, status: ended.append((line, status)))
+  try:
+    errors.stop_early()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [("stopped before there was anything to save", errors.PREEMPTED)]
+    assert errors.exit_status(lambda: 0, "") == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def test_a_process_ends_though_its_main_thread_comes_to_no_handler(monkeypatch):
+  ended = threading.Event()
+  monkeypatch.setattr(errors, "end_process", lambda line, status: ended.set())
+  monkeypatch.setattr(errors, "_PATIENCE", 0)
+  with errors.Stops(lambda: None, "stopped") as stops:
+    number = bytes([signal.SIGTERM])
+    os.write(stops._write, bytes([signal.SIGCHLD]))  # what Python writes for each signal
+    stops.may_end = False
+    os.write(stops._write, number)
+    assert not ended.wait(0.05)
+    stops.may_end = True
+    os.write(stops._write, number)
+    assert ended.wait(5)
+
+
+def test_a_signal_that_the_main_thread_answers_ends_nothing(monkeypatch):
+  ended, answers = [], []
+  monkeypatch.setattr(errors, "end_process", lambda *_: ended.append(1))
+  monkeypatch.setattr(errors, "_PATIENCE", 0.05)
+  with errors.Stops(lambda: answers.append(1), "stopped") as stops:
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(0.1)
+    stops.ignore = True
+    os.kill(os.getpid(), signal.SIGINT)
+  assert answers == [1] and not ended
+
+
+def _handled(pid):
+  """The mask of the signals for which a process has a handler."""
+  lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+  return int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("module, number", [
+    ("experiments.mlp", signal.SIGTERM), ("experiments.mlp", signal.SIGINT),
+    ("dljax.interop", signal.SIGHUP), ("dljax.data.prepare", signal.SIGTERM),
+])
+def test_from_its_first_line_a_program_ends_in_one_line(module, number):
+  process = subprocess.Popen([sys.executable, "-m", module, "--help"], cwd=Path(__file__).parents[1],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  # Its first handlers are Python's own, for SIGINT; dljax's for SIGTERM follows while it imports.
+  while not _handled(process.pid) >> (signal.SIGTERM - 1) & 1:
+    time.sleep(0.001)
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (errors.PREEMPTED, "stopped before there was anything to save\n")
+
+
+def test_a_foreign_program_keeps_its_signals(tmp_path):
+  (tmp_path / "lab").mkdir()
+  (tmp_path / "lab" / "__init__.py").write_text("import dljax\n")
+  (tmp_path / "lab" / "show.py").write_text("import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)")
+  environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+  done = subprocess.run([sys.executable, "-m", "lab.show"], env=environment, capture_output=True, text=True, check=True)
+  assert done.stdout == "True\n"
 
 
 def _raise(error):
@@ -101,7 +182,8 @@ def _raise(error):
     (lambda: _raise(errors.RunError("disk full")), errors.FAILED, "error: disk full\n"),
     (lambda: _raise(errors.Preempted("stopped after step 3")), errors.PREEMPTED, "stopped after step 3\n"),
     (lambda: _raise(KeyboardInterrupt), errors.PREEMPTED, "nothing is saved\n"),
-    (lambda: os.kill(os.getpid(), signal.SIGTERM) or 0, errors.PREEMPTED, "nothing is saved\n"),
+    *((lambda number=number: os.kill(os.getpid(), number) or 0, errors.PREEMPTED, "nothing is saved\n")
+      for number in errors.STOPS),
 ])
 def test_every_end_has_its_status_and_at_most_one_line(capsys, run, status, line):
   before = signal.getsignal(signal.SIGTERM)

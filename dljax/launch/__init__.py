@@ -14,7 +14,7 @@ from dljax import errors
 from dljax.errors import DONE, UserError
 from dljax.launch import configs, flags, train
 from dljax.launch.configs import Build, GetConfig, Resolve
-from dljax.train import parallel
+from dljax.train import hosts, parallel
 from dljax.train.experiment import Experiment
 from dljax.train.program import RunOptions
 from dljax.train.workdir import Workdir
@@ -41,9 +41,10 @@ def main(
   logging.use_absl_handler()
   logging.get_absl_handler().setFormatter(_PlainFormatter())
   logging.set_verbosity(logging.WARNING)
-  errors.exit_with(
-      lambda: _run(sys.argv, get_config, build, presets, resolve),
-      "stopped before there was anything to save")
+  with hosts.together():
+    errors.exit_with(
+        lambda: _run(sys.argv, get_config, build, presets, resolve),
+        "stopped before there was anything to save")
 
 
 def _run(
@@ -78,7 +79,6 @@ def _run(
     with _in_epochs(experiment, build, folder, values.epochs) as experiment:
       return dry_run.dry_run(experiment, options, values.topology)
   parallel.initialize()
-  errors.end_as_ctrl_c()  # jax.distributed takes SIGTERM for itself
   if values.mode == "train":
     with _in_epochs(experiment, build, folder, values.epochs) as experiment:
       return train.train(experiment, folder, options)

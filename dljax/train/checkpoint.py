@@ -160,6 +160,20 @@ class Checkpointer:
       raise failure or CheckpointError(
           f"a checkpoint in {self.directory} was not saved; another process says why")
 
+  def amend(self, step: int, host: Mapping[str, Any]) -> None:
+    """Replaces what the host had decided at `step`, the newest; the arrays stay.
+
+    Raises:
+      CheckpointError: it was not written; the old manifest is in place.
+    """
+    try:
+      self._wait()
+      if jax.process_index() == 0:
+        manifest = {**self._manifest(step), "host": json.loads(json.dumps(host))}
+        durable.write(self._path(step) / MANIFEST, _sealed(manifest))
+    except OSError as error:
+      raise self._error(step, error) from error
+
   @property
   def failed(self) -> bool:
     """Whether this process knows that the last save failed.

@@ -34,14 +34,16 @@ class Evaluator:
     mesh: the devices.
     context: () -> the host arrays of `Data.context`, for `Task.context`.
     compilations: says what is compiled; by default nothing is said.
+    check: called before each batch; what it raises ends the pass.
   """
 
   def __init__(
       self, task: Task, mode: parallel.Mode, mesh: jax.sharding.Mesh,
       context: Callable[[], Mapping[str, Any]] = dict,
-      compilations: Compilations = Compilations(),
+      compilations: Compilations = Compilations(), check: Callable[[], None] = lambda: None,
   ):
     self._task = task
+    self._check = check
     self._mode = mode
     self._mesh = mesh
     # The `data.pipeline.Rows` of this process, to open pipelines with.
@@ -114,6 +116,7 @@ class Evaluator:
     steps = range(pipeline.num_batches) if steps is None else steps
     with contextlib.closing(prefetch(load, steps)) as batches:
       for batch, on_device in metrics.progress(batches, f"evaluate {name}", len(steps)):
+        self._check()
         if carry is None:
           carry = parallel.zero_rows(self._carry(variables, self._global_batch(batch)), self._mesh)
         new, predicted, carry = self._steps[predictions](

@@ -5,9 +5,9 @@ import contextlib
 import dataclasses
 import functools
 import os
-import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ import numpy as np
 from dljax import optim, report
 from dljax.config import title
 from dljax.data.pipeline import opened
-from dljax.errors import Preempted, RunError, UserError
+from dljax.errors import Preempted, UserError
 from dljax.interop import variants
 from dljax.train import metrics, parallel, pretrained
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, draw_samples, evaluate, prefetch
 from dljax.train.experiment import Experiment
-from dljax.train.monitor import Monitor
+from dljax.train.monitor import EVALUATION, Monitor
 from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
 from dljax.train.progress import Compilations
@@ -65,30 +65,19 @@ def fit(
   with opened(experiment.data.train, *experiment.data.evals.values(), rows=rows):
     folder.check_data(experiment.data.name, experiment.data.fingerprint())
     compilations = Compilations(metrics.say if options.progress else None)
+    signals = StopSignals()
     evaluator = Evaluator(experiment.task, options.parallelism, program.mesh,
-                          experiment.data.context, compilations)
+                          experiment.data.context, compilations, signals.check)
     monitor = Monitor(experiment, program, evaluator, folder, compilations.say)
     checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
                                 assets=folder.data, run=folder.run, config=decisive(config))
-    _acquire(folder)
+    parallel.on_first_host(folder.acquire, f"--workdir={folder.path} cannot be used")
     try:
-      with StopSignals() as signals, checkpointer:
+      with signals, checkpointer:
         return _Run(experiment, folder, options, program, weights, evaluator, monitor,
                     checkpointer, signals, compilations).run()
     finally:
       folder.release()
-
-
-def _acquire(folder: Workdir) -> None:
-  """Locks the folder, which all hosts share, on the first host; if that fails, all hosts fail."""
-  error = None
-  if jax.process_index() == 0:
-    try:
-      folder.acquire()
-    except (UserError, RunError) as e:
-      error = e
-  if parallel.any_host(error is not None):
-    raise error or UserError(f"--workdir={folder.path} cannot be used; the first host says why")
 
 
 class _Run:
@@ -118,6 +107,7 @@ class _Run:
       start, state = restored.step, restored.state
       self.monitor.tracker = optim.Tracker(**restored.host["tracker"])
       self.seconds = restored.host["seconds"]
+      self.monitor.left = restored.host.get("left", "")
       if self.folder.is_finished(total) and self.folder.result()["steps"] == start:
         return state
       if start > total:
@@ -142,7 +132,7 @@ class _Run:
     with writer, Preview(self.experiment, self.program, self.options.parallelism, self.folder,
                          writer, self.compilations) as preview:
       # A run that stopped early and was interrupted before its report has nothing left to train.
-      if not self.monitor.exhausted:
+      if self.monitor.left or not self.monitor.exhausted:
         state = self._train(state, start, writer, preview)
     self._report(state)
     return state
@@ -153,6 +143,12 @@ class _Run:
     """Trains from step `start` to the end; logs, evaluates and saves."""
     config, mode, mesh = self.config, self.options.parallelism, self.program.mesh
     state = parallel.step_state(state, mode, mesh)
+    evaluate = functools.partial(self.monitor.advance, writer, preview, self.signals.check)
+    if self.monitor.left:  # a signal has cut the evaluation of this step short
+      self.signals.hold()
+      evaluate(start, state)
+      self.signals.check()
+      self.checkpointer.amend(start, self._host(writer))
     load = lambda step: parallel.put_batch(self.experiment.data.train.batch(step), mode, mesh)
     lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
     log = metrics.TrainLog(
@@ -160,58 +156,63 @@ class _Run:
     train_step = self.compilations.of(self.program.train_step, "train step", batch=1)
     running = collections.deque()  # a small result of each step that may still be computed
     due = lambda every: every and done % every == 0 or done == config.total_steps
-    batches = prefetch(load, range(start, config.total_steps))
+    total = start if self.monitor.exhausted else config.total_steps
+    batches = prefetch(load, range(start, total))
     with contextlib.closing(batches), contextlib.closing(log):
       for done, batch in enumerate(batches, start + 1):
-        self.signals.wait_for_step = True
         state, out = train_step(state, batch, lr_scale)
+        self.signals.hold()  # until the first step is compiled, there is nothing to save
         running.append(out["failed_step"])
         if len(running) == parallel.steps_in_flight(mesh):
           running.popleft().block_until_ready()
         log.step(done, out if due(config.log_every) else None)
         if due(config.log_every):
-          self._check_place()
-        # Several hosts must stop at the same step, and agree on it only when a step is logged. If the
-        # last save has failed, the save below raises its error.
-        stopping = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(
-            self.signals.received or self.checkpointer.failed)
+          self.folder.check_place(parallel.any_host)
+        # If the last save has failed, the save below raises its error. Several hosts learn of it only
+        # when a step is logged.
+        failed = (jax.process_count() == 1 or due(config.log_every)) and parallel.any_host(
+            self.checkpointer.failed)
+        stopping = self.signals.reached() or failed
         evaluating = due(config.eval_every) or due(config.full_eval_every)
         if not (stopping or evaluating or due(config.checkpoint_every)):
           continue
 
         with log.paused(out, evaluating):  # every step until here is done and good
-          self._check_place()
+          self.folder.check_place(parallel.any_host)
           tracker = self.monitor.tracker
           if evaluating:
-            self.monitor.evaluate(state, done, writer)
-            preview.draw(done, state)
+            self.monitor.left = EVALUATION
+            if not stopping:
+              evaluate(done, state)
+              stopping = bool(self.monitor.left)
             lr_scale = parallel.put_shared(np.float32(self.monitor.tracker.lr_scale), mesh)
           is_best = self.monitor.tracker.best_step != tracker.best_step
           if stopping or self.monitor.exhausted or is_best or due(config.checkpoint_every):
-            host = {"tracker": dataclasses.asdict(self.monitor.tracker),
-                    "best_step": self.monitor.tracker.best_step, "seconds": self._seconds(),
-                    "metrics": writer.mark()}
-            self.checkpointer.save(done, parallel.global_state(state, mode, mesh), host)
+            self.checkpointer.save(
+                done, parallel.global_state(state, mode, mesh), self._host(writer))
         if stopping:
           raise Preempted(f"stopped after step {done}; the same command continues from there")
         if self.monitor.exhausted:
           metrics.say(f"stopped early at step {done}: {self.experiment.monitor} has not improved in "
                       f"{self.monitor.tracker.stale} evaluations")
           break
-    self.signals.wait_for_step = False
     return parallel.global_state(state, mode, mesh)
 
-  def _check_place(self) -> None:
-    """Ends the run on all hosts if its folder is no longer in its place."""
-    if parallel.any_host(self.folder.moved):
-      raise RunError(f"--workdir={self.folder.path} was moved, deleted or replaced while the run "
-                     "trained; the command with its new place as --workdir continues from its last "
-                     "checkpoint")
+  def _host(self, writer: metrics.MetricWriter) -> dict[str, Any]:
+    """What a checkpoint holds in addition to the state."""
+    tracker = self.monitor.tracker
+    return {"tracker": dataclasses.asdict(tracker), "best_step": tracker.best_step,
+            "seconds": self._seconds(), "metrics": writer.mark(), "left": self.monitor.left}
 
   def _report(self, state: TrainState) -> None:
     """Writes the metrics of the best state on every split, the pictures, and result.json."""
-    self._check_place()
+    self.folder.check_place(parallel.any_host)
     steps = checkpoint = int(state.step)
+    stopped = f"stopped after the last step, {steps}; the same command evaluates it"
+    self.checkpointer.wait()  # a result exists once what it names is on disk
+    self.checkpointer.close()
+    if jax.process_count() == 1:
+      self.signals.release(stopped)
     variables = state.variables
     if self.experiment.monitor and self.monitor.tracker.best_step not in (-1, steps):
       try:
@@ -225,23 +226,20 @@ class _Run:
     # All hosts take part, as each holds a part of the arrays.
     digest = state_sha256(
         state, functools.partial(parallel.array_to_host, mesh=self.program.mesh))
-    self._check_place()
-    self.checkpointer.wait()  # a result exists once what it names is on disk
-    self.checkpointer.close()
+    self.folder.check_place(parallel.any_host)
+    self.signals.release(stopped)  # the hosts no longer wait for each other
     if jax.process_index() != 0:
       return
     rows = report.read_metrics(self.folder.metrics_file)
     figures = {**findings.figures, "learning_curves": lambda: report.learning_curves(rows)}
     self.folder.write_findings(
         dataclasses.replace(findings, figures=figures), title(self.config))
-    rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
     self.folder.write_result({
         "family": self.config.family, "preset": self.config.preset,
         "data": self.experiment.data.name, "steps": steps,
         "total_steps": self.config.total_steps, "metrics": found, "checkpoint": checkpoint,
         "params": parameter_count(state.params), "seconds": self._seconds(),
-        "examples_per_second": statistics.median(rates) if rates else None,
-        "seed": self.config.seed,
+        "examples_per_second": metrics.median_rate(rows), "seed": self.config.seed,
         "devices": f"{self.program.mesh.devices.size} x {jax.devices()[0].device_kind}",
         "state_sha256": digest,
     })

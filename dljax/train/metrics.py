@@ -6,12 +6,13 @@ import io
 import json
 import os
 import socket
+import statistics
 import struct
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from dljax.train.experiment import Experiment
 from dljax.train.progress import Compilations, Progress, bar_stream
 from dljax.train.state import NOT_FAILED
 from dljax.train.workdir import read_json, write_json
+
+
+def median_rate(rows: Sequence[Mapping[str, Any]]) -> float | None:
+  """The median of the examples per second in the rows of metrics.jsonl, or None if none has one."""
+  rates = [row["examples_per_second"] for row in rows if "examples_per_second" in row]
+  return statistics.median(rates) if rates else None
 
 
 class MetricWriter:

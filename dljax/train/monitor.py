@@ -1,20 +1,24 @@
 """Evaluation during training: the metrics of every split but test, and what follows from the monitored one."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from dljax import optim
 from dljax.data.pipeline import Pipeline
-from dljax.errors import UserError, unknown
+from dljax.errors import Preempted, UserError, unknown
 from dljax.tasks.base import MAX
 from dljax.train import parallel
 from dljax.train.evaluate import Evaluator
 from dljax.train.experiment import Experiment
 from dljax.train.metrics import MetricWriter
+from dljax.train.preview import Preview
 from dljax.train.program import Program
 from dljax.train.state import TrainState
 from dljax.train.workdir import Workdir
 
 _SHOWN = 4  # metrics of a split in the line of an evaluation
+# What a signal may have left undone after a step.
+EVALUATION, PREVIEW = "evaluation", "preview"
 
 
 class Monitor:
@@ -27,6 +31,7 @@ class Monitor:
 
   Attributes:
     tracker: the best value so far, and how long ago it was; restored from a checkpoint on a resume.
+    left: what is left to be done after the last step, `EVALUATION` or `PREVIEW`, or ""; restored too.
   """
 
   def __init__(
@@ -49,7 +54,7 @@ class Monitor:
     self._say = say
     self._optimizer, *_ = optim.player_configs(experiment.config, experiment.task.players).values()
     self._always_full = self._check(program)
-    self.tracker = optim.Tracker()
+    self.tracker, self.left = optim.Tracker(), ""
 
   def _check(self, program: Program) -> bool:
     """Whether every evaluation needs the metrics of whole sets."""
@@ -74,15 +79,39 @@ class Monitor:
     """Whether the monitored metric has not improved for as long as early stopping waits."""
     return 0 < self._experiment.config.early_stopping_patience <= self.tracker.stale
 
+  def advance(
+      self, writer: MetricWriter, preview: Preview, check: Callable[[], None], step: int,
+      state: TrainState,
+  ) -> None:
+    """Does what is `left` after `step`, and the rest is left if a signal ends it.
+
+    Args:
+      writer: gets the metrics.
+      preview: is drawn after the evaluation.
+      check: raises `Preempted` where the run has to stop.
+      step: the number of completed steps.
+      state: the state after `step`.
+    """
+    with contextlib.suppress(Preempted):
+      if self.left == EVALUATION:
+        self.evaluate(state, step, writer)
+        self.left = PREVIEW
+        check()
+      preview.draw(step, state)
+      self.left = ""
+
   def evaluate(self, state: TrainState, step: int, writer: MetricWriter) -> None:
-    """Evaluates the state after `step`, writes the metrics, and moves the tracker."""
+    """Evaluates the state after `step`, writes the metrics, and moves the tracker.
+
+    A signal may end it before it has written anything.
+    """
     values, lines = {}, []
-    for split, pipeline in self._experiment.data.evals.items():
-      if split != "test":
-        found = self._metrics(state, pipeline, split, step)
-        writer.write(step, split, found)
-        values |= {f"{split}/{name}": value for name, value in found.items()}
-        lines.append(self._line(split, found))
+    found = {split: self._metrics(state, pipeline, split, step)
+             for split, pipeline in self._experiment.data.evals.items() if split != "test"}
+    for split, metrics in found.items():
+      writer.write(step, split, metrics)
+      values |= {f"{split}/{name}": value for name, value in metrics.items()}
+      lines.append(self._line(split, metrics))
     name = self._experiment.monitor
     if name in values:
       goal = self._experiment.task.goals[name.partition("/")[2]]

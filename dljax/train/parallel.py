@@ -13,8 +13,6 @@ Under both the state has no device axis, so a checkpoint of one restores under t
 import dataclasses
 import fnmatch
 import functools
-import glob
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +25,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dljax.errors import UserError, one_line
+from dljax.errors import RunError, UserError
 from dljax.ops import collectives
 from dljax.tasks.base import CARRY
+from dljax.train import hosts
 from dljax.train.state import TrainState, join_carry, path_name, player_params, split_carry
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the axes that split a batch
-_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HOST = "host/"  # fields of a batch that stay on the host
 _PMAP_AXIS = "batch"
 
@@ -45,33 +43,16 @@ Role = Literal["state", "batch", "shared"]
 
 
 def initialize() -> None:
-  """Joins the other hosts, if the environment says that there may be some.
+  """Joins the other processes of this run, if the environment says that there are some.
 
-  A TPU pod, SLURM and Open MPI are recognised; anywhere else set JAX_COORDINATOR_ADDRESS
-  (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  A TPU pod, SLURM, Open MPI 4 and a Kubernetes job are recognised, and any MPI where mpi4py is
+  installed; anywhere else set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID.
 
   Raises:
     UserError: the environment says too little, or what it says is impossible.
   """
-  env = os.environ
-  by_hand = {name: env[name] for name in _BY_HAND if env.get(name)}
-  on_tpu = bool(glob.glob("/dev/accel*")
-                + glob.glob("/dev/vfio/*")) and importlib.util.find_spec("libtpu")
-  # SLURM_NTASKS is the number that a job asked for. Only srun starts the tasks, and it states
-  # their number for the step that it starts.
-  tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
-  try:
-    if by_hand:
-      address, count, index = by_hand.values()
-      jax.distributed.initialize(address, int(count), int(index))
-    elif tasks != "1" or (on_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")):
-      jax.distributed.initialize()
-  except (LookupError, RuntimeError, ValueError) as error:
-    found = " ".join(f"{name}={value}"
-                     for name, value in by_hand.items()) or "SLURM, Open MPI or a TPU pod"
-    raise UserError(f"{found}: the other processes cannot be joined ({one_line(error, 1000)}); "
-                    f"set {', '.join(_BY_HAND)} to host:port of process 0, the number of processes, "
-                    "and this one's, from 0") from None
+  hosts.join()
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -644,6 +625,23 @@ def any_host(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(np.any(_multihost().process_allgather(np.array(flag))))
+
+
+def on_first_host(call: Callable[[], None], fault: str) -> None:
+  """Makes a call on the first host; if it fails there, all hosts fail.
+
+  Args:
+    call: a function that may raise a `UserError` or a `RunError`.
+    fault: what the other hosts say then.
+  """
+  error = None
+  if jax.process_index() == 0:
+    try:
+      call()
+    except (UserError, RunError) as e:
+      error = e
+  if any_host(error is not None):
+    raise error or UserError(f"{fault}; the first host says why")
 
 
 def _multihost():

@@ -1,34 +1,54 @@
-"""SIGTERM and Ctrl-C: a run finishes its step, saves, and ends."""
+"""SIGTERM, Ctrl-C and SIGHUP: a run finishes its step, saves, and ends."""
 
-import signal
-import threading
+import jax
 
-from dljax.errors import Preempted
+from dljax.errors import Preempted, Stops
+from dljax.train import hosts, parallel
+
+_LINE = "stopped; the same command continues from the last checkpoint"
 
 
-class StopSignals:
-  """Handles SIGTERM and Ctrl-C while `fit` runs: between steps they end it at once, and during a
-  step they wait for its end.
+class StopSignals(Stops):
+  """Handles the signals while `fit` runs: they end it at once, or at the next point that all hosts
+  reach, which is the end of a step or of a batch of an evaluation.
 
   Attributes:
-    wait_for_step: whether to record a signal only, because a step is running.
-    received: whether a signal was recorded.
+    received: whether a signal has come to this host.
   """
 
   def __init__(self):
-    self.wait_for_step, self.received = False, False
-    self._old = {}
+    super().__init__(self._note, _LINE)
+    self.received = False
 
-  def __enter__(self) -> "StopSignals":
-    if threading.current_thread() is threading.main_thread():  # other threads cannot have handlers
-      self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
+  def hold(self) -> None:
+    """Lets signals wait for `reached` from now on: there is something to save."""
+    self.may_end = False
 
-  def __exit__(self, *_: object) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+  def release(self, line: str = _LINE) -> None:
+    """Lets signals end the run at once from now on.
 
-  def _handle(self, *_: object) -> None:
+    Raises:
+      Preempted: one came while they had to wait.
+    """
+    self.check(line)
+    self.may_end = True
+
+  def reached(self) -> bool:
+    """Whether the run has to stop here; the same on all hosts, which ask equally often."""
+    if jax.process_count() == 1:
+      return self.received
+    watch = hosts.watch()
+    # Who joined the hosts without `parallel.initialize` pays for a collective.
+    return watch.reached() if watch else parallel.any_host(self.received)
+
+  def check(self, line: str = _LINE) -> None:
+    """Raises `Preempted` with this line if the run has to stop here; see `reached`."""
+    if self.reached():
+      raise Preempted(line)
+
+  def _note(self) -> None:
     self.received = True
-    if not self.wait_for_step:
-      raise Preempted("stopped; the same command continues from the last checkpoint")
+    if self.may_end:
+      raise Preempted(_LINE)
+    if watch := hosts.watch():
+      watch.stop()

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,20 @@ class Workdir:
     except OSError:
       return True
     return (there.st_dev, there.st_ino) != (locked.st_dev, locked.st_ino)
+
+  def check_place(self, any_host: Callable[[bool], bool]) -> None:
+    """Ends the run on all hosts if its folder is no longer in its place.
+
+    Args:
+      any_host: whether something is true on any host.
+
+    Raises:
+      RunError: the folder was moved, deleted or replaced.
+    """
+    if any_host(self.moved):
+      raise RunError(f"--workdir={self.path} was moved, deleted or replaced while the run trained; "
+                     "the command with its new place as --workdir continues from its last "
+                     "checkpoint")
 
   def check(self, config: ml_collections.ConfigDict, resume: str) -> None:
     """Raises a UserError unless a run of `config` may start or continue here. Writes nothing."""

@@ -15,10 +15,11 @@ from dljax import report
 from dljax.data.image import labelled
 from dljax.data.pipeline import IndexedPipeline, InMemory
 from dljax.data.text import corpus
-from dljax.errors import Preempted, RunError, UserError
-from dljax.train import checkpoint, loop
+from dljax.errors import STOPS, Preempted, RunError, UserError
+from dljax.train import checkpoint, loop, metrics, monitor
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.metrics import Diverged
+from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import state_sha256
 from tests.train import toys
@@ -247,6 +248,121 @@ def test_a_run_that_is_interrupted_often_is_the_same_run(stopped_early, tmp_path
   assert {12, 20} <= set(_steps(tmp_path))
 
 
+def _stop():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_within_an_evaluation_or_the_report_leaves_the_rest_to_the_next_call(
+    stopped_early, tmp_path, monkeypatch):
+  experiment, reference, _ = stopped_early
+  evaluated, find, save = monitor.Monitor.evaluate, loop.evaluate, Checkpointer.save
+
+  def stop_in(where):
+    def at(place, call):
+      def made(*args):
+        if place == where:
+          _stop()
+        return call(*args)
+
+      return made
+
+    patch.setattr(monitor.Monitor, "evaluate", lambda self, state, step, writer: at(
+        f"evaluation {step}", evaluated)(self, state, step, writer))
+    patch.setattr(Checkpointer, "save", lambda self, step, *args: at(
+        f"save {step}", save)(self, step, *args))
+    patch.setattr(loop, "evaluate", at("report", find))
+    patch.setattr(report, "save", at("pictures", lambda figure, path: path.touch()))
+
+  # 10: the best so far; 12: the best of all; 20: where training ends.
+  for where, line in [("evaluation 10", "after step 10;"), ("evaluation 12", "after step 12;"),
+                      ("evaluation 12", "the last checkpoint"), ("save 15", "after step 16;"),
+                      ("evaluation 20", "after step 20;"), ("report", "stopped"), ("pictures", "stopped")]:
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=line):
+      stop_in(where)
+      loop.fit(experiment, tmp_path, OPTIONS)
+    assert not (tmp_path / "result.json").exists()
+  loop.fit(experiment, tmp_path, OPTIONS)
+  assert _rows(tmp_path) == _rows(reference)
+  assert _result(tmp_path) == _result(reference)
+  assert _host(tmp_path) == _host(reference)  # by which the best checkpoint is found
+  assert {12, 20} <= set(_steps(tmp_path))
+
+
+def test_a_signal_in_the_last_steps_save_is_not_lost(tmp_path, monkeypatch):
+  experiment = _experiment(total_steps=5, monitor="", eval_every=0)
+  save = Checkpointer.save
+
+  def stopped(self, step, *args):
+    save(self, step, *args)
+    _stop()
+
+  with monkeypatch.context() as patch, pytest.raises(Preempted, match="after the last step, 5;"):
+    patch.setattr(Checkpointer, "save", stopped)
+    loop.fit(experiment, tmp_path, OPTIONS)
+  assert not (tmp_path / "result.json").exists()
+  assert int(loop.fit(experiment, tmp_path, OPTIONS).step) == 5
+  assert _result(tmp_path)["steps"] == 5
+
+
+def test_an_evaluation_ends_at_the_batch_in_which_the_signal_comes(tmp_path):
+  asked = []
+
+  def batch(step):
+    asked.append(step)
+    if step == 3:
+      _stop()
+    return _batch(step)
+
+  evals = {"validation": toys.Scripted(batch, num_batches=50)}
+  experiment = toys.with_data(_experiment(total_steps=4, eval_every=2, monitor=""), evals=evals)
+  with pytest.raises(Preempted, match="after step 2;"):
+    loop.fit(experiment, tmp_path, OPTIONS)
+  assert max(asked) <= 7  # some are read in advance
+  assert _steps(tmp_path) == [2] and _host(tmp_path)["left"] == "evaluation"
+
+
+def test_a_signal_before_the_preview_leaves_the_preview_alone(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(Preview, "draw", lambda self, step, state: drawn.append(step))
+  write = metrics.MetricWriter.write
+  experiment = _experiment(total_steps=4, monitor="")
+
+  def stopped(self, step, split, values):
+    write(self, step, split, values)
+    if split == "validation" and step == 2:
+      _stop()
+
+  with monkeypatch.context() as patch, pytest.raises(Preempted, match="after step 2;"):
+    patch.setattr(metrics.MetricWriter, "write", stopped)
+    loop.fit(experiment, tmp_path, OPTIONS)
+  assert drawn == []
+  loop.fit(experiment, tmp_path, OPTIONS)
+  assert drawn == [2, 4]
+  assert [row["step"] for row in _rows(tmp_path, "validation")] == [2, 4]
+
+
+def test_until_the_first_step_is_done_a_signal_ends_the_run_at_once(tmp_path, monkeypatch):
+  def compiled(self, *args):
+    _stop()
+    raise AssertionError("the signal came to nothing")
+
+  monkeypatch.setattr(Program, "init_state", compiled)
+  with pytest.raises(Preempted):
+    loop.fit(_experiment(total_steps=2), tmp_path, OPTIONS)
+  assert _steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_are_taken_as_sigterm(tmp_path, number):
+  def batch(wanted):
+    if wanted == 3:
+      os.kill(os.getpid(), number)
+    return _batch(wanted)
+
+  with pytest.raises(Preempted, match="stopped after step [345];"):
+    loop.fit(_experiment(batch, total_steps=12, monitor="", eval_every=0), tmp_path, OPTIONS)
+
+
 def test_a_run_that_is_cut_off_in_its_report_does_not_train_on(stopped_early, tmp_path):
   experiment, reference, _ = stopped_early
 
@@ -263,11 +379,11 @@ def test_a_run_that_is_cut_off_in_its_report_does_not_train_on(stopped_early, tm
 
 
 def test_handlers_and_the_lock_are_given_back(tmp_path):
-  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  handlers = [signal.getsignal(s) for s in STOPS]
   experiment = _experiment(total_steps=12, monitor="")
   with pytest.raises(Preempted, match="the same command continues"):
     loop.fit(_interrupted(experiment, 5), tmp_path, OPTIONS)
-  assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+  assert [signal.getsignal(s) for s in STOPS] == handlers
   assert int(loop.fit(experiment, tmp_path, OPTIONS).step) == 12
 
 
