@@ -49,7 +49,7 @@ def confusion_matrix(
     axes.set_yticks(range(count), names, fontsize=size)
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
-  axes.set_xlabel("guess", fontsize=11)
+  axes.set_xlabel("guess (cells: per cent of the truth)" if per_cent else "guess", fontsize=11)
   axes.set_ylabel("truth", fontsize=11)
   total = matrix.sum()
   right = np.trace(matrix)
@@ -72,7 +72,8 @@ def calibration(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) ->
     right: [M], the number of right guesses.
 
   Returns:
-    The figure: accuracy against confidence, and below it the share of the guesses in each bin.
+    The figure: accuracy against confidence, and below it the share of the guesses in each bin. The
+    area of a dot is in proportion to the number of its guesses, but for a least size.
   """
   count, confidence, right = (np.asarray(x, np.float64) for x in (count, confidence, right))
   total, bins = max(count.sum(), 1), len(count)
@@ -85,15 +86,19 @@ def calibration(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) ->
             edgecolor="white", label="accuracy")
   upper.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--",
              label="perfectly calibrated")
-  upper.plot(mean[there], accuracy[there], color=COLORS["validation"], marker="o", markersize=4,
-             linewidth=0, label="at the bin's mean confidence")
+  # Dots at the ends of the axes lie over them.
+  upper.scatter(mean[there], accuracy[there], np.maximum(150 * count[there] / count.max(), 12),
+                color=COLORS["validation"], clip_on=False, zorder=3)
   lower.bar(left, count / total, 1 / bins, align="edge", color=COLORS["train"], edgecolor="white")
   upper.set_ylabel("accuracy", fontsize=10)
   lower.set_ylabel("share of guesses", fontsize=10)
   lower.set_xlabel("confidence", fontsize=10)
   error = np.abs(right - confidence).sum() / total
   upper.set_title(f"{total:,.0f} guesses, calibration error {error:.2%}", fontsize=11, color=INK)
-  upper.legend(loc="upper left", fontsize=8, frameon=False)
+  handles, names = upper.get_legend_handles_labels()
+  dot = common.dot(COLORS["validation"])  # of one size, as no bin's own size stands for all
+  common.legend(figure, [*handles, dot], [*names, "at the bin's mean confidence, sized by count"],
+                loc="outside lower center", fontsize=8, frameon=False)
   for axes in (upper, lower):
     axes.set_xlim(0, 1)
     axes.yaxis.set_major_formatter(common.percent())

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-DPI = 150
+DPI = 150  # pixels an inch, in a file
+SHOWN_DPI = 100  # and in a notebook
 COLORS = {"train": "#6b7785", "validation": "#d1495b", "test": "#1f6f8b"}
 MORE_COLORS = ("#edae49", "#66a182", "#8d6a9f")
 INK = "#333333"
@@ -81,11 +82,14 @@ def save(figure: Any, path: str | os.PathLike[str], title: str = "") -> None:
 
 
 def blank(width: float, height: float) -> Any:
-  """An empty figure, with its size in inches, that Agg draws without pyplot."""
+  """An empty figure, with its size in inches, that Agg draws without pyplot.
+
+  A notebook shows it at 100 pixels an inch, whatever its own settings.
+  """
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and rarely needed
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(width, height), layout="constrained")
+  figure = Figure(figsize=(width, height), dpi=SHOWN_DPI, layout="constrained")
   FigureCanvasAgg(figure)
   return figure
 
@@ -147,6 +151,13 @@ def patch(color: str, label: str = "") -> Any:
   from matplotlib.patches import Patch
 
   return Patch(color=color, label=label)
+
+
+def dot(color: str) -> Any:
+  """A dot for a legend."""
+  from matplotlib.lines import Line2D
+
+  return Line2D([], [], color=color, marker="o", markersize=5, linewidth=0)
 
 
 def percent() -> Any:

@@ -15,6 +15,7 @@ TITLES = {"ap": "AP", "ap50": "AP50", "bleu": "BLEU", "mean_iou": "mean IoU", "r
           "mse": "mean squared error", "mae": "mean absolute error",
           "top_5_accuracy": "top-5 accuracy"}
 # A metric whose name has one of these parts is a share, which is shown in per cent.
+ALIKE = 5e-3  # the relative difference up to which curves share a panel
 SHARES = ("accuracy", "error_rate", "_iou")
 
 
@@ -41,12 +42,14 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
       only "train" has is not drawn, except for the loss and the learning rate.
 
   Returns:
-    The figure, one panel for each metric.
+    The figure, one panel for each metric. A metric that is the same at every evaluation has no
+    panel: a line below the panels gives its value. Metrics with the same curves share a panel.
   """
   curves = _curves(rows)
   names = ["loss"] + sorted({name for split, name in curves
                              if split != "train"} - {"loss", "learning_rate"})
   names = [name for name in names + ["learning_rate"] if any(name == n for _, n in curves)]
+  names, same, constant = _distinct(names, curves)
   columns = 2 if len(names) == 4 else min(max(len(names), 1), 3)
   last = max((steps[-1] for steps, _ in curves.values()), default=1)
   figure, panels = common.panels(columns, max(1, math.ceil(len(names) / columns)), 4.2, 3.1)
@@ -66,7 +69,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
       else:
         handles[split], = axes.plot(
             steps, values, color=color, linewidth=1.5, marker="o", markersize=4, label=split)
-    _label_panel(axes, name, [curves[split, name][1] for split in splits])
+    _label_panel(axes, name, [curves[split, name][1] for split in splits], same[name])
     axes.set_xlim(-0.02 * last, 1.02 * last)
   for axes in panels[len(names):]:
     axes.set_axis_off()
@@ -74,8 +77,10 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
     splits = sorted(handles, key=_order)
     names = ["train (moving average)" if split == "train" else common.plain(split)
              for split in splits]
-    common.legend(figure, [handles[split] for split in splits], names, loc="outside upper center",
-                  ncols=len(handles), frameon=False, fontsize=10)
+    note = ", ".join(f"{_title(name)} {_number(name, value)}" for name, value in constant.items())
+    common.legend(figure, [handles[split] for split in splits], names, loc="outside lower center",
+                  ncols=len(handles), frameon=False, fontsize=10,
+                  title=f"constant: {note}" if note else None, title_fontsize=9)
   return figure
 
 
@@ -105,7 +110,7 @@ def strengths(
     axes.set_xticks(range(1, 1 + max(map(len, values.values()))))
     axes.set_xlabel("strength", fontsize=10)
   common.legend(figure, lines.values(), [common.plain(name) for name in lines],
-                loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+                loc="outside lower center", ncols=3, frameon=False, fontsize=9)
   return figure
 
 
@@ -178,6 +183,36 @@ def _curves(
   }
 
 
+def _distinct(
+    names: Sequence[str], curves: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]],
+) -> tuple[list[str], dict[str, list[str]], dict[str, float]]:
+  """Which metrics have a panel: name -> the metrics with the same curves; and the constant ones."""
+  drawn: list[str] = []
+  same: dict[str, list[str]] = {}
+  constant = {}
+  for name in names:
+    own = {split: curve for (split, n), curve in curves.items() if n == name}
+    seen = np.concatenate([values for split, (_, values) in own.items() if split != "train"]
+                          or [values for _, values in own.values()])
+    twin = next((other for other in drawn if _equal(own, {
+        split: curve for (split, n), curve in curves.items() if n == other})), None)
+    if name != "loss" and np.ptp(seen) == 0 and (len(seen) > 1 or seen[0] == 0):
+      constant[name] = float(seen[0])
+    elif twin is not None:
+      same[twin].append(name)
+    else:
+      drawn.append(name)
+      same[name] = []
+  return drawn, same, constant
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  """Whether the curves of two metrics cannot be told apart, such as bits per byte and character."""
+  return one.keys() == other.keys() and all(
+      np.array_equal(one[split][0], other[split][0])
+      and np.allclose(one[split][1], other[split][1], rtol=ALIKE, atol=0) for split in one)
+
+
 def _moving_average(values: np.ndarray) -> np.ndarray:
   """The mean over a centred window of a twentieth of the points, [N] -> [N]."""
   width = max(1, len(values) // 20) // 2
@@ -187,16 +222,29 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
   return (sums[high] - sums[low]) / (high - low)
 
 
-def _label_panel(axes: Any, name: str, curves: Sequence[np.ndarray]) -> None:
-  """Sets the title and the scale of a panel of learning curves."""
-  title = TITLES.get(name, name.replace("_", " "))
-  if any(part in name for part in SHARES):
+def _title(name: str) -> str:
+  return common.plain(TITLES.get(name, name.replace("_", " ")))
+
+
+def _is_share(name: str) -> bool:
+  return any(part in name for part in SHARES)
+
+
+def _number(name: str, value: float) -> str:
+  return f"{100 * value:.4g} %" if _is_share(name) else f"{value:.4g}"
+
+
+def _label_panel(
+    axes: Any, name: str, curves: Sequence[np.ndarray], same: Sequence[str] = (),
+) -> None:
+  """Sets the title and the scale of a panel of learning curves, which `same` metrics share."""
+  if _is_share(name):
     axes.yaxis.set_major_formatter(common.percent())
   elif name == "loss":
     values = np.concatenate(curves)
     if values.min() > 0 and values.max() > 20 * values.min():
       axes.set_yscale("log")
-  axes.set_title(common.plain(title), fontsize=11, color=INK)
+  axes.set_title(", ".join(map(_title, [name, *same])), fontsize=11, color=INK)
   axes.set_xlabel("step", fontsize=10)
   axes.tick_params(labelsize=9, colors=INK)
   axes.grid(alpha=0.25, linewidth=0.6)

@@ -261,7 +261,7 @@ class _Tally:
     picked = {"least error": self._least,
               "median error": (self._errors[middle], self._kept[middle]),
               "largest error": self._largest}
-    return {f"{title}: mse {error:.3g}": fields for title, (error, fields) in picked.items()}
+    return {f"{title}: normalised mse {error:.3g}": fields for title, (error, fields) in picked.items()}
 
 
 def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -36,8 +36,11 @@ def test_a_reliability_diagram_shows_accuracy_by_confidence():
   upper, lower = figure.axes
   bars = [(round(bar.get_x(), 3), bar.get_height()) for bar in upper.patches]
   assert bars == [(0.333, 0.25), (0.667, 1)]  # none where there is nothing
-  points = next(line for line in upper.lines if line.get_linewidth() == 0)
-  np.testing.assert_allclose(points.get_xydata(), [[0.6, 0.25], [0.9, 1]])
+  points, = upper.collections
+  np.testing.assert_allclose(points.get_offsets(), [[0.6, 0.25], [0.9, 1]])
+  # The dots are whole at the ends of the axes, and their areas are as their counts.
+  assert not points.get_clip_on()
+  np.testing.assert_allclose(points.get_sizes() / points.get_sizes()[-1], [4 / 6, 1])
   assert [bar.get_height() for bar in lower.patches] == [0, 0.4, 0.6]
   assert upper.get_title() == "10 guesses, calibration error 20.00%"
   report.calibration([0], [0], [0])

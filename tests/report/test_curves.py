@@ -35,6 +35,21 @@ def test_learning_curves_show_the_logged_points():
   assert {axes.get_xlabel() for axes in drawn.values()} == {"step"}
 
 
+def test_learning_curves_show_nothing_that_is_constant_or_twice_the_same():
+  rows = [row for step in (1, 2) for row in (
+      {"step": step, "split": "train", "loss": 3.0 / step, "mse": 3.0 / step, "mae": 1.0 / step,
+       "top_5_accuracy": step / 2, "learning_rate": 0.5},
+      {"step": step, "split": "validation", "loss": 2.0 / step, "mse": 2.0 / step, "mae": 2.0 / step,
+       "top_5_accuracy": 1.0, "too_short": 0.0})]
+  figure = report.learning_curves(rows)
+  # The errors' size differs in training alone.
+  assert list(panels(figure)) == ["loss, mean squared error", "mean absolute error"]
+  assert figure.legends[0].get_title().get_text() == "constant: too short 0, top-5 accuracy 100 %, learning rate 0.5"
+  once = report.learning_curves([{"step": 1, "split": "validation", "loss": 2.0, "ap": 0.5,
+                                  "too_short": 0.0}])
+  assert list(panels(once)) == ["loss", "AP"]  # one point may be the first of many
+
+
 def test_learning_curves_leave_out_what_is_not_finite():
   rows = ROWS + [{"step": 30, "split": "validation", "loss": float("nan"),
                   "accuracy": float("inf")}]

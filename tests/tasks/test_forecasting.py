@@ -215,11 +215,11 @@ def test_pictured_are_the_windows_of_least_median_and_largest_error(monkeypatch,
   errors = np.array([np.mean((t - g)[~np.isnan(t)]**2) if not np.isnan(t).all() else np.nan
                      for t, g in zip(truths, guesses)])
   titles = list(shown["rows"])
-  assert titles[0] == f"least error: mse {np.nanmin(errors):.3g}"
-  assert titles[2] == f"largest error: mse {np.nanmax(errors):.3g}"
+  assert titles[0] == f"least error: normalised mse {np.nanmin(errors):.3g}"
+  assert titles[2] == f"largest error: normalised mse {np.nanmax(errors):.3g}"
   counted = errors[~np.isnan(errors)]
   middle = min(counted[::stride], key=lambda error: abs(error - np.median(counted)))
-  assert titles[1] == f"median error: mse {middle:.3g}"
+  assert titles[1] == f"median error: normalised mse {middle:.3g}"
   worst = int(np.nanargmax(errors))
   fields = shown["rows"][titles[2]]
   mean, std = (np.array(ASSETS["normaliser"][key]) for key in ("mean", "std"))
