@@ -76,11 +76,11 @@ def _run(
   if values.dry_run:
     from dljax.launch import dry_run  # pylint: disable=g-import-not-at-top
 
-    with _in_epochs(experiment, build, folder, values.epochs) as experiment:
+    with _in_epochs(experiment, build, folder, values.epochs, None) as experiment:
       return dry_run.dry_run(experiment, options, values.topology)
   parallel.initialize()
   if values.mode == "train":
-    with _in_epochs(experiment, build, folder, values.epochs) as experiment:
+    with _in_epochs(experiment, build, folder, values.epochs, options) as experiment:
       return train.train(experiment, folder, options)
   from dljax import runs  # pylint: disable=g-import-not-at-top
   from dljax.launch import evaluate, predict  # pylint: disable=g-import-not-at-top
@@ -93,13 +93,14 @@ def _run(
 
 def _in_epochs(
     experiment: Experiment, build: Build, folder: Workdir, epochs: float | None,
+    options: RunOptions | None,
 ) -> contextlib.AbstractContextManager[Experiment]:
   """The experiment with as many steps as --epochs asks for, if it is given."""
   if epochs is None:
     return contextlib.nullcontext(experiment)
   from dljax.train.epochs import in_epochs  # pylint: disable=g-import-not-at-top
 
-  return in_epochs(experiment, build, folder, epochs)
+  return in_epochs(experiment, build, folder, epochs, options)
 
 
 def _use_data_dir(path: str) -> None:

@@ -2,22 +2,25 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 
 import ml_collections
 
 from dljax import config as config_lib
-from dljax.data.pipeline import opened
+from dljax.data.pipeline import all_rows, opened
 from dljax.errors import UserError
+from dljax.train import parallel
 from dljax.train.experiment import Experiment
+from dljax.train.program import RunOptions
 from dljax.train.workdir import Workdir
 
 
 @contextlib.contextmanager
 def in_epochs(
     experiment: Experiment, build: Callable[[ml_collections.ConfigDict], Experiment],
-    folder: Workdir, epochs: float,
+    folder: Workdir, epochs: float, options: RunOptions | None,
 ) -> Iterator[Experiment]:
   """Gives the experiment with as many steps as --epochs asks for.
 
@@ -29,6 +32,7 @@ def in_epochs(
     build: config -> experiment; built again, with the data kept, as a task may read the steps.
     folder: the run's folder; a run that continues brings what was fitted to the data.
     epochs: the value of --epochs.
+    options: the devices that the data is then read for; None only counts the examples.
 
   Raises:
     UserError: the data is missing, or there are too many steps.
@@ -38,7 +42,11 @@ def in_epochs(
     data.restore(assets)
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(opened(data.train))
+      rows = all_rows
+      if options is not None:
+        mesh = parallel.make_mesh(options.mesh, options.parallelism)
+        rows = functools.partial(parallel.batch_rows, mesh)
+      stack.enter_context(opened(data.train, rows=rows))
     except UserError as error:
       raise UserError(f"--epochs needs the number of training examples; {error} (or say "
                       "--config.total_steps=N in place of --epochs)") from None

@@ -226,7 +226,7 @@ def test_evaluation_starts_from_zeros_and_carries_over_its_batches(mode, mesh):
 
 @pytest.mark.parametrize("mode, mesh", MODES[:3])
 def test_a_run_that_is_resumed_ends_in_the_same_bits(mode, mesh, tmp_path, monkeypatch):
-  monkeypatch.setattr(report, "save", lambda figure, path: path.touch())
+  monkeypatch.setattr(report, "save", lambda figure, path, title="": path.touch())
   options = dataclasses.replace(OPTIONS, parallelism=mode, mesh=toys.MESHES[mesh])
   evals = {"validation": _split(toys.BATCH_SIZE, 2)}
   whole = fit(_experiment(evals=evals), tmp_path / "whole", options)
@@ -250,7 +250,7 @@ def test_a_carry_saved_by_one_mode_is_read_by_another(tmp_path):
 
 
 def test_starting_from_a_run_takes_no_carry_along(tmp_path, monkeypatch):
-  monkeypatch.setattr(report, "save", lambda figure, path: path.touch())
+  monkeypatch.setattr(report, "save", lambda figure, path, title="": path.touch())
   state = fit(_experiment(), tmp_path / "old", OPTIONS)
   experiment = _experiment(init={"source": str(tmp_path / "old"), "format": "", "new_head": False})
   program = Program(experiment, OPTIONS)

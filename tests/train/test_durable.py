@@ -172,7 +172,7 @@ def _check(run: Path, promised: tuple[int, bool], abstract: object) -> int:
 
 @pytest.fixture(autouse=True)
 def _pictures(monkeypatch):
-  monkeypatch.setattr(report, "save", lambda figure, path: path.write_bytes(b"PNG"))
+  monkeypatch.setattr(report, "save", lambda figure, path, title="": path.write_bytes(b"PNG"))
   findings = loop.evaluate
   def evaluate(*arguments):
     found, rest = findings(*arguments)
