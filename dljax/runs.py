@@ -123,6 +123,8 @@ class Run:
     found = self.read(self._request(inputs))
     for line in found.skipped:
       logging.warning("skipped %s", line)
+    for line in found.warnings:
+      logging.warning("%s", line)
     return self.rows(found, self.raw(found))
 
   def read(self, request: Request) -> Inputs:

@@ -507,6 +507,27 @@ def test_an_input_that_is_no_image_is_skipped_and_told(trained, pictures, tmp_pa
   assert [Path(row["input"]).name for row in _read(output)] == ["0.png", "2.png", "3.png", "4.png"]
 
 
+def test_ink_on_white_paper_is_warned_of_shown_and_mended(trained, pictures, tmp_path):
+  images, _ = _pictures()
+  white = tmp_path / "white"
+  white.mkdir()
+  for i in range(2):
+    Image.fromarray(255 - images[i]).save(white / f"{i}.png")
+  folder = tmp_path / "seen"
+  outcome = _predict(trained, white, folder)
+  assert outcome.status == 0 and "warning: 2 of 2 images" in outcome.err
+  assert "--config.data.invert=true" in outcome.err
+  rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+  assert [row["seen"] for row in rows] == ["0-seen.png", "1-seen.png"]
+  assert all((folder / row["seen"]).read_bytes().startswith(b"\x89PNG") for row in rows)
+  mended = _predict(trained, white, None, "--config.data.invert=true")
+  assert "warning" not in mended.err
+  usual = _predict(trained, pictures)
+  assert "warning" not in usual.err
+  assert [line.split()[1:] for line in mended.out.splitlines()] == [
+      line.split()[1:] for line in usual.out.splitlines()][:2]
+
+
 @pytest.mark.parametrize("count, said", [
     (0, "{folder} holds no file"),
     (1, "{folder}/0.png: is no image that Pillow can read"),

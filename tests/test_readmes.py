@@ -58,7 +58,7 @@ def test_commands_of_experiments_are_understood():
       continue
     experiment = EXPERIMENTS[family]
     values, overrides = flags.parse([module, *arguments])
-    flags.check_together(values)
+    flags.check_together(values, overrides)
     preset = values.preset or next(iter(experiment.PRESETS))
     assert preset in experiment.PRESETS, (page, module, preset)
     config_lib.apply_overrides(experiment.get_config(preset), overrides)

@@ -53,8 +53,9 @@ def define() -> flags.FlagValues:
   flags.DEFINE_list("label", [],
                     "The classes to draw predictions of, for families that generate by "
                     "class; names separated by commas.", flag_values=values)
-  path("output", "The file for predictions (.jsonl, .json or .csv), or a new folder if they can "
-       "be drawn; by default they are only shown.")
+  path("output", "The file for predictions (.jsonl, .json or .csv), or a new folder for them with "
+       "pictures of what was predicted and of what the network saw; by default they are only "
+       "shown.")
   choice("parallelism", ["jit", "pmap"], "How to compile for several devices.")
   string("mesh", "", "Devices per axis, as in data:4,fsdp:2,tensor:1; by default all on data.")
   choice("resume", ["auto", "never", "must"],
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
   return values, overrides
 
 
-def check_together(values: flags.FlagValues, overrides: Sequence[str]) -> None:
+def check_together(values: flags.FlagValues, overrides: Sequence[str] = ()) -> None:
   """Raises `UserError` if a flag has no meaning together with the others.
 
   Args:

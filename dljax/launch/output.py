@@ -34,7 +34,8 @@ def check(place: Path, drawn: bool) -> None:
 
 def write(
     place: Path, rows: Sequence[Mapping[str, Any]],
-    draw: Callable[[], Iterable[tuple[str, bytes] | None]],
+    draw: Callable[[], Iterable[tuple[str, bytes] | None]] | None,
+    saw: Callable[[], Iterable[bytes]] | None = None,
 ) -> None:
   """Writes predictions.
 
@@ -42,7 +43,8 @@ def write(
     place: the file or folder, as `check` accepts it.
     rows: one dict for each prediction, with the same keys.
     draw: () -> each row's picture or sound, see `Experiment.draw`; it is called only if `place` is
-      a folder.
+      a folder. None if predictions are not drawn.
+    saw: () -> for each row a PNG of what the network saw, see `Experiment.saw`; or None.
 
   Raises:
     RunError: the disk is full, or the like.
@@ -51,7 +53,8 @@ def write(
     if place.suffix in _WRITERS:
       _WRITERS[place.suffix](place, rows)
     else:
-      _write_folder(place, rows, draw())
+      nothing = [None] * len(rows)
+      _write_folder(place, rows, draw() if draw else nothing, saw() if saw else nothing)
 
 
 def _check_writable(place: Path) -> None:
@@ -72,15 +75,18 @@ def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _write_folder(
     folder: Path, rows: Sequence[Mapping[str, Any]], drawings: Iterable[tuple[str, bytes] | None],
+    seen: Iterable[bytes | None],
 ) -> None:
   """Makes a folder with `_ROWS` and each row's drawing, "a.png" for "scans/a.jpg".
+
+  What the network saw of it is "a-seen.png".
 
   Equal names are numbered from the second on. A prompt that is no file name gives "text.png".
   """
   folder.mkdir(exist_ok=True)
   names: list[str] = []
   named = []
-  for row, drawing in zip(rows, drawings, strict=True):
+  for row, drawing, picture in zip(rows, drawings, seen, strict=True):
     stem = re.sub(r"\.\w+(\[(\d+)\])?$", lambda end: f"-{end[2]}" if end[2] else "",
                   Path(row["input"]).name)
     if not (stem.isprintable() and 0 < len(stem.encode()) <= _LONGEST_NAME):
@@ -91,6 +97,9 @@ def _write_folder(
       suffix, content = drawing
       (folder / f"{names[-1]}{suffix}").write_bytes(content)
       row = {**row, "picture": f"{names[-1]}{suffix}"}
+    if picture is not None:
+      (folder / f"{names[-1]}-seen.png").write_bytes(picture)
+      row = {**row, "seen": f"{names[-1]}-seen.png"}
     named.append(row)
   _write_jsonl(folder / _ROWS, named)
 

@@ -20,12 +20,14 @@ from dljax.train.experiment import Inputs, Request
 def predict(run: Run, values: flags.FlagValues) -> int:
   """Predicts what the flags ask for; returns the exit status, `FAILED` if inputs were skipped."""
   place = Path(values.output) if values.output else None
-  draw = run.experiment.draw
+  draw, saw = run.experiment.draw, run.experiment.saw
   if place:
-    output.check(place, draw is not None)
+    output.check(place, bool(draw or saw))
   inputs = run.read(_request(values))
   for line in inputs.skipped:
     print(f"skipped {line}", file=sys.stderr)
+  for line in inputs.warnings:
+    print(f"warning: {line}", file=sys.stderr)
   first = jax.process_index() == 0
   streamed = values["prompt"].present and len(inputs.names) <= run.config.eval_batch_size
   if streamed:
@@ -35,7 +37,8 @@ def predict(run: Run, values: flags.FlagValues) -> int:
     rows = run.rows(inputs, predictions)
   # The file comes first: whoever reads what is printed may stop.
   if place and first:
-    output.write(place, rows, lambda: draw(inputs, predictions, run.assets))
+    output.write(place, rows, draw and (lambda: draw(inputs, predictions, run.assets)),
+                 saw and (lambda: saw(inputs, rows)))
   for row in rows if first and not streamed else ():
     print("  ".join(f"{v:.4f}" if isinstance(v, float) else v
                     for v in row.values() if not isinstance(v, dict)))

@@ -2,16 +2,18 @@
 
 import io
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
+from dljax import report
 from dljax.config import Field, one_of
 from dljax.errors import UserError
-from dljax.train.experiment import Request
+from dljax.train.experiment import Inputs, Request
 
 
 _DTYPES = ("float32", "bfloat16")
@@ -91,6 +93,20 @@ def check_request(
     raise UserError(f"{alone[1]} and {alone[0]} do not go together; drop one of them")
   if request.count is not None and request.count < 1:
     raise UserError(f"--count={request.count}: give a positive number")
+
+
+def saw_images(
+    pixels: Callable[[np.ndarray], np.ndarray], inputs: Inputs, rows: Sequence[Mapping[str, Any]],
+) -> Iterator[bytes]:
+  """The images of a batch as the network saw them, for `Experiment.saw`.
+
+  Args:
+    pixels: a normalised image f32[H, W, C] -> the image as it was before, from 0 to 1.
+    inputs: rows with "image" f32[H, W, C], normalised.
+    rows: see `Experiment.saw`.
+  """
+  for image, row in zip(inputs.batch["image"], rows, strict=True):
+    yield png(report.picture(report.seen(pixels(image), row)))[1]
 
 
 def png(picture: Any) -> tuple[str, bytes]:

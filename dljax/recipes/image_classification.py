@@ -9,7 +9,7 @@ import ml_collections
 
 from dljax import optim
 from dljax.config import Field, Group, base_config, one_of
-from dljax.data.image import corrupt, decode, labelled
+from dljax.data.image import corrupt, decode, labelled, typical
 from dljax.recipes import common
 from dljax.tasks import classification
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
@@ -82,14 +82,17 @@ def build(
       groups=tuple(config.data.groups))
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      read=functools.partial(_read, config), show=_show)
+      read=functools.partial(_read, config), show=_show,
+      saw=functools.partial(
+          common.saw_images, functools.partial(typical.pixels, config=config.data)))
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
   """Reads the user's images; see `decode.encode`."""
-  del assets
   common.check_request(request, config.family, ["paths"])
-  return Inputs(*decode.encode(request.paths, config.data, config.data.background))
+  batch, names, skipped = decode.encode(request.paths, config.data, config.data.background)
+  return Inputs(batch, names, skipped,
+                typical.warnings(batch["image"], names, config.data, assets))
 
 
 def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:

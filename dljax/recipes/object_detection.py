@@ -11,7 +11,7 @@ import numpy as np
 
 from dljax import optim, report
 from dljax.config import Field, Group, base_config
-from dljax.data.image import scenes
+from dljax.data.image import scenes, typical
 from dljax.data.image.geometry import Placement
 from dljax.errors import UserError
 from dljax.recipes import common
@@ -115,7 +115,9 @@ def build(
 
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      read=functools.partial(_read, config), show=_show, draw=_draw, preview=preview)
+      read=functools.partial(_read, config), show=_show, draw=_draw, preview=preview,
+      saw=functools.partial(
+          common.saw_images, functools.partial(typical.pixels, config=config.data)))
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
@@ -123,7 +125,6 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
 
   `Detection.predict` needs place and size to give boxes in an image's own pixels.
   """
-  del assets
   common.check_request(request, config.family, ["paths"])
   batch, names, skipped = scenes.encode(request.paths, config.data)
   size = batch["host/size"]  # height, width
@@ -131,7 +132,8 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
   batch["place"] = np.array([(p.left, p.top, p.left + p.width, p.top + p.height) for p in places],
                             np.float32).reshape(-1, 4)
   batch["size"] = size[:, ::-1].astype(np.float32)
-  return Inputs(batch, names, skipped)
+  return Inputs(batch, names, skipped,
+                typical.warnings(batch["image"], names, config.data, assets))
 
 
 def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:

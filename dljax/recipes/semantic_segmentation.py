@@ -10,7 +10,7 @@ import numpy as np
 
 from dljax import optim, report
 from dljax.config import Field, Group, base_config
-from dljax.data.image import scenes
+from dljax.data.image import scenes, typical
 from dljax.data.image.geometry import Placement
 from dljax.recipes import common
 from dljax.tasks import segmentation
@@ -73,14 +73,17 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
       read=functools.partial(_read, config), show=_show,
-      draw=functools.partial(_draw, config.data))
+      draw=functools.partial(_draw, config.data),
+      saw=functools.partial(
+          common.saw_images, functools.partial(typical.pixels, config=config.data)))
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
   """Reads the user's images; see `scenes.encode`."""
-  del assets
   common.check_request(request, config.family, ["paths"])
-  return Inputs(*scenes.encode(request.paths, config.data))
+  batch, names, skipped = scenes.encode(request.paths, config.data)
+  return Inputs(batch, names, skipped,
+                typical.warnings(batch["image"], names, config.data, assets))
 
 
 def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:

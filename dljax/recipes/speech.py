@@ -1,13 +1,13 @@
 """The experiment that all speech recognisers share, from a config and a model."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import ml_collections
 
-from dljax import optim
+from dljax import optim, report
 from dljax.config import Field, Group, base_config
 from dljax.data.audio import recordings
 from dljax.recipes import common
@@ -65,7 +65,8 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
       model=model, alphabet=config.data.alphabet, beam=config.model.beam)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      read=functools.partial(_read, config), show=functools.partial(_show, config.model.beam))
+      read=functools.partial(_read, config), show=functools.partial(_show, config.model.beam),
+      saw=_saw)
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
@@ -73,6 +74,16 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
   del assets
   common.check_request(request, config.family, ["paths"])
   return Inputs(*recordings.encode(request.paths, config.data))
+
+
+def _saw(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+  """Draws the bands of each recording over time, the lowest at the bottom."""
+  for features, length, row in zip(inputs.batch["features"], inputs.batch["length"], rows,
+                                   strict=True):
+    heard = features[:length].T[::-1]
+    low, high = heard.min(initial=0), heard.max(initial=0)
+    shown = (heard - low) / max(high - low, 1e-6)
+    yield common.png(report.picture(report.seen(shown, row, cmap="magma")))[1]
 
 
 def _show(

@@ -9,11 +9,12 @@ from dljax.report.common import DPI, picture, save, side_by_side
 from dljax.report.curves import TITLES, learning_curves, read_metrics, relative_bars, strengths
 from dljax.report.images import heat_maps, image_grid
 from dljax.report.scenes import class_colors, class_map, detections, segmentations
+from dljax.report.seen import seen
 from dljax.report.sequences import alignments, forecasts, page, surprise
 
 __all__ = [
     "DPI", "TITLES", "alignments", "calibration", "class_colors", "class_map", "confusion_matrix",
     "detections", "forecasts", "heat_maps", "image_grid", "learning_curves", "page", "picture",
-    "read_metrics", "relative_bars", "save", "segmentations", "side_by_side", "strengths",
+    "read_metrics", "relative_bars", "save", "seen", "segmentations", "side_by_side", "strengths",
     "surprise",
 ]

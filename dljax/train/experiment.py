@@ -41,11 +41,14 @@ class Inputs:
       mask, all ones.
     names: each row's name, such as the file that it comes from.
     skipped: one line for each input that cannot be used.
+    warnings: lines on inputs that can be used, but perhaps should not, such as images that are
+      unlike those of the training.
   """
 
   batch: Mapping[str, np.ndarray]
   names: Sequence[str]
   skipped: Sequence[str] = ()
+  warnings: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Experiment:
     draw: (inputs, predictions, assets) -> for each row the suffix (".png") and the bytes of a
       picture or a sound, or None if the row has none. The attribute is None if predictions cannot
       be drawn.
+    saw: (inputs, rows of `show` with their names as "input") -> for each row a PNG of what the
+      network saw, decoded and resized, beside the prediction; None if there is nothing to see.
     preview: () -> a fixed batch whose predictions are drawn at every evaluation, or None where the
       data has none; None where nothing is drawn.
   """
@@ -75,4 +80,5 @@ class Experiment:
   read: Callable[[Request, Assets], Inputs]
   show: Callable[[Inputs, Any, Assets], Iterable[Mapping[str, Any]]]
   draw: Callable[[Inputs, Any, Assets], Iterable[tuple[str, bytes] | None]] | None = None
+  saw: Callable[[Inputs, Sequence[Mapping[str, Any]]], Iterable[bytes]] | None = None
   preview: Callable[[], Inputs | None] | None = None

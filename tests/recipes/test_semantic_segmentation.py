@@ -158,7 +158,9 @@ def test_trains_evaluates_and_predicts(prepare, tmp_path, variant):
   rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
   sizes = {"a.png": (20, 24), "a-2.png": (40, 48), "stack-0.png": (20, 24), "stack-1.png": (20, 24)}
   assert [row["picture"] for row in rows] == list(sizes)
-  assert {path.name for path in output.iterdir()} == {*sizes, "predictions.jsonl"}
+  seen = [row["seen"] for row in rows]
+  assert seen == [name.replace(".png", "-seen.png") for name in sizes]
+  assert {path.name for path in output.iterdir()} == {*sizes, *seen, "predictions.jsonl"}
   for row in rows:
     with Image.open(output / row["picture"]) as picture:
       classes = np.asarray(picture)

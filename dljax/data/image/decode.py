@@ -170,8 +170,21 @@ def _flatten(image: Any, channels: int, background: int) -> np.ndarray:
   return out
 
 
+INVERT = ("Whether black and white are swapped on reading, so that black ink on white paper looks "
+          "like white ink on black; mean and std are those of the swapped images.")
+
+
+def tone(image: np.ndarray, config: Any) -> np.ndarray:
+  """uint8[...] -> uint8[...], inverted if `config.data` says so."""
+  return 255 - image if config.invert else image
+
+
 def fit(image: np.ndarray, config: Any) -> np.ndarray:
-  """uint8[h, w, C] -> uint8[H, W, C], in the way that `resize` of `config.data` says."""
+  """uint8[h, w, C] -> uint8[H, W, C], in the way that `resize` of `config.data` says.
+
+  It is inverted before, if `invert` is set, so that what pads it stays black.
+  """
+  image = tone(image, config)
   height, width, _ = config.image_shape
   if config.resize == "crop":
     return augment.centre_crop(image, height, width, config.crop_fraction)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import sources, splits
-from dljax.data.image import augment, corrupt, decode
+from dljax.data.image import augment, corrupt, decode, typical
 from dljax.data.pipeline import (
     Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng)
 from dljax.errors import UserError, choose
@@ -44,6 +44,7 @@ def default_config() -> Group:
       "std": Field((0.3757,), "The standard deviation of each channel, where white is 1."),
       "background": Field(0, "The grey, from 0 (black) to 255, that shows where an image is "
                           "transparent."),
+      "invert": Field(False, decode.INVERT),
       "resize": Field("pad", one_of('How an image reaches image_shape: "pad" centres it on black, '
                                     'and shrinks it if it is too large, "bilinear" ignores its '
                                     'aspect ratio, "crop" takes the centre', RESIZE)),
@@ -137,7 +138,9 @@ class ImageSet(splits.DataSet):
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
-    return {"assets": lambda: {"classes": list(self.dataset.features["label"].names)}}
+    return {"assets": lambda: {
+        "classes": list(self.dataset.features["label"].names),
+        typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}}
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
@@ -226,7 +229,7 @@ class ImageSet(splits.DataSet):
 
   def crop(self, example: HostBatch, plan: Plan, row: int) -> HostBatch:
     """The example with a random resized crop of its image."""
-    image = example["image"]
+    image = decode.tone(example["image"], self.config)
     area, log_ratio, position = self._crops(plan.seed, plan.step, len(plan.indices))
     box = augment.random_crop_box(*image.shape[:2], area[row], log_ratio[row], position[row])
     return {**example, "image": augment.resize(image, *self.config.image_shape[:2], box)}

@@ -25,7 +25,7 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import sources, splits
-from dljax.data.image import augment, decode
+from dljax.data.image import augment, decode, typical
 from dljax.data.image.geometry import VOID_BYTE, Placement, Window
 from dljax.data.pipeline import (
     PADDING, Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming)
@@ -54,6 +54,7 @@ def default_config() -> Group:
       "image_shape": Field((96, 96, 1), "The height, width and channels that the model sees."),
       "mean": Field((0.3126,), "The mean of each channel, where white is 1."),
       "std": Field((0.1563,), "The standard deviation of each channel, where white is 1."),
+      "invert": Field(False, decode.INVERT),
       "resize": Field("pad", one_of('How an image reaches image_shape: "pad" centres it on black, '
                                     'and shrinks it if it is too large, "bilinear" ignores its '
                                     'aspect ratio', RESIZE)),
@@ -139,7 +140,9 @@ class SceneSet(splits.DataSet):
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
-    return {"assets": lambda: {"classes": self.class_names(self._targets[0])}}
+    return {"assets": lambda: {
+        "classes": self.class_names(self._targets[0]),
+        typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}}
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""

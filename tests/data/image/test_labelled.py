@@ -267,7 +267,9 @@ def test_resize_options(digits):
 
 def test_class_names_and_many_threads(digits):
   data = build(digits)
-  assert data.assets() == {"classes": [str(d) for d in range(10)]}
+  assets = data.assets()
+  assert assets["classes"] == [str(d) for d in range(10)]
+  assert assets["brightness"]["mean"][0][0] == pytest.approx(digits.mean[0], abs=0.01)
   digits.flip = True
   data = build(digits)
   results = {}
