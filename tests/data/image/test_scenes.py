@@ -114,7 +114,7 @@ def test_evaluation_reads_the_whole_set_in_order_on_a_canvas():
   found = sorted(grey(batch)[i, 4:44, 4:60].tobytes() for batch in batches for i in range(4) if batch["mask"][i])
   assert found == sorted(blocks(i)[0].astype(int).tobytes() for i in range(5))
   for target, names in ("segmentation", ["ground", "dim", "bright"]), ("boxes", ["dim", "bright"]):
-    assert make([target]).assets() == {"classes": names}
+    assert make([target]).assets()["classes"] == names
   assert {k: (v.shape, v.dtype) for k, v in data.batch_spec.items()} == {
       k: (v.shape, v.dtype) for k, v in batches[0].items() if not k.startswith("host/")}
 
