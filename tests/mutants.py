@@ -185,6 +185,11 @@ MUTANTS = (
         "integers(-config.pad_crop, config.pad_crop, (2, size))",
         ("tests/data/image/test_labelled.py::test_pad_and_crop_draws_every_shift",)),
     Mutant(
+        "mixed_with_the_next_row", "dljax/data/image/labelled.py",
+        "partners = plan.rows ^ 1",
+        "partners = plan.rows + 1",
+        ("tests/data/image/test_labelled.py::test_a_host_of_eight_that_mixes_reads_its_own_rows_alone",)),
+    Mutant(
         "bicubic", "dljax/data/image/augment.py",
         "Image.Resampling.BILINEAR, box=box",
         "Image.Resampling.BICUBIC, box=box",
@@ -343,6 +348,16 @@ MUTANTS = (
         "      os.fsync(rows.fileno())\n",
         "",
         ("tests/train/test_metrics.py::test_the_rows_are_durable_before_the_mark_is_given",)),
+    Mutant(
+        "rows_of_the_first_device", "dljax/train/parallel.py",
+        "any(device.process_index == process for device in devices)",
+        "devices[0].process_index == process",
+        ("tests/train/test_parallel.py::test_a_process_reads_the_rows_of_its_devices",)),
+    Mutant(
+        "everything_over_hosts", "dljax/train/evaluate.py",
+        'if k == "mask" or self._reads(k)',
+        "if True",
+        ("tests/train/test_evaluate.py::test_each_real_row_counts_once_and_comes_back_in_order",)),
     Mutant(
         "sums_in_float32", "dljax/train/evaluate.py",
         "np.asarray(x, np.float64), new)",

@@ -1,11 +1,10 @@
 """Tiny forms of real families give on a mesh over several processes what they give on virtual devices of one.
 
-  python -m tests.train.processes                              every family on every mesh, over two and four processes
-  python -m tests.train.processes 2 "rnn tensor:2" "lenet fsdp:2"     these, over two
+  python -m tests.train.processes                          every family on every mesh, over two and four processes
+  python -m tests.train.processes 2x1 "rnn tensor:2"       these cases, over two processes with one device each
 
-trains each family, evaluates it and predicts with it, in float64, with one device a process, and prints the largest
-difference of any number (in units of the largest of its array) to one process with as many virtual devices. The whole
-takes about ten minutes on two cores; test_processes.py has a part of it.
+trains each family, evaluates it and predicts with it, in float64, and prints the largest difference of any number (in
+units of the largest of its array) to one process with as many virtual devices. test_processes.py has a part of it.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ FORMS = {  # in place of the families' small forms
         retinanet_models.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1), backbone_width=4, small_stem=True,
         first_stage=2, extra_levels=0, width=4, head_depth=0),
     (vit_models, "vit_nano"): functools.partial(
-        vit_models.ViT, patch_size=4, embed_dim=8, num_layers=1, num_heads=2),
+        vit_models.ViT, patch_size=4, embed_dim=8, num_layers=1, num_heads=4),
 }
 
 
@@ -193,13 +192,15 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
   return float(gap and gap / np.max(np.abs(one)))
 
 
-def compare(count: int, cases: Sequence[str], folder: Path) -> dict[str, tuple[float, str]]:
-  """Case -> the largest difference of any of `count` processes to this one, and where it is."""
+def compare(
+    count: int, cases: Sequence[str], folder: Path, devices: int = 1,
+) -> dict[str, tuple[float, str]]:
+  """Case -> the largest difference of any of `count` processes, which have `devices` each, to this one; and where."""
   expected = outcomes(cases, folder)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  variables = {**os.environ, "XLA_FLAGS": xla_flags(1), "JAX_COORDINATOR_ADDRESS": address,
+  variables = {**os.environ, "XLA_FLAGS": xla_flags(devices), "JAX_COORDINATOR_ADDRESS": address,
                "JAX_NUM_PROCESSES": str(count)}
   command = [sys.executable, "-m", "tests.train.processes", str(folder), *cases]
   processes = [
@@ -207,7 +208,7 @@ def compare(count: int, cases: Sequence[str], folder: Path) -> dict[str, tuple[f
                        stdout=subprocess.DEVNULL) for i in range(count)]
   try:
     for process in processes:
-      _, said = process.communicate(timeout=600)
+      _, said = process.communicate(timeout=3000)
       assert process.returncode == 0, said
   finally:
     for process in processes:
@@ -226,8 +227,9 @@ def compare(count: int, cases: Sequence[str], folder: Path) -> dict[str, tuple[f
   return found
 
 
-MESHES = {2: ("data:2", "fsdp:2", "tensor:2"),
-          4: ("data:4", "fsdp:4", "tensor:4", "data:2,fsdp:2", "data:2,tensor:2", "fsdp:2,tensor:2")}
+TWO = ("data:2", "fsdp:2", "tensor:2")
+FOUR = ("data:4", "fsdp:4", "tensor:4", "data:2,fsdp:2", "data:2,tensor:2", "fsdp:2,tensor:2")
+MESHES = {(2, 1): TWO, (4, 1): FOUR, (2, 2): FOUR}  # by processes and the devices of each
 
 
 def main() -> None:
@@ -237,14 +239,14 @@ def main() -> None:
     for case, arrays in outcomes(cases, Path(folder)).items():
       np.savez(Path(folder) / f"{case}-{jax.process_index()}.npz", **arrays)
     return
-  _, *asked = sys.argv
-  work = {int(asked[0]): asked[1:]} if asked else {
-      count: [f"{family} {mesh}" for family in FAMILIES for mesh in meshes] for count, meshes in MESHES.items()}
+  work = [(key, [f"{family} {mesh}" for mesh in meshes]) for key, meshes in MESHES.items() for family in FAMILIES]
+  if asked := sys.argv[1:]:
+    work = [(tuple(map(int, asked[0].split("x"))), asked[1:])]
   with tempfile.TemporaryDirectory() as folder:
     prepare(Path(folder))
-    for count, cases in work.items():
-      for case, (gap, name) in compare(count, cases, Path(folder)).items():
-        print(f"{count} processes, {case}: {gap:.1e} {name}", flush=True)
+    for (count, devices), cases in work:
+      for case, (gap, name) in compare(count, cases, Path(folder), devices).items():
+        print(f"{count} processes with {devices}: {case}: {gap:.1e} {name if gap else ''}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 from dljax import report
 from experiments import mlp
 from tests.command import plain_pictures, run, xla_flags
+from tests.train import processes
 
 ROOT = Path(__file__).parents[2]
 STEPS = 160
@@ -34,10 +35,10 @@ def _start(*arguments, devices=1, **environment):
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _run(*arguments, devices=1):
+def _run(*arguments, mesh="data:1"):
   """The same in this process, which takes less time; gives what it wrote."""
   with plain_pictures():
-    outcome = run(mlp, *arguments, f"--mesh=data:{devices}")
+    outcome = run(mlp, *arguments, f"--mesh={mesh}")
   assert outcome.status == 0, outcome
   return outcome.out + outcome.err
 
@@ -117,14 +118,16 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_with_75(plain, tmp_pat
   assert _result(tmp_path) == _result(plain)
 
 
-@pytest.mark.parametrize("parallelism", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
-def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
-  xor = (*XOR, f"--parallelism={parallelism}")
+@pytest.mark.parametrize("parallelism, mesh", [
+    ("jit", "tensor:2"),  # both processes hold the same rows
+    pytest.param("jit", "fsdp:2", marks=pytest.mark.slow), pytest.param("pmap", "data:2", marks=pytest.mark.slow)])
+def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism, mesh):
+  xor = (*XOR, f"--parallelism={parallelism}", "--config.shard_above=0")
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   both = [
-      _start(*xor, f"--workdir={tmp_path / 'two'}", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+      _start(*xor, f"--workdir={tmp_path / 'two'}", f"--mesh={mesh}", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
              JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index))
       for index in range(2)
   ]
@@ -133,7 +136,7 @@ def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
   finally:
     for process in both:
       process.kill()
-  _run(*xor, f"--workdir={tmp_path / 'one'}", devices=2)
+  _run(*xor, f"--workdir={tmp_path / 'one'}", mesh=mesh)
   assert "accuracy" in first and "accuracy" not in second  # the first host tells the result
   one, two = _rows(tmp_path / "one"), _rows(tmp_path / "two")
   assert [set(row) for row in one] == [set(row) for row in two]
@@ -145,6 +148,26 @@ def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism):
     assert results[1]["metrics"][split] == pytest.approx(results[0]["metrics"][split], rel=1e-4)
   assert {path.name for path in (tmp_path / "two" / "figures").iterdir()} == {
       path.name for path in (tmp_path / "one" / "figures").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+  """The data of the tiny forms."""
+  folder = tmp_path_factory.mktemp("families")
+  processes.prepare(folder)
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, cases", [
+    (2, ("lenet data:2", "deepspeech fsdp:2", "retinanet tensor:2")),
+    (4, ("rnn data:2,fsdp:2", "vit fsdp:2,tensor:2"))])
+def test_processes_give_what_as_many_devices_of_one_give(families, count, cases):
+  """Every family on every mesh takes many times as long: `python -m tests.train.processes`."""
+  found = processes.compare(count, cases, families)
+  assert list(found) == list(cases)
+  for case, (gap, where) in found.items():
+    assert gap < 1e-12, (case, where)
 
 
 @pytest.mark.slow
