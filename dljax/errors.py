@@ -187,7 +187,7 @@ class _Lasting:
 def _lasting_streams() -> Iterator[None]:
   """Lets a program finish its work although its output is closed, as by `| head -1`."""
   before = sys.stdout, sys.stderr
-  with open(os.devnull, "w") as null:  # for streams that were closed before Python started
+  with open(os.devnull, "w", encoding="utf-8") as null:  # for streams that were closed before Python started
     sys.stdout, sys.stderr = (_Lasting(null if stream is None else stream) for stream in before)
     try:
       yield

@@ -22,7 +22,7 @@ def _use_huge_pages() -> None:
   try:
     library, version = os.confstr("CS_GNU_LIBC_VERSION").split()
     knows = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
-    on_request = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    on_request = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text("ascii")
   except (AttributeError, OSError, ValueError):  # another library, or another system
     return
   # A restart would take the program away from a debugger.

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -213,6 +214,46 @@ def test_lines_end_before_column_100():
   long, most = sum(counts.values()), int(MAX_LONG * sum(map(len, lines.values())))
   assert long <= most, (f"{long} lines are longer than {MAX_COLUMNS} columns, and {most} may be; "
                         f"break some of them: {_worst(counts)}")
+
+
+def _without_encoding(node: ast.AST) -> bool:
+  """Whether a call opens text in the encoding of the user's locale, which differs by machine."""
+  if not isinstance(node, ast.Call):
+    return False
+  name = ast.unparse(node.func).rpartition(".")[2]
+  keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+  if "encoding" in keywords or len(node.args) > {"read_text": 0, "write_text": 1}.get(name, 10):
+    return False
+  if name in ("read_text", "write_text", "TextIOWrapper"):
+    return True
+  if any(ast.unparse(keywords.get(word, ast.Constant(None))) == "True" for word in ("text", "universal_newlines")):
+    return True
+  if name not in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile", "SpooledTemporaryFile"):
+    return False
+  # The mode is the second argument of functions, and the first of methods and of temporary files.
+  function = isinstance(node.func, ast.Name) or ast.unparse(node.func) in ("io.open", "os.fdopen", "gzip.open")
+  given = [keywords["mode"]] if "mode" in keywords else node.args[function:function + 1]
+  mode = given[0].value if given and isinstance(given[0], ast.Constant) else None
+  if mode is None:
+    return function and "opener" not in keywords and not given
+  return isinstance(mode, str) and re.fullmatch("[rwax+t]+", mode) is not None
+
+
+def test_text_is_utf_8_on_every_machine():
+  found = [f"{_module(path)}:{node.lineno}" for path in SOURCES for node in _nodes(path) if _without_encoding(node)]
+  assert not found, f"give the encoding, or a mode with b, at {', '.join(found)}"
+
+
+@pytest.mark.parametrize("line, bad", [
+    ("open(p)", True), ("open(p, 'w')", True), ("open(p, mode='a')", True), ("p.open('r+')", True),
+    ("p.read_text()", True), ("p.write_text(t)", True), ("os.fdopen(1, 'w')", True),
+    ("subprocess.run(c, text=True)", True), ("tempfile.TemporaryFile('w+')", True),
+    ("open(p, 'rb')", False), ("open(p, encoding='utf-8')", False), ("p.open('wb')", False), ("p.open()", False),
+    ("p.read_text('utf-8')", False), ("p.write_text(t, 'utf-8')", False), ("tempfile.TemporaryFile()", False),
+    ("Image.open(p)", False), ("os.open(p, os.O_RDONLY)", False), ("open(p, 'ab', buffering=0)", False),
+])
+def test_calls_that_open_text_are_recognised(line, bad):
+  assert _without_encoding(ast.parse(line, mode="eval").body) == bad
 
 
 def test_there_are_families():

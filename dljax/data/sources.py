@@ -3,11 +3,13 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import io
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 from dljax.data.datasets import EMBEDDED
-from dljax.errors import MALFORMED, UserError, one_line, unknown
+from dljax.errors import MALFORMED, Preempted, RunError, UserError, one_line, unknown
 
 
 _MOST_CLASSES = 10**6  # as many names are made where a set has none
@@ -393,18 +395,41 @@ def build(builder: Callable[..., Any], place: Path) -> None:
   """Prepares a set in the format ArrayRecord.
 
   TFDS renames the finished directory, so several processes may prepare the same set at the same
-  time: the first one wins.
+  time: the first one wins, and the others wait for it where the file system has locks.
 
   Args:
     builder: makes the builder; called with `data_dir`.
     place: the data directory.
+
+  Raises:
+    RunError: the disk is full, or the like.
   """
   builder = builder(data_dir=str(place))
+  path = Path(builder.data_path)
   try:
-    builder.download_and_prepare(file_format="array_record")
-  except OSError:
-    if not (builder.data_path / "features.json").exists():  # otherwise another process was faster
-      raise
+    with _alone_in(path.parent):
+      builder.download_and_prepare(file_format="array_record")
+  except (RunError, Preempted):
+    raise
+  except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter
+    if not (path / "features.json").exists():  # otherwise another process was faster
+      reason = getattr(error, "strerror", None) or one_line(error)
+      raise RunError(f"{path} was not written: {reason}") from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+  """Waits until no other process prepares a set in a folder, and removes what such ones left."""
+  folder.mkdir(parents=True, exist_ok=True)
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # there are file systems without locks
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+      for rest in folder.glob("incomplete.*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def writable(folder: Path) -> bool:

@@ -40,7 +40,7 @@ def write_folder(path: Path, tensors: Tensors, model: Mapping[str, Any]) -> None
   with _appearing(path) as temporary:
     temporary.mkdir()
     safetensors.numpy.save_file(dict(tensors), temporary / WEIGHTS)
-    (temporary / MODEL).write_text(json.dumps(model, indent=2) + "\n")
+    (temporary / MODEL).write_text(json.dumps(model, indent=2) + "\n", "utf-8")
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,7 +50,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     UserError: the folder is not one of ours, or damaged.
   """
   try:
-    model = json.loads((path / MODEL).read_text())
+    model = json.loads((path / MODEL).read_text("utf-8"))
     if not (isinstance(model["model"], str) and isinstance(model["settings"], dict)):
       raise ValueError("a field is wrong")
   except (OSError, *errors.MALFORMED) as e:
@@ -88,7 +88,7 @@ def model_of(path: Path, source: str) -> nn.Module:
                            "and load the weights into it (interop.load, or --model=NAME)")
   file = path / CONFIG
   try:
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text("utf-8"))
     if not isinstance(config, dict):
       raise ValueError("it is no object")
   except FileNotFoundError as e:

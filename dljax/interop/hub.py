@@ -77,7 +77,7 @@ def _fetch(name: str, repository: str, commit: str, file: str, path: Path, entry
                   mend=f"download {file} elsewhere and give its path in place of {name}")
   if entry.sha256 is None:  # so that damage in the cache shows nevertheless
     with writing(_note(path)):
-      _note(path).write_text(downloads.sha256(path))
+      _note(path).write_text(downloads.sha256(path), "utf-8")
   elif downloads.sha256(path) != entry.sha256:
     path.unlink()
     raise UserError(f"{name}: the download of {file} does not have the Hub's checksum and was "
@@ -91,7 +91,7 @@ def _damage(path: Path, entry: _Entry) -> str:
       return f"it has {size:,} bytes, and the Hub's file has {entry.size:,}"
     wanted = entry.sha256
     if wanted is None and _note(path).is_file():
-      wanted = _note(path).read_text()
+      wanted = _note(path).read_text("utf-8")
     same = wanted is None or downloads.sha256(path) == wanted
     return "" if same else "its SHA-256 is not that of the Hub's file"
   except (OSError, ValueError) as e:
@@ -153,7 +153,7 @@ def _listing(name: str, repository: str, cached: Path) -> dict[str, Any]:
   with writing(cached):
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_name(f"{cached.name}.{os.getpid()}")
-    part.write_text(json.dumps(listing))
+    part.write_text(json.dumps(listing), "utf-8")
     part.replace(cached)
   return listing
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dljax import errors
 from dljax.errors import UserError
+from dljax.train import durable
 from dljax.train.workdir import write_csv, write_json
 
 
@@ -61,7 +62,7 @@ def _check_writable(place: Path) -> None:
   """Opens the file, because permissions do not show a folder, /proc or a read-only disk."""
   new = not place.exists()
   try:
-    place.open("a").close()
+    place.open("ab").close()
   except OSError as error:
     raise UserError(
         f"--output={place} cannot be written ({error.strerror}); name another file") from None
@@ -70,7 +71,7 @@ def _check_writable(place: Path) -> None:
 
 
 def _write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  durable.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _write_folder(

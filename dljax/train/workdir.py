@@ -382,7 +382,7 @@ def _git_commit() -> str | None:
   folder = Path(__file__).parent
 
   def git(*arguments):
-    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True,
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8",
                           check=True, timeout=10).stdout.strip()
 
   try:

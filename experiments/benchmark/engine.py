@@ -158,7 +158,7 @@ def _logged_transfers() -> Iterator[list[str]]:
   """Lists the guard's line for each transfer, in either direction, when the context ends."""
   lines: list[str] = []
   before = jax.config.jax_transfer_guard
-  with tempfile.TemporaryFile("w+") as log:
+  with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
     sys.stderr.flush()
     stderr = os.dup(2)  # the guard writes from C++
     os.dup2(log.fileno(), 2)
@@ -232,10 +232,10 @@ def _memory_meter(device: Any) -> Callable[[], int]:
   gc.collect()
   with contextlib.suppress(AttributeError):  # not every C library has it
     ctypes.CDLL(None).malloc_trim(0)
-  Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the memory held now
+  Path("/proc/self/clear_refs").write_text("5", "ascii")  # sets the peak to the memory held now
 
   def peak() -> int:
-    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))[1]
     return int(kilobytes) * 1024
 
   held = peak()

@@ -83,7 +83,7 @@ def find_peers(flag: str) -> Peers:
   python = flag or sys.executable
   mend = "name the interpreter of an environment that has torch, such as peers/bin/python"
   try:
-    done = subprocess.run([python, PEER_WORKER], capture_output=True, text=True,
+    done = subprocess.run([python, PEER_WORKER], capture_output=True, encoding="utf-8",
                           stdin=subprocess.DEVNULL, timeout=PROBE_WAIT)
     answer = json.loads(done.stdout.splitlines()[-1])
     peers = Peers(python, answer["found"], answer["missing"])

@@ -42,7 +42,7 @@ def serve(build: Callable[[Mapping[str, Any]], tuple[Describe, Mapping[str, Run]
     device_peak: () -> the most bytes that the accelerator held, or None for a CPU.
   """
   spec = json.loads(sys.argv[1])
-  answers = os.fdopen(os.dup(1), "w")
+  answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)  # a library's output must not pass for an answer
   held = _process_bytes("VmRSS")
 

@@ -12,7 +12,7 @@ import pytest
 
 from dljax.data import sources
 from dljax.data.image import labelled
-from dljax.errors import UserError
+from dljax.errors import RunError, UserError
 
 
 def read(name, split):
@@ -77,8 +77,28 @@ def test_losing_the_race_is_no_error(digits_dir, tmp_path):
   sources.build(Slow, tmp_path)
   shutil.rmtree(tmp_path / "digits")
   digits_dir = None
-  with pytest.raises(OSError):
+  with pytest.raises(RunError, match="digits was not written: Directory not empty"):
     sources.build(Slow, tmp_path)
+
+
+@pytest.mark.parametrize("error, said", [
+    (OSError(28, "No space left on device"), "1.0.0 was not written: No space left on device"),
+    (RuntimeError("Failed to finalize:\n write() failed"), "1.0.0 was not written: Failed to finalize: write() failed")])
+def test_a_full_disk_is_one_line_and_what_killed_processes_left_is_removed(tmp_path, error, said):
+  class Full:
+    """A builder that a full disk stops."""
+
+    def __init__(self, data_dir):
+      self.data_path = tmp_path / "digits" / "1.0.0"
+
+    def download_and_prepare(self, file_format):
+      assert not list(self.data_path.parent.iterdir())
+      raise error
+
+  (tmp_path / "digits" / "incomplete.AB12_1.0.0").mkdir(parents=True)
+  with pytest.raises(RunError) as raised:
+    sources.build(Full, tmp_path)
+  assert str(raised.value).endswith(said) and "\n" not in str(raised.value)
 
 
 def test_read_only_data_dir_falls_back_to_the_cache(tmp_path, monkeypatch):
