@@ -14,7 +14,7 @@ An optimizer is a chain of these parts, in this order; a part that is off is abs
      included, so scaling the final updates is the same as scaling the learning rate.
 
 Both decays act on kernels and embeddings only. Arrays of rank <= 1 and arrays named `bias` or
-`scale` (biases and norms) are exempt.
+`scale` (biases and norms) are exempt, and so is what the model's file names (NO_DECAY).
 
 The rules are, with the gradient g, `**` and sqrt elementwise, and `momentum`, `b1`, `b2` and `eps`
 from the config:
@@ -48,6 +48,7 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -173,7 +174,7 @@ def _flags_of(player: str) -> Iterator[None]:
 
 def make_optimizer(
     config: ml_collections.ConfigDict, total_steps: int, player: str = "",
-    input_dimensions: Sequence[tuple[str, int]] = (),
+    input_dimensions: Sequence[tuple[str, int]] = (), no_decay: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Returns the optimizer and its learning-rate schedule.
 
@@ -185,6 +186,8 @@ def make_optimizer(
     input_dimensions: (pattern of a kernel's path, number of its leading dimensions that are
       inputs). Muon needs it to read a kernel as a matrix. All dimensions but the last are inputs
       of a kernel that no pattern matches. See `tasks.base.TaskBase.input_dimensions`.
+    no_decay: the patterns of arrays that do not decay, whatever their rank. See
+      `tasks.base.TaskBase.no_decay`.
 
   Returns:
     An optimizer for any pytree of parameters, whose updates are added to the parameters (`update`
@@ -197,13 +200,14 @@ def make_optimizer(
     _check(config)
     schedule = make_schedule(config, total_steps)
   chain, prefix = [], f"{player}/" if player else ""
+  mask = functools.partial(decay_mask, no_decay=no_decay, prefix=prefix)
   if config.clip_norm:
     chain.append(optax.clip_by_global_norm(config.clip_norm))
   if config.l2:
-    chain.append(optax.add_decayed_weights(config.l2, mask=decay_mask))
+    chain.append(optax.add_decayed_weights(config.l2, mask=mask))
   chain.append(_rule(config, input_dimensions, prefix))
   if config.weight_decay:
-    chain.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    chain.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
   if config.name == "lamb":
     chain.append(optax.scale_by_trust_ratio())
   if config.learning_rates:
@@ -307,17 +311,20 @@ def _check_patterns(config: ml_collections.ConfigDict, params: PyTree, prefix: s
     raise UserError(f"--config.optimizer.freeze={tuple(config.freeze)}: leaves nothing to train")
 
 
-def decay_mask(params: PyTree) -> PyTree:
+def decay_mask(params: PyTree, no_decay: Sequence[str] = (), prefix: str = "") -> PyTree:
   """Returns True for each array that decays: of rank >= 2, and no `bias` or `scale`.
 
   Args:
     params: the parameters.
+    no_decay: the patterns of the paths of other arrays that do not decay.
+    prefix: what the paths start with for the patterns.
 
   Returns:
     Booleans in the structure of `params`.
   """
   def decays(name: str, x: jax.Array) -> bool:
-    return x.ndim >= 2 and name.split("/")[-1] not in ("bias", "scale")
+    vector = x.ndim < 2 or name.split("/")[-1] in ("bias", "scale")
+    return not vector and not _matches(prefix + name, no_decay)
 
   return _map_by_name(decays, params)
 

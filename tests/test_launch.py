@@ -200,6 +200,7 @@ def test_a_finished_run_is_printed_again_and_left_alone(trained):
   accuracy = _json(trained / "result.json")["metrics"]["test"]["accuracy"]
   assert "finished" in outcome.out and f"{accuracy:.4f}" in outcome.out
   assert _train(trained, "--resume=must").status == 0
+  assert "--wandb=lab: nothing is sent" in _train(trained, "--wandb=lab").out
   assert _snapshot(trained) == before
 
 

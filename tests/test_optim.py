@@ -330,6 +330,18 @@ def test_decay_spares_norms_biases_and_vectors():
   assert sorted(decays) == ["conv/kernel", "embed/embedding", "heads/kernel"]
 
 
+@pytest.mark.parametrize("decay", ["weight_decay", "l2"])
+def test_a_model_names_more_that_does_not_decay(decay):
+  """By the whole path, with the player where there are several."""
+  params = {"positions": np.ones((1, 4, 2)), "kernel": np.ones((2, 2))}
+  config = _config("sgd", learning_rate=1.0, schedule="constant", warmup_fraction=0.0, **{decay: 0.5})
+  for player, pattern in ("", "positions"), ("critic", "critic/positions"):
+    tx, _ = optim.make_optimizer(config, 2, player, no_decay=(pattern,))
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["positions"], 0)
+    np.testing.assert_allclose(updates["kernel"], -0.5)
+
+
 def test_l2_is_decay_through_the_gradient():
   start = _params()
   l2, _ = _train(_config("adam", l2=0.1), start)

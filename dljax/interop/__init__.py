@@ -15,7 +15,8 @@ a pickle can run any code.
 from dljax.interop.files import read
 from dljax.interop.folder import from_folder
 from dljax.interop.weights import (
-    OURS, Specs, Tensors, all_sources, check_source, dump, find_table, load, recognise, sources)
+    OURS, Specs, Tensors, all_sources, check_finite, check_source, dump, find_table, load, recognise,
+    sources)
 
-__all__ = ["OURS", "Specs", "Tensors", "all_sources", "check_source", "dump", "find_table",
+__all__ = ["OURS", "Specs", "Tensors", "all_sources", "check_finite", "check_source", "dump", "find_table",
            "from_folder", "load", "read", "recognise", "sources"]

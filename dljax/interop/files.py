@@ -9,6 +9,7 @@ import numpy as np
 
 from dljax import errors
 from dljax.interop import hub
+from dljax.interop.table import unwrapped
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 INDEX_END = ".safetensors.index.json"
@@ -16,7 +17,7 @@ WHOLE, INDEX = "model.safetensors", f"model{INDEX_END}"
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-  """Tensors by name.
+  """Tensors by name, without what torch's wrappers (`module.`, `_orig_mod.`) add to names.
 
   Args:
     path: a .safetensors file; an index of the files that hold the shards, such as
@@ -27,6 +28,10 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     UserError: the file is missing, damaged, a pickle, or one of several shards, or the folder
       holds no such file.
   """
+  return unwrapped(_read(path))
+
+
+def _read(path: str | Path) -> dict[str, np.ndarray]:
   if str(path).startswith(hub.PREFIX):
     return _joined([(part, _read_file(part)) for part in hub.download(str(path))])
   path = Path(path)

@@ -21,7 +21,8 @@ from flax import traverse_util
 from dljax import errors
 from dljax.interop import variants
 from dljax.interop.files import read
-from dljax.interop.weights import OURS, Tensors, all_families, check_source, load
+from dljax.interop.weights import (
+    OURS, Tensors, all_families, check_finite, check_source, load)
 
 WEIGHTS, MODEL = "weights.safetensors", "model.json"  # ours
 CONFIG = "config.json"  # other libraries'
@@ -55,7 +56,9 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
       raise ValueError("a field is wrong")
   except (OSError, *errors.MALFORMED) as e:
     raise errors.UserError(f"{path / MODEL} is missing or damaged; convert the weights again") from e
-  return read(path / WEIGHTS), model
+  tensors = read(path / WEIGHTS)
+  check_finite(tensors)
+  return tensors, model
 
 
 def from_folder(path: str | Path, source: str) -> tuple[nn.Module, dict[str, Any]]:

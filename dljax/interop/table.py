@@ -73,6 +73,29 @@ def merged_heads(heads: int) -> Layout:
 Rule = tuple[str | tuple[str, ...], str | tuple[str, ...], Layout]
 
 
+# What torch's wrappers put before or into the names of a module's tensors: DataParallel (before all
+# names alone, as modules of that name exist), and torch.compile, FSDP and its checkpointing.
+_WRAPPERS = r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\."
+
+
+def unwrapped(tensors: Mapping[str, Array]) -> dict[str, Array]:
+  """The tensors under the names that they have in the module itself, without torch's wrappers.
+
+  Raises:
+    UserError: two tensors then have one name.
+  """
+  names = {name: re.sub(_WRAPPERS, "", name) for name in tensors}
+  while names and all(name.startswith("module.") for name in names.values()):
+    names = {old: new.removeprefix("module.") for old, new in names.items()}
+  found: dict[str, Array] = {}
+  for old, new in names.items():
+    if new in found:
+      raise errors.UserError(f"two tensors are named {new} without what torch's wrappers add to "
+                             f"names, one of them {old}; save the module inside the wrapper")
+    found[new] = tensors[old]
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """A rule applied to one model's paths.
@@ -141,13 +164,14 @@ class Table:
     return sorted(found, key=lambda entry: order[entry.paths[0]])
 
   def rename(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """The tensors under the names in the rules: the newest version's, with each tied tensor once.
+    """The tensors under the names in the rules: the newest version's, with each tied tensor once,
+    and without torch's wrappers.
 
     Raises:
       UserError: two names of a tied tensor hold different values.
     """
     renamed = {}
-    for name, tensor in tensors.items():
+    for name, tensor in unwrapped(tensors).items():
       matches = ((re.fullmatch(pattern, name), new) for pattern, new in self.older)
       renamed[next((match.expand(new) for match, new in matches if match), name)] = tensor
     for second, first in self.tied.items():

@@ -29,6 +29,7 @@ _OURS = Table(rules=[("(.*)", r"\1", SAME)], inputs=lambda tensors: ())
 def load(
     model: nn.Module, tensors: Tensors, source: str, *,
     specs: Specs | None = None, head: Collection[str] = (),
+    image: tuple[int, int] | None = None, note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
   """The variables of `model` with the weights of another implementation.
 
@@ -41,12 +42,16 @@ def load(
       those for inputs with as many channels as the tensors have.
     head: the paths that are left out together if the source lacks one of them or has it in another
       shape.
+    image: the height and width of the images that the variables are for, in pixels; by default
+      they are square. Learned positions of patches are interpolated to that size.
+    note: gets a line for each array that was interpolated.
 
   Returns:
     Variables as `model.init` returns them, as NumPy arrays: {"params": ..., "batch_stats": ...}.
 
   Raises:
-    UserError: tensors are missing, left over, or of another shape or kind; it names the first.
+    UserError: tensors are missing, left over, not finite, or of another shape or kind; it names
+      the first.
   """
   table = find_table(model, source)
   tensors = table.rename(tensors)
@@ -65,8 +70,14 @@ def load(
     raise errors.UserError(
         f"these weights are no {_describe(model, source)}: {_list(extra)} left over")
   flat = {}
+  resizers = getattr(_family(model), "RESIZERS", {}).get(type(model), {})
+  check_finite({name: tensors[name] for entry in entries for name in entry.names})
   for entry, shapes in entries.items():
     parts = [np.asarray(tensors[name]) for name in entry.names]
+    if resize := resizers.get(entry.paths[0]):
+      shape = specs[entry.paths[0]].shape
+      parts = [resize(model, *parts, shape, image if source != OURS or parts[0].shape != shape
+                      else None, note)]
     for name, part, shape in zip(entry.names, parts, shapes, strict=True):
       if part.shape != shape:
         raise errors.UserError(
@@ -78,6 +89,16 @@ def load(
     for path, array in zip(entry.paths, entry.to_ours(*parts), strict=True):
       flat[path] = np.ascontiguousarray(array, specs[path].dtype)
   return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def check_finite(tensors: Tensors) -> None:
+  """Raises a `UserError` that names the first tensor with a value that is NaN or infinite."""
+  for name, tensor in tensors.items():
+    array = np.asarray(tensor)
+    if jnp.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+      count = array.size - int(np.isfinite(array).sum())
+      raise errors.UserError(f"{name} holds {count} of {array.size} values that are NaN or infinite; "
+                             "take weights from before they diverged")
 
 
 def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) -> str:
@@ -173,16 +194,21 @@ def all_families() -> list[ModuleType]:
 def _tables(model: nn.Module) -> Tables:
   """The `TABLES` of the model's family alone: for dljax/models/x.py that is interop/families/x.py.
   """
+  return getattr(_family(model), "TABLES", {})
+
+
+def _family(model: nn.Module) -> ModuleType | None:
+  """The file of names of the model's family, or None."""
   package, _, family = type(model).__module__.rpartition(".")
   if package != models.__name__:
-    return {}
+    return None
   name = f"{families.__name__}.{family}"
   try:
-    return importlib.import_module(name).TABLES
+    return importlib.import_module(name)
   except ModuleNotFoundError as error:
     if error.name != name:
       raise
-    return {}
+    return None
 
 
 def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.ShapeDtypeStruct]:

@@ -58,6 +58,7 @@ def convert(
   folder.check_new(output)
   if source == interop.OURS:
     tensors, name, settings = _ours(input_, name, settings)
+    interop.check_finite(tensors)
   else:
     tensors = interop.read(input_)
     if not name and (Path(input_) / folder.CONFIG).is_file():

@@ -16,6 +16,9 @@ def train(experiment: Experiment, folder: Workdir, options: RunOptions) -> int:
   folder.check(experiment.config, options.resume)
   if folder.is_finished(experiment.config.total_steps):
     print("this run has finished; its result:")
+    if options.wandb:
+      print(f"warning: --wandb={options.wandb}: nothing is sent, as nothing is trained; the project "
+            "has what was logged while the run trained with this flag")
   else:
     fit(experiment, folder.path, options)
   if jax.process_index() == 0:

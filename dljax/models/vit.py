@@ -245,5 +245,6 @@ SHARDING: Sequence[tuple[str, tuple[str | None, ...]]] = (
     ("*/mlp1/bias", ("tensor",)),
     ("*/mlp2/kernel", ("tensor", "fsdp")),
 )
-# See `dljax.tasks.base.TaskBase.input_dimensions`.
+# See `no_decay` (the same as in timm) and `input_dimensions` of `dljax.tasks.base.TaskBase`.
+NO_DECAY: Sequence[str] = ("class_token", "positions", "*/class_token", "*/positions")
 INPUT_DIMENSIONS: Sequence[tuple[str, int]] = (("*/qkv/kernel", 1),)

@@ -113,6 +113,8 @@ class Task(Protocol):
     sharding: how parameters lie on a mesh, the model file's SHARDING; see `TaskBase.sharding`.
     input_dimensions: which kernels have several output dimensions, the model file's
       INPUT_DIMENSIONS; see `TaskBase.input_dimensions`.
+    no_decay: which arrays have no weight decay, the model file's NO_DECAY; see
+      `TaskBase.no_decay`.
   """
 
   model: Any
@@ -124,6 +126,7 @@ class Task(Protocol):
   evaluate_draws: tuple[str, ...]
   sharding: Sharding
   input_dimensions: InputDimensions
+  no_decay: Sequence[str]
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """Initial variables {"params": ..., **model_state}; reads only the shapes of `batch`."""
@@ -217,6 +220,14 @@ class TaskBase:
     matches counts. An axis is "fsdp", "tensor", or None where no device splits the dimension.
     """
     return tuple(_constant(self, "SHARDING"))
+
+  @property
+  def no_decay(self) -> Sequence[str]:
+    """Parameters of rank 2 and more without weight decay: NO_DECAY of the model's file, else ().
+
+    Patterns are those of `sharding`. Vectors, biases and norms never decay.
+    """
+    return tuple(_constant(self, "NO_DECAY"))
 
   @property
   def input_dimensions(self) -> InputDimensions:

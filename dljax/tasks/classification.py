@@ -43,7 +43,8 @@ class Classification(TaskBase):
   Attributes:
     model: called as `model(image, mask, train=...)`, gives logits [B, C].
     num_classes: C.
-    label_smoothing: the share of the target that is spread evenly over all classes, in [0, 1).
+    label_smoothing: the share of the target that is spread evenly over all classes in training, in
+      [0, 1).
     criterion: "softmax" (cross-entropy) or "perceptron" (the best logit minus the true one; its
       gradient is Rosenblatt's rule: zero where the guess is right, else away from the guess and
       towards the truth).
@@ -96,10 +97,13 @@ class Classification(TaskBase):
     logits = at_least_float32(logits)
     label, mask = batch["label"], batch["mask"].astype(logits.dtype)
 
-    losses = self._criterion(logits, label)
+    # The loss of an evaluation is the same for all smoothings, so that runs can be compared.
+    smoothing = self.label_smoothing if train else 0.0
+    losses = self._criterion(logits, label, smoothing)
     if "mix_label" in batch:
       share = batch["mix_weight"].astype(logits.dtype)
-      losses = share * losses + (1 - share) * self._criterion(logits, batch["mix_label"])
+      losses = share * losses + (1 - share) * self._criterion(
+          logits, batch["mix_label"], smoothing)
     total = jnp.sum(losses * mask)
     # A batch of nothing but padding has loss 0.
     examples = jnp.maximum(denominators["examples"], 1)
@@ -178,14 +182,13 @@ class Classification(TaskBase):
           report.confusion_matrix, np.asarray(sums["confusion_matrix"][0]), names)
     return Findings(metrics, figures, tables)
 
-  def _criterion(self, logits: Array, label: Array) -> Array:
+  def _criterion(self, logits: Array, label: Array, smoothing: float) -> Array:
     """The loss of each example, [B], for logits [B, C] and label i32[B]."""
     if self.criterion == "perceptron":
       # The index of the best logit is used, as the gradient of max would be split at a tie.
       guess = jnp.argmax(logits, axis=-1)
       return _pick(logits, guess) - _pick(logits, label)
     log_p = jax.nn.log_softmax(logits, axis=-1)
-    smoothing = self.label_smoothing
     return -(1 - smoothing) * _pick(log_p, label) - smoothing * jnp.mean(log_p, axis=-1)
 
 

@@ -82,6 +82,8 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   if init.new_head and not head:
     raise UserError("--config.init.new_head: this model has no head that depends on a number of classes; drop it")
   where = f"--config.init.source={init.source}"
+  images, notes = experiment.data.batch_spec.get("image"), []
+  image = images.shape[1:3] if images is not None and len(images.shape) == 4 else None
   try:
     tensors, source, place = _read(init.source)
     if init.format:
@@ -95,10 +97,11 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
       source = source or interop.recognise(backbone, tensors, part)
       inputs = _inputs(experiment, BACKBONE.rstrip("/"))
       variables = interop.load(backbone, _headless(backbone, inputs, tensors, source, part),
-                               source, specs=part)
+                               source, specs=part, image=image, note=notes.append)
     else:
       source = source or interop.recognise(model, tensors, specs)
-      variables = interop.load(model, tensors, source, specs=specs, head=head)
+      variables = interop.load(model, tensors, source, specs=specs, head=head, image=image,
+                               note=notes.append)
   except UserError as error:
     raise UserError(str(error) if str(error).startswith("--") else f"{where}: {error}") from error
   arrays = {path.replace("/", f"/{prefix}", 1): array
@@ -112,7 +115,7 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   elif fresh:
     verb = "start" if len(fresh) > 1 else "starts"
     summary += f"; {', '.join(fresh)} {verb} from scratch for {model.num_classes} classes"
-  return Weights(arrays, summary)
+  return Weights(arrays, "; ".join([summary, *notes]))
 
 
 def _is_of(model: Any, tensors: interop.Tensors, specs: interop.Specs) -> bool:

@@ -72,7 +72,7 @@ class Program:
     made = {
         player: optim.make_optimizer(
             own, config.total_steps * task.players.count(player), player if several else "",
-            task.input_dimensions)
+            task.input_dimensions, task.no_decay)
         for player, own in optimizers.items()}
     self._optimizers, self._turns = optimizers, {
         player: task.players.count(player) for player in optimizers}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import linen as nn
+from flax import traverse_util
 
 from dljax import interop
 from dljax.errors import RunError, UserError
@@ -65,6 +66,77 @@ def test_integers_are_refused_and_half_precision_is_widened():
   for name, tensor in interop.dump(MODEL, variables, "torch").items():
     assert tensor.dtype == np.float32
     np.testing.assert_array_equal(tensor, half[name].astype(np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
+  tensors = _tensors()
+  tensors["f6.bias"] = tensors["f6.bias"].copy()
+  tensors["f6.bias"][:2] = value
+  half = {name: np.asarray(jnp.asarray(tensor, jnp.bfloat16)) for name, tensor in tensors.items()}
+  for bad in tensors, half:
+    with pytest.raises(UserError, match=r"^f6\.bias holds 2 of 84 values that are NaN or infinite; "):
+      interop.load(MODEL, bad, "torch")
+  folder.write_folder(tmp_path / "ours", {"params/x": np.full(3, value)}, {"model": "lenet5", "settings": {}})
+  with pytest.raises(UserError, match="^params/x holds 3 of 3 values"):
+    folder.read_folder(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda name: f"module.{name}",  # DataParallel
+    lambda name: f"_orig_mod.{name}",  # torch.compile
+    lambda name: f"module._orig_mod.{name}", lambda name: f"_orig_mod.module.{name}",
+    lambda name: name.replace(".", "._orig_mod.", 1),  # a compiled layer
+    lambda name: f"_fsdp_wrapped_module.{name}",
+])
+def test_what_torchs_wrappers_add_to_names_is_taken_away(wrap, tmp_path):
+  tensors = _tensors()
+  wrapped = {wrap(name): tensor for name, tensor in tensors.items()}
+  assert interop.recognise(MODEL, wrapped) == "torch"
+  loaded = interop.dump(MODEL, interop.load(MODEL, wrapped, "torch"), "torch")
+  jax.tree.map(np.testing.assert_array_equal, loaded, tensors)
+  safetensors.numpy.save_file(wrapped, tmp_path / "net.safetensors")
+  assert interop.read(tmp_path / "net.safetensors").keys() == tensors.keys()
+
+
+def test_only_a_prefix_of_all_names_is_taken_for_a_wrapper():
+  names = {"module.a": 1, "b": 2}
+  assert table.unwrapped(names) == names
+  with pytest.raises(UserError, match="two tensors are named a without"):
+    table.unwrapped({"a": 1, "_orig_mod.a": 2})
+
+
+def _specs(model, *size):
+  variables = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *size, 3), np.float32))
+  return traverse_util.flatten_dict(variables, sep="/")
+
+
+@pytest.mark.parametrize("source", ["timm", "torchvision", "dljax"])
+@pytest.mark.parametrize("size", [(12, 12), (4, 4), (16, 4)])  # of the last, as many patches as before
+def test_positions_are_interpolated_to_the_images_size(source, size):
+  small, notes = random_variables(VIT, np.zeros((1, 8, 8, 3), np.float32)), []
+  theirs = interop.dump(VIT, small, source)
+  variables = interop.load(VIT, theirs, source, specs=_specs(VIT, *size), image=size, note=notes.append)
+  found = variables["params"].pop("positions")
+  before = small["params"].pop("positions")
+  grid = (size[0] // 2, size[1] // 2)
+  if (source, size) == ("dljax", (16, 4)):  # the run's own images may have been as wide
+    np.testing.assert_array_equal(found, before)
+    assert not notes
+  else:
+    np.testing.assert_array_equal(found, vit.interpolate_positions(before, (4, 4), grid))
+    assert notes == [f"the positions of 4x4 patches are interpolated to {grid[0]}x{grid[1]}"]
+  jax.tree.map(np.testing.assert_array_equal, variables["params"], dict(small["params"]))
+
+
+def test_positions_of_wide_images_go_to_images_of_the_same_proportions():
+  wide = random_variables(VIT, np.zeros((1, 8, 4, 3), np.float32))
+  tensors = interop.dump(VIT, wide, "dljax")
+  found = interop.load(VIT, tensors, "dljax", specs=_specs(VIT, 16, 8), image=(16, 8))
+  np.testing.assert_array_equal(
+      found["params"]["positions"], vit.interpolate_positions(wide["params"]["positions"], (4, 2), (8, 4)))
+  with pytest.raises(UserError, match="params/positions has shape"):  # on a grid that nobody knows
+    interop.load(VIT, tensors, "dljax", specs=_specs(VIT, 12, 12), image=(12, 12))
 
 
 def test_unknown_sources_and_models_are_named():

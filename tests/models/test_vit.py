@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 
+from dljax import optim
 from dljax.errors import UserError
 from dljax.models import vit
 from dljax.models.layers import StochasticDepth
@@ -73,6 +75,15 @@ def test_sincos_positions_differ_by_place_and_depend_on_distance_only():
   np.testing.assert_allclose(products[0, 0, 1, 2], products[2, 3, 3, 5], rtol=1e-5)
   assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) < 1e-5 * 16  # rows and columns have one scale
   np.testing.assert_allclose(np.diagonal(table[0] @ table[0].T), 8, rtol=1e-5)
+
+
+def test_positions_and_the_class_token_do_not_decay():
+  """What timm's `no_weight_decay` names, and its rule that vectors do not decay."""
+  variables = jax.eval_shape(_tiny().init, jax.random.key(0), _images(8))
+  mask = traverse_util.flatten_dict(optim.decay_mask(variables["params"], vit.NO_DECAY), sep="/")
+  assert sorted(path for path, decays in mask.items() if decays) == sorted(
+      path for path in mask if path.endswith("kernel"))
+  assert not mask["positions"] and not mask["class_token"]
 
 
 def test_interpolated_positions_make_weights_fit_another_size():

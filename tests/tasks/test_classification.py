@@ -58,8 +58,8 @@ def make_batch(size=12, num_classes=NUM_CLASSES, seed=0, **more):
   }
 
 
-def identity_loss(batch, **settings):
-  return compiled.loss(Classification(Identity(), NUM_CLASSES, **settings), batch).loss
+def identity_loss(batch, train=True, **settings):
+  return compiled.loss(Classification(Identity(), NUM_CLASSES, **settings), batch, train=train).loss
 
 
 @pytest.mark.parametrize("criterion", classification.CRITERIA)
@@ -109,6 +109,13 @@ def test_label_smoothing_is_cross_entropy_with_smoothed_targets():
   batch = make_batch()
   expected = cross_entropy(batch["image"], 0.9 * one_hot(batch["label"]) + 0.1 / NUM_CLASSES)
   np.testing.assert_allclose(identity_loss(batch, label_smoothing=0.1), expected, rtol=1e-6)
+
+
+def test_the_loss_of_an_evaluation_has_no_smoothing():
+  batch = make_batch()
+  plain = identity_loss(batch, train=False)
+  assert identity_loss(batch, train=False, label_smoothing=0.3) == plain
+  assert identity_loss(batch, label_smoothing=0.3) != pytest.approx(plain, rel=1e-3)
 
 
 def test_mixed_labels_are_cross_entropy_with_mixed_targets():

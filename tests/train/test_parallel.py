@@ -235,7 +235,7 @@ def test_a_task_may_have_rules_of_its_own():
   assert task.input_dimensions == tuple(vit.INPUT_DIMENSIONS)
   params = {"w": np.zeros((4, 4))}
   plain = toys.Formula(params=params, rows=None)
-  assert plain.sharding == plain.input_dimensions == ()
+  assert plain.sharding == plain.input_dimensions == plain.no_decay == ()
 
   class Own(toys.Formula):
     sharding = [("w", (None, "fsdp"))]

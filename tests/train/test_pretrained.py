@@ -20,7 +20,7 @@ from dljax.train import pretrained
 from dljax.train.loop import fit
 from dljax.train.state import FORMAT
 from dljax.train.program import Program, RunOptions
-from experiments import lenet, mlp, resnet, retinanet
+from experiments import lenet, mlp, resnet, retinanet, vit
 from tests.command import plain_pictures, refuse, run
 
 pytestmark = pytest.mark.usefixtures("_digits")
@@ -205,6 +205,17 @@ def test_a_source_is_verified_as_a_run_that_continues(run_dir, tmp_path):
   with pytest.raises(UserError, match="model.json was damaged or edited"):
     convert.convert(interop.OURS, "torch", "", {}, str(copy), tmp_path / "out.safetensors")
   assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_positions_are_fitted_to_the_datas_images(tmp_path):
+  net = _experiment(vit).task.model
+  small = _random(net, (1, 8, 8, 1))
+  safetensors.numpy.save_file(interop.dump(net, small, "timm"), tmp_path / "net.safetensors")
+  experiment = _experiment(vit, f"--config.init.source={tmp_path / 'net.safetensors'}")
+  side = experiment.data.batch_spec["image"].shape[1] // net.patch_size
+  weights = pretrained.load(experiment, Program(experiment, ONE).abstract_state)
+  assert weights.arrays["params/positions"].shape == (1, 1 + side * side, net.embed_dim)
+  assert weights.summary.endswith(f"; the positions of 2x2 patches are interpolated to {side}x{side}")
 
 
 # --- On the command line ----------------------------------------------------------------------------------

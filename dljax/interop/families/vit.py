@@ -4,9 +4,12 @@ torchvision: torchvision/models/vision_transformer.py. timm: timm/models/vision_
 vit_tiny_patch16_224 and the like have it.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from dljax.errors import UserError
 from dljax.interop.table import (
@@ -66,6 +69,43 @@ def _timm(model: vit.ViT) -> Table:
   return Table(rules, inputs=patches(model.patch_size, "patch_embed.proj.weight", "pos_embed"))
 
 
+def _resample(
+    model: vit.ViT, table: np.ndarray, shape: tuple[int, ...], image: tuple[int, int] | None,
+    note: Callable[[str], None],
+) -> np.ndarray:
+  """Learned positions for images of another size, as timm's `resample_abs_pos_embed` gives them.
+
+  Args:
+    model: says whether there is a class token, and the size of a patch.
+    table: the positions [1, tokens + N, D], which every source has as we do.
+    shape: the wanted shape.
+    image: the height and width of the wanted images; square ones by default.
+    note: gets a line if the positions were interpolated.
+
+  Returns:
+    The positions of that shape; `table` itself if nobody can say on which grid it lies.
+  """
+  tokens = int(model.pool == "token")
+  if table.ndim != 3 or (table.shape[0], table.shape[2]) != (shape[0], shape[2]):
+    return table
+  old, new = table.shape[1] - tokens, shape[1] - tokens
+  to = tuple(side // model.patch_size for side in image) if image else _square(new)
+  if to is None or math.prod(to) != new:
+    return table
+  like = tuple(round(side * math.sqrt(old / new)) for side in to)  # images of the same proportions
+  grid = _square(old) or (like if math.prod(like) == old else None)
+  if grid is None or grid == to:
+    return table
+  note(f"the positions of {grid[0]}x{grid[1]} patches are interpolated to {to[0]}x{to[1]}")
+  return np.asarray(vit.interpolate_positions(table, grid, to), table.dtype)
+
+
+def _square(count: int) -> tuple[int, int] | None:
+  """The square grid of so many patches, if there is one."""
+  side = math.isqrt(max(0, count))
+  return (side, side) if side and side * side == count else None
+
+
 # timm's sizes -> ours, and what `model_args` may set of them.
 _TIMM_SIZES = {"tiny": "vit_ti16", "small": "vit_s16", "base": "vit_b16", "large": "vit_l16"}
 _TIMM_FIELDS = {"patch_size": "patch_size", "embed_dim": "embed_dim", "depth": "num_layers",
@@ -93,4 +133,6 @@ def _timm_model(config: Mapping[str, Any]) -> vit.ViT | None:
 
 
 TABLES = {"torchvision": {vit.ViT: _torchvision}, "timm": {vit.ViT: _timm}}
+# Class -> our path -> what fits an array to another size of the images.
+RESIZERS = {vit.ViT: {"params/positions": _resample}}
 CONFIGS = {"timm": _timm_model}
