@@ -81,6 +81,7 @@ class Stops:
   Attributes:
     ignore: whether signals do nothing.
     may_end: whether the thread may end the process: nothing is lost then.
+    writing: whether the main thread writes a file, which also keeps the thread from it.
   """
 
   def __init__(self, handle: Callable[[], None], line: str):
@@ -90,12 +91,13 @@ class Stops:
       handle: called in the main thread for each signal; it may raise.
       line: what to print where the thread ends the process.
     """
-    self.ignore, self.may_end = False, True
+    self.ignore, self.may_end, self.writing = False, True, False
     self._handle, self._line = handle, line
     self._answered = threading.Event()
     self._old: dict[int, Any] = {}
 
   def __enter__(self) -> "Stops":
+    global _stops
     if threading.current_thread() is not threading.main_thread():
       return self  # other threads cannot have handlers
     for number in STOPS:
@@ -106,12 +108,15 @@ class Stops:
     read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._old_write = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+    self._outer, _stops = _stops, self
     threading.Thread(target=self._watch, args=(read,), daemon=True, name="stops").start()
     return self
 
   def __exit__(self, *_: object) -> None:
+    global _stops
     if not self._old:
       return
+    _stops = self._outer
     signal.set_wakeup_fd(self._old_write)
     os.close(self._write)
     for number, before in self._old.items():
@@ -127,8 +132,12 @@ class Stops:
     """Waits for the numbers of signals, which Python writes as they come."""
     with open(read, "rb", buffering=0) as numbers:
       while number := numbers.read(1):
-        if number[0] in STOPS and not self._answered.wait(_PATIENCE) and self.may_end:
+        busy = number[0] in STOPS and not self._answered.wait(_PATIENCE)
+        if busy and self.may_end and not self.writing:
           end_process(self._line, PREEMPTED)
+
+
+_stops: Stops | None = None  # what handles signals now
 
 
 def end_process(line: str, status: int) -> NoReturn:
@@ -204,11 +213,21 @@ def exit_with(run: Callable[[], int], stopped: str) -> NoReturn:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Turns an `OSError` inside (disk full, read-only) into a `RunError` that names `path`."""
+  """Turns an `OSError` inside (disk full, read-only) into a `RunError` that names `path`.
+
+  A signal does not end the process inside, so that no part of a file is left: see `Stops`.
+  """
+  stops = _stops if threading.current_thread() is threading.main_thread() else None
+  outer = stops and stops.writing
   try:
+    if stops:
+      stops.writing = True
     yield
   except OSError as error:
     raise RunError(f"{path} was not written: {error.strerror or error}") from error
+  finally:
+    if stops:
+      stops.writing = outer
 
 
 # What JSON of another form than expected raises where it is parsed and used.

@@ -468,6 +468,36 @@ MUTANTS = (
         ("tests/train/test_loop.py::test_a_signal_within_an_evaluation_or_the_report_leaves_the_rest_to_"
          "the_next_call",)),
     Mutant(
+        "stop_where_some_have_passed", "dljax/train/watch.py",
+        "max(self._reported.values()) + 1",
+        "max(self._reported.values())",
+        ("tests/train/test_watch.py::test_all_stop_at_one_point_that_none_has_passed",)),
+    Mutant(
+        "well_ended_taken_for_dead", "dljax/train/watch.py",
+        "      gone = index not in self._left",
+        "      gone = True",
+        ("tests/train/test_watch.py::test_processes_that_end_well_end_nobody",)),
+    Mutant(
+        "mpi_helpers_joined", "dljax/train/hosts.py",
+        "  if _SLURM.several(env) and by_srun:",
+        "  if _SLURM.several(env):",
+        ("tests/train/test_hosts.py::test_processes_that_jax_cannot_connect_are_refused_by_name",)),
+    Mutant(
+        "smoothed_evaluation", "dljax/tasks/classification.py",
+        "self.label_smoothing if train else 0.0",
+        "self.label_smoothing",
+        ("tests/tasks/test_classification.py::test_the_loss_of_an_evaluation_has_no_smoothing",)),
+    Mutant(
+        "positions_decay", "dljax/optim.py",
+        "return not vector and not _matches(prefix + name, no_decay)",
+        "return not vector",
+        ("tests/test_optim.py::test_a_model_names_more_that_does_not_decay",)),
+    Mutant(
+        "nan_weights_loaded", "dljax/interop/weights.py",
+        "  check_finite({name: tensors[name] for entry in entries for name in entry.names})",
+        "",
+        ("tests/interop/test_interop.py::test_weights_that_are_not_finite_are_refused_by_name",)),
+    Mutant(
         "output_probe_stays", "dljax/launch/output.py",
         "  if new:\n    place.unlink",
         "  if not new:\n    place.unlink",

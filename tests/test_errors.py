@@ -128,6 +128,22 @@ def test_a_process_ends_though_its_main_thread_comes_to_no_handler(monkeypatch):
     assert ended.wait(5)
 
 
+def test_a_process_is_not_ended_while_it_writes(monkeypatch):
+  ended = threading.Event()
+  monkeypatch.setattr(errors, "end_process", lambda line, status: ended.set())
+  monkeypatch.setattr(errors, "_PATIENCE", 0)
+  with errors.Stops(lambda: None, "stopped"), errors.Stops(lambda: None, "stopped") as stops:
+    with errors.writing("file"):
+      with errors.writing("another"):
+        pass
+      os.write(stops._write, bytes([signal.SIGTERM]))
+      assert not ended.wait(0.05)
+    os.write(stops._write, bytes([signal.SIGTERM]))
+    assert ended.wait(5)
+  with errors.writing("file"):  # nothing handles signals now
+    pass
+
+
 def test_a_signal_that_the_main_thread_answers_ends_nothing(monkeypatch):
   ended, answers = [], []
   monkeypatch.setattr(errors, "end_process", lambda *_: ended.append(1))

@@ -31,7 +31,7 @@ from dljax.errors import DONE, FAILED, PREEMPTED, end_process
 
 _HELLO = b"dljax "  # how a connection begins that is not JAX's
 _GRACE = {FAILED: 5, PREEMPTED: 20}  # seconds to end by oneself after another process has
-_DELAY = 0.5  # seconds in which the others read why the first process ends
+_DELAY = 2  # seconds in which the others may read why the first process ends
 _JOIN = 300  # seconds to wait for the first process
 
 
@@ -168,7 +168,8 @@ class Watch:
     """A process has ended without a word."""
     if self._index == 0:
       self._tell(f"lost {index}")
-      time.sleep(_DELAY)
+      with self._changed:  # this process's end would be the first that the others hear of
+        self._changed.wait_for(lambda: not self._channels, _DELAY)
     self._end(f"error: process {index} of {self._count} has died or cannot be reached any more; "
               "the same command, on all hosts, continues from the last checkpoint", FAILED)
 
@@ -190,6 +191,7 @@ class Watch:
         self._take(index, word, *map(int, numbers))
     with self._changed:
       self._channels.pop(index, None)
+      self._changed.notify_all()
       gone = index not in self._left
     if gone:
       self._lose(index)

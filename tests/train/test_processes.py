@@ -67,8 +67,13 @@ def _last_step(folder):
 
 def _wait_for_step(process, folder, step):
   """Waits until the process has logged `step`."""
-  while _last_step(folder) < step:
-    assert process.poll() is None, process.communicate()
+  _wait_for(lambda: _last_step(folder) >= step, [process])
+
+
+def _wait_for(condition, processes):
+  while not condition():
+    for process in processes:
+      assert process.poll() is None, process.communicate()
     time.sleep(0.005)
 
 
@@ -118,19 +123,109 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_with_75(plain, tmp_pat
   assert _result(tmp_path) == _result(plain)
 
 
+def _pair(*arguments):
+  """Starts two processes of one run."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  return [
+      _start(*arguments, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=f"{index}")
+      for index in range(2)]
+
+
+def _said(process, status):
+  """The lines of a process that ends within 30 s, without the progress bars and what Gloo prints."""
+  out, err = process.communicate(timeout=30)
+  assert process.returncode == status, err
+  lines = (out + err).replace("\r", "\n").splitlines()
+  return [line for line in lines if line and "step/s" not in line and "it/s" not in line and "?it/s" not in line
+          and not line.startswith(("[Gloo]", "continuing"))]
+
+
+LONG = (*XOR, "--config.total_steps=1000000", "--config.log_every=5", "--config.eval_every=0",
+        "--config.checkpoint_every=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("moment", ["start", "step", "evaluation"])
+def test_when_a_process_dies_the_other_says_so_and_ends(tmp_path, dead, moment):
+  # An evaluation after each step takes nearly all of the time.
+  often = ("--config.eval_every=5", "--config.data.validation=20000", "--config.eval_batch_size=16") if moment == "evaluation" else ()
+  both = _pair(*LONG, *often, f"--workdir={tmp_path / 'run'}")
+  try:
+    if moment == "start":  # as soon as they know each other
+      _wait_for(lambda: (tmp_path / "run" / ".lock").exists(), both)
+    else:
+      _wait_for(lambda: _last_step(tmp_path / "run") >= 5, both)
+    both[dead].kill()
+    line, = _said(both[1 - dead], 1)
+    assert line.startswith(f"error: process {dead} of 2 has died or cannot be reached any more; ")
+  finally:
+    for process in both:
+      process.kill()
+      process.communicate()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_for_a_while_ends_nobody(tmp_path):
+  both = _pair(*LONG, f"--workdir={tmp_path}")
+  try:
+    _wait_for(lambda: _last_step(tmp_path) >= 5, both)
+    for process in both:
+      process.send_signal(signal.SIGSTOP)
+      time.sleep(25)  # longer than a dead machine is waited for
+      process.send_signal(signal.SIGCONT)
+    step = _last_step(tmp_path)
+    _wait_for(lambda: _last_step(tmp_path) >= step + 10, both)
+  finally:
+    for process in both:
+      process.kill()
+      process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked, number", [(0, signal.SIGTERM), (1, signal.SIGINT), (1, signal.SIGHUP)])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, asked, number):
+  rarely = ("--config.log_every=1000000",)  # they do not wait for a step that is logged
+  both = _pair(*LONG, *rarely, "--config.eval_every=20", f"--workdir={tmp_path}")
+  try:
+    _wait_for(lambda: _last_step(tmp_path) >= 20, both)
+    both[asked].send_signal(number)
+    lines = [_said(process, 75) for process in both]
+  finally:
+    for process in both:
+      process.kill()
+  assert lines[0] == lines[1] and len(lines[0]) == 1 and "Traceback" not in lines[0][0]
+  stopped = int(lines[0][0].split("stopped after step ")[1].split(";")[0])
+  assert (tmp_path / "checkpoints" / str(stopped) / "manifest.json").exists()
+  assert f"continuing from step {stopped}" in _run(
+      *XOR, f"--config.total_steps={stopped + 1}", *rarely, "--config.eval_every=20", "--config.checkpoint_every=0",
+      f"--workdir={tmp_path}")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_other(tmp_path):
+  """Only the first process finds that the folder is in use."""
+  holder = _start(*LONG, f"--workdir={tmp_path}")
+  both = []
+  try:
+    _wait_for(lambda: _last_step(tmp_path) >= 5, [holder])
+    both = _pair(*LONG, f"--workdir={tmp_path}")
+    first, second = (_said(process, 2) for process in both)
+    assert "in use by process" in first[0] and "the first host says why" in second[0]
+  finally:
+    for process in (holder, *both):
+      process.kill()
+      process.communicate()
+
+
 @pytest.mark.parametrize("parallelism, mesh", [
     ("jit", "tensor:2"),  # both processes hold the same rows
     pytest.param("jit", "fsdp:2", marks=pytest.mark.slow), pytest.param("pmap", "data:2", marks=pytest.mark.slow)])
 def test_two_processes_give_what_two_devices_of_one_give(tmp_path, parallelism, mesh):
   xor = (*XOR, f"--parallelism={parallelism}", "--config.shard_above=0")
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  both = [
-      _start(*xor, f"--workdir={tmp_path / 'two'}", f"--mesh={mesh}", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-             JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index))
-      for index in range(2)
-  ]
+  both = _pair(*xor, f"--workdir={tmp_path / 'two'}", f"--mesh={mesh}")
   try:
     first, second = (_end(process) for process in both)
   finally:
