@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 SHARE = {"quick": 25.0, "slow": 90.0}  # CPU-seconds of a family
-# How many times its share a family may take before a run in CI fails. The aim is twice for slow tests, too; on a
-# loaded machine EfficientNet's, with eight sizes held against torchvision, take 3.5 times.
-TIMES_SHARE = {"quick": 2.0, "slow": 4.0}
+# How many times its share a family may take before a run in CI fails: on a loaded machine the same tests take up to
+# twice as many CPU-seconds.
+TIMES_SHARE = {"quick": 2.0, "slow": 2.0}
 QUICK_IN_ALL = 1000.0  # CPU-seconds; the aim is 900
 FILES_SHOWN = 12
 FAMILIES = sorted(

@@ -1,7 +1,7 @@
 """Every experiment compiles for TPUs and GPUs that are not there.
 
-The default preset for four GPUs and for sixteen TPUs, and that of one family for four TPUs; of two families, for
-sixteen TPUs, the largest preset. All but one compile in this process: starting one and loading a compiler takes as long
+The default preset for four GPUs and for sixteen TPUs, and that of one family for four TPUs, of deep networks with
+fewer layers of all kinds; of two families, for sixteen TPUs, the largest preset. All but one compile in this process: starting one and loading a compiler takes as long
 as a small network.
 """
 
@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from dljax.train import topology
+from tests import smallest
 from tests.command import run
 from tests.families import EXPERIMENTS
 
@@ -42,9 +43,9 @@ def test_train_step_compiles(name, machine, monkeypatch):
   if missing := topology.missing_compiler(machine):
     pytest.skip(missing)
   monkeypatch.setenv("TFDS_DATA_DIR", os.devnull)
-  default = next(iter(EXPERIMENTS[name].PRESETS))
-  preset = LARGEST.get(name, default) if machine == MANY_TPUS else default
-  outcome = run(EXPERIMENTS[name], f"--preset={preset}", "--dry_run", f"--topology={machine}")
+  largest = machine == MANY_TPUS and name in LARGEST
+  arguments = [f"--preset={LARGEST[name]}"] if largest else smallest.arguments(name, monkeypatch)
+  outcome = run(EXPERIMENTS[name], *arguments, "--dry_run", f"--topology={machine}")
   assert outcome.status == 0, outcome
   assert machine in outcome.out and "all-reduce" in outcome.out, outcome
 

@@ -1,5 +1,7 @@
 """Our model against a fixture (`tests/fixtures`) of the same model elsewhere."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +16,18 @@ from dljax.tasks.classification import Classification
 from dljax.train.state import NOT_FAILED, TrainState
 from dljax.train.step import make_train_step
 from tests.fixtures import formula
+from tests.smallest import native_convolutions
 
 
 def assert_parity(
     build: Callable[..., nn.Module], source: str, stem: str, tolerance: float = 1e-4,
-    read: Callable[[Any], jax.Array] = lambda logits: logits,
+    read: Callable[[Any], jax.Array] = lambda logits: logits, *,
+    blocks: tuple[type[nn.Module], ...] = (), light: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Asserts equal outputs in evaluation mode, and weights that come back bit for bit.
 
-  In float32 as users run it, and in float64, where nothing but rounding errors of 1e-16 can differ.
+  In float32 as users run it, and in float64, where nothing but rounding errors of 1e-16 can differ. The network is one
+  program; with `blocks`, each block of another shape is one, as dozens of equal ones would be compiled one by one.
 
   Args:
     build: makes the model, given a dtype.
@@ -30,6 +35,9 @@ def assert_parity(
     stem: name of the fixture.
     tolerance: in float32, as a part of the difference between two inputs' logits.
     read: the model's outputs -> what the fixture has as logits.
+    blocks: modules of which a deep network has many equal ones.
+    light: whether to compare in float32 alone, and with XLA's own convolutions, which compile in half the time; for
+      sizes between others of the same layers.
 
   Returns:
     The fixture and the loaded variables.
@@ -38,16 +46,22 @@ def assert_parity(
   tensors = formula.tensors(fixture)
   image = formula.image(tuple(fixture["image_shape"]))
   model = build(dtype=jnp.float32)
-  variables = interop.load(model, tensors, source)
+  with native_convolutions():  # their shapes are all that is asked for
+    variables = interop.load(model, tensors, source)
 
-  def run(model, dtype):  # the numbers are widened inside of it, which saves a copy of all weights
+  def run(model, dtype):
+    if blocks:
+      with nn.intercept_methods(functools.partial(_compiled_once, blocks)):
+        return read(model.apply(*jax.tree.map(lambda x: x.astype(dtype), (variables, image))))
+    # The numbers are widened inside of it, which saves a copy of all weights.
     widen = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
     return jax.jit(lambda *args: read(model.apply(*widen(args))))(variables, image)
 
-  assert_equals_peer(run(model, jnp.float32), fixture["logits"], tolerance)
-  with jax.enable_x64(True):
-    logits = run(build(dtype=jnp.float64), jnp.float64)
-    assert_equals_peer(logits, fixture["logits"], 1e-9)
+  with native_convolutions() if light else contextlib.nullcontext():
+    assert_equals_peer(run(model, jnp.float32), fixture["logits"], tolerance)
+  if not light:
+    with jax.enable_x64(True):
+      assert_equals_peer(run(build(dtype=jnp.float64), jnp.float64), fixture["logits"], 1e-9)
 
   back = interop.dump(model, variables, source)
   assert back.keys() == tensors.keys()
@@ -55,6 +69,21 @@ def assert_parity(
     assert back[name].dtype == tensor.dtype
     assert np.array_equal(back[name].view(np.uint32), tensor.view(np.uint32)), name
   return fixture, variables
+
+
+def _compiled_once(blocks: tuple[type[nn.Module], ...], call: Callable[..., Any], args, kwargs, context) -> Any:
+  """Calls a module of `blocks` as a program that all of its kind, sizes and shapes share; an interceptor of Flax."""
+  module = context.module
+  if not isinstance(module, blocks) or context.method_name != "__call__" or module.name is None:
+    return call(*args, **kwargs)
+  settings = module.clone(parent=None, name=None)
+  return _apply(settings, module.variables, args[0], (*args[1:], *kwargs.items()))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _apply(module: nn.Module, variables: Any, x: jax.Array, rest: tuple) -> jax.Array:
+  options = dict(value for value in rest if isinstance(value, tuple))
+  return module.apply(variables, x, *(value for value in rest if not isinstance(value, tuple)), **options)
 
 
 def _classify(model: nn.Module, image: np.ndarray, fixture: dict[str, Any]) -> tuple[Task, dict[str, np.ndarray]]:
@@ -78,7 +107,8 @@ def assert_sgd_step(
   image = formula.image(tuple(fixture["image_shape"])).astype(np.float64)
   with jax.enable_x64(True):
     model = build(dtype=jnp.float64)
-    variables = jax.tree.map(np.float64, interop.load(model, formula.tensors(fixture), source))
+    with native_convolutions():
+      variables = jax.tree.map(np.float64, interop.load(model, formula.tensors(fixture), source))
     task, batch = make_task(model, image, fixture)
     batch = {"id": np.arange(len(batch["mask"]), dtype=np.int32), **batch}
     config = optim.default_config("sgd")

@@ -1,13 +1,13 @@
-"""XLA's own convolutions for the tests of models: ours make programs that take twice as long to trace and compile.
+"""XLA's own convolutions for the tests of models."""
 
-That ours equal them is the matter of tests/ops/test_conv.py; tests/interop runs whole networks with ours.
-"""
+from collections.abc import Iterator
 
 import pytest
 
-from dljax.ops import conv
+from tests import smallest
 
 
 @pytest.fixture(autouse=True)
-def native_convolutions(monkeypatch):
-  monkeypatch.setattr(conv, "_by_platform", lambda form, native, *args: native(*args))
+def native_convolutions() -> Iterator[None]:
+  with smallest.native_convolutions():
+    yield

@@ -13,6 +13,7 @@ from dljax.errors import UserError
 from dljax.models import lenet, resnet, vit
 from dljax.tasks import explain
 from dljax.tasks.classification import Classification
+from tests import smallest
 from tests.models.variables import random_variables
 
 
@@ -114,6 +115,7 @@ def test_grad_cam_of_pooled_features_is_the_class_activation_map():
 
 
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+@smallest.native_convolutions()
 def test_grad_cam_of_a_resnet(remat):
   model = resnet.ResNet(num_classes=10, block=resnet.BasicBlock, stage_sizes=(1, 1), width=4, small_stem=True,
                         remat=remat)

@@ -1,0 +1,58 @@
+"""The smallest network of a family that has all its kinds of layers, and convolutions that compile fast.
+
+Tests of what surrounds a network, such as a preset's data, schedule and task, or a compiler for another machine, cost
+by the number of its layers: most of their time is compilation.
+"""
+
+import functools
+import importlib
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from dljax.models import alexnet, efficientnet, layers, resnet, retinanet, vgg, vit
+from dljax.ops import conv
+
+NAME = "smallest"  # the variant's
+NETWORKS = {
+    "alexnet": functools.partial(alexnet.AlexNet, widths=(16,) * 5),
+    # With and without a shortcut, with and without expansion, of both kernel sizes.
+    "efficientnet": functools.partial(
+        efficientnet.EfficientNet, stem_width=8,
+        stages=(efficientnet.Stage(1, 3, 1, 8, 1), efficientnet.Stage(4, 5, 2, 16, 1))),
+    "resnet": functools.partial(resnet.ResNet, block=resnet.BasicBlock, stage_sizes=(1, 1), width=8),
+    "retinanet": functools.partial(
+        retinanet.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1, 1), backbone_width=8, small_stem=True,
+        extra_levels=1, width=16, head_depth=1),
+    "vgg": functools.partial(vgg.VGG, stage_sizes=(1,) * 5, norm=layers.BatchNorm),
+    "vit": functools.partial(vit.ViT, patch_size=4, embed_dim=32, num_layers=2, num_heads=2),
+}
+# What a preset says of its own network, and this one has otherwise.
+FIELDS = {
+    "alexnet": {"width_factor": 0.5, "hidden_width": 64},
+    "efficientnet": {"strides": "1,2"},
+    "unet": {"width": 4, "num_pools": 1},
+    "vgg": {"width_factor": 0.125, "hidden_width": 64},
+}
+
+
+def arguments(family: str, patch: pytest.MonkeyPatch) -> list[str]:
+  """The flags that choose a family's smallest network, which is a variant as long as `patch` lasts.
+
+  Empty for a family whose shipped default is small.
+  """
+  chosen = []
+  if family in NETWORKS:
+    module = importlib.import_module(f"dljax.models.{family}")
+    patch.setitem(module.VARIANTS, NAME, NETWORKS[family])
+    chosen.append(f"--config.model.variant={NAME}")
+  return chosen + [f"--config.model.{field}={value}" for field, value in FIELDS.get(family, {}).items()]
+
+
+def native_convolutions() -> Any:
+  """A patch, for `with`, `@` or `start()`: XLA's own convolutions, which compile in half the time, in place of ours.
+
+  That ours equal them is the matter of tests/ops/test_conv.py; tests/interop runs whole networks with ours.
+  """
+  return mock.patch.object(conv, "_by_platform", lambda form, native, *args: native(*args))
