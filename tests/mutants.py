@@ -428,6 +428,22 @@ MUTANTS = (
         "Rectangle((x0, y0)",
         ("tests/tasks/test_detection.py::"
          "test_the_picture_has_a_box_for_each_object_and_each_detection",)),
+    # what a run says
+    Mutant(
+        "compilation_counts", "dljax/train/progress.py",
+        "took = time.monotonic() - self._first[1] - self._paused",
+        "took = time.monotonic() - self._first[1]",
+        ("tests/train/test_progress.py::test_the_time_left_counts_steps_and_evaluations_but_no_compilation",)),
+    Mutant(
+        "border_unread", "dljax/data/image/typical.py",
+        "np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])",
+        "np.concatenate(image)",
+        ("tests/data/image/test_typical.py::test_measured_are_the_whole_image_and_its_border",)),
+    Mutant(
+        "dots_cut", "dljax/report/classification.py",
+        "clip_on=False, ",
+        "",
+        ("tests/report/test_classification.py::test_a_reliability_diagram_shows_accuracy_by_confidence",)),
     # launch
     Mutant(
         "ema_of_one", "dljax/config.py",
