@@ -12,11 +12,23 @@ its family, and only that family is imported. Weights are read from safetensors 
 a pickle can run any code.
 """
 
-from dljax.interop.files import read
-from dljax.interop.folder import from_folder
-from dljax.interop.weights import (
-    OURS, Specs, Tensors, all_sources, check_finite, check_source, dump, find_table, load, recognise,
-    sources)
+import importlib
 
-__all__ = ["OURS", "Specs", "Tensors", "all_sources", "check_finite", "check_source", "dump", "find_table",
-           "from_folder", "load", "read", "recognise", "sources"]
+# Where each name comes from. Training needs hardly any of them, so a file is imported when it is
+# needed.
+_HOMES = {name: home for home, names in {
+    "files": ("read",),
+    "folder": ("from_folder",),
+    "weights": ("OURS", "Specs", "Tensors", "all_sources", "check_finite", "check_source", "dump",
+                "find_table", "load", "recognise", "sources"),
+}.items() for name in names}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+  """Imports the file that holds `name`, which is then an attribute as any other."""
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+  globals()[name] = value
+  return value

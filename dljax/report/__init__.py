@@ -4,17 +4,25 @@ A function that draws a figure returns a `matplotlib.figure.Figure`. It never us
 threads cannot share pyplot's global state. A notebook shows figures after `%matplotlib inline`.
 """
 
-from dljax.report.classification import calibration, confusion_matrix
-from dljax.report.common import DPI, picture, save, side_by_side
-from dljax.report.curves import TITLES, learning_curves, read_metrics, relative_bars, strengths
-from dljax.report.images import heat_maps, image_grid
-from dljax.report.scenes import class_colors, class_map, detections, segmentations
-from dljax.report.seen import seen
-from dljax.report.sequences import alignments, forecasts, page, surprise
+import importlib
 
-__all__ = [
-    "DPI", "TITLES", "alignments", "calibration", "class_colors", "class_map", "confusion_matrix",
-    "detections", "forecasts", "heat_maps", "image_grid", "learning_curves", "page", "picture",
-    "read_metrics", "relative_bars", "save", "seen", "segmentations", "side_by_side", "strengths",
-    "surprise",
-]
+# Where each name comes from. No run draws everything, so a file is imported when it is needed.
+_HOMES = {name: home for home, names in {
+    "classification": ("calibration", "confusion_matrix"),
+    "common": ("DPI", "picture", "save", "side_by_side"),
+    "curves": ("TITLES", "learning_curves", "read_metrics", "relative_bars", "strengths"),
+    "images": ("heat_maps", "image_grid"),
+    "inputs": ("seen",),
+    "scenes": ("class_colors", "class_map", "detections", "segmentations"),
+    "sequences": ("alignments", "forecasts", "page", "surprise"),
+}.items() for name in names}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+  """Imports the file that holds `name`, which is then an attribute as any other."""
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+  globals()[name] = value
+  return value

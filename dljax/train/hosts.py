@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 
 from dljax.errors import DONE, FAILED, UserError, one_line
-from dljax.train.watch import Watch
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _MEND = (f"set {', '.join(BY_HAND)} to host:port of process 0, the number of processes, and this "
@@ -128,10 +127,10 @@ def _unknown(launcher: Launcher, env: Mapping[str, str]) -> UserError:
                    f"cannot connect by itself; {_MEND}{also}, or unset the former to run alone")
 
 
-_watch: Watch | None = None
+_watch: "Watch | None" = None
 
 
-def watch() -> Watch | None:
+def watch() -> "Watch | None":
   """The connections to the other processes; None if this process runs alone."""
   return _watch
 
@@ -193,6 +192,8 @@ def _initialize(address: str, count: int, index: int, devices: Any = None) -> No
   if count == 1:
     jax.distributed.initialize(address, count, index, devices)
     return
+  from dljax.train.watch import Watch  # a process that is alone needs none
+
   _watch = Watch(address, count, index)
   atexit.register(_leave)
   if any("_proxy" in name.lower() for name in os.environ):

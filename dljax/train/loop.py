@@ -17,7 +17,7 @@ from dljax.config import title
 from dljax.data.pipeline import opened
 from dljax.errors import Preempted, UserError
 from dljax.interop import variants
-from dljax.train import metrics, parallel, pretrained
+from dljax.train import metrics, parallel
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.evaluate import Evaluator, draw_samples, evaluate, prefetch
 from dljax.train.experiment import Experiment
@@ -55,7 +55,7 @@ def fit(
   folder.check(config, options.resume)
   metrics.check_wandb(options.wandb)
   program = Program(experiment, options)
-  weights = functools.cache(lambda: pretrained.load(experiment, program.abstract_state))
+  weights = functools.cache(program.start_weights)
   if config.init.source and not Checkpointer(folder.checkpoints, read_only=True).steps():
     weights()  # may be bad input, which has to be reported before anything is written
   if assets := folder.read_assets():
@@ -85,7 +85,7 @@ class _Run:
 
   def __init__(
       self, experiment: Experiment, folder: Workdir, options: RunOptions, program: Program,
-      weights: Callable[[], pretrained.Weights], evaluator: Evaluator, monitor: Monitor,
+      weights: Callable[[], Any], evaluator: Evaluator, monitor: Monitor,
       checkpointer: Checkpointer, signals: StopSignals, compilations: Compilations,
   ):
     self.experiment, self.config, self.options = experiment, experiment.config, options

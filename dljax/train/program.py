@@ -59,6 +59,7 @@ class Program:
   ):
     config = experiment.config
     mode = self._mode = options.parallelism
+    self._experiment = experiment
     self._batch_spec = experiment.data.batch_spec
     task = experiment.task
     _check_rows(task, config)
@@ -121,6 +122,12 @@ class Program:
         of = f" of {player}" if len(self._optimizers) > 1 else ""
         say(f"warning: with total_steps={self._total_steps} instead of {total_steps} the schedule "
             f"moves the learning rate{of} at step {step} from {old:.3g} to {new:.3g}")
+
+  def start_weights(self) -> Any:
+    """The `pretrained.Weights` of `config.init.source`."""
+    from dljax.train import pretrained  # most runs start from scratch and need none of its imports
+
+    return pretrained.load(self._experiment, self.abstract_state)
 
   def init_state(self) -> TrainState:
     """An initial state on the mesh; `RunError` if it does not fit into memory."""

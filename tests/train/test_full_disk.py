@@ -50,7 +50,7 @@ def _run(path) -> int:
 
 @pytest.fixture(autouse=True)
 def _pictures(monkeypatch):
-  monkeypatch.setattr(report, "save", lambda figure, path: path.write_bytes(b"PNG"))
+  monkeypatch.setattr(report, "save", lambda figure, path, title="": path.write_bytes(b"PNG"))
 
 
 def _left(path) -> set[str]:
