@@ -142,7 +142,9 @@ _stops: Stops | None = None  # what handles signals now
 
 def end_process(line: str, status: int) -> NoReturn:
   """Prints a line and ends the process, whatever its other threads do."""
-  os.write(2, f"{line}\n".encode())
+  # A progress bar leaves its line open.
+  bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+  os.write(2, f"{chr(10) if len(bars) else ''}{line}\n".encode())
   os._exit(status)
 
 

@@ -1,5 +1,7 @@
 """Unknown names are answered by the nearest ones, and errors by one line and an exit status."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -126,6 +128,18 @@ def test_a_process_ends_though_its_main_thread_comes_to_no_handler(monkeypatch):
     stops.may_end = True
     os.write(stops._write, number)
     assert ended.wait(5)
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_last_line_begins_below_a_progress_bar(monkeypatch, bar):
+  from tqdm import tqdm
+
+  written = []
+  monkeypatch.setattr(errors.os, "write", lambda stream, data: written.append((stream, data)))
+  monkeypatch.setattr(errors.os, "_exit", written.append)
+  with tqdm(total=2, file=io.StringIO()) if bar else contextlib.nullcontext():
+    errors.end_process("stopped", 75)
+  assert written == [(2, b"\nstopped\n" if bar else b"stopped\n"), 75]
 
 
 def test_a_process_is_not_ended_while_it_writes(monkeypatch):
