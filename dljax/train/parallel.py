@@ -522,6 +522,14 @@ def _putter(mesh: Mesh) -> Callable[[Any], Any]:
                  donate_argnums=0)
 
 
+def put_array(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """Puts a host array, which every process has, on the devices; each gets its part and no more.
+
+  `jax.device_put` would gather the arrays of all processes on every device, to compare them.
+  """
+  return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+
 def put_shared(value: Any, mesh: Mesh) -> Any:
   """Puts the same host value on every device."""
   return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), value)

@@ -51,7 +51,7 @@ class Weights:
     """The initial `state`, on its devices, with these variables, and the averages equal to them.
     """
     flat = traverse_util.flatten_dict({"params": state.params, **state.model_state}, sep="/")
-    flat |= {path: jax.device_put(array, flat[path].sharding)
+    flat |= {path: parallel.put_array(np.asarray(array), flat[path].sharding)
              for path, array in self.arrays.items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
     params = variables.pop("params")

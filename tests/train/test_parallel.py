@@ -334,6 +334,16 @@ def test_a_checkpoint_restores_under_another_mode_or_mesh_and_trains_on(checkpoi
   assert np.isfinite(out["loss"])
 
 
+def test_of_a_hosts_array_each_device_gets_its_part():
+  mesh = parallel.make_mesh(toys.MESHES["fsdp:2,tensor:2"])
+  value = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+  array = parallel.put_array(value, NamedSharding(mesh, P("tensor", "fsdp")))
+  assert {shard.data.shape for shard in array.addressable_shards} == {(2, 1)}
+  np.testing.assert_array_equal(array, value)
+  scalar = parallel.put_array(np.array(3, np.int32), NamedSharding(mesh, P()))
+  assert (scalar.shape, scalar.dtype, int(scalar)) == ((), np.int32, 3)
+
+
 # The digest of the whole state
 
 
