@@ -21,6 +21,7 @@ _LARGEST = {
     "seed": 2**32 - 1, "batch_size": 2**20, "eval_batch_size": 2**20, "accumulation": 2**20,
     "keep_checkpoints": _MOST_STEPS, "examples": _MOST_STEPS, "per_class": _MOST_STEPS,
     "train": _MOST_STEPS, "validation": _MOST_STEPS, "test": _MOST_STEPS,
+    "num_train_examples": _MOST_STEPS, "class_counts": _MOST_STEPS, "skip_corrupt": _MOST_STEPS,
     "early_stopping_patience": _MOST_STEPS, "plateau_patience": _MOST_STEPS,
     "max_new_tokens": 2**20, "top_k": 2**20, "num_layers": 1000, "num_pools": 16, "beam": 1024,
     "randaugment_layers": 100, "time_masks": 1000, "frequency_masks": 1000, "buckets": 1000,
@@ -29,9 +30,11 @@ _LARGEST = {
 _LARGEST_SIZE = 2**20  # of the other sizes in the groups below
 _SIZES = ("model", "data")
 _LARGEST_NUMBER = 1e9  # of the numbers in these groups; windows of sound are in seconds
-_LARGEST_NUMBERS = {"window": 1.0, "hop": 10.0}
+_LARGEST_NUMBERS = {"window": 1.0, "hop": 10.0, "target_mean": 1e38, "target_std": 1e38}
 _LARGEST_INTEGER = 2**63 - 1  # of all others
 _LONGEST_TUPLE = 1000
+# Tuples that have a value for each class.
+_BY_CLASS = {name: 2**15 for name in ("classes", "class_counts", "class_weights")}
 _LENGTHS = {"image_shape": (3, "height, width and channels"), "scale": (2, "the ends of a range"),
             "stem": (3, "kernel size, stride and padding")}
 # What decides the training: these groups, these fields of other groups, and every field outside of
@@ -327,13 +330,13 @@ def _check_bounds(field: str, value: Any) -> None:
     count, what = _LENGTHS.get(name, (len(value), ""))
     if len(value) != count:
       raise UserError(f"{start}: give {count} values, {what}")
-    if len(value) > _LONGEST_TUPLE:
-      raise UserError(f"--config.{field}: has {len(value)} values; give at most {_LONGEST_TUPLE}")
+    if len(value) > (most := _BY_CLASS.get(name, _LONGEST_TUPLE)):
+      raise UserError(f"--config.{field}: has {len(value)} values; give at most {most}")
     for item in value:
       _check_bounds(field, item)
   elif isinstance(value, str) and "\0" in value:
     raise UserError(f"--config.{field}={value!r}: holds a null character; drop it")
-  elif isinstance(value, str) and "://" in value:
+  elif isinstance(value, str) and "://" in value and name != "classes":
     check_local(f"--config.{field}", value)
   elif isinstance(value, float) and group in _SIZES:
     if not math.isfinite(value):

@@ -142,4 +142,4 @@ def _read_points(request: Request, assets: Assets) -> Inputs:
 
 
 if __name__ == "__main__":
-  launch.main(get_config, build, PRESETS)
+  launch.main(get_config, build, PRESETS, image_classification.resolve)

@@ -122,6 +122,29 @@ MUTANTS = (
          "test_a_form_takes_no_more_padding_than_its_gradient_can_take_away",)),
     # tasks
     Mutant(
+        "class_weights_in_evaluation", "dljax/tasks/classification.py",
+        "weighted = bool(self.class_weights) and train",
+        "weighted = bool(self.class_weights)",
+        ("tests/tasks/test_classification.py::"
+         "test_the_weighted_loss_is_a_weighted_mean_in_training_alone",)),
+    Mutant(
+        "class_weights_by_this_part_alone", "dljax/tasks/classification.py",
+        'examples, weights = denominators["weight"], jnp.sum(self._weights(batch) * mask)',
+        "examples = weights = jnp.sum(self._weights(batch) * mask)",
+        ("tests/tasks/test_classification.py::"
+         "test_weighted_shares_of_uneven_parts_add_up_to_the_whole",)),
+    Mutant(
+        "multilabel_weight_of_what_fails", "dljax/tasks/multilabel.py",
+        "weight * label * holds + (1 - label) * fails",
+        "weight * (label * holds + (1 - label) * fails)",
+        ("tests/tasks/test_multilabel.py::"
+         "test_weights_smoothing_and_mixed_labels_count_in_training_alone",)),
+    Mutant(
+        "regression_mae_normalised", "dljax/tasks/regression.py",
+        '"mae": absolute * std',
+        '"mae": absolute',
+        ("tests/tasks/test_regression.py::test_loss_and_metrics_by_hand_in_both_units",)),
+    Mutant(
         "box_match_threshold", "dljax/tasks/boxes.py",
         "value >= foreground",
         "value > foreground",
@@ -190,6 +213,34 @@ MUTANTS = (
         "partners = plan.rows + 1",
         ("tests/data/image/test_labelled.py::test_a_host_of_eight_that_mixes_reads_its_own_rows_alone",)),
     Mutant(
+        "own_split_without_the_seed", "dljax/data/own.py",
+        'f"{seed}/{key}"',
+        'f"{key}"',
+        ("tests/data/test_own.py::"
+         "test_a_split_has_its_share_of_every_stratum_and_depends_on_the_seed_alone",)),
+    Mutant(
+        "own_twins_torn_apart", "dljax/data/image/folder.py",
+        "own.split([keys[i] for i in free]",
+        "own.split([photos[i].name for i in free]",
+        ("tests/data/image/test_folder.py::test_twins_come_into_one_split",)),
+    Mutant(
+        "own_mean_over_all_splits", "dljax/data/image/folder.py",
+        "_mean_and_std(config, train, seed, skipped)",
+        "_mean_and_std(config, everything, seed, skipped)",
+        ("tests/data/image/test_folder.py::"
+         "test_mean_and_std_are_those_of_the_training_images_alone",)),
+    Mutant(
+        "own_trained_images_are_tested", "dljax/data/image/folder.py",
+        "return [None if key in seen else split for key, split in zip(keys, splits)]",
+        "return splits",
+        ("tests/data/image/test_folder.py::"
+         "test_images_that_the_run_was_trained_on_are_no_test_of_it",)),
+    Mutant(
+        "balanced_order_of_one_epoch", "dljax/data/balance.py",
+        "rng(self._seed, epoch, f\"class {label}\")",
+        "rng(self._seed, 0, f\"class {label}\")",
+        ("tests/data/test_balance.py::test_the_stream_is_random_and_depends_on_the_seed",)),
+    Mutant(
         "bicubic", "dljax/data/image/augment.py",
         "Image.Resampling.BILINEAR, box=box",
         "Image.Resampling.BICUBIC, box=box",
@@ -235,7 +286,7 @@ MUTANTS = (
         ("tests/recipes/test_speech.py::test_the_users_recordings_are_decoded_by_the_beam",)),
     Mutant(
         "label_smoothing_lost", "dljax/recipes/image_classification.py",
-        "label_smoothing=config.model.label_smoothing, criterion",
+        "label_smoothing=smoothing, criterion",
         "label_smoothing=0.0, criterion",
         ("tests/recipes/test_image_classification.py::"
          "test_the_label_smoothing_reaches_the_task",)),

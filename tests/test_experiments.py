@@ -363,7 +363,7 @@ def test_checkpoints_pictures_and_data_are_there(trained):
       assert picture.format == "PNG" and min(picture.size) > 200
       assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 3, "an empty picture"
   if _classifies(trained.experiment):
-    assert set(manifest["assets"]) == {"classes.json"}
+    assert set(manifest["assets"]) == {"classes.json", "brightness.json"}
     classes = json.loads((workdir / "data" / "classes.json").read_text())
     assert len(classes) == trained.experiment.task.num_classes
     assert figures == {"learning_curves.png", "confusion_matrix.png", "mistakes.png", "calibration.png"}

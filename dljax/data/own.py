@@ -1,8 +1,8 @@
 """The user's own data, as folders of files and tables: what the modalities share.
 
 A recipe's `resolve(config, given)` looks at the data once, when a run starts; the fields that it
-finds are stored in config.json. A modality's `DataSet` opens the data later, as it opens a TFDS set,
-by overriding `DataSet.open`. In both places it
+finds are stored in config.json. A modality's `DataSet` opens the data later, as it opens a TFDS
+set, by overriding `DataSet.open`. In both places it
 
 1. finds the files by `find` (natural order, hidden files left out, others counted), or reads a
    table by `read_table`;
@@ -19,7 +19,9 @@ import csv
 import dataclasses
 import hashlib
 import io
+import math
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -39,6 +41,8 @@ _NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "v
 MAX_TABLE = 2**30  # bytes of a table
 DELIMITERS = (",", ";", "\t", "|")
 _THREADS = 16
+# A decimal number. Python's `float` also reads "1_0" as 10, and digits of other scripts.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +93,9 @@ def find(folder: Path, suffixes: Collection[str], flag: str) -> Found:
 
 
 def show(path: str | os.PathLike[str]) -> str:
-  """A path as text that can be printed and stored: bytes that are no UTF-8 become \\xHH."""
-  return os.fsencode(path).decode(errors="backslashreplace")
+  """A path as text on one line: bytes that are no UTF-8 become \\xHH, and a line's end \\n."""
+  text = os.fsencode(path).decode(errors="backslashreplace")
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -318,6 +323,14 @@ def read_table(
       raise UserError(f"{start}, line {line}: has {len(row)} cells, but there are {len(columns)} "
                       "columns; mend it")
   return Table(show(path), tuple(columns), tuple(rows), tuple(lines))
+
+
+def parse_number(cell: str) -> float:
+  """The decimal number in a cell; raises `ValueError` for anything else, such as nan or 1e999."""
+  value = float(cell) if _NUMBER.fullmatch(cell) else math.nan
+  if not math.isfinite(value):
+    raise ValueError(f"{cell!r} is no number")
+  return value
 
 
 # Features as TFDS has them, as far as the modalities look at them; those of sources.Dataset have

@@ -169,6 +169,8 @@ class IndexedPipeline:
     self._lock = threading.RLock()
     self._permutation = functools.lru_cache(maxsize=2)(self._permute)
     self._sample, self._sample_seed = 0, 0
+    # (first place, end) -> the examples of the training stream there, if it has another order.
+    self.order: Callable[[int, int], np.ndarray] | None = None
 
   def sample(self, count: int, seed: int) -> None:
     self._sample, self._sample_seed = count, seed
@@ -230,7 +232,9 @@ class IndexedPipeline:
   def plan(self, step: int, num_examples: int) -> Plan:
     """The plan of global batch `step` of a split that has `num_examples`."""
     start, end = step * self.batch_size, (step + 1) * self.batch_size
-    if self.train:
+    if self.order is not None:
+      indices = self.order(start, end)
+    elif self.train:
       epochs = range(start // num_examples, (end - 1) // num_examples + 1)
       indices = np.concatenate([
           self._permutation(epoch, num_examples)[max(start - first, 0):end - first]

@@ -245,9 +245,11 @@ def find_files(paths: Sequence[str], mend: str, suffix: str = "") -> list[Path]:
   return found
 
 
-def natural(path: str | os.PathLike[str]) -> list[str | int]:
+def natural(path: str | os.PathLike[str]) -> tuple[list[str | int], str]:
   """A key by which the numbers in names sort as numbers, "2.png" before "10.png"."""
-  return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+  text = str(path)
+  parts = [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+  return parts, text  # of "1" and "01" the parts are equal
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:

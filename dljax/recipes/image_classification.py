@@ -1,7 +1,11 @@
-"""The experiment that all image classifiers share, from a config and a model."""
+"""The experiment that all image classifiers share, from a config and a model.
+
+Its images have a class each. With a table of the user's own they may also have several classes, or
+numbers; see `config.data.labels`.
+"""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +13,11 @@ import ml_collections
 
 from dljax import optim
 from dljax.config import Field, Group, base_config, one_of
-from dljax.data.image import corrupt, decode, labelled, typical
+from dljax.data.image import corrupt, decode, folder, labelled, typical
+from dljax.errors import UserError
 from dljax.recipes import common
 from dljax.tasks import classification
+from dljax.tasks.base import Task
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # The values of fields of `config.data` for the sets that presets use. Mean and std are those of
@@ -76,15 +82,74 @@ def build(
   data = labelled.ImageSet(config.data).pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
       corruptions=corrupt.parse(config.eval.corruptions))
-  task = classification.Classification(
-      model=model, num_classes=config.data.num_classes,
-      label_smoothing=config.model.label_smoothing, criterion=criterion,
-      groups=tuple(config.data.groups))
   return Experiment(
-      task=task, data=data, config=config, monitor=config.monitor or None,
-      read=functools.partial(_read, config), show=_show,
-      saw=functools.partial(
+      task=_task(config, model, criterion), data=data, config=config,
+      monitor=config.monitor or None, read=functools.partial(_read, config),
+      show=functools.partial(_show, config.data.labels), saw=functools.partial(
           common.saw_images, functools.partial(typical.pixels, config=config.data)))
+
+
+def resolve(config: ml_collections.ConfigDict, given: Collection[str]) -> dict[str, Any]:
+  """Looks up what the user's own images decide; see `launch.main`.
+
+  Args:
+    config: the config, with the user's overrides.
+    given: the names of the fields that the user has given.
+
+  Returns:
+    Field -> value.
+
+  Raises:
+    UserError: the data are missing or cannot be used.
+  """
+  if "folder" not in config.data:  # points have no files
+    return {}
+  own = {name.removeprefix("data.") for name in given if name.startswith("data.")}
+  found = {f"data.{field}": value
+           for field, value in labelled.look_up(config.data, config.seed, own).items()}
+  kind = found.get("data.labels", config.data.labels)
+  if kind != folder.CLASS:  # what presets say of classes has no meaning
+    found |= {"monitor": f"validation/{_MONITOR[kind]}"}
+    if kind == folder.NUMBER:
+      found |= {field: 0.0 for field in ("data.mixup", "data.cutmix", "model.label_smoothing")
+                if config[field.partition(".")[0]][field.partition(".")[2]]}
+  if config.data.folder and not found.get("data.validation", config.data.validation):
+    found["monitor"] = ""
+  return {field: value for field, value in found.items() if field not in given}
+
+
+_MONITOR = {folder.CLASSES: "mean_average_precision", folder.NUMBER: "mae"}
+
+
+def _task(config: ml_collections.ConfigDict, model: nn.Module, criterion: str) -> Task:
+  """The task that fits the labels of the images."""
+  data, smoothing = config.data, config.model.label_smoothing
+  if data.labels == folder.CLASS:
+    return classification.Classification(
+        model=model, num_classes=data.num_classes, groups=tuple(data.groups),
+        label_smoothing=smoothing, criterion=criterion,
+        class_weights=labelled.class_weights(data))
+  if criterion != "softmax":
+    raise UserError(f"--config.model.criterion={criterion}: has no meaning for "
+                    f"--config.data.labels={data.labels}; write softmax")
+  if data.groups:
+    raise UserError("--config.data.groups: only images with one class each are reported by group; "
+                    "drop it")
+  if data.labels == folder.CLASSES:
+    from dljax.tasks import multilabel  # of labels from a table alone, as regression is
+
+    return multilabel.MultiLabel(
+        model=model, num_classes=data.num_classes, label_smoothing=smoothing,
+        class_weights=labelled.class_weights(data))
+  if smoothing:
+    raise UserError(f"--config.model.label_smoothing={smoothing}: has no meaning for numbers; set "
+                    "it to 0")
+  from dljax.tasks import regression
+
+  count = data.num_classes
+  return regression.Regression(
+      model=model, mean=tuple(data.target_mean) or (0.0,) * count,
+      std=tuple(data.target_std) or (1.0,) * count)
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
@@ -95,6 +160,13 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
                 typical.warnings(batch["image"], names, config.data, assets))
 
 
-def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+def _show(
+    kind: str, inputs: Inputs, predictions: Any, assets: Assets,
+) -> Iterator[Mapping[str, Any]]:
+  """The rows of predictions for images that have labels of this kind."""
   del inputs
-  return classification.decode(predictions, assets)
+  if kind == folder.CLASS:
+    return classification.decode(predictions, assets)
+  from dljax.tasks import multilabel, regression
+
+  return (multilabel if kind == folder.CLASSES else regression).decode(predictions, assets)

@@ -13,6 +13,7 @@ _HOMES = {name: home for home, names in {
     "curves": ("TITLES", "learning_curves", "read_metrics", "relative_bars", "strengths"),
     "images": ("heat_maps", "image_grid"),
     "inputs": ("seen",),
+    "regression": ("numbers",),
     "scenes": ("class_colors", "class_map", "detections", "segmentations"),
     "sequences": ("alignments", "forecasts", "page", "surprise"),
 }.items() for name in names}

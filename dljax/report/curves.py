@@ -12,7 +12,7 @@ from dljax.report import common
 from dljax.report.common import COLORS, INK, MORE_COLORS
 
 TITLES = {"ap": "AP", "ap50": "AP50", "bleu": "BLEU", "mean_iou": "mean IoU", "rouge_l": "ROUGE-L",
-          "mse": "mean squared error", "mae": "mean absolute error",
+          "mse": "mean squared error", "mae": "mean absolute error", "r2": "R²",
           "top_5_accuracy": "top-5 accuracy"}
 # A metric whose name has one of these parts is a share, which is shown in per cent.
 ALIKE = 5e-3  # the relative difference up to which curves share a panel

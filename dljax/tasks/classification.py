@@ -22,9 +22,8 @@ from dljax import report
 from dljax.errors import UserError, unknown
 from dljax.tasks import scores
 from dljax.tasks.base import (
-    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables, Worst,
     at_least_float32, class_names)
-from dljax.tasks.worst import Worst
 
 CRITERIA = ("softmax", "perceptron")
 MAX_CONFUSION_CLASSES = 200  # a matrix of more is large to add up, and too fine to look at
@@ -48,6 +47,8 @@ class Classification(TaskBase):
     criterion: "softmax" (cross-entropy) or "perceptron" (the best logit minus the true one; its
       gradient is Rosenblatt's rule: zero where the guess is right, else away from the guess and
       towards the truth).
+    class_weights: the weight of each class in the training loss, which is then a weighted mean; ()
+      if all weigh the same. Evaluation counts every example once.
     groups: the NAMEs of batch fields "host/group/NAME", by whose values evaluation groups rows.
 
   Raises:
@@ -59,6 +60,7 @@ class Classification(TaskBase):
   label_smoothing: float = 0.0
   criterion: str = "softmax"
   groups: tuple[str, ...] = ()
+  class_weights: tuple[float, ...] = ()
 
   evaluate_reads = ("label", GROUP)
   evaluate_draws = ("image",)
@@ -72,14 +74,20 @@ class Classification(TaskBase):
     if self.criterion == "perceptron" and self.label_smoothing:
       raise UserError("--config.model.label_smoothing has no meaning for the perceptron "
                       "criterion; set it to 0")
+    if self.class_weights and len(self.class_weights) != self.num_classes:
+      raise UserError(f"--config.data.class_weights: {len(self.class_weights)} numbers for "
+                      f"{self.num_classes} classes; give one for each")
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
     return self.model.init({"params": rng}, batch["image"], train=False)
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
-    """The number of examples, not counting padding."""
-    return {"examples": jnp.sum(batch["mask"])}
+    """The number of examples, not counting padding, and the sum of their weights."""
+    examples = {"examples": jnp.sum(batch["mask"])}
+    if not self.class_weights:
+      return examples
+    return examples | {"weight": jnp.sum(self._weights(batch) * batch["mask"])}
 
   def loss(
       self, params: PyTree, model_state: PyTree, batch: Batch, rng: Array, *,
@@ -97,21 +105,28 @@ class Classification(TaskBase):
     logits = at_least_float32(logits)
     label, mask = batch["label"], batch["mask"].astype(logits.dtype)
 
-    # The loss of an evaluation is the same for all smoothings, so that runs can be compared.
+    # The loss of an evaluation is the same for all smoothings and weights, so that runs can be
+    # compared.
     smoothing = self.label_smoothing if train else 0.0
-    losses = self._criterion(logits, label, smoothing)
+    weighted = bool(self.class_weights) and train
+    weight = lambda label: self._weight(label).astype(logits.dtype) if weighted else 1
+    losses = weight(label) * self._criterion(logits, label, smoothing)
     if "mix_label" in batch:
-      share = batch["mix_weight"].astype(logits.dtype)
-      losses = share * losses + (1 - share) * self._criterion(
-          logits, batch["mix_label"], smoothing)
+      share, other = batch["mix_weight"].astype(logits.dtype), batch["mix_label"]
+      losses = share * losses + (1 - share) * weight(other) * self._criterion(
+          logits, other, smoothing)
     total = jnp.sum(losses * mask)
-    # A batch of nothing but padding has loss 0.
-    examples = jnp.maximum(denominators["examples"], 1)
+    count = jnp.sum(mask)
+    # A batch of nothing but padding, or of classes without weight, has loss 0.
+    if weighted:
+      examples, weights = denominators["weight"], jnp.sum(self._weights(batch) * mask)
+      examples = jnp.where(examples > 0, examples, 1)
+    else:
+      examples, weights = jnp.maximum(denominators["examples"], 1), count
 
     guess = jnp.argmax(logits, axis=-1)
-    count = jnp.sum(mask)
     metrics = {
-        "loss": (total, count),
+        "loss": (total, weights),
         "accuracy": (jnp.sum((guess == label) * mask), count),
     }
     if self.num_classes > 5:
@@ -181,6 +196,18 @@ class Classification(TaskBase):
       figures["confusion_matrix"] = functools.partial(
           report.confusion_matrix, np.asarray(sums["confusion_matrix"][0]), names)
     return Findings(metrics, figures, tables)
+
+  def _weight(self, label: Array) -> Array:
+    """The weight of each label, f32[B]."""
+    return jnp.asarray(self.class_weights, jnp.float32)[label]
+
+  def _weights(self, batch: Batch) -> Array:
+    """The weight of each example, f32[B]; of mixed labels the mean by their shares."""
+    weights = self._weight(batch["label"])
+    if "mix_label" in batch:
+      share = batch["mix_weight"]
+      weights = share * weights + (1 - share) * self._weight(batch["mix_label"])
+    return weights
 
   def _criterion(self, logits: Array, label: Array, smoothing: float) -> Array:
     """The loss of each example, [B], for logits [B, C] and label i32[B]."""

@@ -24,9 +24,8 @@ from dljax import report
 from dljax.errors import UserError
 from dljax.tasks import boxes as box_lib
 from dljax.tasks.base import (
-    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables, Worst,
     at_least_float32, class_names)
-from dljax.tasks.worst import Worst
 
 MAX_PICTURED = 8
 SHOWN_SCORE = 0.5  # detections with at least this score are drawn and listed

@@ -1,6 +1,6 @@
 """Scores of a classifier over a whole set, in NumPy.
 
-These are precision and recall by class, calibration, and accuracy by group.
+These are precision and recall by class, average precision, calibration, and accuracy by group.
 
 Calibration. Chuan Guo, Geoff Pleiss, Yu Sun, Kilian Q. Weinberger. "On Calibration of Modern
 Neural Networks", 2017. https://arxiv.org/abs/1706.04599
@@ -47,6 +47,23 @@ def macro_f1(right: np.ndarray, support: np.ndarray, guessed: np.ndarray) -> flo
   occurs = support + guessed > 0
   f1 = by_class(right, support, guessed).f1
   return float(f1[occurs].mean()) if occurs.any() else float("nan")
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray) -> float:
+  """The area under the precision-recall curve, as a sum of steps: the sum over the distinct scores,
+  from the highest, of (R_n - R_{n-1}) P_n; NaN without a positive example.
+
+  Args:
+    score: f[N], the higher the more probable.
+    positive: bool[N].
+  """
+  order = np.argsort(-score, kind="stable")
+  score, hits = np.asarray(score)[order], np.cumsum(np.asarray(positive, np.float64)[order])
+  if not hits.size or not hits[-1]:
+    return float("nan")
+  last = np.append(score[1:] != score[:-1], True)  # of the examples with one score
+  hits, count = hits[last], np.flatnonzero(last) + 1
+  return float(np.sum(np.diff(hits, prepend=0) * hits / count) / hits[-1])
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -26,9 +26,8 @@ from dljax.errors import UserError
 from dljax.ops.crop import crop
 from dljax.tasks import scores
 from dljax.tasks.base import (
-    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    ALL, MAX, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables, Worst,
     at_least_float32, class_names, ratio)
-from dljax.tasks.worst import Worst
 
 MAX_CLASSES = 255  # a class is a byte, and one value is left for pixels without a class
 MAX_CONFUSION_CLASSES = 50

@@ -30,9 +30,8 @@ from dljax import report
 from dljax.errors import UserError
 from dljax.ops import ctc
 from dljax.tasks.base import (
-    ALL, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables,
+    ALL, MIN, Array, Batch, Findings, LossOutput, PyTree, Sums, TaskBase, Variables, Worst,
     at_least_float32)
-from dljax.tasks.worst import Worst
 
 BLANK = 0
 MAX_PICTURED = 4

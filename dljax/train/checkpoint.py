@@ -306,7 +306,9 @@ class Checkpointer:
         # Weights hardly compress, and the attempt would slow the training down.
         item_handlers={"state": ocp.PyTreeCheckpointHandler(use_compression=False)},
         options=ocp.CheckpointManagerOptions(
-            create=write, cleanup_tmp_directories=write, lightweight_initialize=True))
+            create=write, cleanup_tmp_directories=write, lightweight_initialize=True,
+            # Otherwise threads wait for ten minutes for a folder that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
 
   @functools.cached_property
   def _place(self) -> Path:

@@ -1,6 +1,7 @@
 """What a run says while it works: what it compiles, how far it is, and how long it still takes."""
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ class Compilations:
     """
     seen = set()
 
+    @functools.wraps(step)
     def announced(*arguments: Any) -> Any:
       shapes = tuple(x.shape for x in jax.tree.leaves(arguments[batch]))
       if shapes in seen:

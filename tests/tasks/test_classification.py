@@ -341,3 +341,51 @@ def test_evaluate_without_images_draws_no_mistakes():
 def test_bad_settings_are_named(settings, message):
   with pytest.raises(UserError, match=message):
     Classification(Identity(), 2, **settings)
+
+
+# Weights of the classes
+
+WEIGHTS = (1.0, 2.0, 0.5, 0.0, 3.0, 1.5, 1.0)
+
+
+def test_the_weighted_loss_is_a_weighted_mean_in_training_alone():
+  batch = make_batch(mask=np.array([1] * 9 + [0] * 3, np.float32))
+  task = Classification(Identity(), NUM_CLASSES, class_weights=WEIGHTS)
+  each = np.asarray(optax.softmax_cross_entropy_with_integer_labels(batch["image"], batch["label"]), np.float64)
+  weight = np.array(WEIGHTS)[batch["label"]] * batch["mask"]
+  out = compiled.loss(task, batch, train=True)
+  assert out.loss == pytest.approx((weight * each).sum() / weight.sum(), rel=1e-5)
+  assert out.metrics["loss"][0] / out.metrics["loss"][1] == pytest.approx(out.loss, rel=1e-6)
+  assert compiled.loss(task, batch).loss == pytest.approx(each[:9].mean(), rel=1e-5)
+  alike = Classification(Identity(), NUM_CLASSES, class_weights=(2.0,) * NUM_CLASSES)
+  assert compiled.loss(alike, batch, train=True).loss == pytest.approx(each[:9].mean(), rel=1e-5)
+  nothing = {**batch, "label": np.full(12, 3, np.int32)}  # a class of weight 0
+  assert compiled.loss(task, nothing, train=True).loss == 0
+
+
+def test_mixed_labels_have_the_mean_of_their_weights():
+  other = make_batch(seed=1)["label"]
+  batch = make_batch(mix_label=other, mix_weight=np.full(12, 0.3, np.float32))
+  loss = lambda label: np.asarray(optax.softmax_cross_entropy_with_integer_labels(batch["image"], label), np.float64)
+  own, partner = (np.array(WEIGHTS)[label] for label in (batch["label"], other))
+  expected = (0.3 * own * loss(batch["label"]) + 0.7 * partner * loss(other)).sum() / (0.3 * own + 0.7 * partner).sum()
+  task = Classification(Identity(), NUM_CLASSES, class_weights=WEIGHTS)
+  assert compiled.loss(task, batch, train=True).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_weighted_shares_of_uneven_parts_add_up_to_the_whole():
+  task = Classification(Linear(), NUM_CLASSES, class_weights=WEIGHTS)
+  batch = make_batch(mask=np.array([1, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0], np.float32))
+  params = compiled.variables(task, batch)["params"]
+  denominators = compiled.denominators(task, batch)
+  assert denominators["weight"] == pytest.approx((np.array(WEIGHTS)[batch["label"]] * batch["mask"]).sum())
+  whole = compiled.loss_and_grad(task, params, batch, denominators)
+  parts = [jax.tree.map(lambda x: x[i:i + 4], batch) for i in (0, 4, 8)]
+  shares = [compiled.loss_and_grad(task, params, part, denominators) for part in parts]
+  total = jax.tree.map(lambda *xs: sum(xs), *shares)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), total, whole)
+
+
+def test_there_is_a_weight_for_each_class():
+  with pytest.raises(UserError, match="class_weights: 2 numbers for 7 classes"):
+    Classification(Identity(), NUM_CLASSES, class_weights=(1.0, 2.0))

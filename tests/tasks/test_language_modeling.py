@@ -239,4 +239,4 @@ def test_documents_have_the_same_sums_whatever_the_buckets_and_few_programs():
   assert found[1] == pytest.approx(found[2], rel=1e-5)
   assert found[1] == pytest.approx(found[8], rel=1e-5)
   assert padding[8] < padding[1]
-  assert evaluator._steps[False]._cache_size() <= 1 + 2 + 8
+  assert evaluator._steps[False].__wrapped__._cache_size() <= 1 + 2 + 8

@@ -78,3 +78,19 @@ def test_accuracy_by_group():
       {"group": "a", "accuracy": 1.0, "support": 1}, {"group": "b", "accuracy": pytest.approx(2 / 3), "support": 3},
       {"group": "c", "accuracy": 0.0, "support": 2}]
   assert [row["group"] for row in scores.by_group(np.array([10, 9, 10, 9, 9, 9]), right)] == [9, 10]
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_average_precision_is_that_of_sklearn(levels):
+  draw = np.random.default_rng(levels)
+  for size in (1, 7, 200):
+    score = draw.integers(levels, size=size) / levels  # many ties
+    positive = draw.random(size) < 0.3
+    positive[0] = True
+    expected = sklearn.metrics.average_precision_score(positive, score)
+    assert scores.average_precision(score, positive) == pytest.approx(expected, rel=1e-12)
+
+
+def test_average_precision_without_a_positive_example_is_none():
+  assert np.isnan(scores.average_precision(np.zeros(3), np.zeros(3, bool)))
+  assert np.isnan(scores.average_precision(np.zeros(0), np.zeros(0, bool)))

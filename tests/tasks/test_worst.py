@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dljax.tasks.worst import Worst
+from dljax.tasks.base import Worst
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 40])

@@ -22,6 +22,9 @@ from dljax.errors import UserError
 # The most pixels of an image; while it is decoded, each takes up to 7 bytes.
 MAX_PIXELS = 2**27
 PIXELS_AT_ONCE = 2**22
+# What to do about an example that cannot be decoded.
+MEND_SET = "mend the set, or choose a split without it"
+MEND_FILE = "mend the file, remove it, or skip it by --config.data.skip_corrupt=1"
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap height and width
 
@@ -35,17 +38,19 @@ def validate(config: Any) -> None:
   need(config, "image_shape", shape[0] * shape[1] <= MAX_PIXELS,
        f"give at most {MAX_PIXELS:,} pixels")
   need(config, "num_classes", config.num_classes > 0, "give a positive number")
-  for field in ("mean", "std"):
+  looked_at = not config.get("folder") or config.get("fitted_to")
+  for field in ("mean", "std") if looked_at else ():
     need(config, field, len(config[field]) == shape[-1],
          f"give one value for each of {shape[-1]} channels")
   need(config, "mean", all(0 <= m <= 1 for m in config.mean), "give values from 0 to 1")
   need(config, "std", all(0 < s <= 1 for s in config.std), "give values above 0 and up to 1")
   need(config, "train", bool(config.train), "name the split to train on")
-  sources.parse_name(config.name)
+  if not config.get("folder"):
+    sources.parse_name(config.name)
 
 
 @contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
+def naming(where: str, mend: str = MEND_SET) -> Iterator[None]:
   """Turns whatever a damaged example raises into a `UserError` that begins with `where`."""
   try:
     yield
@@ -53,8 +58,7 @@ def naming(where: str) -> Iterator[None]:
     raise
   except Exception as e:  # Pillow raises many kinds of errors for a broken file
     reason = (str(e) or type(e).__name__).splitlines()[0]
-    raise UserError(f"{where} cannot be used ({reason}); mend the set, or choose a split without "
-                    "it") from e
+    raise UserError(f"{where} cannot be used ({reason}); {mend}") from e
 
 
 def decode_image(data: bytes, channels: int, background: int = 0) -> np.ndarray:

@@ -1,47 +1,75 @@
 """Labelled images: the config that all experiments in classification share, and its pipelines.
 
-A batch holds image f32[b, H, W, C] (normalised), label i32[b], mask and id (see
-`data/pipeline.py`). In evaluation it also holds "host/group/NAME" str[b] for each feature NAME in
-`config.data.groups`, and under mixup or CutMix mix_label i32[b], the partner's label, and
-mix_weight f32[b], the weight of the row's own label.
+A batch holds image f32[b, H, W, C] (normalised), label, mask and id (see `data/pipeline.py`). The
+label is i32[b]; of several classes an image f32[b, C], 1 where it has the class; of T numbers an
+image f32[b, T], with mean 0 and standard deviation 1 over the training images. In evaluation it
+also holds "host/group/NAME" str[b] for each feature NAME in `config.data.groups`, and under mixup
+or CutMix mix_label, the partner's label, and mix_weight f32[b], the weight of the row's own label.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
+import ml_collections
 import numpy as np
+from absl import logging
 
 from dljax.config import Field, Group, one_of
-from dljax.data import sources, splits
-from dljax.data.image import augment, corrupt, decode, typical
+from dljax.data import own, sources, splits
+from dljax.data.image import augment, corrupt, decode, folder, typical
 from dljax.data.pipeline import (
     Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng)
 from dljax.errors import UserError, choose
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded uint8 images of one split; larger splits are streamed
 RESIZE = ("pad", "bilinear", "crop")
+SAMPLERS = ("shuffle", "balanced")
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # the range of random resized crops
 GROUP_FEATURES = ("ClassLabel", "Text")  # TFDS's features by whose values examples can be grouped
 CROP_ATTEMPTS = 10
 DECODE_AT_ONCE = 2048  # number of images
+CHECK_THREADS = 16
 
 
 def default_config() -> Group:
   """The fields of `config.data`; 0 and False turn an augmentation off."""
   return Group({
       "name": Field("digits", splits.NAME),
+      "folder": Field("", "Your own images in place of a set: a folder with a folder for each class, "
+                      "or a table (.csv); see data/README.md."),
+      "labels": Field("class", one_of("What an image has", ("class", "classes", "number"))),
+      "file_column": Field("file", "The table's column of files."),
+      "label_columns": Field(("label",), "The table's columns of classes or numbers."),
+      "split_column": Field("split", "The table's column that says train, validation or test; the "
+                            "table need not have it."),
+      "shares": Field(own.SHARES, "The shares of train, validation and test, where your own data have "
+                      "no splits."),
       **splits.fields("train", "validation", "test"),
       "per_class": Field(0, "The number of examples of each class to train on, drawn by the seed; "
                          "0 is all."),
-      "num_classes": Field(10, "The number of classes."),
+      "num_classes": Field(10, "The number of classes, or of numbers that an image has."),
       "image_shape": Field((8, 8, 1), "The height, width and channels that the model sees."),
       "groups": Field((), "Features (classes or texts) of the set; an evaluation also reports by "
                       "their values."),
       "mean": Field((0.3051,), "The mean of each channel, where white is 1."),
       "std": Field((0.3757,), "The standard deviation of each channel, where white is 1."),
+      "fitted_to": Field("", "The folder that was looked at when the run started."),
+      "classes": Field((), "The names of the classes or numbers of your own data."),
+      "class_counts": Field((), "The number of training examples of each class."),
+      "num_train_examples": Field(0, "The number of training examples of your own data."),
+      "target_mean": Field((), "The mean of each number over the training images."),
+      "target_std": Field((), "The standard deviation of each number over the training images."),
+      "class_weights": Field((), 'The weights of the classes in the training loss: "balanced", a '
+                             "number for each class, or none."),
+      "sampler": Field("shuffle", 'The order of training examples: "shuffle", or "balanced", in which '
+                       "every class comes equally often."),
+      "skip_corrupt": Field(0, "The number of examples that may be left out because they cannot be "
+                            "decoded."),
       "background": Field(0, "The grey, from 0 (black) to 255, that shows where an image is "
                           "transparent."),
       "invert": Field(False, decode.INVERT),
@@ -84,6 +112,112 @@ def validate(config: Any) -> None:
     need(field, config[field] <= side, f"give at most {side}, the image's side")
   need("randaugment_layers", config.randaugment_layers <= augment.MAX_LAYERS,
        f"give at most {augment.MAX_LAYERS}")
+  need("labels", config.labels in folder.KINDS, f"choose one of {', '.join(folder.KINDS)}")
+  need("labels", config.labels == folder.CLASS or bool(config.folder),
+       "goes with a table of your own; name it by --config.data.folder")
+  need("sampler", config.sampler in SAMPLERS, f"choose one of {', '.join(SAMPLERS)}")
+  need("skip_corrupt", config.skip_corrupt >= 0, "give a positive number, or 0 to skip none")
+  if config.classes:
+    need("num_classes", config.num_classes == len(config.classes),
+         f"there are {len(config.classes)} names in --config.data.classes; give that number")
+  own.check_shares(config.shares)
+  if config.labels != folder.CLASS:
+    instead = f"has no meaning where an image has a {config.labels}; set it to"
+    need("per_class", not config.per_class, f"{instead} 0")
+    need("sampler", config.sampler == "shuffle", f"{instead} shuffle")
+  if config.labels == folder.NUMBER:
+    for field in ("mixup", "cutmix"):
+      need(field, not config[field], f"{instead} 0")
+    need("class_weights", not config.class_weights, "has no meaning where an image has a number")
+    for field in ("target_mean", "target_std") if config.fitted_to else ():
+      need(field, len(config[field]) == config.num_classes,
+           f"give one value for each of {config.num_classes} numbers")
+    need("target_std", all(s > 0 for s in config.target_std), "give values above 0")
+  class_weights(config)
+
+
+def class_weights(config: Any) -> tuple[float, ...]:
+  """The weight of each class in the training loss, as `config.class_weights` asks for; () if all
+  weigh the same.
+
+  "balanced" lets all classes count the same: n / (C n_c), where n_c of n examples are of class c of
+  C. If an image has several classes, the weight is that of its having the class, (n - n_c) / n_c.
+
+  Raises:
+    UserError: there are not as many numbers as classes, or one is negative or no number; a class
+      has no training example.
+  """
+  given, classes = tuple(config.class_weights), config.num_classes
+  need = functools.partial(splits.need, config)
+  if not given:
+    return ()
+  if given != ("balanced",):
+    try:
+      weights = tuple(float(weight) for weight in given)
+    except ValueError:
+      weights = (math.nan,)
+    need("class_weights", all(0 <= w < math.inf for w in weights) and sum(weights) > 0,
+         "write balanced, or a number of at least 0 for each class")
+    need("class_weights", len(weights) == classes,
+         f"there are {classes} classes; give a number for each")
+    return weights
+  try:
+    counts = np.array([int(count) for count in config.class_counts] or [1] * classes)
+  except ValueError:
+    counts = np.zeros(0)
+  need("class_counts", len(counts) == classes, f"give a whole number for each of {classes} classes")
+  for number in np.flatnonzero(counts < 1)[:1]:
+    name = repr(config.classes[number]) if config.classes else number
+    need("class_weights", False, f"class {name} has no training example; leave it out, or give "
+         "numbers")
+  if config.labels == folder.CLASSES:
+    total = config.num_train_examples or counts.max()
+    return tuple(float(w) for w in np.maximum(total - counts, 1) / counts)
+  return tuple(float(w) for w in counts.sum() / (classes * counts))
+
+
+def look_up(config: Any, seed: int, given: Collection[str]) -> dict[str, Any]:
+  """Finds, once, what the data decide: of the user's own data see `folder.look_up`; of others the
+  number of examples of each class, if the loss needs it.
+
+  Args:
+    config: `config.data`.
+    seed: the run's seed.
+    given: the names of the fields of `config.data` that the user has given.
+
+  Returns:
+    Field of `config.data` -> value; {} if there is a folder that does not exist, but what a dry
+    run needs is given.
+
+  Raises:
+    UserError: the data are missing or cannot be used.
+  """
+  need = functools.partial(splits.need, config)
+  need("labels", config.labels in folder.KINDS, f"choose one of {', '.join(folder.KINDS)}")
+  need("sampler", config.sampler in SAMPLERS, f"choose one of {', '.join(SAMPLERS)}")
+  # What has no meaning for the labels of own data is not known yet.
+  unlabelled = {"labels": folder.CLASS, "classes": (), "class_weights": (), "mixup": 0.0,
+                "cutmix": 0.0, "per_class": 0, "sampler": "shuffle"}
+  plain = ml_collections.ConfigDict(config)
+  plain.update(unlabelled if config.folder else {})
+  validate(plain)
+  if config.folder:
+    if not folder.exists(config):
+      needed = [f"--config.data.{field}" for field in ("num_classes", "image_shape")
+                if field not in given]
+      if needed:
+        raise UserError(f"{folder.FLAG}={config.folder}: there is no such folder or table; name "
+                        f"one, or for --dry_run without it give {' and '.join(needed)}")
+      return {}
+    return folder.look_up(config, seed, given)
+  if tuple(config.class_weights) != ("balanced",) or "class_counts" in given:
+    return {}
+  if config.per_class:
+    return {"class_counts": (config.per_class,) * config.num_classes}
+  images = ImageSet(config)
+  labels = _labels(images.dataset.records(config.train))
+  images.check_labels(labels, "train")
+  return {"class_counts": tuple(np.bincount(labels, minlength=config.num_classes).tolist())}
 
 
 class ImageSet(splits.DataSet):
@@ -98,6 +232,15 @@ class ImageSet(splits.DataSet):
 
   def __init__(self, config: Any):
     validate(config)
+    self.seed, self._run = 0, None
+    # A folder that the run was not trained on can only be evaluated.
+    self._foreign = bool(config.folder) and not folder.same(config.folder, config.fitted_to)
+    self._looked_at = ml_collections.FrozenConfigDict(config)
+    if self._foreign:
+      config = ml_collections.ConfigDict(config)
+      config.update(train="train", validation="", test="test")
+    self._skipped: dict[str, list[str]] = {}
+    self._record: Mapping[str, Any] = {}
     super().__init__(config)
     self.mixes = config.mixup > 0 or config.cutmix > 0
     # A streamed step asks once for each row.
@@ -113,6 +256,7 @@ class ImageSet(splits.DataSet):
     if corruptions and not self.config["test"]:
       raise UserError(
           "--config.eval.corruptions disturbs the test split; name one by --config.data.test")
+    self.seed = options["seed"]
     data = super().pipelines(**options)
 
     def disturb(*corruption: Any) -> Reprocessed:
@@ -131,20 +275,54 @@ class ImageSet(splits.DataSet):
 
   def shapes(self) -> splits.Shapes:
     """See `DataSet.shapes`."""
-    shapes = {"image": (self.config.image_shape, np.float32), "label": ((), np.int32)}
+    config = self.config
+    label = ((), np.int32) if config.labels == folder.CLASS else (
+        (config.num_classes,), np.float32)
+    shapes = {"image": (config.image_shape, np.float32), "label": label}
     if self.mixes:
-      shapes |= {"mix_label": ((), np.int32), "mix_weight": ((), np.float32)}
+      shapes |= {"mix_label": label, "mix_weight": ((), np.float32)}
     return shapes
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
-    return {"assets": lambda: {
-        "classes": list(self.dataset.features["label"].names),
-        typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}}
+    fields = {"assets": self.assets, "restore": self.restore}
+    return fields | {"name": self.config.folder} if self.config.folder else fields
 
-  def check(self, dataset: sources.Dataset) -> None:
+  def assets(self) -> Mapping[str, Any]:
+    """The names of the classes, and what was left out; of own data also the files."""
+    assets = {
+        "classes": list(self.dataset.features["label"].names),
+        typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}
+    if self.config.folder:
+      assets["files"] = self._record
+    if self.config.skip_corrupt:
+      assets["skipped"] = {"fingerprint": self.dataset.fingerprint, "examples": self._skipped}
+    return assets
+
+  def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the assets of a run, to continue or to evaluate it; call it before anything is opened.
+    """
+    self._run = assets
+
+  def open(self) -> Any:
+    """See `DataSet.open`."""
+    config, run = self.config, self._run or {}
+    if not config.folder:
+      return super().open()
+    classes = config.classes or run.get("classes", ())
+    dataset, self._record = folder.open_folder(
+        self._looked_at, config.labels, self.seed, classes,
+        run.get("files", {}) if self._foreign else None)
+    if self._run is not None and not self._foreign:
+      folder.check_same(run.get("files", {}), self._record, config.folder)
+    return dataset
+
+  def check(self, dataset: Any) -> None:
     """See `DataSet.check`."""
     config = self.config
+    if config.folder:
+      self._check_own(dataset)
+      return
     classes = getattr(dataset.features.get("label"), "num_classes", None)
     if classes is None or len(getattr(dataset.features.get("image"), "shape", ())) != 3:
       raise UserError(f"--config.data.name: {config.name} does not have an image and a class as "
@@ -156,21 +334,47 @@ class ImageSet(splits.DataSet):
     if channels not in (None, wanted) and (channels, wanted) != (4, 3):
       raise UserError(f"--config.data.image_shape={tuple(config.image_shape)}: {config.name} has "
                       f"{channels} channel{'s' * (channels > 1)}")
-    for name in config.groups:
+    self._check_groups(dataset)
+    super().check(dataset)
+
+  def _check_groups(self, dataset: Any) -> None:
+    for name in self.config.groups:
       choose("--config.data.groups", name,
              {name: feature for name, feature in dataset.features.items()
               if type(feature).__name__ in GROUP_FEATURES})
-    super().check(dataset)
+
+  def _check_own(self, dataset: own.Dataset) -> None:
+    config, names = self.config, dataset.features["label"].names
+    if len(names) != config.num_classes:
+      raise UserError(f"--config.data.num_classes={config.num_classes}: {config.folder} has "
+                      f"{len(names)} ({own.some(names)})")
+    self._check_groups(dataset)
+    if not self._foreign:
+      super().check(dataset)
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits; otherwise it is streamed from disk."""
     dataset, config = self.dataset, self.config
+    if self._foreign:
+      if split == "train":
+        raise UserError(f"{folder.FLAG}={config.folder}: this is not what the run was trained on; "
+                        "another folder can be evaluated by --mode=eval")
+      dataset.ranges(split, split)
     records = dataset.records(config[split])
     numbers = np.arange(len(records))  # of the examples in the split
+    if config.skip_corrupt:
+      numbers = self.sound(split, records)
+      records = sources.Subset(records, numbers)
     if split == "train" and config.per_class:
       names = dataset.features["label"].names
-      numbers = few_of_each(records, names, config.per_class, pipeline.seed)
-      records = sources.Subset(records, numbers)
+      few = few_of_each(records, names, config.per_class, pipeline.seed)
+      numbers, records = numbers[few], sources.Subset(records, few)
+    if split == "train" and config.sampler == "balanced":
+      from dljax.data import balance  # few runs need it
+
+      labels = _labels(records)
+      self.check_labels(labels, split, numbers)
+      pipeline.order = balance.Balanced(labels, pipeline.seed)
     crops = split == "train" and config.random_resized_crop > 0
     channels, background = config.image_shape[-1], config.background
     stored = (*dataset.features["image"].shape[:2], channels) if crops else config.image_shape
@@ -179,7 +383,8 @@ class ImageSet(splits.DataSet):
     if static and len(records) * math.prod(stored) <= MEMORY_LIMIT:
       fit = (lambda image: image) if crops else functools.partial(decode.fit, config=config)
       naming = functools.partial(self.naming, split, numbers)
-      arrays = _decode_all(records, channels, background, fit, stored, groups, naming)
+      arrays = _decode_all(
+          records, channels, background, fit, stored, groups, naming, self.label)
       self.check_labels(arrays["label"], split, numbers)
       return InMemory(arrays, self.crop if crops else None)
 
@@ -187,7 +392,8 @@ class ImageSet(splits.DataSet):
       examples = []
       for index, record in zip(indices, records[indices]):
         with self.naming(split, numbers, index):
-          examples.append(decode_record(record, channels, background) | groups(record))
+          examples.append(decode_record(record, channels, background, self.label)
+                          | groups(record))
       self.check_labels([example["label"] for example in examples], split, numbers[indices])
       if crops:
         return [self.crop(example, plan, row) for example, row in zip(examples, rows)]
@@ -196,10 +402,64 @@ class ImageSet(splits.DataSet):
     rows = self.rows if split == "train" else lambda plan: plan.rows
     return Streaming(len(records), load, pipeline.plan, rows)
 
+  def label(self, record: Mapping[str, Any]) -> np.ndarray:
+    """A record's label, as a batch has it."""
+    config, values = self.config, record["label"]
+    if config.labels == folder.CLASS:
+      return np.int32(values[0])
+    if config.labels == folder.NUMBER:
+      centred = np.asarray(values, np.float64) - config.target_mean
+      return (centred / config.target_std).astype(np.float32)
+    return np.isin(np.arange(config.num_classes), values).astype(np.float32)
+
   def naming(self, split: str, numbers: Sequence[int], index: int) -> Any:
     """A context in which an error names example `numbers[index]` of the split; see `decode`."""
-    return decode.naming(f"--config.data.{split}={self.config[split]!r}: example {numbers[index]} "
-                         f"of {self.config.name}")
+    name = self.config[split]
+    mend = decode.MEND_FILE if self.config.folder else (
+        f"{decode.MEND_SET}, or skip it by --config.data.skip_corrupt=1")
+    return decode.naming(f"--config.data.{split}={name!r}: "
+                         f"{self.dataset.example(name, int(numbers[index]))}", mend)
+
+  def sound(self, split: str, records: sources.Records) -> np.ndarray:
+    """The numbers of the examples that can be decoded; every example is decoded for that.
+
+    Raises:
+      UserError: there are more others than `config.skip_corrupt` allows, over the splits that are
+        open; or others than when the run began.
+    """
+    config, numbers, bad = self.config, range(len(records)), {}
+
+    def check(number: int, record: Mapping[str, Any] | UserError) -> str:
+      try:
+        with self.naming(split, numbers, number):
+          if isinstance(record, UserError):
+            raise record
+          decode_record(record, config.image_shape[-1], config.background, self.label)
+        return ""
+      except UserError as e:
+        return str(e)
+
+    with concurrent.futures.ThreadPoolExecutor(CHECK_THREADS) as pool:
+      for start in range(0, len(records), DECODE_AT_ONCE):
+        block = numbers[start:start + DECODE_AT_ONCE]
+        reasons = pool.map(check, block, _read_each(records, block))
+        bad |= {number: reason for number, reason in zip(block, reasons) if reason}
+    names = [self.dataset.example(config[split], number) for number in bad]
+    skipped, fingerprint = (self._run or {}).get("skipped", {}), self.dataset.fingerprint
+    before = skipped.get("examples", {}).get(config[split])
+    if skipped.get("fingerprint") == fingerprint and before not in (None, names):
+      raise UserError(f"--config.data.skip_corrupt: {len(names)} examples of {split} cannot be "
+                      f"decoded ({own.some(names)}), and {len(before)} could not when the run "
+                      f"began ({own.some(before)}); restore the data, or name another --workdir")
+    self._skipped[config[split]] = names
+    if (total := sum(map(len, self._skipped.values()))) > config.skip_corrupt:
+      raise UserError(f"--config.data.skip_corrupt={config.skip_corrupt}: {total} examples cannot "
+                      f"be decoded, such as {next(iter(bad.values())).partition('; ')[0]}; give a "
+                      "larger number, or mend them")
+    if names and jax.process_index() == 0:
+      logging.warning("skipped %d of %d examples of %s that cannot be decoded: %s", len(names),
+                      len(records), split, own.some(names, len(names)))
+    return np.setdiff1d(np.arange(len(records)), list(bad))
 
   def check_labels(
       self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None,
@@ -212,6 +472,8 @@ class ImageSet(splits.DataSet):
       indices: the numbers of their examples; by default 0, 1, ...
     """
     classes = self.config.num_classes
+    if self.config.labels != folder.CLASS:
+      return  # they were checked with their table
     for i in np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))[:1]:
       example = i if indices is None else indices[i]
       raise UserError(f"--config.data.{split}={self.config[split]!r}: example {example} has the "
@@ -350,32 +612,69 @@ def few_of_each(
                   "examples; make it smaller, or 0 to take all")
 
 
-def decode_record(record: Mapping[str, Any], channels: int, background: int = 0) -> HostBatch:
-  """The fields image uint8[h, w, channels] and label i32[] of a record of `sources.Records`."""
+def _labels(records: sources.Records) -> np.ndarray:
+  """The class of each record, i64[n]; -1 where it has none."""
+  found = []
+  for start in range(0, len(records), DECODE_AT_ONCE):
+    block = records[range(start, min(start + DECODE_AT_ONCE, len(records)))]
+    found += [record["label"][0] if len(record["label"]) else -1 for record in block]
+  return np.array(found, np.int64)
+
+
+def _read_each(records: sources.Records, block: Sequence[int]) -> list[Any]:
+  """The records at some positions, with the error in place of one that cannot be read."""
+  try:
+    return records[block]
+  except UserError:
+    return [_read_one(records, number) for number in block]
+
+
+def _read_one(records: sources.Records, number: int) -> Any:
+  try:
+    return records[[number]][0]
+  except UserError as e:
+    return e
+
+
+def _class_of(record: Mapping[str, Any]) -> np.ndarray:
+  return np.int32(record["label"][0])
+
+
+def decode_record(
+    record: Mapping[str, Any], channels: int, background: int = 0,
+    label: Callable[[Mapping[str, Any]], np.ndarray] = _class_of,
+) -> HostBatch:
+  """The fields image uint8[h, w, channels] and label of a record of `sources.Records`.
+
+  Args:
+    record: the record.
+    channels: C, 1 or 3.
+    background: the grey, from 0 to 255, that shows where the image is transparent.
+    label: record -> label; by default the class, i32[].
+  """
   return {"image": decode.decode_image(record["image"][0], channels, background),
-          "label": np.int32(record["label"][0])}
+          "label": label(record)}
 
 
 def _decode_all(
     records: sources.Records, channels: int, background: int,
     fit: Callable[[np.ndarray], np.ndarray], shape: Sequence[int],
     groups: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]],
-    naming: Callable[[int], Any],
+    naming: Callable[[int], Any], label: Callable[[Mapping[str, Any]], np.ndarray],
 ) -> dict[str, np.ndarray]:
-  images, labels = np.empty((len(records), *shape), np.uint8), np.empty(len(records), np.int32)
-  grouped = []
+  images, labels, grouped = np.empty((len(records), *shape), np.uint8), [], []
   for start in range(0, len(records), DECODE_AT_ONCE):
     rows = range(start, min(start + DECODE_AT_ONCE, len(records)))
     block = records[rows]
     encoded = []
     for row, record in zip(rows, block):
       with naming(row):
-        labels[row] = record["label"][0]
+        labels.append(label(record))
         grouped.append(groups(record))
         encoded.append(record["image"][0])
     decoded = decode.decode_images(encoded, channels, background)
     for row in rows:
       with naming(row):
         images[row] = fit(next(decoded))
-  return {"image": images, "label": labels,
+  return {"image": images, "label": np.stack(labels),
           **{name: np.stack([g[name] for g in grouped]) for name in grouped[0]}}

@@ -676,3 +676,123 @@ def test_images_of_many_sizes_are_streamed(photos, monkeypatch):
     np.testing.assert_array_equal(streamed.batch(0)[key], value)
   data.train.close()
   streamed.close()
+
+
+# Weights and samplers
+
+
+def test_weights_of_classes_are_numbers_or_follow_from_the_counts(digits):
+  digits.update(num_classes=3)
+  assert labelled.class_weights(digits) == ()
+  digits.update(class_weights=("1", "0.5", "0"))
+  assert labelled.class_weights(digits) == (1.0, 0.5, 0.0)
+  digits.update(class_weights=("balanced",), class_counts=(2, 4, 6))
+  weights = labelled.class_weights(digits)
+  np.testing.assert_allclose(weights, [2, 1, 2 / 3])
+  assert np.dot(weights, (2, 4, 6)) == pytest.approx(12)  # the mean weight of an example is 1
+  digits.update(folder="x", fitted_to="x", labels="classes", num_train_examples=12, mean=(0.5,), std=(0.5,))
+  np.testing.assert_allclose(labelled.class_weights(digits), [5, 2, 1])
+
+
+@pytest.mark.parametrize("weights, counts, message", [
+    (("even",), (), "class_weights=even: write balanced, or a number"),
+    (("1", "-1", "1"), (), "write balanced, or a number of at least 0"),
+    (("0", "0", "0"), (), "write balanced, or a number of at least 0"),
+    (("1", "nan", "1"), (), "write balanced, or a number"), (("1", "2"), (), "there are 3 classes; give a number for each"),
+    (("balanced",), (3, 0, 2), "class 1 has no training example"),
+    (("balanced",), (3, 2), "class_counts=3,2: give a whole number for each of 3 classes")])
+def test_weights_of_another_form_are_refused(digits, weights, counts, message):
+  digits.update(num_classes=3, class_weights=weights, class_counts=counts)
+  with pytest.raises(UserError, match=message):
+    build(digits)
+
+
+def test_the_counts_of_a_prepared_set_are_looked_up_where_weights_need_them(digits):
+  assert labelled.look_up(digits, 0, ()) == {}
+  digits.class_weights = ("balanced",)
+  counts = labelled.look_up(digits, 0, ("class_weights",))["class_counts"]
+  assert sum(counts) == 1293 and len(counts) == 10 and min(counts) > 120
+  assert labelled.look_up(digits, 0, ("class_weights", "class_counts")) == {}
+
+
+def test_a_balanced_sampler_gives_every_class_equally_often(digits, monkeypatch):
+  digits.update(train="train[:300]", sampler="balanced")
+  train = build(digits, batch_size=100).train
+  train.open()
+  for step in (0, 7):
+    assert np.bincount(train.batch(step)["label"]).tolist() == [10] * 10
+  monkeypatch.setattr(labelled, "MEMORY_LIMIT", 0)
+  streamed = build(digits, batch_size=100).train
+  streamed.open()
+  np.testing.assert_array_equal(streamed.batch(3)["image"], train.batch(3)["image"])
+  streamed.close()
+
+
+# Examples that cannot be decoded
+
+
+@pytest.fixture
+def damaged(digits, monkeypatch):
+  """Digits whose training examples 3 and 7, and test example 1, are cut."""
+  digits.update(train="train[:40]", validation="", test="test[:20]")
+  getitem, whole = sources.Records.__getitem__, {40: (3, 7), 20: (1,)}
+
+  def cut(records, indices):
+    read = [dict(record) for record in getitem(records, indices)]
+    for i, record in zip(indices, read):
+      if i in whole[len(records)]:
+        record["image"] = [record["image"][0][:40]]
+    return read
+
+  monkeypatch.setattr(sources.Records, "__getitem__", cut)
+  return digits
+
+
+@pytest.mark.parametrize("limit", [0, labelled.MEMORY_LIMIT], ids=["streamed", "in memory"])
+def test_damaged_examples_are_left_out_where_that_was_asked_for(damaged, monkeypatch, caplog, limit):
+  damaged.skip_corrupt = 3
+  monkeypatch.setattr(labelled, "MEMORY_LIMIT", limit)
+  data, other = build(damaged, batch_size=8), build(damaged, batch_size=8)
+  for pipeline in (data.train, data.evals["test"]):
+    pipeline.open()
+  other.train.open(share(1, 2))
+  assert (data.train.num_examples, data.evals["test"].num_examples) == (38, 19)
+  assert data.assets()["skipped"] == {"fingerprint": data.fingerprint(), "examples": {
+      "train[:40]": ["example 3 of digits", "example 7 of digits"], "test[:20]": ["example 1 of digits"]}}
+  assert "skipped 2 of 40 examples of train that cannot be decoded: example 3 of digits, example 7" in caplog.text
+  np.testing.assert_array_equal(other.train.batch(2)["image"], data.train.batch(2)["image"][1::2])
+  for pipeline in (data.train, data.evals["test"], other.train):
+    pipeline.close()
+
+
+def test_more_damaged_examples_than_allowed_are_refused(damaged):
+  damaged.skip_corrupt = 2
+  data = build(damaged, batch_size=8)
+  data.train.open()
+  with pytest.raises(UserError, match="skip_corrupt=2: 3 examples cannot be decoded, such as .*test.*: example 1 of digits") as e:
+    data.evals["test"].open()
+  assert "\n" not in str(e.value)
+  damaged.skip_corrupt = 1
+  with pytest.raises(UserError, match="skip_corrupt=1: 2 examples cannot be decoded, such as .*example 3 of digits"):
+    build(damaged, batch_size=8).train.open()
+
+
+def test_a_run_goes_on_with_the_examples_that_it_began_with(damaged):
+  damaged.skip_corrupt = 3
+  data = build(damaged, batch_size=8)
+  data.train.open()
+  assets = json.loads(json.dumps(data.assets()))
+  again = build(damaged, batch_size=8)
+  again.restore(assets)
+  again.train.open()
+  skipped = assets["skipped"]["examples"]
+  skipped["train[:40]"] = skipped["train[:40]"][:1]
+  other = damaged.copy_and_resolve_references()
+  other.train = "train[1:41]"  # of which nothing is known
+  again = build(other, batch_size=8)
+  again.restore(assets)
+  again.train.open()
+  again = build(damaged, batch_size=8)
+  again.restore(assets)
+  with pytest.raises(UserError, match="2 examples of train cannot be decoded .*, and 1 could not when the run began"):
+    again.train.open()
