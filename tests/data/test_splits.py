@@ -13,7 +13,7 @@ from dljax.data.series import windows
 from dljax.data.text import corpus
 from dljax.errors import UserError
 
-SIZES = {"batch_size": 2, "eval_batch_size": 2, "seed": 0, "host": 0, "hosts": 1}
+SIZES = {"batch_size": 2, "eval_batch_size": 2, "seed": 0}
 
 
 def test_a_files_fingerprint_is_its_length_and_content(tmp_path):

@@ -494,6 +494,20 @@ def test_disk_full_is_raised_at_the_next_save_and_loses_nothing(saved, caplog, c
   assert _names(saved) == {"8", "12"}
 
 
+def test_what_the_host_decided_later_takes_the_place_of_what_it_had(saved, monkeypatch):
+  with Checkpointer(saved) as checkpointer:
+    checkpointer.amend(8, {"best_step": 4, "seen": 8, "more": (1,)})
+    assert checkpointer.host() == {"best_step": 4, "seen": 8, "more": [1]}
+    monkeypatch.setattr(checkpoint.durable, "write", _full_disk)
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoint 8 in .* was not saved: .*No space left"):
+      checkpointer.amend(8, {"best_step": None, "seen": 9})
+  _restores(saved, 8)
+
+
+def _full_disk(path, data):
+  raise OSError(28, "No space left on device", str(path))
+
+
 @pytest.mark.parametrize("leave", ["close", "save"])
 def test_a_manifest_that_cannot_be_written_is_an_error(saved, monkeypatch, leave):
   def full(path, data):

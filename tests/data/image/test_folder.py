@@ -19,7 +19,7 @@ THREE = {"cat": 10, "dog": 20, "eel": 10}
 
 def build(data, seed=0, batch_size=4, **more):
   return labelled.ImageSet(data).pipelines(
-      batch_size=batch_size, eval_batch_size=64, seed=seed, **{"host": 0, "hosts": 1, **more})
+      batch_size=batch_size, eval_batch_size=64, seed=seed, **more)
 
 
 def names(data):
