@@ -251,6 +251,21 @@ MUTANTS = (
         "draw.integers(-config.shift, config.shift, (size, 2))",
         ("tests/data/image/test_scenes.py::test_every_shift_is_drawn",)),
     Mutant(
+        "coco_size_upright", "dljax/data/image/own_scenes.py",
+        "if boxes.size in (None, stored.size):",
+        "if boxes.size in (None, stored.upright):",
+        ("tests/data/image/test_own_scenes.py::test_boxes_turn_with_their_image",)),
+    Mutant(
+        "mask_palette_of_each_file", "dljax/data/image/masks.py",
+        "elif any(color_of.setdefault(i, color) != color",
+        "elif any(color_of.setdefault(i, color) != color_of[i]",
+        ("tests/data/image/test_own_scenes.py::test_what_the_values_of_masks_mean_is_found",)),
+    Mutant(
+        "mask_ignored_is_a_class", "dljax/data/image/scenes.py",
+        "table[number(config.mask_ignore)] = VOID_BYTE",
+        "table[number(config.mask_ignore)] = 0",
+        ("tests/data/image/test_own_scenes.py::test_what_the_values_of_masks_mean_is_found",)),
+    Mutant(
         "rng_name", "dljax/data/pipeline.py",
         "[seed, step, zlib.crc32(name.encode())]",
         "[seed, step, 0]",

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -118,6 +118,25 @@ def build(
       read=functools.partial(_read, config), show=_show, draw=_draw, preview=preview,
       saw=functools.partial(
           common.saw_images, functools.partial(typical.pixels, config=config.data)))
+
+
+def resolve(config: ml_collections.ConfigDict, given: Collection[str]) -> dict[str, Any]:
+  """Looks up what the user's own images and boxes decide; see `launch.main`.
+
+  Args:
+    config: the config, with the user's overrides.
+    given: the names of the fields that the user has given.
+
+  Returns:
+    Field -> value. The anchors get the boxes' shapes.
+
+  Raises:
+    UserError: the data are missing or cannot be used.
+  """
+  found, ratios = scenes.look_up(config, given, "boxes")
+  if ratios and "model.anchor_ratios" not in given:
+    found["model.anchor_ratios"] = ratios
+  return found
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:

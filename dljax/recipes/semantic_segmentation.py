@@ -1,7 +1,7 @@
 """The experiment that all segmenters share, from a config and a model."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -72,10 +72,29 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
       **{field: config.model[field] for field in _OF_TASK})
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
-      read=functools.partial(_read, config), show=_show,
+      read=functools.partial(_read, config), show=functools.partial(_show, config),
       draw=functools.partial(_draw, config.data),
       saw=functools.partial(
           common.saw_images, functools.partial(typical.pixels, config=config.data)))
+
+
+def resolve(config: ml_collections.ConfigDict, given: Collection[str]) -> dict[str, Any]:
+  """Looks up what the user's own images and masks decide; see `launch.main`.
+
+  Args:
+    config: the config, with the user's overrides.
+    given: the names of the fields that the user has given.
+
+  Returns:
+    Field -> value. All classes count, as none need be the ground.
+
+  Raises:
+    UserError: the data are missing or cannot be used.
+  """
+  found, _ = scenes.look_up(config, given, "segmentation")
+  if found and "model.ground" not in given:
+    found["model.ground"] = True
+  return found
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
@@ -86,9 +105,13 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
                 typical.warnings(batch["image"], names, config.data, assets))
 
 
-def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
+def _show(
+    config: ml_collections.ConfigDict, inputs: Inputs, predictions: Any, assets: Assets,
+) -> Iterator[Mapping[str, Any]]:
   del inputs
-  return segmentation.decode(predictions, assets)
+  # The first class of the user's own may be any.
+  return segmentation.decode(
+      predictions, assets, ground=bool(config.data.folder) and config.model.ground)
 
 
 def _draw(

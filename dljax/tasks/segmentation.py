@@ -222,12 +222,15 @@ def _count(which: Array, axes: int | tuple[int, ...] | None = None) -> Array:
   return jnp.sum(which, axes, dtype=jnp.int32)
 
 
-def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def decode(
+    predictions: PyTree, assets: Mapping[str, Any], ground: bool = False,
+) -> Iterator[Mapping[str, Any]]:
   """One row for each image, to print and to write.
 
   Args:
     predictions: the result of `Segmentation.predict`.
     assets: the run's assets; "classes" are the class names.
+    ground: whether "found" also names the first class, which is no ground.
 
   Yields:
     {"found": "7 (12.1%), 3 (4.0%)", "shares": {"ground": 0.839, "7": 0.121, ...}}. The shares are
@@ -239,5 +242,5 @@ def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[s
   for image in classes:
     shares = np.bincount(image.ravel(), minlength=len(names)) / image.size
     order = [i for i in np.argsort(-shares, kind="stable") if shares[i] >= LEAST_SHARE]
-    found = ", ".join(f"{names[i]} ({shares[i]:.1%})" for i in order if i != GROUND)
+    found = ", ".join(f"{names[i]} ({shares[i]:.1%})" for i in order if ground or i != GROUND)
     yield {"found": found or "none", "shares": {names[i]: float(shares[i]) for i in order}}

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dljax.data import sources
+from dljax.data.image import scenes
 from dljax.errors import UserError
 from dljax.models import resnet
 from dljax.models import retinanet as models
@@ -19,7 +20,7 @@ from dljax.tasks import detection
 from dljax.train.experiment import Inputs, Request
 from dljax.train.state import parameter_count
 from experiments import retinanet
-from tests.command import plain_pictures, run
+from tests.command import plain_pictures, refuse, run
 
 TINY = ["--config.data.image_shape=32,32,1", "--config.total_steps=2", "--config.batch_size=2",
         "--config.eval_batch_size=3", "--config.log_every=1", "--config.eval_every=2", "--mesh=data:1"]
@@ -227,3 +228,46 @@ def test_the_users_images_have_a_place_and_a_size(tmp_path):
   batch = experiment.read(Request(paths=[str(tmp_path / "wide.png")]), {}).batch
   np.testing.assert_array_equal(batch["size"], [[192, 100]])  # width, height
   np.testing.assert_array_equal(batch["place"], [[0, 23, 96, 73]])
+
+
+def write_squares(root, shown=range(6)):
+  """The scenes of `Squares` as COCO's file and images, with three splits."""
+  (root / "annotations").mkdir(parents=True)
+  for split in ("train", "val", "test"):
+    (root / split).mkdir()
+    images, boxes = [], []
+    for i in shown:
+      image = np.zeros((32, 32), np.uint8)
+      if i % 3:
+        image[i:i + 12, 8:20] = 255
+        boxes.append({"id": i, "image_id": i, "category_id": 7, "bbox": [8, i, 12, 12]})
+      Image.fromarray(image).save(root / split / f"{i}.png")
+      images.append({"id": i, "file_name": f"{i}.png", "width": 32, "height": 32})
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps({
+        "images": images, "annotations": boxes, "categories": [{"id": n, "name": f"kind {n}"} for n in range(10)]}))
+  return root
+
+
+def test_a_folder_of_ones_own_is_looked_at_once(tmp_path, monkeypatch, caplog):
+  """Trained, continued without a second look, evaluated elsewhere; predictions need no folder."""
+  root, workdir = write_squares(tmp_path / "own"), tmp_path / "run"
+  looks = []
+  monkeypatch.setattr(scenes.own_scenes, "look", lambda *args, look=scenes.own_scenes.look: looks.append(1) or look(*args))
+  arguments = [f"--workdir={workdir}", f"--config.data.folder={root}", *TINY, "--config.data.max_boxes=8",
+               "--config.model.anchor_ratios=1.25,2.0"]
+  with plain_pictures():
+    outcome = run(retinanet, *arguments)
+  assert outcome.status == 0, outcome
+  assert "found 18 images: 6 for training, 6 for validation, 6 for test" in outcome.out
+  assert "found 12 boxes of 10 classes, for training" in outcome.out and "'kind 7' 4" in outcome.out
+  stored = json.loads((workdir / "config.json").read_text())["config"]
+  assert stored["data"]["classes"][7] == "kind 7" and stored["data"]["format"] == "coco"
+  assert "data.classes" in stored["found"] and "data.max_boxes" not in stored["found"]
+  assert json.loads((workdir / "data" / "classes.json").read_text())[7] == "kind 7"
+  assert run(retinanet, *arguments).out.count("found") == 0 and len(looks) == 1
+  other = write_squares(tmp_path / "other", range(1, 9))
+  outcome = run(retinanet, "--mode=eval", f"--workdir={workdir}", f"--config.data.folder={other}", "--mesh=data:1")
+  assert outcome.status == 0 and f"{other}: left out 6 images that the run was trained on" in caplog.text, outcome
+  root.rename(tmp_path / "gone")
+  assert run(retinanet, "--mode=predict", f"--workdir={workdir}", f"--input={other / 'test'}", "--mesh=data:1").status == 0
+  assert refuse(retinanet, *arguments, "--config.total_steps=3").startswith(f"--config.data.folder={root}: there is no such folder")

@@ -14,6 +14,7 @@ from dljax import report
 from dljax.data import sources
 from dljax.data.image.scenes import VOID
 from dljax.models.layers import BatchNorm
+from dljax.recipes import semantic_segmentation
 from dljax.train.experiment import Inputs
 from dljax.train.state import parameter_count
 from experiments import unet
@@ -233,3 +234,49 @@ def test_bad_input_is_refused_in_a_line(prepare, tmp_path, arguments, words):
   line = refuse(unet, f"--workdir={tmp_path / 'run'}", *TINY, *OF_SET, *arguments)
   assert not [word for word in words if word not in line], line
   assert not (tmp_path / "run").exists()
+
+
+def write_squares(root):
+  """The scenes of `Squares` as images and masks with a palette, in two splits, with the names of the classes."""
+  for split in ("train", "val"):
+    for folder in ("images", "masks"):
+      (root / folder / split).mkdir(parents=True)
+    for i in range(6):
+      image, kinds = squares(i)
+      Image.fromarray(image).save(root / "images" / split / f"{i}.png")
+      mask = Image.fromarray(np.select([kinds == VALUES[k] for k in range(3)], range(3)).astype(np.uint8))
+      mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+      mask.save(root / "masks" / split / f"{i}.png")
+  (root / "classes.txt").write_text("sky\nsquare\nstripe\n")
+  return root
+
+
+def test_what_a_folder_decides_is_looked_up(tmp_path, capsys):
+  config = unet.get_config("digit_scenes")
+  assert semantic_segmentation.resolve(config, []) == {}
+  config.data.folder = str(write_squares(tmp_path))
+  found = semantic_segmentation.resolve(config, ["data.folder", "data.mean"])
+  assert found["data.mask_names"] == ("sky", "square", "stripe") and found["data.num_train_examples"] == 6
+  assert found["model.ground"] is True and found["data.test"] == "" and "data.mean" not in found
+  assert "model.ground" not in semantic_segmentation.resolve(config, ["data.folder", "model.ground"])
+  assert "found 3 classes of pixels: 0 is 'sky', 1 is 'square', 2 is 'stripe'" in capsys.readouterr().out
+  config.update_from_flattened_dict(found)
+  experiment = unet.build(config)
+  assert experiment.task.num_classes == 3 and experiment.data.name == str(tmp_path)
+  rows = list(experiment.show(Inputs({}, ["a"]), {"classes": np.zeros((1, 4, 4), np.uint8)}, {"classes": ["sky"]}))
+  assert rows == [{"found": "sky (100.0%)", "shares": {"sky": 1.0}}]  # the first class need not be the ground
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_and_masks_takes_the_place_of_a_set(tmp_path):
+  root, workdir = write_squares(tmp_path / "own"), tmp_path / "run"
+  arguments = [f"--workdir={workdir}", f"--config.data.folder={root}",
+               *(flag for flag in TINY if "mask_classes" not in flag)]
+  outcome = run(unet, *arguments)
+  assert outcome.status == 0, outcome
+  stored = json.loads((workdir / "config.json").read_text())["config"]
+  assert stored["model"]["ground"] is True and stored["data"]["mask_classes"] == 3
+  assert "sky" in (workdir / "tables" / "classes.csv").read_text()
+  root.rename(tmp_path / "gone")
+  outcome = run(unet, "--mode=predict", f"--workdir={workdir}", f"--input={tmp_path / 'gone' / 'images' / 'val'}", "--mesh=data:1")
+  assert outcome.status == 0 and "%)" in outcome.out, outcome

@@ -5,6 +5,7 @@ model sees (`config.image_shape`).
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ PIXELS_AT_ONCE = 2**22
 # What to do about an example that cannot be decoded.
 MEND_SET = "mend the set, or choose a split without it"
 MEND_FILE = "mend the file, remove it, or skip it by --config.data.skip_corrupt=1"
+MOST_COLORS = 256  # of a mask
+_LOSSY = ("JPEG", "MPO")  # formats that change colours
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap height and width
 
@@ -84,8 +87,8 @@ def decode_images(
   return iter(decoded)
 
 
-def decode_mask(data: bytes, image: bytes) -> np.ndarray:
-  """Decodes the mask of an image, whose values say which class a pixel has, to uint8[h, w].
+def decode_mask(data: bytes, image: bytes, form: str = "grey") -> np.ndarray:
+  """Decodes the mask of an image, whose values say which class a pixel has.
 
   A mask counts as upright, as `decode_image` gives the image. But if only the image has a tag of
   its orientation, and the sides of the mask are those of the image before it is turned, it is
@@ -94,18 +97,126 @@ def decode_mask(data: bytes, image: bytes) -> np.ndarray:
   Args:
     data: the mask's file.
     image: the image's file.
+    form: what a value is. "grey": the grey that a viewer shows; "values": the number in the file,
+      which for a palette is that of the colour; "colors": the colour.
+
+  Returns:
+    uint8[h, w], or uint8[h, w, 3] for "colors".
 
   Raises:
-    ValueError, OSError and others: see `decode_image`.
+    ValueError, OSError and others: see `decode_image`; or the form is "values", and a pixel has a
+      colour.
   """
-  mask, stored = _open(data), _header(image)
+  mask = _open(data)
   if "A" not in mask.mode.upper():
     mask.info.pop("transparency", None)
-  orientation = _orientation(mask)
-  if orientation == 1 and mask.size == stored.size != mask.size[::-1]:
-    turned = _orientation(stored)
-    orientation = turned if turned in _SIDEWAYS else 1
-  return _flatten(_turn(mask, orientation), 1, 0)[..., 0]
+  mask = _turn(mask, stored_mask(data, image).orientation)
+  if form == "grey":
+    return _flatten(mask, 1, 0)[..., 0]
+  if form == "values" and mask.mode == "P":
+    return np.asarray(mask)
+  colors = _flatten(mask, 3, 0)
+  if form == "colors":
+    return colors
+  if (coloured := np.argwhere((colors[..., :1] != colors).any(axis=-1))).size:
+    y, x = coloured[0]
+    raise ValueError(f"pixel ({x}, {y}) has the colour {hex_color(*colors[y, x])}, and no number")
+  return colors[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskColors:
+  """What occurs in a mask.
+
+  Attributes:
+    colors: the colours, as (red, green, blue).
+    indices: for a palette, the number of each of them there; otherwise None.
+  """
+
+  colors: tuple[tuple[int, int, int], ...]
+  indices: tuple[int, ...] | None
+
+
+def mask_colors(data: bytes) -> MaskColors:
+  """The colours of a mask's file.
+
+  Raises:
+    ValueError: the format is lossy, or there are more than `MOST_COLORS`.
+    ValueError, OSError and others: see `decode_image`.
+  """
+  mask = _open(data)
+  if mask.format in _LOSSY:
+    raise ValueError("is a JPEG file, which blurs the values of a mask; save masks as PNG")
+  if "A" not in mask.mode.upper():
+    mask.info.pop("transparency", None)
+  palette = mask.mode == "P"
+  if not palette and mask.mode not in ("L", "RGB"):
+    from PIL import Image
+
+    mask = Image.fromarray(_flatten(mask, 3, 0))
+  counted = mask.getcolors(MOST_COLORS)
+  if counted is None:
+    raise ValueError(f"has more than {MOST_COLORS} colours, which no mask has; save masks as PNG, "
+                     "without smoothing")
+  found = [value for _, value in counted]
+  if palette:
+    table = np.zeros((256, 3), np.uint8)
+    stored = np.asarray(mask.getpalette("RGB"), np.uint8).reshape(-1, 3)[:256]
+    table[:len(stored)] = stored
+    found.sort()
+    return MaskColors(tuple(tuple(table[i].tolist()) for i in found), tuple(found))
+  return MaskColors(tuple(sorted(v if isinstance(v, tuple) else (v,) * 3 for v in found)), None)
+
+
+def hex_color(red: int, green: int, blue: int) -> str:
+  """A colour as it is written on the web, such as #ff8000."""
+  return f"#{int(red):02x}{int(green):02x}{int(blue):02x}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """An image's file before its pixels are decoded.
+
+  Attributes:
+    size: width and height as they are stored.
+    orientation: the number from 1 (upright) to 8 that its EXIF data give.
+  """
+
+  size: tuple[int, int]
+  orientation: int
+
+  @property
+  def upright(self) -> tuple[int, int]:
+    """Width and height as `decode_image` gives the image."""
+    return self.size[::-1] if self.orientation in _SIDEWAYS else self.size
+
+  def turned(self, boxes: np.ndarray) -> np.ndarray:
+    """Boxes f64[N, 4] (x0, y0, x1, y1), in shares of the sides as stored -> those as upright."""
+    x0, y0, x1, y1 = boxes.T
+    if self.orientation in _SIDEWAYS:
+      x0, y0, x1, y1 = y0, x0, y1, x1
+    if self.orientation in (2, 3, 6, 7):  # what was left or up is right
+      x0, x1 = 1 - x1, 1 - x0
+    if self.orientation in (3, 4, 7, 8):  # what was up or right is below
+      y0, y1 = 1 - y1, 1 - y0
+    return np.stack([x0, y0, x1, y1], axis=1)
+
+
+def stored(data: bytes) -> Stored:
+  """Reads the head of an image's file; raises what `decode_image` raises."""
+  image = _header(data)
+  return Stored(image.size, _orientation(image))
+
+
+def stored_mask(data: bytes, image: bytes) -> Stored:
+  """Reads the head of a mask's file, and finds how it is turned with its image; see `decode_mask`.
+  """
+  mask = stored(data)
+  if mask.orientation == 1 and mask.size != mask.size[::-1]:
+    whole = stored(image)
+    if mask.size == whole.size and whole.orientation in _SIDEWAYS:
+      return Stored(mask.size, whole.orientation)
+  return mask
 
 
 def _header(data: bytes) -> Any:

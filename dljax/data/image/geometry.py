@@ -5,8 +5,55 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dljax.errors import UserError
+
 VOID_BYTE = 255  # the class of a pixel that has none, while it is stored
 LEAST_SEEN = 0.3  # the share of a box's area that a window must show; below, the object is dropped
+
+
+SLACK = 1e-3  # pixels by which rounding may put a box outside of its image
+
+
+def faults(boxes: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+  """What is wrong with boxes f64[N, 4] (x0, y0, x1, y1), in pixels of an image of size (h, w).
+
+  Returns:
+    bool[N], whether a box has no area or no place, and bool[N], whether it reaches out of the
+    image.
+  """
+  flat = ~np.all(boxes[:, 2:] > boxes[:, :2], axis=1)  # also for a box with NaN
+  limit = np.array([size[1], size[0]] * 2)
+  return flat, np.any((boxes < -SLACK) | (boxes > limit + SLACK), axis=1)
+
+
+def good(boxes: np.ndarray, size: Sequence[int], cut: bool) -> np.ndarray:
+  """Which boxes can be used: bool[N], see `faults`.
+
+  Args:
+    boxes: f64[N, 4].
+    size: the image's height and width.
+    cut: whether a box that reaches out of the image will be cut at its border.
+  """
+  if cut:
+    boxes = np.clip(boxes, 0, [size[1], size[0]] * 2)
+  flat, outside = faults(boxes, size)
+  return ~(flat | outside)
+
+
+def refuse_box(where: str, name: str, box: np.ndarray, size: Sequence[int]) -> UserError:
+  """The error for a box that has a fault.
+
+  Args:
+    where: the flag and the image, for the message.
+    name: the box's name there, such as "box 3".
+    box: f64[4].
+    size: the image's height and width.
+  """
+  flat, _ = faults(box[None], size)
+  fault = "has no area" if flat[0] else "lies outside of the image"
+  return UserError(f"{where}: {name} {fault} ({', '.join(f'{v:.4g}' for v in box)} of "
+                   f"{size[1]}x{size[0]} pixels); mend the set, or --config.data.bad_boxes=drop "
+                   "(or cut, at the image's border)")
 
 
 @dataclasses.dataclass(frozen=True)

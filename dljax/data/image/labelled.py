@@ -7,21 +7,18 @@ also holds "host/group/NAME" str[b] for each feature NAME in `config.data.groups
 or CutMix mix_label, the partner's label, and mix_weight f32[b], the weight of the row's own label.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
-from absl import logging
 
 from dljax.config import Field, Group, one_of
 from dljax.data import own, sources, splits
-from dljax.data.image import augment, corrupt, decode, folder, typical
+from dljax.data.image import augment, corrupt, decode, folder, sound, typical
 from dljax.data.pipeline import (
     Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng)
 from dljax.errors import UserError, choose
@@ -33,7 +30,6 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # the range of random resized crops
 GROUP_FEATURES = ("ClassLabel", "Text")  # TFDS's features by whose values examples can be grouped
 CROP_ATTEMPTS = 10
 DECODE_AT_ONCE = 2048  # number of images
-CHECK_THREADS = 16
 
 
 def default_config() -> Group:
@@ -239,7 +235,7 @@ class ImageSet(splits.DataSet):
     if self._foreign:
       config = ml_collections.ConfigDict(config)
       config.update(train="train", validation="", test="test")
-    self._skipped: dict[str, list[str]] = {}
+    self._skipped = sound.Skipped(config.skip_corrupt)
     self._record: Mapping[str, Any] = {}
     super().__init__(config)
     self.mixes = config.mixup > 0 or config.cutmix > 0
@@ -296,7 +292,7 @@ class ImageSet(splits.DataSet):
     if self.config.folder:
       assets["files"] = self._record
     if self.config.skip_corrupt:
-      assets["skipped"] = {"fingerprint": self.dataset.fingerprint, "examples": self._skipped}
+      assets["skipped"] = {"fingerprint": self.dataset.fingerprint, "examples": self._skipped.names}
     return assets
 
   def restore(self, assets: Mapping[str, Any]) -> None:
@@ -427,39 +423,18 @@ class ImageSet(splits.DataSet):
       UserError: there are more others than `config.skip_corrupt` allows, over the splits that are
         open; or others than when the run began.
     """
-    config, numbers, bad = self.config, range(len(records)), {}
+    config, dataset, run = self.config, self.dataset, (self._run or {}).get("skipped", {})
+    name = config[split]
 
-    def check(number: int, record: Mapping[str, Any] | UserError) -> str:
-      try:
-        with self.naming(split, numbers, number):
-          if isinstance(record, UserError):
-            raise record
-          decode_record(record, config.image_shape[-1], config.background, self.label)
-        return ""
-      except UserError as e:
-        return str(e)
+    def check(number: int, record: Mapping[str, Any]) -> None:
+      with self.naming(split, range(len(records)), number):
+        decode_record(record, config.image_shape[-1], config.background, self.label)
 
-    with concurrent.futures.ThreadPoolExecutor(CHECK_THREADS) as pool:
-      for start in range(0, len(records), DECODE_AT_ONCE):
-        block = numbers[start:start + DECODE_AT_ONCE]
-        reasons = pool.map(check, block, _read_each(records, block))
-        bad |= {number: reason for number, reason in zip(block, reasons) if reason}
-    names = [self.dataset.example(config[split], number) for number in bad]
-    skipped, fingerprint = (self._run or {}).get("skipped", {}), self.dataset.fingerprint
-    before = skipped.get("examples", {}).get(config[split])
-    if skipped.get("fingerprint") == fingerprint and before not in (None, names):
-      raise UserError(f"--config.data.skip_corrupt: {len(names)} examples of {split} cannot be "
-                      f"decoded ({own.some(names)}), and {len(before)} could not when the run "
-                      f"began ({own.some(before)}); restore the data, or name another --workdir")
-    self._skipped[config[split]] = names
-    if (total := sum(map(len, self._skipped.values()))) > config.skip_corrupt:
-      raise UserError(f"--config.data.skip_corrupt={config.skip_corrupt}: {total} examples cannot "
-                      f"be decoded, such as {next(iter(bad.values())).partition('; ')[0]}; give a "
-                      "larger number, or mend them")
-    if names and jax.process_index() == 0:
-      logging.warning("skipped %d of %d examples of %s that cannot be decoded: %s", len(names),
-                      len(records), split, own.some(names, len(names)))
-    return np.setdiff1d(np.arange(len(records)), list(bad))
+    same = run.get("fingerprint") == dataset.fingerprint
+    return self._skipped.keep(
+        split, name, len(records), sound.unsound(records, check),
+        functools.partial(dataset.example, name),
+        run.get("examples", {}).get(name) if same else None)
 
   def check_labels(
       self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None,
@@ -619,21 +594,6 @@ def _labels(records: sources.Records) -> np.ndarray:
     block = records[range(start, min(start + DECODE_AT_ONCE, len(records)))]
     found += [record["label"][0] if len(record["label"]) else -1 for record in block]
   return np.array(found, np.int64)
-
-
-def _read_each(records: sources.Records, block: Sequence[int]) -> list[Any]:
-  """The records at some positions, with the error in place of one that cannot be read."""
-  try:
-    return records[block]
-  except UserError:
-    return [_read_one(records, number) for number in block]
-
-
-def _read_one(records: sources.Records, number: int) -> Any:
-  try:
-    return records[[number]][0]
-  except UserError as e:
-    return e
 
 
 def _class_of(record: Mapping[str, Any]) -> np.ndarray:

@@ -18,24 +18,29 @@ Dimensions: b the host's rows, N boxes, H height, W width, C channels.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from dljax.config import Field, Group, one_of
-from dljax.data import sources, splits
-from dljax.data.image import augment, decode, typical
+from dljax.data import own, sources, splits
+from dljax.data.image import augment, decode, folder, geometry, own_scenes, sound, typical
 from dljax.data.image.geometry import VOID_BYTE, Placement, Window
 from dljax.data.pipeline import (
     PADDING, Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming)
 from dljax.errors import UserError
 
 VOID = -1  # the class of a pixel that has none
+UNKNOWN = VOID_BYTE - 1  # marks a value that is no class
 TARGETS = ("boxes", "segmentation")
 RESIZE = ("pad", "bilinear")
-BAD_BOXES = ("refuse", "drop")
-SLACK = 1e-3  # pixels by which rounding may put a box outside of its image
+BAD_BOXES = ("refuse", "drop", "cut")
+_COLORS = "give colours such as #ff0000,#00ff00, in lower case"
+_COLOR = re.compile("#[0-9a-f]{6}")
+_BYTE = re.compile("[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]")
 MEMORY_LIMIT = 2 * 2**30  # bytes of one split's images and masks; larger splits are streamed
 DECODE_AT_ONCE = 256  # number of images, which are decoded before they are made smaller
 
@@ -49,6 +54,16 @@ def default_config() -> Group:
   """The fields of `config.data`."""
   return Group({
       "name": Field("digit_scenes", splits.NAME),
+      "folder": Field("", "Your own scenes in place of the set: a folder with boxes or masks; see "
+                      "data/README.md."),
+      "format": Field("", 'The form of the boxes in your folder, "coco" or "yolo"; found if "".'),
+      "classes": Field((), "The names of the objects' classes in your own data."),
+      "fitted_to": Field("", "The folder that was looked at when the run started."),
+      "num_train_examples": Field(0, "The number of training examples of your own data."),
+      "shares": Field(own.SHARES, "The shares of train, validation and test, where your folder names "
+                      "no splits."),
+      "skip_corrupt": Field(0, "The number of examples that may be left out because they cannot be "
+                            "decoded."),
       **splits.fields("train", "validation", "test"),
       "num_classes": Field(10, "The number of the objects' classes."),
       "image_shape": Field((96, 96, 1), "The height, width and channels that the model sees."),
@@ -65,6 +80,9 @@ def default_config() -> Group:
                             "classes."),
       "mask_classes": Field(11, "The number of the pixels' classes; the first is the ground."),
       "mask_values": Field(tuple(range(11)), "The value of each class in that image."),
+      "mask_colors": Field((), "The colour of each class in that image, such as #ff0000, where its "
+                           "values are no numbers."),
+      "mask_ignore": Field("", "The value or colour of pixels without a class."),
       "mask_names": Field((), 'The names of the pixels\' classes; by default "ground" and the '
                           "names of the objects."),
       "scale": Field((1.0, 1.0), "The range of the magnification in training, whose logarithm is "
@@ -80,19 +98,71 @@ def validate(config: Any) -> None:
   need("resize", config.resize in RESIZE, f"choose one of {', '.join(RESIZE)}")
   need("bad_boxes", config.bad_boxes in BAD_BOXES, f"choose one of {', '.join(BAD_BOXES)}")
   decode.validate(config)
+  if config.classes:
+    need("num_classes", config.num_classes == len(config.classes),
+         f"there are {len(config.classes)} names in --config.data.classes; give that number")
+  own.check_shares(config.shares)
+  need("skip_corrupt", config.skip_corrupt >= 0, "give a positive number, or 0 to skip none")
   need("max_boxes", config.max_boxes > 0, "give a positive number")
   need("mask_classes", 0 < config.mask_classes < VOID_BYTE,
        f"give a number from 1 to {VOID_BYTE - 1}")
-  lengths_of = {"mask_values": [config.mask_classes], "mask_names": [0, config.mask_classes]}
-  for field, lengths in lengths_of.items():
+  told = "mask_colors" if config.mask_colors else "mask_values"
+  lengths_of = {told: [config.mask_classes], "mask_names": [0, config.mask_classes]}
+  # What the user's own folder decides may not be known yet, in a dry run without it.
+  for field, lengths in lengths_of.items() if config.fitted_to or not config.folder else ():
     need(field, len(config[field]) in lengths,
          f"give one for each of {config.mask_classes} classes")
   need("mask_values", all(0 <= value <= 255 for value in config.mask_values),
        "give values from 0 to 255")
+  need("mask_colors", all(map(_COLOR.fullmatch, config.mask_colors)), _COLORS)
+  colored = bool(config.mask_colors)
+  need("mask_ignore", not config.mask_ignore or bool(
+      (_COLOR if colored else _BYTE).fullmatch(config.mask_ignore)),
+       "give a colour such as #ffffff" if colored else "give a value from 0 to 255, such as 255")
+  need("mask_ignore", config.mask_ignore not in map(str, config[told]),
+       f"is also the value of a class; drop it, or give other --config.data.{told}")
   need("scale", len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] < math.inf,
        "give the least and the greatest, such as 0.8,1.25")
   need("shift", 0 <= config.shift < max(config.image_shape[:2]),
        "give 0 or more pixels, but less than the image has")
+
+
+def look_up(
+    config: ml_collections.ConfigDict, given: Collection[str], target: str,
+) -> tuple[dict[str, Any], tuple[float, ...]]:
+  """Looks up what a folder of the user's own decides, and prints what it found.
+
+  Args:
+    config: the whole config, with the user's overrides.
+    given: the names of the fields that the user has given.
+    target: "boxes" or "segmentation".
+
+  Returns:
+    Field -> value, {} without a folder; nothing is monitored if there is no validation split. And
+    typical ratios of height to width of the boxes.
+
+  Raises:
+    UserError: a field has a value out of range; or the folder is missing, or cannot be used.
+  """
+  data = config.data
+  if not data.folder:
+    return {}, ()
+  need = functools.partial(splits.need, data)
+  if "data.format" in given:
+    forms = own_scenes.FORMATS[target]
+    need("format", data.format in forms, f"choose one of {', '.join(forms)}")
+  need("skip_corrupt", data.skip_corrupt >= 0, "give a positive number, or 0 to skip none")
+  need("bad_boxes", data.bad_boxes in BAD_BOXES, f"choose one of {', '.join(BAD_BOXES)}")
+  need("mask_colors", all(map(_COLOR.fullmatch, data.mask_colors)), _COLORS)
+  found = own_scenes.look(
+      data, target, config.seed,
+      {name.removeprefix("data.") for name in given if name.startswith("data.")})
+  for line in found.lines:
+    print(line)
+  fields = {f"data.{field}": value for field, value in found.fields.items()}
+  if not fields.get("data.validation", data.validation) and "monitor" not in given:
+    fields["monitor"] = ""
+  return fields, found.ratios
 
 
 def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], list[str]]:
@@ -115,17 +185,45 @@ class SceneSet(splits.DataSet):
 
   def __init__(self, config: Any, targets: Sequence[str]):
     validate(config)
+    # A folder that the run was not trained on can only be evaluated.
+    self._foreign = bool(config.folder) and not folder.same(config.folder, config.fitted_to)
+    self._looked_at = ml_collections.FrozenConfigDict(config)
+    if self._foreign:
+      config = ml_collections.ConfigDict(config)
+      config.update({"train": "train", "validation": "", "test": "test"})
     super().__init__(config)
     self._targets = tuple(targets)
     self.boxes, self.segmentation = (target in targets for target in TARGETS)
-    self._classes = np.full(256, VOID_BYTE, np.uint8)  # value in the file -> class
-    self._classes[list(config.mask_values)] = np.arange(config.mask_classes)
+    if config.folder and len(self._targets) > 1:
+      raise UserError(f"--config.data.folder={config.folder}: holds either boxes or masks; drop it")
+    self._seed, self._run = 0, None
+    self._record: Mapping[str, Any] = {}
+    self._skipped = sound.Skipped(self.config.skip_corrupt)
+    self._sound: dict[str, np.ndarray] = {}  # split -> the numbers of the examples that are kept
 
   def pipeline(self, split: str, **options: Any) -> Pipeline:
     """See `DataSet.pipeline`."""
     return IndexedPipeline(
         functools.partial(self.open_split, split),
         self.train_batch if options["train"] else self.eval_batch, **options)
+
+  def pipelines(self, **options: Any) -> splits.Data:
+    """See `DataSet.pipelines`; the seed also draws the splits that the user's folder does not name.
+    """
+    self._seed = options["seed"]
+    return super().pipelines(**options)
+
+  def open(self) -> Any:
+    """See `DataSet.open`."""
+    config, run = self.config, self._run or {}
+    if not config.folder:
+      return super().open()
+    trained = run.get("files", {}) if self._foreign else None
+    dataset, self._record = own_scenes.open_scenes(
+        self._looked_at, self._targets[0], self._seed, trained)
+    if self._run is not None and not self._foreign:
+      folder.check_same(run.get("files", {}), self._record, config.folder)
+    return dataset
 
   def shapes(self) -> splits.Shapes:
     """See `DataSet.shapes`."""
@@ -140,13 +238,31 @@ class SceneSet(splits.DataSet):
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
-    return {"assets": lambda: {
+    fields = {"assets": self.assets, "restore": self.restore}
+    return fields | {"name": self.config.folder} if self.config.folder else fields
+
+  def assets(self) -> Mapping[str, Any]:
+    """The names of the classes; of own data also the files."""
+    assets = {
         "classes": self.class_names(self._targets[0]),
-        typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}}
+        typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}
+    if self.config.folder:
+      assets["files"] = self._record
+    if self.config.skip_corrupt:
+      assets["skipped"] = {"fingerprint": self.dataset.fingerprint, "examples": self._skipped.names}
+    return assets
+
+  def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the assets of a run, to continue or to evaluate it; call it before anything is opened.
+    """
+    self._run = assets
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
     config, features = self.config, dataset.features
+    if config.folder:
+      self._check_own(dataset)
+      return
 
     def is_image(name: str) -> bool:
       return len(getattr(features.get(name), "shape", None) or ()) == 3
@@ -173,6 +289,14 @@ class SceneSet(splits.DataSet):
                       f"{channels} channel{'s' * (channels > 1)}")
     super().check(dataset)
 
+  def _check_own(self, dataset: own.Dataset) -> None:
+    config, labels = self.config, _object_labels(dataset.features)
+    if self.boxes and labels.num_classes != config.num_classes:
+      raise UserError(f"--config.data.num_classes={config.num_classes}: {config.folder} has "
+                      f"{labels.num_classes} classes of objects ({own.some(labels.names)})")
+    if not self._foreign:
+      splits.check_splits(dataset, config)
+
   def class_names(self, target: str) -> list[str]:
     """The names of a target's classes; opens the set if need be."""
     labels, config = _object_labels(self.dataset.features), self.config
@@ -186,52 +310,101 @@ class SceneSet(splits.DataSet):
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits; otherwise it is streamed from disk."""
-    records = self.dataset.records(self.config[split])
+    if self._foreign and split == "train":
+      raise UserError(f"--config.data.folder={self.config.folder}: this is not what the run was "
+                      "trained on; another folder can be evaluated by --mode=eval")
     height, width, channels = self.config.image_shape
+    numbers, records = self._records(split)
     if len(records) * height * width * (channels + self.segmentation) <= MEMORY_LIMIT:
       blocks = [range(start, min(start + DECODE_AT_ONCE, len(records)))
                 for start in range(0, len(records), DECODE_AT_ONCE)]
-      read = [example for block in blocks for example in self.read(records[block], split, block)]
+      read = [example for block in blocks
+              for example in self.read(records[block], split, numbers[block])]
       return InMemory({key: np.stack([example[key] for example in read]) for key in read[0]})
 
     def load(indices: np.ndarray, plan: Plan, rows: np.ndarray) -> list[HostBatch]:
       del plan, rows
-      return self.read(records[indices], split, indices)
+      return self.read(records[indices], split, numbers[indices])
 
     return Streaming(len(records), load, pipeline.plan, lambda plan: plan.rows)
 
+  def _records(self, split: str) -> tuple[np.ndarray, Any]:
+    """The examples of a split that can be used: their numbers in the split, and the records.
+
+    Raises:
+      UserError: there is none; or more are damaged than may be skipped.
+    """
+    config, dataset = self.config, self.dataset
+    if self._foreign:  # its splits were not checked
+      dataset.ranges(split, split)
+    records = dataset.records(config[split])
+    numbers = np.arange(len(records))
+    if not config.skip_corrupt:
+      return numbers, records
+
+    def name(number: int) -> str:
+      return dataset.example(config[split], number)
+
+    def check(number: int, record: Mapping[str, Any]) -> None:
+      self._decode(record, f"--config.data.{split}={config[split]!r}: {name(number)}")
+
+    with self.lock:
+      if split not in self._sound:
+        before = (self._run or {}).get("skipped", {})
+        same = before.get("fingerprint") == dataset.fingerprint
+        self._sound[split] = self._skipped.keep(
+            split, config[split], len(records), sound.unsound(records, check), name,
+            before.get("examples", {}).get(config[split]) if same else None)
+      numbers = self._sound[split]
+    return numbers, sources.Subset(records, numbers)
+
+  def _decode(
+      self, record: Mapping[str, Any], where: str,
+  ) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """An example's image u8[h, w, C]; its mask, see `decode.decode_mask`, and the mask's name."""
+    config, mask = self.config, None
+    named = record["file/mask"] if "file/mask" in record else config.mask_feature
+    with self._naming(where):
+      pixels = decode.decode_image(record["image"][0], config.image_shape[-1])
+    if self.segmentation:
+      with self._naming(f"{where}: {named}"):
+        mask = decode.decode_mask(record[config.mask_feature][0], record["image"][0],
+                                  self._mask_form)
+    return pixels, mask, named
+
+  def _naming(self, where: str) -> Any:
+    """A context in which errors begin with `where`; see `decode.naming`."""
+    return decode.naming(where, decode.MEND_FILE if self.config.folder else (
+        f"{decode.MEND_SET}, or skip it by --config.data.skip_corrupt=1"))
+
   def first(self, split: str, count: int) -> HostBatch:
     """A split's first examples as evaluation reads them, on every host; may open the set."""
-    records = self.dataset.records(self.config[split])
+    numbers, records = self._records(split)
     indices = np.arange(min(count, len(records)))
-    read = self.read(records[indices], split, indices)
+    read = self.read(records[indices], split, numbers[indices])
     batch = {key: np.stack([example[key] for example in read]) for key in read[0]}
     return {"mask": np.ones(len(indices), np.float32), "id": indices.astype(np.int32),
             **self._finish(batch, indices)}
 
   def read(
-      self, records: Sequence[Mapping[str, Any]], split: str, indices: Sequence[int],
+      self, records: Sequence[Mapping[str, Any]], split: str, numbers: Sequence[int],
   ) -> list[HostBatch]:
-    """Decodes, checks and places examples; `indices` are their numbers, for messages."""
+    """Decodes, checks and places examples; `numbers` are their numbers, for messages."""
     config, canvas = self.config, self.config.image_shape[:2]
     examples = []
-    for index, record in zip(indices, records):
-      where = f"--config.data.{split}={config[split]!r}: example {index} of {config.name}"
-      with decode.naming(where):
-        pixels = decode.decode_image(record["image"][0], config.image_shape[-1])
-      if self.segmentation:
-        with decode.naming(f"{where}: {config.mask_feature}"):
-          mask = decode.decode_mask(record[config.mask_feature][0], record["image"][0])
+    for number, record in zip(numbers, records):
+      where = (f"--config.data.{split}={config[split]!r}: "
+               f"{self.dataset.example(config[split], int(number))}")
+      pixels, mask, named = self._decode(record, where)
       place = Placement.of(pixels.shape[:2], canvas, config.resize)
       example = {"image": decode.fit(pixels, config)}
       if self.boxes:
         example |= self._read_boxes(record, pixels.shape[:2], place, where)
       if self.segmentation:
         if mask.shape[:2] != pixels.shape[:2]:
-          raise UserError(f"{where}: {config.mask_feature} has {mask.shape[0]}x{mask.shape[1]} "
-                          f"pixels and the image {pixels.shape[0]}x{pixels.shape[1]}; mend the "
-                          "set")
-        example["segmentation"] = self._fit_mask(mask, place, where)
+          raise UserError(f"{where}: {named} has {mask.shape[0]}x{mask.shape[1]} pixels and the "
+                          f"image {pixels.shape[0]}x{pixels.shape[1]}; mend the set")
+        example["segmentation"] = self._fit_mask(mask, place, where, named)
       examples.append(example)
     return examples
 
@@ -249,14 +422,12 @@ class SceneSet(splits.DataSet):
     for i in np.flatnonzero((labels < 0) | (labels >= config.num_classes))[:1]:
       raise UserError(f"{where}: box {i} has the label {labels[i]}, outside of 0 to "
                       f"{config.num_classes - 1}; mend the set, or choose a split with labels")
-    flat = ~np.all(boxes[:, 2:] > boxes[:, :2], axis=1)  # also for a box with NaN
-    outside = np.any((boxes < -SLACK) | (boxes > np.array([w, h, w, h]) + SLACK), axis=1)
+    flat, outside = geometry.faults(boxes, size)
     if config.bad_boxes == "refuse":
       for i in np.flatnonzero(flat | outside)[:1]:
-        fault = "has no area" if flat[i] else "lies outside of the image"
-        raise UserError(f"{where}: box {i} {fault} ({', '.join(f'{v:.4g}' for v in boxes[i])} of "
-                        f"{w}x{h} pixels); mend the set, or --config.data.bad_boxes=drop")
-    good = ~(flat | outside)
+        name = record["objects/place"][i] if "objects/place" in record else f"box {i}"
+        raise geometry.refuse_box(where, name, boxes[i], size)
+    good = geometry.good(boxes, size, cut=config.bad_boxes == "cut")
     if good.sum() > config.max_boxes:
       raise UserError(f"{where}: there are {good.sum()} boxes; raise "
                       f"--config.data.max_boxes={config.max_boxes}")
@@ -271,17 +442,52 @@ class SceneSet(splits.DataSet):
             "box_mask": fill((crowd[good] == 0) * np.ones(count), np.float32),
             "host/box_crowd": fill(crowd[good], np.float32)}
 
-  def _fit_mask(self, mask: np.ndarray, place: Placement, where: str) -> np.ndarray:
-    """u8[h, w] as it is in the file -> the classes on the canvas, u8[H, W]."""
+  @property
+  def _mask_form(self) -> str:
+    """What the values of masks are, see `decode.decode_mask`."""
+    if self.config.mask_colors:
+      return "colors"
+    return "values" if self.config.folder else "grey"
+
+  @functools.cached_property
+  def _table(self) -> np.ndarray:
+    """The class of each value of a mask, or of each colour (as 0xRRGGBB): u8[256] or u8[2^24]."""
+    config = self.config
+    table = np.full(2**24 if config.mask_colors else 256, UNKNOWN, np.uint8)
+
+    def number(value: str) -> int:
+      return int(value[1:], 16) if config.mask_colors else int(value)
+
+    table[list(map(number, config.mask_colors)) or list(config.mask_values)] = np.arange(
+        config.mask_classes)
+    if config.mask_ignore:
+      table[number(config.mask_ignore)] = VOID_BYTE
+    return table
+
+  def _classes_of(self, mask: np.ndarray, where: str, named: str) -> np.ndarray:
+    """The class of each pixel, u8[h, w], `VOID_BYTE` where it is ignored."""
+    config, values = self.config, mask
+    if config.mask_colors:
+      red, green, blue = np.moveaxis(mask.astype(np.int32), -1, 0)
+      values = red << 16 | green << 8 | blue
+    classes = self._table[values]
+    if (wrong := classes == UNKNOWN).any():
+      y, x = np.argwhere(wrong)[0]
+      field, value = "mask_values", mask[y, x]
+      if config.mask_colors:
+        field, value = "mask_colors", decode.hex_color(*value)
+      raise UserError(f"{where}: pixel ({x}, {y}) of {named} is {value}, the value of no class; "
+                      f"see --config.data.mask_classes={config.mask_classes} and "
+                      f"--config.data.{field}")
+    return classes
+
+  def _fit_mask(
+      self, mask: np.ndarray, place: Placement, where: str, named: str,
+  ) -> np.ndarray:
+    """The mask as it is in the file -> the classes on the canvas, u8[H, W]."""
     from PIL import Image
 
-    classes = self._classes[mask]
-    if (wrong := classes == VOID_BYTE).any():
-      y, x = np.argwhere(wrong)[0]
-      raise UserError(f"{where}: pixel ({x}, {y}) of {self.config.mask_feature} is {mask[y, x]}, "
-                      "the value of no class; see "
-                      f"--config.data.mask_classes={self.config.mask_classes} and "
-                      "--config.data.mask_values")
+    classes = self._classes_of(mask, where, named)
     if classes.shape != (place.height, place.width):
       size = place.width, place.height
       classes = np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))

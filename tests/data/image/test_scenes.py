@@ -227,3 +227,16 @@ def test_a_damaged_example_is_named(monkeypatch, field, words):
       {**record, **({field: [record[field][0][:60]]} if i == 2 else {})} for i, record in zip(indices, getitem(records, indices))])
   with pytest.raises(UserError, match=f"^--config.data.train='train': .*{words} be used"):
     opened(make().train)
+
+
+def test_a_damaged_example_of_a_prepared_set_may_be_skipped(monkeypatch, caplog):
+  getitem = sources.Records.__getitem__
+  monkeypatch.setattr(sources.Records, "__getitem__", lambda records, indices: [
+      {**record, **({"image": [b"no"]} if i == 2 else {})} for i, record in zip(indices, getitem(records, indices))])
+  with pytest.raises(UserError, match="example 2 of blocks cannot be used .*, or skip it by --config.data.skip_corrupt=1"):
+    opened(make().train)
+  data = make(skip_corrupt=1)
+  assert opened(data.train).num_examples == 11 and "example 2 of blocks" in caplog.text
+  assert data.assets()["skipped"]["examples"] == {"train": ["example 2 of blocks"]}
+  with pytest.raises(UserError, match="--config.data.skip_corrupt=1: 2 examples cannot be decoded"):
+    opened(data.evals["validation"])
