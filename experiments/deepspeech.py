@@ -96,4 +96,4 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 
 if __name__ == "__main__":
-  launch.main(get_config, build, PRESETS)
+  launch.main(get_config, build, PRESETS, speech.resolve)

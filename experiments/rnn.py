@@ -35,7 +35,8 @@ etth1 (Zhou et al. 2021) measures errors as the literature does; published for D
 horizon of 96 hours: mse 0.375, mae 0.399 (Zeng et al. 2023, table 2).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import flax.linen as nn
 import ml_collections
@@ -180,6 +181,12 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   return language_modeling.build(config, network, stateful=True)
 
 
+def _resolve(config: ml_collections.ConfigDict, given: Collection[str]) -> Mapping[str, Any]:
+  """What the user's own data decide."""
+  recipe = forecasting if config.task == "forecasting" else language_modeling
+  return recipe.resolve(config, given)
+
+
 def _build_forecaster(config: ml_collections.ConfigDict) -> nn.Module:
   """The network, or the baseline, that `config.model.variant` names."""
   model, dtype = config.model, common.dtype(config)
@@ -198,4 +205,4 @@ def _build_forecaster(config: ml_collections.ConfigDict) -> nn.Module:
 
 
 if __name__ == "__main__":
-  launch.main(get_config, build, PRESETS)
+  launch.main(get_config, build, PRESETS, _resolve)

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -44,12 +45,11 @@ def run(experiment: ModuleType, *arguments: str) -> Outcome:
 
 
 def _resolve(experiment: ModuleType) -> Any:
-  """The function that the last line of the experiment's file hands to `launch.main`, or None."""
+  """What the last line of an experiment's file hands to `launch.main` to look up the user's data; or None."""
+  if not isinstance(experiment, ModuleType):  # one that a test has made
+    return getattr(experiment, "resolve", None)
   call = ast.parse(Path(experiment.__file__).read_text()).body[-1].body[-1].value
-  if len(call.args) < 4:
-    return None
-  module, name = ast.unparse(call.args[3]).split(".")
-  return getattr(getattr(experiment, module), name)
+  return functools.reduce(getattr, ast.unparse(call.args[3]).split("."), experiment) if len(call.args) > 3 else None
 
 
 def refuse(experiment: ModuleType, *arguments: str) -> str:

@@ -272,10 +272,25 @@ MUTANTS = (
         ("tests/data/test_pipeline.py::test_every_name_seed_and_step_has_draws_of_its_own",)),
     Mutant(
         "normaliser_sees_all", "dljax/data/series/windows.py",
-        "values=series.values[:config.train]",
-        "values=series.values[:config.train + config.validation]",
+        "values=series.values[begin:end]",
+        "values=series.values",
         ("tests/data/series/test_windows.py::"
          "test_the_normaliser_is_that_of_the_training_rows_without_the_missing_ones",)),
+    Mutant(
+        "whole_seconds", "dljax/data/series/times.py",
+        "return time - (offset or 0)",
+        "return time // SECOND * SECOND - (offset or 0)",
+        ("tests/data/series/test_times.py::test_times_are_read_and_written_back",)),
+    Mutant(
+        "shares_rounded_alone", "dljax/data/series/windows.py",
+        "ends = [int(sum(sizes[:i + 1]))",
+        "ends = [sum(map(int, sizes[:i + 1]))",
+        ("tests/data/series/test_windows.py::test_splits_by_rows_shares_and_times",)),
+    Mutant(
+        "speakers_torn", "dljax/data/audio/transcripts.py",
+        "utterances[i].speaker if by_speaker else keys[i]",
+        "keys[i]",
+        ("tests/data/audio/test_transcripts.py::test_a_speaker_is_in_one_split",)),
     Mutant(
         "stream_spare", "dljax/data/text/streams.py",
         "integers(spare + 1)",

@@ -222,6 +222,28 @@ def fingerprint(names: Sequence[str], found: Sequence[Digest], more: str = "") -
   return f"{len(names)} files of {size} bytes, SHA-256 {whole.hexdigest()}"
 
 
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], start: str) -> None:
+  """Raises `UserError` if data have changed since a run began; names the files that differ.
+
+  Args:
+    before: the record that was kept then: fingerprint, and files: name -> (key, split).
+    now: the record of the same data now.
+    start: the flag and the path of the data, for the message.
+  """
+  if before.get("fingerprint") == now["fingerprint"]:
+    return
+  old, new = ({name: key for name, (key, _) in record.get("files", {}).items()}
+              for record in (before, now))
+  changes = [f"{what} {some(names)}" for what, names in (
+      ("added:", sorted(new.keys() - old.keys(), key=natural)),
+      ("removed:", sorted(old.keys() - new.keys(), key=natural)),
+      ("changed:", sorted((name for name in old.keys() & new.keys() if old[name] != new[name]),
+                          key=natural))) if names]
+  raise UserError(f"{start} has changed since the run began "
+                  f"({'; '.join(changes) or 'other labels, texts or splits'}); restore it, or name "
+                  "another --workdir")
+
+
 def clash(names: Sequence[str]) -> tuple[str, str, str] | None:
   """Two names that are different but look alike, and how they differ; None if there are none."""
   for form, how in ((lambda name: unicodedata.normalize("NFC", name), "Unicode normalisation"),

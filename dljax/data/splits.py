@@ -127,7 +127,14 @@ class DataSet:
     Raises:
       UserError: the file has changed since the first call.
     """
-    found = file_fingerprint(path)
+    return self.same_fingerprint(path, file_fingerprint(path))
+
+  def same_fingerprint(self, path: str, found: str) -> str:
+    """Returns the fingerprint `found` of the user's own data in `path`.
+
+    Raises:
+      UserError: another was found before.
+    """
     with self.lock:
       if self._fingerprints.setdefault(path, found) != found:
         raise UserError(f"{path} was changed while the run read it; run again once nothing writes to it")
@@ -254,5 +261,9 @@ def natural(path: str | os.PathLike[str]) -> tuple[list[str | int], str]:
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
   """The length and the SHA-256 of a file's bytes: the fingerprint of the user's own file."""
-  content = Path(path).expanduser().read_bytes()
-  return f"{len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}"
+  path = Path(path).expanduser()
+  if not path.is_file():  # a device may never end
+    raise OSError(f"{path} is no file")
+  with open(path, "rb") as content:
+    digest = hashlib.file_digest(content, "sha256")
+    return f"{content.tell()} bytes, SHA-256 {digest.hexdigest()}"

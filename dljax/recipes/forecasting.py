@@ -9,7 +9,7 @@ and 0.392; seasonal-naive has 0.512 and 0.433.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +29,8 @@ from dljax.train.experiment import Assets, Experiment, Inputs, Request
 DATA = {
     "temperatures": {"name": "temperatures", "missing": "mask"},  # one hour is missing
     "etth1": {"name": "etth1", "channels": ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"),
-              "train": 12 * 30 * 24, "validation": 4 * 30 * 24, "test": 4 * 30 * 24,
+              # 12, 4 and 4 months of 30 days
+              "train": "8640", "validation": "2880", "test": "2880",
               "window": 336, "horizon": 96, "covariates": ("hour_of_day", "day_of_week")},
 }
 LOSSES = ("mse", "pinball")
@@ -61,6 +62,16 @@ def config(
                           "network that corrects it."),
           "kernel_size": Field(25, "The number of rows in dlinear's moving average."),
       }))
+
+
+def resolve(
+    config: ml_collections.ConfigDict, given: Collection[str],
+) -> Mapping[str, Any]:
+  """What a series of the user's own decides, and prints what it holds; see `windows.find`."""
+  fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
+  found, lines = windows.find(config.data, fields)
+  print(*lines, sep="\n", end="\n" * bool(lines))
+  return {f"data.{field}": value for field, value in found.items()}
 
 
 def quantiles(config: ml_collections.ConfigDict) -> tuple[float, ...]:
@@ -111,8 +122,7 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
 
 
 def _show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
-  del inputs
-  return forecasting.decode(predictions, assets)
+  return forecasting.decode(inputs.batch, predictions, assets)
 
 
 def _draw(

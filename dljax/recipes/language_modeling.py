@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -58,6 +58,16 @@ def config(
       model=Group(common.model_fields(variant)), data=data_config,
       sampling=Group({name: Field(value, _SAMPLING[name])
                       for name, value in vars(language_modeling.Sampling()).items()}))
+
+
+def resolve(
+    config: ml_collections.ConfigDict, given: Collection[str],
+) -> Mapping[str, Any]:
+  """What a text of the user's own decides, and prints what it holds; see `corpus.find`."""
+  fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
+  found, lines = corpus.find(config.data, config.seed, fields)
+  print(*lines, sep="\n", end="\n" * bool(lines))
+  return {f"data.{field}": value for field, value in found.items()}
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -> Experiment:

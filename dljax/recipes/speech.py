@@ -1,7 +1,7 @@
 """The experiment that all speech recognisers share, from a config and a model."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +50,20 @@ def config(
           **common.model_fields(variant),
           "beam": Field(8, "The number of texts that the search keeps; 1 takes the best label of "
                         "each frame.")}))
+
+
+def resolve(
+    config: ml_collections.ConfigDict, given: Collection[str],
+) -> Mapping[str, Any]:
+  """What recordings of the user's own decide, and prints what they are; see `recordings.look_up`.
+  """
+  fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
+  found, lines = recordings.look_up(config.data, config.seed, fields)
+  print(*lines, sep="\n", end="\n" * bool(lines))
+  named = {f"data.{field}": value for field, value in found.items()}
+  if found and not found.get("validation", config.data.validation) and "monitor" not in given:
+    named["monitor"] = ""
+  return named
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:

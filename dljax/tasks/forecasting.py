@@ -9,7 +9,6 @@ Dimensions: B batch, W window, H horizon, C channels, K covariates, Q quantiles.
 
 import dataclasses
 import functools
-import datetime
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -34,8 +33,7 @@ class Forecasting(TaskBase):
   """Forecasts the H rows after a window.
 
   Batches have window [B, W, C], horizon [B, H, C] with NaN where a value is missing, mask f32[B],
-  and covariates [B, W + H, K] if the data have any. Batches for prediction may have time
-  i32[B, H, 2], which `predict` returns unchanged.
+  and covariates [B, W + H, K] if the data have any.
 
   Attributes:
     model: called as `model(window, covariates, train=...)`, gives {"logits": [B, H, C]}, or
@@ -110,8 +108,7 @@ class Forecasting(TaskBase):
     """Forecasts of normalised values.
 
     Returns:
-      forecast f32[B, H, C]; quantiles f32[B, H, C, Q], if the task has any; the batch's time, if
-      it has one.
+      forecast f32[B, H, C]; quantiles f32[B, H, C, Q], if the task has any.
     """
     del rng, context  # nothing is drawn
     out = self.model.apply(variables, batch["window"], batch.get("covariates"), train=False)
@@ -119,7 +116,7 @@ class Forecasting(TaskBase):
     predictions = {"forecast": self._point(logits)}
     if self.quantiles:
       predictions["quantiles"] = logits
-    return predictions | ({"time": batch["time"]} if "time" in batch else {})
+    return predictions
 
   @property
   def goals(self) -> Mapping[str, str]:
@@ -264,11 +261,14 @@ class _Tally:
     return {f"{title}: normalised mse {error:.3g}": fields for title, (error, fields) in picked.items()}
 
 
-def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def decode(
+    batch: Mapping[str, np.ndarray], predictions: PyTree, assets: Mapping[str, Any],
+) -> Iterator[Mapping[str, Any]]:
   """One row for each series, to print and to write, in the data's units.
 
   Args:
-    predictions: the result of `Forecasting.predict`, with time.
+    batch: the batch that `windows.encode` made; "host/time" has the times as texts [B, H].
+    predictions: the result of `Forecasting.predict` for it.
     assets: the run's assets; "normaliser" has the channels' mean and standard deviation.
 
   Yields:
@@ -281,17 +281,11 @@ def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[s
   if np.shape(predictions.get("quantiles"))[3:] > (1,):
     parts |= {"low": predictions["quantiles"][..., 0], "high": predictions["quantiles"][..., -1]}
   parts = {name: np.asarray(x, np.float64) * std + mean for name, x in parts.items()}
-  for i, time in enumerate(predictions["time"]):
-    times = [_when(*row) for row in time]
+  for i, times in enumerate(batch["host/time"]):
+    times = list(map(str, times))
     tables = {part: {name: dict(zip(times, map(float, values[i, :, c])))
                      for c, name in enumerate(channels)} for part, values in parts.items()}
     yield {"first": times[0], "last": times[-1], **tables}
-
-
-def _when(days: int, seconds: int) -> str:
-  """A time from its day since the start of 1970 and the seconds of the day."""
-  return str(datetime.datetime(1970, 1, 1)
-             + datetime.timedelta(days=int(days), seconds=int(seconds)))
 
 
 def pictures(
@@ -306,11 +300,11 @@ def pictures(
     band: the name of the band between the lowest and the highest quantile; see `Forecasting.band`.
   """
   channels, mean, std = _units(assets, np.shape(predictions["forecast"])[-1])
-  for i, time in enumerate(predictions["time"]):
+  for i, times in enumerate(batch["host/time"]):
     fields = {"window": batch["window"][i], "forecast": predictions["forecast"][i]}
     if band:
       fields |= {"low": predictions["quantiles"][i, ..., 0],
                  "high": predictions["quantiles"][i, ..., -1]}
     fields = {name: np.asarray(x, np.float64) * std + mean for name, x in fields.items()}
-    yield report.picture(report.forecasts({f"from {_when(*time[0])}": fields}, channels,
+    yield report.picture(report.forecasts({f"from {times[0]}": fields}, channels,
                                           band=band))

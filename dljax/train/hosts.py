@@ -10,11 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from dljax.errors import DONE, FAILED, UserError, one_line
+
+if TYPE_CHECKING:
+  from dljax.train.watch import Watch
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _MEND = (f"set {', '.join(BY_HAND)} to host:port of process 0, the number of processes, and this "

@@ -25,6 +25,7 @@ from dljax import interop
 from dljax.errors import UserError
 from dljax.interop import files, folder, hub, variants
 from dljax.tasks.base import CARRY
+from dljax.train import parallel
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.experiment import Experiment
 from dljax.train.state import TrainState, averaged, split_carry

@@ -33,7 +33,7 @@ def build(config):
   return forecasting.build(config, forecasting.baseline(config, common.dtype(config)))
 
 
-EXPERIMENT = SimpleNamespace(get_config=get_config, build=build, __file__=__file__,
+EXPERIMENT = SimpleNamespace(get_config=get_config, build=build, resolve=forecasting.resolve, __file__=__file__,
                              PRESETS={preset: f"{preset}." for preset in forecasting.DATA})
 
 
@@ -99,7 +99,7 @@ def test_a_run_learns_and_tells_of_its_errors(trained):
   with open(trained / "tables" / "steps.csv", newline="") as file:
     assert len(list(csv.DictReader(file))) == 12
   normaliser = read(trained, "data/normaliser.json")
-  assert normaliser["channels"] == ["seattle", "san_francisco"] and normaliser["step"] == 3600
+  assert normaliser["channels"] == ["seattle", "san_francisco"] and normaliser["step"] == "1 hour"
 
 
 def test_goals_are_those_of_every_metric_of_an_evaluation(trained):
@@ -136,7 +136,7 @@ def test_the_users_series_are_forecast_in_their_units_at_their_times(trained, tm
   outcome = run(EXPERIMENT, "--mode=predict", f"--workdir={trained}", f"--input={tmp_path}", f"--output={output}")
   assert outcome.status == 1, outcome  # some were skipped
   assert "short.csv: has 20 rows, but the model needs a window of 48" in outcome.err
-  assert "broken.csv: holds no rows of values" in outcome.err
+  assert "broken.csv: has one column, 'date;seattle', if the values are separated by ','; --config" in outcome.err
   row, = map(json.loads, output.read_text().splitlines())
   assert (row["first"], row["last"]) == ("2010-06-21 00:00:00", "2010-06-21 11:00:00")
   assert list(row["forecast"]) == ["seattle", "san_francisco"]
@@ -171,6 +171,43 @@ def test_training_on_the_users_own_series(tmp_path):
   assert longer.startswith("--config.data.window=290: with the horizon of 12 it is longer than the 300 rows")
 
 
+def test_a_file_alone_is_enough_to_train_evaluate_and_forecast(tmp_path):
+  """A German table of months: what it decides is found once, and is not looked for again."""
+  path, output = tmp_path / "absatz.csv", tmp_path / "out.jsonl"
+  months = [f"01.{month:02}.{year}" for year in range(2000, 2010) for month in range(1, 13)]
+  path.write_text("Monat;Nord;Region;Süd\n" + "".join(
+      f"{month};{i % 12},5;N;{(i + 3) % 12}\n" for i, month in enumerate(months)), encoding="utf-8-sig")
+  workdir = tmp_path / "run"
+  mine = [f"--config.data.name={path}", "--config.data.delimiter=;", "--config.data.decimal=,",
+          "--config.data.window=12", "--config.data.horizon=6", "--config.model.variant=seasonal_naive",
+          "--config.model.season=12", "--config.total_steps=1", "--config.batch_size=16", f"--workdir={workdir}",
+          "--mesh=data:1", "--config.data.validation=2007-01-01", "--config.data.test=2008-07-01"]
+  outcome = run(EXPERIMENT, *mine)
+  assert outcome.status == 0, outcome
+  assert outcome.out.startswith(
+      f"left out Region (no numbers)\n{path}: 120 rows from 01.01.2000 to 01.12.2009, at steps of 1 month; "
+      "train 84 from 01.01.2000, validation 18 from 01.01.2007, test 18 from 01.07.2008\n"
+      "found data.time=Monat\nfound data.channels=Nord,Süd\nfound data.missing=refuse\n"
+      "found data.covariates=day_of_year\nfound data.train=2000-01-01 00:00:00\n"), outcome.out
+  assert read(workdir)["metrics"]["test"]["mae"] < 1e-5 and read(workdir)["data"] == str(path)
+  other = tmp_path / "other.csv"
+  other.write_text(path.read_text().replace("\n", "\r\n") + "\n\n")  # the same rows
+  assert run(EXPERIMENT, "--mode=eval", f"--workdir={workdir}", "--mesh=data:1", f"--config.data.name={other}",
+             "--config.data.train=", "--config.data.validation=", "--config.data.test=100%").status == 0
+  metrics = read(workdir, "evaluation.json")["metrics"]
+  assert list(metrics) == ["test"] and metrics["test"]["mae"] < 1e-5
+  path.unlink()
+  outcome = run(EXPERIMENT, "--mode=predict", f"--workdir={workdir}", f"--input={other}", f"--output={output}")
+  assert outcome.status == 0, outcome
+  row, = map(json.loads, output.read_text().splitlines())
+  assert list(row["forecast"]["Nord"]) == [f"01.{month:02}.2010" for month in range(1, 7)]
+  np.testing.assert_allclose(list(row["forecast"]["Nord"].values()), np.arange(6) + 0.5, atol=1e-5)
+  assert refuse(EXPERIMENT, *mine, "--config.total_steps=2").startswith(f"{path}: cannot be read")
+  assert "--config.data.channels" in refuse(EXPERIMENT, *mine, "--dry_run", f"--workdir={tmp_path / 'no'}")
+  dry = run(EXPERIMENT, *mine, "--dry_run", f"--workdir={tmp_path / 'no'}", "--config.data.channels=Nord,Süd")
+  assert dry.status == 0 and not (tmp_path / "no").exists(), dry
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--config.model.variant=lstm"], "--config.model.variant: there is no 'lstm'"),
     (["--config.model.loss=huber"], "--config.model.loss: there is no 'huber'"),
@@ -178,7 +215,7 @@ def test_training_on_the_users_own_series(tmp_path):
      "--config.model.quantiles=0.2,0.8: the median"),
     (["--config.model.loss=pinball", "--config.model.quantiles="], "--config.model.quantiles: name those"),
     (["--config.model.variant=seasonal_naive", "--config.model.season=500"], "--config.model.season=500: must be"),
-    (["--config.data.name=no.csv"], "no.csv: cannot be read (No such file or directory); name a .csv file"),
+    (["--config.data.name=no.csv"], "--config.data.name=no.csv: there is no such file; name a .csv file, or"),
     (["--preset=etth1"], "--config.data.name: etth1 is not prepared"),
 ])
 def test_bad_input_ends_in_one_line(arguments, message, tmp_path):
@@ -194,4 +231,4 @@ def test_a_run_without_its_normaliser_is_refused(trained, tmp_path):
 def test_etth1_has_the_literatures_months():
   """12, 4 and 4 months of 30 days, hour by hour (Zhou et al. 2021)."""
   data = get_config("etth1").data
-  assert (data.train, data.validation, data.test) == (8640, 2880, 2880)
+  assert (data.train, data.validation, data.test) == ("8640", "2880", "2880")

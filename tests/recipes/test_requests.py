@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dljax.data.series import windows
+from dljax.data.series.times import SECOND, Step
 from dljax.errors import UserError
 from dljax.train.experiment import Request
 from experiments import deepspeech, lenet, mlp, retinanet, rnn, unet
@@ -48,7 +49,7 @@ def _text(folder):
   return folder / "input.txt"
 
 
-NORMALISER = windows.Normaliser(("seattle", "san_francisco"), np.zeros(2), np.ones(2), 3600)
+NORMALISER = windows.Normaliser(("seattle", "san_francisco"), np.zeros(2), np.ones(2), Step(3600 * SECOND))
 # Kind of experiment -> family, preset, what makes an input, assets of the run, what else than paths it takes.
 KINDS = {
     "image_classification": (lenet, "digits", _picture, {}, ()),

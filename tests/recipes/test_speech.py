@@ -62,12 +62,16 @@ def test_a_set_that_is_missing_gives_the_line_to_run(tmp_path, monkeypatch):
   assert "python -m dljax.data.prepare telephone_prompts" in line
 
 
-def test_trains_on_morse_and_gives_texts_for_wav_files(tmp_path, monkeypatch):
-  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-  # In place of the small form a smaller one, as most of this test's time is the tracing of layers.
+@pytest.fixture
+def smaller(monkeypatch):
+  """In place of the small form a smaller one, as most of a short run's time is the tracing of layers."""
   form = functools.partial(
       models.DeepSpeech, channels=4, kernels=((5, 5),), strides=((4, 4),), hidden_size=8, num_layers=1)
   monkeypatch.setattr(models, "VARIANTS", {**models.VARIANTS, "deepspeech_small": form})
+
+
+def test_trains_on_morse_and_gives_texts_for_wav_files(tmp_path, monkeypatch, smaller):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   monkeypatch.setattr(morse, "SPLITS", {
       "train": (8, 0.0, 18.0), "validation": (4, 10.0, 10.0), "test_10db": (4, 10.0, 10.0), "test_0db": (3, 0.0, 0.0)})
   workdir = f"--workdir={tmp_path / 'run'}"
@@ -95,3 +99,37 @@ def test_trains_on_morse_and_gives_texts_for_wav_files(tmp_path, monkeypatch):
   rows = [json.loads(line) for line in output.read_text().splitlines()]
   assert [row["input"].rpartition("/")[2] for row in rows] == ["a.wav", "b.wav"]
   assert all(set(row) == {"input", "text"} and set(row["text"]) <= {" ", *morse.CODE} for row in rows)
+
+
+def test_a_folder_of_recordings_is_enough_to_train_evaluate_and_predict(tmp_path, smaller):
+  folder, workdir = tmp_path / "mine", tmp_path / "run"
+  (folder / "wavs").mkdir(parents=True)
+  for i in range(16):
+    scipy.io.wavfile.write(folder / "wavs" / f"{i}.wav", 8000, np.random.default_rng(i).integers(-9, 9, 4000, np.int16))
+  (folder / "wavs" / "7.wav").write_bytes(b"RIFF")
+  (folder / "metadata.csv").write_text("".join(f"{i}|{'ab'[i % 2]}{'a' * 60 * (i == 0)}\n" for i in range(16)))
+  mine = [f"--workdir={workdir}", "--preset=telephone_prompts", f"--config.data.folder={folder}",
+          "--config.data.skip_corrupt=1", "--config.data.validation=", *TINY]
+  assert "7.wav: cannot be read as a WAV file" in refuse(deepspeech, *mine, "--config.data.skip_corrupt=0")
+  outcome = run(deepspeech, *mine)
+  assert outcome.status == 0, outcome
+  assert f"{folder}: 16 recordings, 0.00 hours; train 14, test 2\nfound data.fitted_to={folder}\n" in outcome.out
+  assert "found data.alphabet=ab\nfound data.max_text=61\nfound data.sample_rate=8000\n" in outcome.out
+  result = json.loads((workdir / "result.json").read_text())
+  assert result["data"] == str(folder) and list(result["metrics"]) == ["test"]
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert sum("too_short" in row for row in rows) > 1
+
+  other = folder.rename(tmp_path / "other")
+  line = refuse(deepspeech, *mine, "--config.total_steps=3")
+  assert line.startswith(f"--config.data.folder={folder}: there is no such folder")
+  where = [f"--workdir={workdir}", "--mesh=data:1", "--config.eval_batch_size=4"]
+  assert "needs" in refuse(deepspeech, *where, "--mode=predict")
+  outcome = run(deepspeech, *where, "--mode=predict", f"--input={other / 'wavs' / '3.wav'}")
+  assert outcome.status == 0, outcome
+  line = refuse(deepspeech, *mine, f"--workdir={tmp_path / 'no'}", "--dry_run")
+  assert "for --dry_run without it give --config.data.alphabet and --config.data.max_text" in line
+  scipy.io.wavfile.write(other / "wavs" / "16.wav", 8000, np.arange(4000, dtype=np.int16))
+  (other / "metadata.csv").write_text("16|c\n")
+  line = refuse(deepspeech, *where, "--mode=eval", f"--config.data.folder={other}")
+  assert f"{other / 'wavs' / '16.wav'}: the character 'c' of 'c' is not in the alphabet of the run; write it" in line

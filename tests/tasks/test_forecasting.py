@@ -152,14 +152,14 @@ def test_a_forecast_does_not_see_what_it_forecasts():
   np.testing.assert_array_equal(one["forecast"], two["forecast"])
 
 
-def test_predictions_have_the_median_the_quantiles_and_the_time():
+def test_predictions_have_the_median_and_the_quantiles():
   task = Forecasting(Fixed((-1.0, 0.0, 2.0)), (0.1, 0.5, 0.9))
-  batch = make_batch(time=np.zeros((5, H, 2), np.int32))
+  batch = make_batch()
   found = compiled.predict(task, {}, batch)
   np.testing.assert_array_equal(found["forecast"], batch["window"][:, -H:])
   shifts = found["quantiles"] - found["forecast"][..., None]
   np.testing.assert_allclose(shifts, np.broadcast_to([-1, 0, 2], (5, H, C, 3)), atol=1e-6)
-  assert set(found) == {"forecast", "quantiles", "time"}
+  assert set(found) == {"forecast", "quantiles"}
   assert set(compiled.predict(Forecasting(Fixed()), {}, make_batch())) == {"forecast"}
 
 
@@ -230,16 +230,16 @@ def test_pictured_are_the_windows_of_least_median_and_largest_error(monkeypatch,
 
 def test_rows_to_print_are_in_units_with_their_times():
   zeros = np.zeros((1, 2, 3))
-  predictions = {"forecast": zeros, "quantiles": np.stack([zeros - 1, zeros, zeros + 1], axis=-1),
-                 "time": np.array([[[18262, 82800], [18263, 0]]])}
-  row, = forecasting.decode(predictions, ASSETS)
-  first, last = "2020-01-01 23:00:00", "2020-01-02 00:00:00"
+  predictions = {"forecast": zeros, "quantiles": np.stack([zeros - 1, zeros, zeros + 1], axis=-1)}
+  first, last = "1.1.2020 23:00", "2.1.2020 0:00"
+  batch = {"host/time": np.array([[first, last]])}
+  row, = forecasting.decode(batch, predictions, ASSETS)
   assert row == {"first": first, "last": last,
                  "forecast": {name: {first: mean, last: mean} for name, mean in zip("abc", (1, 2, 3))},
                  "low": {name: {first: low, last: low} for name, low in zip("abc", (-1, 1.5, -7))},
                  "high": {name: {first: high, last: high} for name, high in zip("abc", (3, 2.5, 13))}}
   del predictions["quantiles"]
-  assert set(next(iter(forecasting.decode(predictions, ASSETS)))) == {"first", "last", "forecast"}
+  assert set(next(iter(forecasting.decode(batch, predictions, ASSETS)))) == {"first", "last", "forecast"}
 
 
 @pytest.mark.parametrize("quantiles, message", [

@@ -8,17 +8,14 @@ import contextlib
 import json
 import os
 import threading
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dljax import report
-from dljax.errors import RunError
-from dljax.train import checkpoint, durable, loop
+from dljax.train import checkpoint, loop
 from dljax.train.checkpoint import Checkpointer
 from dljax.train.metrics import MetricWriter
 from dljax.train.program import Program, RunOptions

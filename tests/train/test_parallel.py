@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import types

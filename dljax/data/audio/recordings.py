@@ -18,15 +18,17 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from dljax.config import Field, Group
-from dljax.data import inputs, ragged, sources, splits
-from dljax.data.audio import features
+from dljax.data import inputs, own, ragged, sources, splits
+from dljax.data.audio import features, transcripts
 from dljax.data.pipeline import PADDING, HostBatch, Pipeline
 from dljax.errors import UserError
 
@@ -37,6 +39,8 @@ FRAMES = 8
 # The most seconds of a recording, unless `config.data.max_frames` allows more.
 MAX_SECONDS = 3600
 MAX_MELS, MAX_WINDOW = 512, 2**16  # bands, and samples of a window
+MAX_FILE = 2**31  # bytes of a recording
+MAX_FOUND_RATE = 16000  # Hz; speech has little above half of it
 READ_AT_ONCE = 256  # number of recordings
 THREADS = 8
 _SPACES = re.compile(r"\s+")
@@ -48,10 +52,19 @@ def default_config() -> Group:
   """The fields of `config.data`."""
   return Group({
       "name": Field("morse", splits.NAME),
+      "folder": Field("", "Your own recordings in place of a set: a folder of WAV files with a "
+                      "table of transcripts, see dljax/data/README.md."),
+      "table": Field("", "The table in the folder, unless it has one of the usual names."),
+      "shares": Field(own.SHARES, "The shares of train, validation and test, where the table names "
+                      "no splits."),
+      "fitted_to": Field("", "The folder that was looked at when the run started."),
+      "skip_corrupt": Field(0, "The number of recordings that may be left out as they cannot be "
+                            "read."),
       **splits.fields("train", "validation", "test"),
       "audio_feature": Field("audio", "The feature of the set with a WAV file, or with samples "
-                             "(TFDS's Audio)."),
-      "text_feature": Field("text", "The feature of the set with the text of a recording."),
+                             "(TFDS's Audio); of your own table the column of files."),
+      "text_feature": Field("text", "The feature of the set, or the column of your own table, with "
+                            "the text of a recording."),
       "alphabet": Field(" ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "The characters that the model "
                         "writes; a text's letters take their case."),
       "max_text": Field(32, "The greatest number of characters in a text."),
@@ -101,7 +114,120 @@ def validate(config: Any) -> None:
   need("num_mels", not len(empty),
        f"band {empty[:1]} holds no frequency of a window of {config.window} s; give fewer "
        "bands or a longer window")
-  sources.parse_name(config.name)
+  need("skip_corrupt", config.skip_corrupt >= 0, "give a positive number, or 0 to skip none")
+  own.check_shares(config.shares)
+  if not config.folder:
+    sources.parse_name(config.name)
+
+
+def look_up(
+    config: Any, seed: int, given: Collection[str],
+) -> tuple[dict[str, Any], list[str]]:
+  """What a folder of the user's own recordings decides; see `configs.Resolve`.
+
+  Args:
+    config: `config.data`.
+    seed: the run's seed.
+    given: the names of its fields that the user has set.
+
+  Returns:
+    Field of `config.data` -> value, for fields that are not given; and lines that say what the
+    folder holds. Both are empty if there is no folder, but what a dry run needs is given.
+
+  Raises:
+    UserError: the folder is missing or cannot be used; or more recordings cannot be read than
+      config.skip_corrupt allows.
+  """
+  if not config.folder:
+    return {}, []
+  for split in own.SPLITS:
+    splits.need(config, split, split not in given or config[split] in ("", split),
+                f"own data have the split {split}; write {split}, or nothing to leave it out")
+  if not Path(config.folder).expanduser().exists():
+    needed = [f"--config.data.{field}" for field in ("alphabet", "max_text", "max_frames")
+              if field not in given]
+    if needed:
+      raise UserError(f"{transcripts.FLAG}={config.folder}: there is no such folder; name one, or "
+                      f"for --dry_run without it give {' and '.join(needed)}")
+    return {}, []
+  own.check_shares(config.shares)
+  utterances, lines = transcripts.scan(config)
+  config = ml_collections.ConfigDict(config.to_dict())
+  named = {utterance.split for utterance in utterances}
+  for split, share in zip(own.SPLITS, config.shares):
+    if split not in given:
+      there = split in named or share > 0 and ("" in named or split != "test")
+      config[split] = split if there else ""
+  lengths, bad = [], []
+  for utterance, length in zip(utterances, transcripts.each(utterances, _length)):
+    if isinstance(length, str):
+      bad.append(f"{own.show(utterance.path)}: {length}")
+    else:
+      lengths.append(length)
+  if len(bad) > config.skip_corrupt or not lengths:
+    raise _too_many(config, bad)
+  found: dict[str, Any] = {"fitted_to": config.folder,
+                           **{split: config[split] for split in own.SPLITS}}
+  texts = [utterance.text for utterance in utterances]
+  found["alphabet"] = transcripts.alphabet(texts)
+  found["max_text"] = max(len(_SPACES.sub(" ", text).strip()) for text in texts)
+  rate = config.sample_rate
+  if "sample_rate" not in given:
+    rate = min(transcripts.most_common([rate for _, rate in lengths]), MAX_FOUND_RATE)
+  found |= {"sample_rate": rate, "lowest": 0.0, "highest": 0.0}
+  config.sample_rate = rate
+  found["max_frames"] = max(frames(config, *length) for length in lengths)
+  found = {field: value for field, value in found.items() if field not in given}
+  config.update(found)
+  validate(config)
+  dataset, _ = transcripts.open_folder(config, seed)
+  hours = sum(samples / rate for samples, rate in lengths) / 3600
+  speakers = len({utterance.speaker for utterance in utterances} - {""})
+  parts = ", ".join(f"{split} {len(dataset.splits[split]):,}" for split in own.SPLITS
+                    if config[split])
+  lines.append(f"{own.show(config.folder)}: {len(utterances):,} recordings, {hours:.2f} hours"
+               + f", {speakers:,} speakers" * (speakers > 0) + f"; {parts}")
+  return found, lines
+
+
+def _length(utterance: transcripts.Utterance) -> tuple[int, int] | str:
+  """The number of samples of a recording and its sample rate, or why it cannot be read."""
+  try:
+    sound, rate = features.read_wav(read_file(utterance.path))
+    if len(sound) > MAX_SECONDS * rate:
+      raise ValueError(f"is more than {MAX_SECONDS} s long; cut it into shorter recordings")
+    return len(sound), rate
+  except (ValueError, OSError) as e:
+    return str(e)
+
+
+def _too_many(config: Any, bad: Sequence[str]) -> UserError:
+  """The error for recordings that cannot be read; "FILE: why; what to do" for each."""
+  if not config.skip_corrupt:
+    return UserError(f"{bad[0]}, or skip it by --config.data.skip_corrupt={len(bad)}")
+  return UserError(f"--config.data.skip_corrupt={config.skip_corrupt}: {len(bad)} recordings "
+                   f"cannot be read, such as {bad[0].partition('; ')[0]}; give a larger number, or mend "
+                   "them")
+
+
+def read_file(path: Path) -> bytes:
+  """The bytes of a recording; raises `ValueError` for a device or a file beyond `MAX_FILE`."""
+  info = path.stat()
+  if stat.S_ISCHR(info.st_mode) or info.st_size > MAX_FILE:
+    raise ValueError(f"has more than {MAX_FILE:,} bytes; cut it into shorter recordings")
+  return path.read_bytes()
+
+
+def frames(config: Any, samples: int, rate: int) -> int:
+  """T, the number of frames of a recording, exactly as `AudioSet.features` gives them.
+
+  Args:
+    config: `config.data`.
+    samples: the number of its samples.
+    rate: its sample rate.
+  """
+  hop = round(config.hop * config.sample_rate)
+  return 1 + -(-samples * config.sample_rate // rate) // hop
 
 
 def _filters(config: Any) -> np.ndarray:
@@ -154,7 +280,7 @@ def encode(
   for name, source in inputs.each(paths, lambda path: splits.find_files([path], mend, ".wav")):
     try:
       if isinstance(source, Path):
-        sound, rate = features.read_wav(source.read_bytes())
+        sound, rate = features.read_wav(read_file(source))
       else:
         sound, rate = _check_samples(source), config.sample_rate
       heard = recordings.features(sound, rate)
@@ -230,13 +356,44 @@ class AudioSet(splits.DataSet):
 
   def __init__(self, config: Any):
     validate(config)
+    self.seed, self._run = 0, None
+    # A folder that the run was not trained on can only be evaluated.
+    self._foreign = bool(config.folder) and config.folder != config.fitted_to
+    if self._foreign:
+      config = ml_collections.ConfigDict(config.to_dict())
+      config.update(train="train", validation="", test="test")
+    self._skipped: dict[str, list[str]] = {}
+    self._record: Mapping[str, Any] = {}
     super().__init__(config)
     self._mel_filters = _filters(config)
     self._window, self._hop = (round(config[field] * config.sample_rate)
                                for field in ("window", "hop"))
 
-  def check(self, dataset: sources.Dataset) -> None:
+  def pipelines(self, **options: Any) -> splits.Data:
+    """See `DataSet.pipelines`."""
+    self.seed = options["seed"]
+    return super().pipelines(**options)
+
+  def open(self) -> Any:
+    """See `DataSet.open`."""
+    config, run = self.config, self._run or {}
+    if not config.folder:
+      return super().open()
+    dataset, self._record = transcripts.open_folder(
+        config, self.seed, run.get("files", {}) if self._foreign else None)
+    if self._run is not None and not self._foreign:
+      own.check_same(run.get("files", {}), self._record, f"{transcripts.FLAG}={config.folder}")
+    return dataset
+
+  def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the assets of a run, to continue or to evaluate it; call it before anything is opened.
+    """
+    self._run = assets
+
+  def check(self, dataset: Any) -> None:
     """See `DataSet.check`."""
+    if self._foreign:
+      return
     for field in ("audio_feature", "text_feature"):
       if self.config[field] not in dataset.features:
         raise UserError(f"--config.data.{field}={self.config[field]}: {self.config.name} has no "
@@ -260,7 +417,15 @@ class AudioSet(splits.DataSet):
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
-    return {"assets": lambda: {"alphabet": list(self.config.alphabet)}}
+    fields = {"assets": self.assets, "restore": self.restore}
+    return fields | {"name": self.config.folder} if self.config.folder else fields
+
+  def assets(self) -> Mapping[str, Any]:
+    """The characters, and what was left out; of the user's own recordings also the files."""
+    assets: dict[str, Any] = {"alphabet": list(self.config.alphabet)}
+    if self.config.folder:
+      assets["files"] = self._record
+    return assets | {"skipped": self._skipped} if self.config.skip_corrupt else assets
 
   def features(self, sound: np.ndarray, rate: int) -> np.ndarray:
     """The features f32[T, F] of a recording; raises `ValueError` if it is too long."""
@@ -289,41 +454,79 @@ class AudioSet(splits.DataSet):
       samples = samples.astype(np.int16)
     return features.to_mono(samples), rate
 
-  def frames(self, samples: int, rate: int) -> int:
-    """T, the number of frames of a recording, exactly as `features` gives them."""
-    return 1 + -(-samples * self.config.sample_rate // rate) // self._hop
-
   def open_split(self, split: str, pipeline: Pipeline) -> _Recordings:
     """Reads a split's texts and lengths, and also its features if they fit into memory."""
     del pipeline
-    config, records = self.config, self.dataset.records(self.config[split])
+    config, dataset = self.config, self.dataset
+    if self._foreign:
+      if split == "train":
+        raise UserError(f"{transcripts.FLAG}={config.folder}: this is not what the run was trained "
+                        "on; another folder can be evaluated by --mode=eval")
+      dataset.ranges(split, split)
+    records = dataset.records(config[split])
     kept, size, lengths, texts, rates = [], 0, [], [], set()
+    numbers, bad = [], {}  # of the examples that can be read; those that cannot -> why
     for start in range(0, len(records), READ_AT_ONCE):
       block = range(start, min(start + READ_AT_ONCE, len(records)))
       for index, record in zip(block, records[block]):
+        example = dataset.example(config[split], index)
+        try:
+          text = tokenize(record[config.text_feature][0].decode(), config.alphabet)
+        except ValueError as e:
+          reason = str(e) if self._run is None else (
+              f"{str(e).partition('; ')[0]} of the run; write it otherwise, or take it out")
+          raise UserError(f"--config.data.{split}={config[split]!r}: {example}: {reason}") from e
+        if len(text) > config.max_text:
+          raise UserError(f"--config.data.max_text={config.max_text}: {example}, {split}, has "
+                          f"{len(text)} characters; raise it to that")
         try:
           sound, rate = self.sound(record)
-          texts.append(tokenize(record[config.text_feature][0].decode(), config.alphabet))
+          length = frames(config, len(sound), rate)
+          # The pipeline refuses a recording that is too long by its length.
+          heard = (self.features(sound, rate)
+                   if size <= MEMORY_LIMIT and length <= config.max_frames else None)
         except ValueError as e:
-          raise UserError(f"--config.data.{split}={config[split]!r}: example {index} of "
-                          f"{config.name}: {e}") from e
-        if len(texts[-1]) > config.max_text:
-          raise UserError(f"--config.data.max_text={config.max_text}: example {index} of "
-                          f"{config.name}, {split}, has {len(texts[-1])} characters; raise it to "
-                          "that")
+          bad[index] = f"{example}: {e}"
+          if not config.skip_corrupt:
+            raise UserError(f"--config.data.{split}={config[split]!r}: {bad[index]}, or skip it by "
+                            "--config.data.skip_corrupt=1") from e
+          continue
+        texts.append(text)
+        numbers.append(index)
         rates |= {rate} - {config.sample_rate}
-        lengths.append(self.frames(len(sound), rate))
-        # The pipeline refuses a recording that is too long by its length.
-        if size <= MEMORY_LIMIT and lengths[-1] <= config.max_frames:
-          kept.append(self.features(sound, rate))
-          size += kept[-1].nbytes
+        lengths.append(length)
+        if heard is not None:
+          kept.append(heard)
+          size += heard.nbytes
+    self._skip(split, [dataset.example(config[split], index) for index in bad], list(bad.values()))
     if rates:
-      _log.warning("%s, %s: recordings of %s samples a second were resampled to %d", config.name,
-                   split, ", ".join(map(str, sorted(rates))), config.sample_rate)
-    read = functools.partial(self._read, records)
+      _log.warning("%s, %s: recordings of %s samples a second were resampled to %d",
+                   dataset.name, split, ", ".join(map(str, sorted(rates))), config.sample_rate)
+    read = functools.partial(self._read, sources.Subset(records, np.array(numbers, np.int64)))
     if size <= MEMORY_LIMIT:
       read = lambda indices: [kept[i] for i in indices]
     return _Recordings(np.array(lengths, np.int64), read, texts, config.max_text)
+
+  def _skip(self, split: str, names: list[str], reasons: Sequence[str]) -> None:
+    """Notes which recordings of a split cannot be read.
+
+    Raises:
+      UserError: there are more than `config.skip_corrupt` allows, over the splits that are open; or
+        others than when the run began.
+    """
+    config = self.config
+    before = (self._run or {}).get("skipped", {}).get(split)
+    if before is not None and before != names and not self._foreign:
+      raise UserError(f"--config.data.skip_corrupt: {len(names)} recordings of {split} cannot be "
+                      f"read ({own.some(names)}), and {len(before)} could not when the run began "
+                      f"({own.some(before)}); restore the data, or name another --workdir")
+    self._skipped[split] = names
+    if sum(map(len, self._skipped.values())) > config.skip_corrupt:
+      others = [name for found in self._skipped.values() for name in found if name not in names]
+      raise _too_many(config, [*reasons, *others])
+    if names:
+      _log.warning("skipped %d recording%s of %s that cannot be read: %s", len(names),
+                   "s" * (len(names) > 1), split, own.some(names, len(names)))
 
   def _read(self, records: sources.Records, indices: Sequence[int]) -> list[np.ndarray]:
     """The features of some recordings, from disk."""

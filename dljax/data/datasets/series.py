@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dljax.data.series import table
+from dljax.data.series.times import SECOND
 from dljax.errors import UserError
 
 TEMPERATURES = {"seattle": "seattle-temps.csv", "san_francisco": "sf-temps.csv"}
@@ -65,7 +66,7 @@ with tfds.core.registered.skip_registration():
 
     def _generate_examples(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
       read = self._read()
-      yield 0, {"time": read.times, "values": read.values.astype(np.float32),
+      yield 0, {"time": read.times // SECOND, "values": read.values.astype(np.float32),
                 "channels": list(self.channels)}
 
   class Temperatures(_Series):

@@ -14,7 +14,6 @@ Nothing here decodes an image, and every file is held against a bound before it 
 
 import dataclasses
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence

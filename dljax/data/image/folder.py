@@ -360,28 +360,6 @@ def open_folder(
                      lambda photo: own.show(photo.path)), record
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
-  """Raises `UserError` if a folder has changed since a run began; names what differs.
-
-  Args:
-    before: the record that `open_folder` gave then.
-    now: the record that it gives now.
-    folder: the folder, for the message.
-  """
-  if before.get("fingerprint") == now["fingerprint"]:
-    return
-  old, new = ({name: key for name, (key, _) in record.get("files", {}).items()}
-              for record in (before, now))
-  changes = [f"{what} {own.some(names)}" for what, names in (
-      ("added:", sorted(new.keys() - old.keys(), key=natural)),
-      ("removed:", sorted(old.keys() - new.keys(), key=natural)),
-      ("changed:", sorted((name for name in old.keys() & new.keys() if old[name] != new[name]),
-                          key=natural))) if names]
-  raise UserError(f"{FLAG}={folder} has changed since the run began ("
-                  f"{'; '.join(changes) or 'other labels or splits'}); restore it, or name another "
-                  "--workdir")
-
-
 def _read(photo: Photo) -> Mapping[str, Any]:
   return {"image": [photo.path.read_bytes()], "label": photo.label,
           **{name: [cell.encode()] for name, cell in photo.more.items()}}

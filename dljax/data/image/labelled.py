@@ -310,7 +310,7 @@ class ImageSet(splits.DataSet):
         self._looked_at, config.labels, self.seed, classes,
         run.get("files", {}) if self._foreign else None)
     if self._run is not None and not self._foreign:
-      folder.check_same(run.get("files", {}), self._record, config.folder)
+      own.check_same(run.get("files", {}), self._record, f"{folder.FLAG}={config.folder}")
     return dataset
 
   def check(self, dataset: Any) -> None:

@@ -222,7 +222,7 @@ class SceneSet(splits.DataSet):
     dataset, self._record = own_scenes.open_scenes(
         self._looked_at, self._targets[0], self._seed, trained)
     if self._run is not None and not self._foreign:
-      folder.check_same(run.get("files", {}), self._record, config.folder)
+      own.check_same(run.get("files", {}), self._record, f"{folder.FLAG}={config.folder}")
     return dataset
 
   def shapes(self) -> splits.Shapes:

@@ -18,7 +18,8 @@ The documents of a split are read as one text, or each on its own; see `data/tex
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ import jax
 import numpy as np
 
 from dljax.config import Field, Group, one_of
-from dljax.data import ragged, sources, splits
+from dljax.data import own, ragged, sources, splits
 from dljax.data.pipeline import HostBatch, Pipeline
 from dljax.data.text import streams, tokenize
 from dljax.errors import UserError, unknown
 
 ASSET = "tokenizer"
-_SPLITS = ("train", "validation", "test")
+_SPLITS = own.SPLITS
+SHARES = (0.9, 0.05, 0.05)  # of the user's own text
+MANY = 10  # documents of a folder from which on whole documents are for one split
+SUFFIX = ".txt"
+MAX_BYTES = 2**31 - 1  # of the user's own text; the place of a token is an int32
 _LEAST_VOCABULARY = 300  # for a sub-word tokenizer: 256 bytes and some words
 
 
@@ -42,6 +47,7 @@ def default_config() -> Group:
       "name": Field("pydoc", splits.NAME),
       "file": Field("", "A UTF-8 text of your own in place of a set: the first 90 % are for "
                     "training, half of the rest for validation, and half for the test."),
+      "folder": Field("", "Or a folder of .txt files, each a document; see dljax/data/README.md."),
       "field": Field("text", "The feature of the set that holds the text."),
       **splits.fields("train", "validation", "test"),
       "tokenizer": Field("byte", one_of("How text becomes tokens", tokenize.TOKENIZERS)),
@@ -65,7 +71,10 @@ def validate(config: Any) -> None:
   if config.tokenizer not in tokenize.TOKENIZERS:
     raise unknown("--config.data.tokenizer", config.tokenizer, tokenize.TOKENIZERS)
   need("length", config.length >= 1, "give at least 1 token")
-  need("train", bool(config.train), "name the split to train on")
+  mine = own_text(config)
+  # An evaluation may read all as the split test.
+  need("train", bool(config.train) or bool(mine and not config.validation and config.test),
+       "name the split to train on")
   need("vocab_size", config.vocab_size >= 2, "give at least 2")
   if config.tokenizer == "byte":
     need("vocab_size", config.vocab_size >= tokenize.Bytes.size,
@@ -77,12 +86,59 @@ def validate(config: Any) -> None:
        "goes with --config.data.tokenizer=file; add it, or drop this")
   need("tokenizer_file", config.tokenizer != "file" or bool(config.tokenizer_file),
        "name a SentencePiece .model or a tokenizer.json")
-  if not config.file:
+  need("folder", not (config.file and config.folder),
+       "goes without --config.data.file; drop one of them")
+  if not mine:
     sources.parse_name(config.name)
     return
   for split in _SPLITS:
     need(split, config[split] in ("", split),
-         f"a file has only the split {split}; write {split}, or nothing")
+         f"a text of your own has only the split {split}; write {split}, or nothing")
+
+
+def own_text(config: Any) -> str:
+  """The path of the user's own text, a file or a folder; "" if a TFDS set is read."""
+  return config.file or config.folder
+
+
+def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+  """What a text of the user's own decides; see `configs.Resolve`.
+
+  Args:
+    config: `config.data`.
+    seed: the run's seed.
+    given: the names of its fields that the user has set.
+
+  Returns:
+    Field of `config.data` -> value, for fields that are not given: vocab_size, if the tokens are
+    the characters of the text. And lines that say what the text holds.
+
+  Raises:
+    UserError: a value is out of range; or the text is missing, where it is needed, or cannot be
+      used.
+  """
+  validate(config)
+  path = own_text(config)
+  if not path:
+    return {}, []
+  needed = config.tokenizer == "character" and "vocab_size" not in given
+  if not Path(path).expanduser().exists():
+    flag = "file" if config.file else "folder"
+    if needed:
+      raise UserError(f"--config.data.{flag}={path}: there is no such {flag}; name another, or, "
+                      "for a dry run without it, give --config.data.vocab_size")
+    return {}, []
+  texts = TextSet(config)
+  texts.seed = seed
+  sizes = {split: sum(map(len, texts.own_documents[split].values()))
+           for split in _SPLITS if config[split]}
+  parts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+  lines = [f"{own.show(path)}: {sum(sizes.values()):,} characters ({parts}){texts.remark}"]
+  if not needed:
+    return {}, lines
+  characters = set().union(*texts.own_documents["train"].values())
+  made = tokenize.Characters("".join(sorted(characters)), config.byte_fallback)
+  return {"vocab_size": made.size}, lines
 
 
 def split_text(text: str) -> dict[str, str]:
@@ -90,6 +146,49 @@ def split_text(text: str) -> dict[str, str]:
   rest = int(len(text) * 0.9)
   middle = rest + int((len(text) - rest) * 0.5)
   return {"train": text[:rest], "validation": text[rest:middle], "test": text[middle:]}
+
+
+def split_documents(folder: Path, seed: int, flag: str) -> dict[str, dict[str, str]]:
+  """The splits of the .txt files in a folder and its subfolders.
+
+  With subfolders for train, validation and test, these are the splits. Else the splits of `MANY`
+  documents or more are drawn by the seed and the documents' contents, by `SHARES`; each of fewer
+  is cut by `split_text`.
+
+  Args:
+    folder: the folder.
+    seed: the run's seed.
+    flag: the flag that named the folder, for messages.
+
+  Returns:
+    Split -> name of a document -> its text, in the order of the names.
+
+  Raises:
+    UserError: the folder is missing, holds no such file, too much text, or one that is no text.
+  """
+  names = own.find(folder, [SUFFIX], flag).files
+  if not names:
+    raise UserError(f"{flag}={folder}: holds no {SUFFIX} file; name another folder")
+  paths = [folder / name for name in names]
+  if (size := sum(path.stat().st_size for path in paths)) > MAX_BYTES:
+    raise UserError(f"{flag}={folder} has {size:,} bytes of text; give at most {MAX_BYTES:,}")
+  texts = {name: read_file(path, flag) for name, path in zip(names, paths)}
+  folders = {name: split for split, name in own.split_folders(folder).items()}
+  found: dict[str, dict[str, str]] = {split: {} for split in _SPLITS}
+  if folders:
+    for name, text in texts.items():
+      if split := folders.get(name.partition("/")[0] if "/" in name else ""):
+        found[split][name] = text
+  elif len(names) < MANY:
+    for name, text in texts.items():
+      for split, part in split_text(text).items():
+        found[split][name] = part
+  else:
+    keys = [digest.sha256 for digest in own.digests(paths)]
+    what = lambda stratum: f"different documents in {folder}"
+    for (name, text), split in zip(texts.items(), own.split(keys, SHARES, seed, what=what)):
+      found[split][name] = text
+  return found
 
 
 def read_file(path: str | Path, flag: str) -> str:
@@ -100,11 +199,20 @@ def read_file(path: str | Path, flag: str) -> str:
       from which the path came.
   """
   try:
-    text = Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    place = Path(path).expanduser()
+    info = place.stat()
+    if stat.S_ISCHR(info.st_mode) or info.st_size > MAX_BYTES:  # a device may never end
+      raise UserError(f"{flag}={path} has more than {MAX_BYTES:,} bytes; name a smaller file")
+    text = place.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise UserError(f"{flag}={path} is not UTF-8 (byte {error.start}); convert it, e.g. by iconv "
                     "-t utf-8") from None
+  except IsADirectoryError:
+    raise UserError(f"{flag}={path} is a folder; name a file, or train on a folder of {SUFFIX} "
+                    "files by --config.data.folder") from None
   except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte in the path
+    if isinstance(error, UserError):
+      raise
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"{flag}={path} cannot be read ({reason}); name a file of text") from None
   if not text:
@@ -125,7 +233,14 @@ class TextSet(splits.DataSet):
   def __init__(self, config: Any):
     validate(config)
     super().__init__(config)
+    self.seed = 0  # of the run; it decides which documents of a folder are for which split
     self._tokenizer: tokenize.Tokenizer | None = None
+    self._own: Mapping[str, Mapping[str, str]] | None = None
+
+  def pipelines(self, **options: Any) -> splits.Data:
+    """See `DataSet.pipelines`."""
+    self.seed = options["seed"]
+    return super().pipelines(**options)
 
   def pipeline(self, split: str, **options: Any) -> Pipeline:
     """See `DataSet.pipeline`."""
@@ -148,9 +263,54 @@ class TextSet(splits.DataSet):
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
     fields = {"restore": self.restore, "assets": lambda: {ASSET: self.tokenizer().to_json()}}
-    if file := self.config.file:
-      fields |= {"name": file, "fingerprint": lambda: self.fingerprint_of(file)}
+    if path := own_text(self.config):
+      fields |= {"name": path, "fingerprint": self.fingerprint}
     return fields
+
+  def fingerprint(self) -> str:
+    """The fingerprint of the user's own text: names, lengths and hashes."""
+    config = self.config
+    if config.file:
+      return self.fingerprint_of(config.file)
+    folder = Path(config.folder).expanduser()
+    names = own.find(folder, [SUFFIX], "--config.data.folder").files
+    found = own.fingerprint(names, own.digests([folder / name for name in names]))
+    return self.same_fingerprint(config.folder, found)
+
+  @property
+  def own_documents(self) -> Mapping[str, Mapping[str, str]]:
+    """Split -> name of a document -> its text, of the user's own text."""
+    with self.lock:
+      if self._own is None:
+        config = self.config
+        if config.file:
+          read = functools.partial(read_file, config.file, "--config.data.file")
+          parts = split_text(self.read_own(config.file, read))
+          self._own = {split: {"document 0": part} for split, part in parts.items()}
+        else:
+          folder = Path(config.folder).expanduser()
+          self.fingerprint()
+          documents = split_documents(folder, self.seed, "--config.data.folder")
+          self.fingerprint()  # nothing has changed in between
+          self._own = documents
+        if not config.train and not config.validation:
+          whole: dict[str, str] = {}
+          for documents in self._own.values():
+            for name, text in documents.items():
+              whole[name] = whole.get(name, "") + text
+          self._own = {"train": {}, "validation": {}, "test": whole}
+      return self._own
+
+  @property
+  def remark(self) -> str:
+    """How many documents of a folder each split has, and what else the folder holds."""
+    config = self.config
+    if config.file:
+      return ""
+    others = own.find(Path(config.folder).expanduser(), [SUFFIX], "--config.data.folder").others
+    counts = [f"{len(self.own_documents[split])} for {split}" for split in _SPLITS if config[split]]
+    return f" in documents, {', '.join(counts)}" + (
+        f"; left out {own.some(others)}" if others else "")
 
   def restore(self, assets: Mapping[str, Any]) -> None:
     """Takes the tokenizer that a run has saved; call it before anything is opened.
@@ -171,13 +331,14 @@ class TextSet(splits.DataSet):
     config = self.config
     with self.lock:
       if self._tokenizer is None:
-        documents = self._documents("train") if config.tokenizer in tokenize.FITTED else ()
+        fitted = config.tokenizer in tokenize.FITTED
+        documents = list(self._documents("train").values()) if fitted else ()
         made = tokenize.make(config.tokenizer, documents, vocab_size=config.vocab_size,
                              byte_fallback=config.byte_fallback, file=config.tokenizer_file)
         if made.size > config.vocab_size:
           raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has "
                           f"{made.size} tokens; give that number")
-        self._tokenizer = _agreed(made) if config.tokenizer in tokenize.FITTED else made
+        self._tokenizer = _agreed(made) if fitted else made
       return self._tokenizer
 
   def read(self, split: str) -> tuple[tokenize.Encoded, np.ndarray]:
@@ -185,8 +346,8 @@ class TextSet(splits.DataSet):
     tokenizer = self.tokenizer()
     before = tokenize.Encoded(np.array([tokenizer.end], np.int32), *np.zeros((2, 1), np.int32))
     parts, begins, size = [], [], 0
-    for i, document in enumerate(self._documents(split)):
-      encoded = tokenizer.encode(document, f"{self._flag(split)}, document {i}")
+    for name, document in self._documents(split).items():
+      encoded = tokenizer.encode(document, f"{self._flag(split)}, {name}")
       parts += [before, encoded]
       begins.append(size)
       size += 1 + len(encoded.tokens)
@@ -196,17 +357,19 @@ class TextSet(splits.DataSet):
 
   def _flag(self, split: str) -> str:
     config = self.config
-    return f"--config.data.file={config.file} ({split})" if config.file else (
-        f"--config.data.{split}={config[split]!r}")
+    if path := own_text(config):
+      return f"--config.data.{'file' if config.file else 'folder'}={path} ({split})"
+    return f"--config.data.{split}={config[split]!r}"
 
-  def _documents(self, split: str) -> list[str]:
+  def _documents(self, split: str) -> Mapping[str, str]:
+    """Name of a document -> its text."""
     config = self.config
-    if config.file:
-      read = functools.partial(read_file, config.file, "--config.data.file")
-      return [split_text(self.read_own(config.file, read))[split]]
+    if own_text(config):
+      splits.need(config, split, bool(config[split]), "name the split to train on")
+      return self.own_documents[split]
     records = self.dataset.records(config[split])
-    return [self._text(split, i, record[config.field])
-            for i, record in enumerate(records[range(len(records))])]
+    return {f"document {i}": self._text(split, i, record[config.field])
+            for i, record in enumerate(records[range(len(records))])}
 
   def _text(self, split: str, number: int, values: Sequence[bytes]) -> str:
     """The text of a record's field."""

@@ -441,7 +441,7 @@ def test_labels_of_a_table_are_in_the_fingerprint(tmp_path):
   assert build(found).fingerprint() != first
   again = build(found)
   again.restore(assets)
-  with pytest.raises(UserError, match="has changed since the run began .other labels or splits"):
+  with pytest.raises(UserError, match="has changed since the run began .other labels, texts or splits"):
     again.train.open()
   (root / "labels.csv").write_text(text)
   assert build(found).fingerprint() == first

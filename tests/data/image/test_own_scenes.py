@@ -63,7 +63,7 @@ def configured(folder, target="boxes", seed=3, **fields):
 
 
 def opened(config, target="boxes", split="train", seed=3, batch_size=4):
-  data = scenes.SceneSet(config, [target]).pipelines(batch_size=batch_size, eval_batch_size=4, seed=seed, host=0, hosts=1)
+  data = scenes.SceneSet(config, [target]).pipelines(batch_size=batch_size, eval_batch_size=4, seed=seed)
   pipeline = data.train if split == "train" else data.evals[split]
   pipeline.open()
   return pipeline
@@ -308,7 +308,7 @@ def test_crowds_and_images_without_boxes_are_kept(tmp_path):
   config = configured(_coco_at(tmp_path, change), shares=(1.0, 0.0, 0.0))
   assert config.num_train_examples == 3
   dataset = scenes.SceneSet(config, ["boxes"])
-  batch = dataset.pipelines(batch_size=3, eval_batch_size=1, seed=0, host=0, hosts=1) and dataset.first("train", 3)
+  batch = dataset.pipelines(batch_size=3, eval_batch_size=1, seed=0) and dataset.first("train", 3)
   counts = [len(own_folders.scene(n).boxes) for n in range(2)]
   assert batch["host/box_crowd"].sum(axis=1).tolist() == [counts[0], 0, 0]
   assert batch["box_mask"].sum(axis=1).tolist() == [0, counts[1], 0]
@@ -400,7 +400,7 @@ def test_a_changed_folder_and_another_folder(tmp_path):
   def make(folder, assets):
     changed = config.copy_and_resolve_references()
     changed.folder = str(folder)
-    data = scenes.SceneSet(changed, ["boxes"]).pipelines(batch_size=1, eval_batch_size=1, seed=0, host=0, hosts=1)
+    data = scenes.SceneSet(changed, ["boxes"]).pipelines(batch_size=1, eval_batch_size=1, seed=0)
     if assets:
       data.restore(assets)
     return data
@@ -477,7 +477,7 @@ def test_so_many_damaged_files_are_skipped_and_named(tmp_path, caplog, target):
   config = configured(root, target, skip_corrupt=1)
   assert config.num_train_examples == 7
   assert "skipped 1 of 8 examples of train that cannot be decoded" in caplog.text and "002.png" in caplog.text
-  data = scenes.SceneSet(config, [target]).pipelines(batch_size=7, eval_batch_size=4, seed=0, host=0, hosts=1)
+  data = scenes.SceneSet(config, [target]).pipelines(batch_size=7, eval_batch_size=4, seed=0)
   data.train.open()
   assert data.train.num_examples == 7
   assert data.assets()["skipped"]["examples"] == {"train": [str(root / "images/train/002.png")]}
@@ -500,7 +500,7 @@ def test_names_that_are_no_utf8_can_be_read_and_stored(tmp_path):
   for folder in ("images", "masks"):
     (tmp_path / folder / "1.png").rename(os.fsdecode(os.fsencode(tmp_path / folder) + b"/caf\xe9.png"))
   config = configured(tmp_path, "segmentation", shares=(0.5, 0.5, 0.0))
-  data = scenes.SceneSet(config, ["segmentation"]).pipelines(batch_size=1, eval_batch_size=1, seed=3, host=0, hosts=1)
+  data = scenes.SceneSet(config, ["segmentation"]).pipelines(batch_size=1, eval_batch_size=1, seed=3)
   assert r"images/caf\\xe9.png" in json.dumps(data.assets())
   os.unlink(os.fsencode(tmp_path) + b"/masks/caf\xe9.png")
   refused(tmp_path, "segmentation", [r"images/caf\xe9.png has no mask"])

@@ -3,17 +3,20 @@
 import csv
 import datetime
 import hashlib
+import zoneinfo
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dljax.data import prepare, sources
-from dljax.data.series import table, windows
+from dljax.data.series import table, times, windows
+from dljax.data.series.times import Step
 from dljax.errors import UserError
 from tests.data.hosts import share
 
-HOUR = 3600
+SECOND = times.SECOND
+HOUR = 3600 * SECOND
 START = datetime.datetime(2019, 12, 30)  # a Monday
 VALUES = np.random.default_rng(0).normal(5, 3, (200, 2)).round(3)
 
@@ -24,15 +27,17 @@ def write(path, values=VALUES, *, step=HOUR, names=("date", "a", "b"), start=STA
     writer.writerow(names)
     for i, row in enumerate(values):
       if i not in drop:
-        writer.writerow([(start + datetime.timedelta(seconds=i * step)).strftime(form),
+        writer.writerow([(start + datetime.timedelta(microseconds=i * step)).strftime(form),
                          *("" if np.isnan(v) else v for v in row)])
   return path
 
 
 def config(path, **fields):
   made = windows.default_config()
-  made.update({"name": str(path), "channels": ("a", "b"), "train": 100, "validation": 40, "test": 60, "window": 12,
-               "horizon": 4, "covariates": ("hour_of_day", "day_of_week"), **fields})
+  fields = {"train": 100, "validation": 40, "test": 60, **fields}
+  made.update({"name": str(path), "channels": ("a", "b"), "window": 12, "horizon": 4,
+               "covariates": ("hour_of_day", "day_of_week"), **fields,
+               **{split: str(fields[split]) for split in windows.SPLITS}})
   return made
 
 
@@ -83,7 +88,7 @@ def test_evaluation_sees_every_window_whose_horizon_lies_in_the_split_once_in_or
     np.testing.assert_array_equal(rows["id"], np.arange(len(first)))
     np.testing.assert_allclose(rows["window"], np.stack([normalised()[i - 12:i] for i in first]), atol=1e-6)
     np.testing.assert_allclose(rows["horizon"], np.stack([normalised()[i:i + 4] for i in first]), atol=1e-6)
-    begun = START.replace(tzinfo=datetime.timezone.utc).timestamp()
+    begun = SECOND * int(START.replace(tzinfo=datetime.timezone.utc).timestamp())
     np.testing.assert_array_equal(rows["host/time"], begun + HOUR * first)
 
 
@@ -114,8 +119,8 @@ def test_hosts_share_out_the_global_batch(tmp_path):
 def test_the_literatures_windows_of_etth1(tmp_path):
   made = windows.default_config()
   made.update({"name": str(write(tmp_path / "x.csv", np.random.default_rng(0).normal(size=(14_500, 1)),
-                                 names=("date", "OT"))), "channels": ("OT",), "train": 12 * 30 * 24,
-               "validation": 4 * 30 * 24, "test": 4 * 30 * 24, "window": 336, "horizon": 96})
+                                 names=("date", "OT"))), "channels": ("OT",), "train": "8640",
+               "validation": "2880", "test": "2880", "window": 336, "horizon": 96})
   data = opened(made)
   # border1s and border2s of the authors' data loader (Zhou et al. 2021), len - window - horizon + 1.
   assert data.train.num_examples == 8640 - 336 - 96 + 1
@@ -162,7 +167,7 @@ def test_the_normaliser_is_that_of_the_training_rows_without_the_missing_ones(tm
     np.testing.assert_allclose([normaliser.mean[c], normaliser.std[c]], [there.mean(), there.std()])
   again = windows.Normaliser.from_assets({windows.ASSET: normaliser.asset()})
   np.testing.assert_array_equal(again(values), normaliser(values))
-  assert again.asset() == normaliser.asset() and normaliser.step == HOUR
+  assert again.asset() == normaliser.asset() and normaliser.step == again.step == Step(HOUR)
 
 
 def test_a_channel_that_never_changes_is_not_divided_by_zero(tmp_path):
@@ -190,7 +195,7 @@ def test_small_and_huge_changes_are_kept():
 
 
 def test_a_saved_normaliser_takes_the_place_of_the_fitted_one(tmp_path):
-  saved = windows.Normaliser(("a", "b"), np.array([1.0, 2.0]), np.array([10.0, 20.0]), HOUR)
+  saved = windows.Normaliser(("a", "b"), np.array([1.0, 2.0]), np.array([10.0, 20.0]), Step(HOUR))
   made = config(write(tmp_path / "x.csv"))
   data = windows.SeriesSet(made).pipelines(batch_size=8, eval_batch_size=7, seed=0)
   data.restore({windows.ASSET: saved.asset()})
@@ -241,7 +246,7 @@ def test_a_row_that_is_left_out_is_a_missing_value(tmp_path):
 
 
 def test_covariates_are_the_sines_and_cosines_of_the_calendar():
-  times = lambda *texts: np.array(texts, "datetime64[s]").astype(np.int64)
+  times = lambda *texts: np.array(texts, "datetime64[us]").astype(np.int64)
   wave = lambda *phases: np.array([[np.sin(2 * np.pi * p), np.cos(2 * np.pi * p)] for p in phases])
   days = times("2024-02-26T06:00", "2024-02-29T18:00", "1960-01-01T00:00")  # a Monday, a Thursday, a Friday
   near = lambda found, want: np.testing.assert_allclose(found, want, atol=1e-6)
@@ -255,8 +260,8 @@ def test_covariates_are_the_sines_and_cosines_of_the_calendar():
 def test_covariates_go_with_their_rows(tmp_path):
   data = opened(config(write(tmp_path / "x.csv")))
   rows = whole_pass(data.evals["validation"])
-  times = rows["host/time"][:, None] + HOUR * np.arange(-12, 4)
-  want = windows.covariates(times.ravel(), ("hour_of_day", "day_of_week")).reshape(-1, 16, 4)
+  of_rows = rows["host/time"][:, None] + HOUR * np.arange(-12, 4)
+  want = windows.covariates(of_rows.ravel(), ("hour_of_day", "day_of_week")).reshape(-1, 16, 4)
   np.testing.assert_array_equal(rows["covariates"], want)
 
 
@@ -272,11 +277,11 @@ def test_forms_of_files_that_are_read(tmp_path):
   np.testing.assert_array_equal(zoned.times, plain.times - 2 * HOUR)
   (tmp_path / "w.csv").write_text("\ufeffdate, a\n1950-01-01, 1.5\n1950-01-02,NA\n\n1950-01-03,2\n", encoding="utf-8")
   old = table.read_csv(tmp_path / "w.csv", "date", ("a",))
-  assert old.step == windows.DAY and table.when(old.times[0]) == "1950-01-01 00:00:00"
+  assert old.step == Step(times.DAY) and times.when(old.times[0]) == "1950-01-01 00:00:00"
   np.testing.assert_array_equal(old.values[:, 0], [1.5, np.nan, 2])
   (tmp_path / "v.csv").write_text("date,a,x,x\n1969-12-31 23:59:58.500,+1.,x,x\n1969-12-31 23:59:59.5,-.5E1,x,x\n")
-  same = table.read_csv(tmp_path / "v.csv", "date", ("a",))  # one fraction for all, and twins that are not read
-  assert same.times.tolist() == [-2, -1] and same.values[:, 0].tolist() == [1, -5]
+  same = table.read_csv(tmp_path / "v.csv", "date", ("a",))  # with twins that are not read
+  assert same.times.tolist() == [-1_500_000, -500_000] and same.values[:, 0].tolist() == [1, -5]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -292,19 +297,21 @@ def test_forms_of_files_that_are_read(tmp_path):
     ("date,a,b\n2020-01-01,1_0,2\n", "row 1: '1_0' in the column a is no number"),
     ("date,a,b\n2020-01-01,\u0663,2\n", "in the column a is no number"),
     ("date,a,b\n2020-01-01,1e999,2\n", "row 1: '1e999' in the column a is no number"),
-    ("date,a,b\n2020-01-01 00:00:00,1,2\n2020-01-01 00:00:00.5,1,2\n",
-     "row 2: '2020-01-01 00:00:00.5' has another fraction of a second than row 1, '2020-01-01 00:00:00'; .*whole seconds"),
-    ("date,a,b\n2020-01-01 00:00:00.0000001,1,2\n2020-01-01 00:00:01.0000002,1,2\n", "another fraction of a second"),
+    ("date,a,b\n2020-01-01 00:00:00.0000001,1,2\n2020-01-01 00:00:01.0000002,1,2\n",
+     "row 1: '2020-01-01 00:00:00.0000001' is finer than a microsecond"),
     ("date,a,b\n2020-01-01 00:00,1,2\n2020-01-01 01:00+00:00,1,2\n", "row 2: .* another kind of offset from UTC than"),
-    ("date,a,b\n1577120112345,1,2\n", "row 1: '1577120112345' is no time"),
+    ("date,a,b\n15771201123,1,2\n", "row 1: '15771201123' is no time, and no number of seconds since 1970"),
+    ("date,a,b\n01/02/2020,1,2\n", "row 1: '01/02/2020' may have the day or the month first: .*=%d/%m/%Y"),
+    ("date,a,b\n2020-02-30,1,2\n", "row 1: '2020-02-30' is no time such as 2016-07-01 13:00"),
+    ("date,a,b\n1,1,2\n2,1,2\n2020-01-01,1,2\n", "row 3: '2020-01-01' is no whole number as the first time"),
     ("date,a,b\n2020-01-01,1,2\n", "holds 1 rows, no series"),
     ("date,a,b\n2020-01-01,1,2\n2020-01-03,1,2\n2020-01-02,1,2\n",
      r"row 3 \(2020-01-02 00:00:00\) does not come after row 2 \(2020-01-03 00:00:00\); sort the rows"),
     ("date,a,b\n2020-01-01,1,2\n2020-01-02,1,2\n2020-01-02,1,2\n", "row 3 .* does not come after row 2"),
     ("date,a,b\n2020-01-01,1,2\n2020-01-02,1,2\n2020-01-03,1,2\n2020-01-03 07:00,1,2\n",
-     "row 4 .* is not a whole number of steps of 1 day, 0:00:00 after the first; resample"),
+     "row 4 .* is not a whole number of steps of 1 day after the first; resample"),
     ("date,a,b\n2020-01-01,1,2\n2020-01-02,1,2\n2020-01-03,1,2\n2120-01-03,1,2\n",
-     "there should be 36,527 rows, but there are 4; mend the times"),
+     "there should be 36,527 rows at steps of 1 day, but there are 4; mend the times"),
     ("date,a,b\n2020-01-01,1,nan\n2020-01-02,1,2\n", r"row 1 \(2020-01-01 00:00:00\) has no value of b"),
 ])
 def test_files_with_faults_are_refused_by_their_row(tmp_path, text, message):
@@ -328,9 +335,9 @@ def test_files_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize("fields, message", [
     ({"window": 97}, "data.window=97: with the horizon of 4 it is longer than the 100 rows of --config.data.train"),
     ({"window": 0}, "data.window=0: give a positive number"),
-    ({"horizon": 50}, "data.validation=40: give 50 rows or more"),
-    ({"test": 3}, "data.test=3: give 4 rows or more"),
-    ({"test": 61}, "data.test=61: with train and validation these are 201 rows, but .* has 200; take fewer"),
+    ({"horizon": 50}, "data.validation='40': give 50 rows or more"),
+    ({"test": 3}, "data.test='3': give 4 rows or more"),
+    ({"test": 61}, "data.test='61': with those before it, these are 201 rows, but .* has 200; take fewer"),
     ({"channels": ()}, "data.channels=: name one channel or more"),
     ({"channels": ("a", "a")}, "data.channels=a,a: name one channel or more, each once"),
     ({"covariates": ("hour",)}, "data.covariates: there is no 'hour'; did you mean hour_of_day"),
@@ -348,9 +355,200 @@ def test_a_channel_without_training_values_is_refused(tmp_path):
     opened(config(write(tmp_path / "x.csv", values), missing="mask"))
 
 
+@pytest.mark.parametrize("text, dialect", [
+    ("# a comment, with \"quotes\ndate,a,b\n2020-01-01,1.5,x\n# another\n\n2020-01-02,-2,y\n,,\n,,\n", {}),
+    ("date,a,b\r\n2020-01-01,1.5,x\r\n2020-01-02,-2,y\r\n\r\n", {}),
+    ('\ufeff"date","a","b"\n"2020-01-01","1.5","two\n# lines, and ""quotes"""\n"2020-01-02","-2",""\n', {}),
+    ("date;a;b\n2020-01-01;1,5;x\n2020-01-02;-2;\n", {"delimiter": ";", "decimal": ","}),
+    ("date\ta\tb\n2020-01-01\t1.5\tx\n2020-01-02\t-2\t\n", {"delimiter": "tab"}),
+    ('date,a,b\n2020-01-01,"1,5",x\n2020-01-02,-2,\n', {"decimal": ","}),
+    ("date|a|b\n01/01/2020|1.5|x\n02/01/2020|-2|\n", {"delimiter": "|", "time_format": "%d/%m/%Y"}),
+])
+def test_dialects_of_files(tmp_path, text, dialect):
+  path = tmp_path / "x.csv"
+  path.write_text(text, encoding="utf-8")
+  dialect = table.Dialect(**dialect)
+  dialect.check()
+  found = table.read_csv(path, "date", ("a",), dialect)
+  assert found.values[:, 0].tolist() == [1.5, -2] and found.step == Step(times.DAY)
+  assert times.when(found.times[0]) == "2020-01-01 00:00:00"
+  assert table.find_columns(path, dialect) == ("date", ("a",), {"b": "no numbers"})
+
+
+@pytest.mark.parametrize("text, dialect, message", [
+    ('date,a\n2020-01-01,"1,234"\n', {}, "'1,234' in the column a is no number: take out the marks between thousands, or"),
+    ("date;a\n2020-01-01;1.234,5\n", {"delimiter": ";", "decimal": ","}, "take out the marks between thousands"),
+    ("date,a\n2020-01-01,1 234 567\n", {}, "take out the marks between thousands"),
+    ('date,a\n2020-01-01,"1,5"\n', {}, "is no number: --config.data.decimal=',' reads it"),
+    ("date;a\n2020-01-01;1,5\n", {}, "has one column, 'date;a', if .* by ','; --config.data.delimiter=';' may be"),
+    ("date\ta\n2020-01-01\t1,5\n", {"delimiter": ";"}, "--config.data.delimiter='tab' may be the right mark"),
+    ("date,a\n2020-01-01,1\n,,\n2020-01-02,1\n", {}, "row 2 has 3 values, but there are 2 columns"),
+    ("date,a\n2020-01-01,1\n,\n2020-01-02,1\n", {}, "row 2: '' is no time"),
+])
+def test_another_dialect_than_the_files_is_refused(tmp_path, text, dialect, message):
+  path = tmp_path / "x.csv"
+  path.write_text(text)
+  with pytest.raises(UserError, match=message):
+    table.read_csv(path, "date", ("a",), table.Dialect(**dialect))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("delimiter", ""), ("delimiter", ", "), ("delimiter", "x"), ("delimiter", "."), ("decimal", "x"),
+    ("time_format", "fortnights"),
+])
+def test_dialects_that_no_file_has_are_refused(tmp_path, field, value):
+  with pytest.raises(UserError, match=f"--config.data.{field}='{value}': give"):
+    opened(config(write(tmp_path / "x.csv"), **{field: value}))
+
+
+@pytest.mark.parametrize("text, time, message", [
+    ("when,a,then\n2020-01-01,1,2020-01-02\n", "", "2 columns hold dates among when, a, then; name the column of times"),
+    ("a,b\n1,2\n", "", "no column holds dates among a, b; name the column of times by --config.data.time"),
+    ("2020-01-01,5\n2020-01-02,6\n", "", "the first line holds '2020-01-01, 5', no names; put the names of the columns there"),
+    ("date,a\n2020-01-01,1\n2020-01-02,1\n2020-01-03,x\n", "",
+     "row 3: 'x' in the column a is no number; mend it, or name the columns to read by --config.data.channels"),
+    ("date,note\n2020-01-01,x\n", "", "no column besides date holds numbers"),
+    ("date,a\n", "", "holds no rows of values"), ("", "", "holds no rows of values"),
+    ("date,a\n2020-01-01,1\n", "day", "has no column 'day' of times, but date, a"),
+])
+def test_columns_that_cannot_be_found(tmp_path, text, time, message):
+  path = tmp_path / "x.csv"
+  path.write_text(text)
+  with pytest.raises(UserError, match=message):
+    table.find_columns(path, table.Dialect(), time, "date")
+
+
+def test_columns_without_a_name_or_without_numbers_are_left_out(tmp_path):
+  path = tmp_path / "x.csv"
+  path.write_text(",day,a,code,empty,b\n0,2020-01-01,1,7,,\n1,2020-01-02,2,x,,3\n")
+  found = table.find_columns(path, table.Dialect(), "", "date")
+  assert found == ("day", ("a", "b"), {"column 1": "no name", "code": "no numbers", "empty": "no numbers"})
+
+
+def test_columns_that_are_not_read_may_hold_anything(tmp_path):
+  path = tmp_path / "x.csv"
+  path.write_text("day,a,typo\n" + "".join(f"{i},{i},{'x' if i == 150 else i}\n" for i in range(200)))
+  made = config(path, channels=("a",), covariates=(), time="day")
+  found, _ = windows.find(made, {"time", "channels", "covariates", "train", "validation", "test"})
+  assert found == {"missing": "refuse"}
+  path.write_text("day,a,typo\n" + "".join(f"20{i:02}-01-01,{i},{'x' if i == 9 else i}\n" for i in range(20)))
+  assert table.find_columns(path, table.Dialect(), "", "date", False) == ("day", (), {})
+  with pytest.raises(UserError, match="row 10: 'x' in the column typo is no number"):
+    table.find_columns(path, table.Dialect(), "", "date")
+
+
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(table, "MAX_LINE", 100)
+  (tmp_path / "x.csv").write_text("date,a\n" + "1" * 101)
+  with pytest.raises(UserError, match="x.csv: is no text of values .*a line has more than 100 characters"):
+    table.read_csv(tmp_path / "x.csv", "date", ("a",))
+
+
+def test_a_device_is_no_file():
+  with pytest.raises(UserError, match="/dev/zero: cannot be read .no regular file.; name a .csv file"):
+    table.read_csv("/dev/zero", "date", ("a",))
+
+
+def local(hours, first, utc):
+  """The lines of a file of local times in Berlin, where summer time begins or ends."""
+  zone = zoneinfo.ZoneInfo("Europe/Berlin")
+  moments = (first.replace(tzinfo=datetime.timezone.utc) + datetime.timedelta(hours=i) for i in range(hours))
+  return [(t.astimezone(zone).isoformat() if utc else f"{t.astimezone(zone):%Y-%m-%d %H:%M}") for t in moments]
+
+
+def test_summer_time_is_named_where_its_hours_are_missing_or_there_twice(tmp_path):
+  path = tmp_path / "x.csv"
+  save = lambda cells: path.write_text("date,a\n" + "".join(f"{cell},1\n" for cell in cells))
+  for first, message in (
+      (datetime.datetime(2024, 3, 30), r"left out \(2024-03-31 02:00:00\) has no value of a, perhaps because the clocks went"),
+      (datetime.datetime(2024, 10, 26), "row 26 .* does not come after row 25 .* if the clocks went back there, .* in UTC")):
+    save(local(40, first, False))
+    with pytest.raises(UserError, match=message):
+      table.read_csv(path, "date", ("a",)).checked("refuse")
+    save(local(40, first, True))
+    found = table.read_csv(path, "date", ("a",)).checked("refuse")
+    assert len(found.times) == 40 and found.step == Step(HOUR)
+  save(f"2024-{3 + (day > 31):02}-{(day - 1) % 31 + 1:02}T00:00+0{1 + (day > 31)}:00" for day in range(29, 36))
+  with pytest.raises(UserError, match="row 4 .* of steps of 1 day after the first; .* an offset from UTC, which changes"):
+    table.read_csv(path, "date", ("a",)).checked("refuse")
+
+
+# --- Splits -----------------------------------------------------------------------------------------------
+
+
+def of_extents(path, **fields):
+  made = config(path, **fields)
+  series = table.read_csv(path, "date", ("a",)).checked("refuse")
+  return list(windows.extents(made, series).values())
+
+
+@pytest.mark.parametrize("train, validation, test, want", [
+    ("100", "40", "60", [(0, 100), (100, 140), (140, 200)]),
+    ("0.5", "0.2", "0.3", [(0, 100), (100, 140), (140, 200)]),
+    ("70%", "15%", "15%", [(0, 140), (140, 170), (170, 200)]),
+    ("33.3%", "33.3%", "33.4%", [(0, 66), (66, 133), (133, 200)]),  # all rows, though no share is whole
+    ("0.5", "40", "10%", [(0, 100), (100, 140), (140, 160)]),
+    ("0.5", "", "50%", [(0, 100), (0, 0), (100, 200)]),
+    ("2019-12-30", "2020-01-03 04:00", "2020-01-04 20:00", [(0, 100), (100, 140), (140, 200)]),
+    ("2019-12-31", "2020-01-03 04:30", "", [(24, 101), (101, 200), (0, 0)]),
+    ("", "", "100%", [(0, 0), (0, 0), (0, 200)]),
+])
+def test_splits_by_rows_shares_and_times(tmp_path, train, validation, test, want):
+  assert of_extents(write(tmp_path / "x.csv"), train=train, validation=validation, test=test) == want
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"train": "0.7"}, "test='60': with those before it, these are 240 rows, but .* has 200; take fewer"),
+    ({"train": "800.5"}, "train='800.5': give a number of rows, a share such as 0.7 or 70%, or the time of the first"),
+    ({"train": "soon"}, "train='soon': give a number of rows"), ({"train": "-5"}, "train='-5': give a number"),
+    ({"test": "1%"}, "test='1%': these are 2 of the rows of .*; give 4 rows or more"),
+    ({"train": "5%"}, "window=12: with the horizon of 4 it is longer than the 10 rows"),
+    ({"validation": "2020-01-01"}, "train='100': give the times of the first rows of all splits, .* or of none"),
+    ({"train": "2019-12-30", "validation": "2020-01-04", "test": "2020-01-03"},
+     "validation='2020-01-04': there is no row between it and the split that follows"),
+    ({"train": "2019-12-30", "validation": "2020-01-04", "test": "2030-01-01"},
+     "test='2030-01-01': lies after the last row of .*, 2020-01-07 07:00:00; give an earlier time"),
+    ({"train": "2019-12-30 00:00Z", "validation": "2020-01-04", "test": ""}, "train='2019-12-30 00:00Z': has an offset from UTC, and the times of .* have none; drop it"),
+])
+def test_splits_that_do_not_fit_are_refused(tmp_path, fields, message):
+  with pytest.raises(UserError, match="--config.data." + message):
+    opened(config(write(tmp_path / "x.csv"), **fields))
+
+
+def test_a_date_is_by_the_clock_of_the_file(tmp_path):
+  path = write(tmp_path / "x.csv", form="%Y-%m-%dT%H:%M:%S+02:00")
+  assert of_extents(path, train="2019-12-30", validation="2020-01-03 04:00", test="") == [(0, 100), (100, 200), (0, 0)]
+  assert of_extents(path, train="2019-12-30", validation="2020-01-03T02:00:00Z", test="")[0] == (0, 100)
+
+
+def test_plain_numbers_have_no_dates_and_no_calendar(tmp_path):
+  path = tmp_path / "x.csv"
+  path.write_text("date,a\n" + "".join(f"{i},{i % 7}\n" for i in range(200)))
+  with pytest.raises(UserError, match="train='2020-01-01': .* has plain numbers for times; give a number of rows or"):
+    of_extents(path, train="2020-01-01", validation="", test="")
+  with pytest.raises(UserError, match="covariates=hour_of_day,day_of_week: .* plain numbers for times, which no calendar"):
+    opened(config(path, channels=("a",)))
+  data = windows.SeriesSet(config(path, channels=("a",), covariates=()))
+  batch, _, _ = windows.encode([str(path)], data.config, data.normaliser())
+  assert batch["host/time"].tolist() == [["200", "201", "202", "203"]]
+
+
+def test_what_is_given_is_not_looked_for(tmp_path):
+  made = config(write(tmp_path / "x.csv"))
+  every = {"time", "channels", "missing", "covariates", "train", "validation", "test"}
+  found, lines = windows.find(made, every)
+  assert not found and len(lines) == 1
+  assert lines[0].endswith("at steps of 1 hour; train 100 from 2019-12-30 00:00:00, validation 40 from "
+                           "2020-01-03 04:00:00, test 60 from 2020-01-04 20:00:00")
+  found, _ = windows.find(made, every - {"validation", "test"})
+  assert found == {"validation": "50", "test": "50"}
+  made.name = "temperatures"
+  assert windows.find(made, set()) == ({}, [])
+
+
 # --- The user's own ---------------------------------------------------------------------------------------
 
-NORMALISER = windows.Normaliser(("a", "b"), np.array([5.0, 4.0]), np.array([3.0, 2.0]), HOUR)
+NORMALISER = windows.Normaliser(("a", "b"), np.array([5.0, 4.0]), np.array([3.0, 2.0]), Step(HOUR))
 
 
 def test_the_users_series_are_forecast_from_their_end(tmp_path):
@@ -359,7 +557,7 @@ def test_the_users_series_are_forecast_from_their_end(tmp_path):
   made = config("other.csv")
   write(folder / "long.csv")
   write(folder / "short.csv", VALUES[:11])
-  write(folder / "daily.csv", step=windows.DAY)
+  write(folder / "daily.csv", step=times.DAY)
   write(folder / "holes.csv", np.where(np.arange(200)[:, None] == 199, np.nan, VALUES))
   (folder / "notes.txt").write_text("no series")
   batch, names, skipped = windows.encode([str(folder)], made, NORMALISER)
@@ -367,10 +565,10 @@ def test_the_users_series_are_forecast_from_their_end(tmp_path):
   assert [line.partition(": ")[2].partition(",")[0].partition(" (")[0] for line in skipped] == [
       "has steps of 1 day", "row 200", "has 11 rows"]
   np.testing.assert_allclose(batch["window"][0], (VALUES[-12:] - [5, 4]) / [3, 2], atol=1e-6)
-  end = int(START.replace(tzinfo=datetime.timezone.utc).timestamp()) + 199 * HOUR
-  np.testing.assert_array_equal(batch["time"][0] @ [windows.DAY, 1], end + HOUR * np.arange(1, 5))
-  times = end + HOUR * np.arange(-11, 5)
-  np.testing.assert_array_equal(batch["covariates"][0], windows.covariates(times, made.covariates))
+  end = SECOND * int(START.replace(tzinfo=datetime.timezone.utc).timestamp()) + 199 * HOUR
+  assert batch["host/time"][0].tolist() == [times.when(end + HOUR * i) for i in range(1, 5)]
+  np.testing.assert_array_equal(
+      batch["covariates"][0], windows.covariates(end + HOUR * np.arange(-11, 5), made.covariates))
   made.missing = "mask"
   batch, names, _ = windows.encode([str(folder / "holes.csv")], made, NORMALISER)
   np.testing.assert_array_equal(batch["window"][0, -1], batch["window"][0, -2])
@@ -391,7 +589,7 @@ def test_an_array_stands_in_place_of_a_file():
   assert names == ["array 0", "array 1[0]"] and not skipped
   for window in batch["window"]:
     np.testing.assert_allclose(window, (VALUES[-12:] - [5, 4]) / [3, 2], atol=1e-6)
-  np.testing.assert_array_equal(batch["time"][0] @ [windows.DAY, 1], HOUR * np.arange(1, 5))
+  assert batch["host/time"][0].tolist() == [f"1970-01-01 0{hour}:00:00" for hour in range(1, 5)]
   holes = VALUES.copy()
   holes[-1, 0] = np.nan
   _, names, skipped = windows.encode([VALUES[:11], VALUES[:, :1], holes], made, NORMALISER)
@@ -419,7 +617,7 @@ def test_the_embedded_temperatures(tmp_path, monkeypatch):
   data = opened(made)
   assert data.train.num_examples == 5880 - 168 - 24 + 1 and data.evals["test"].num_examples == 1440 - 24 + 1
   test = whole_pass(data.evals["test"])
-  assert table.when(test["host/time"][0]) == "2010-11-02 00:00:00"
+  assert times.when(test["host/time"][0]) == "2010-11-02 00:00:00"
   assert not np.isnan(test["horizon"]).any()
   normaliser = windows.Normaliser.from_assets(data.assets())
   last = test["horizon"][-1] * normaliser.std + normaliser.mean

@@ -50,6 +50,17 @@ def _data(play, batch_size=4, eval_batch_size=3, seed=0, **fields):
       batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
 
 
+def _folder(folder, count, size=40, start=0):
+  """A folder of documents, one of them in a subfolder; name -> text."""
+  texts = {}
+  for i in range(start, start + count):
+    name = f"deep/{i}.txt" if i == 1 else f"{i}.txt"
+    texts[name] = f"{i}: " + "abcdefghij"[i % 10] * size
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(texts[name])
+  return texts
+
+
 def _bytes_of(split):
   return list(corpus.split_text(PLAY)[split].encode())
 
@@ -303,7 +314,7 @@ def test_characters_that_training_has_not_seen_are_named(play):
     ({"tokenizer": "bpe", "vocab_size": 257}, "--config.data.vocab_size=257: sub-words need at least 300"),
     ({"tokenizer": "file"}, "--config.data.tokenizer_file='': name a SentencePiece .model"),
     ({"tokenizer_file": "x.model"}, "--config.data.tokenizer_file='x.model': goes with"),
-    ({"train": "train[:50%]"}, "--config.data.train='train\\[:50%\\]': a file has only the split train"),
+    ({"train": "train[:50%]"}, "--config.data.train='train\\[:50%\\]': a text of your own has only the split train"),
     ({"train": ""}, "--config.data.train='': name the split"),
     ({"documents": True, "buckets": 9}, "--config.data.buckets=9"),
     ({"file": "", "name": "../x"}, "is not a TFDS name"),
@@ -352,3 +363,105 @@ def test_a_document_that_is_no_text_is_named(documents, monkeypatch, value):
 def test_paths_that_are_none_are_named(file, reason):
   with pytest.raises(UserError, match=f"--config.data.file=.*cannot be read .*{reason}"):
     corpus.read_file(file, "--config.data.file")
+
+
+# A folder of the user's own
+
+
+def _find(given=(), seed=0, **fields):
+  config = corpus.default_config()
+  config.update({"length": 8, **fields})
+  return corpus.find(config, seed, set(given))
+
+
+def test_many_documents_are_split_whole_by_seed_and_content(tmp_path):
+  texts = _folder(tmp_path, 40)
+  (tmp_path / "12.txt").write_text(texts["7.txt"])  # a twin
+  (tmp_path / "notes.md").write_text("no document")
+  (tmp_path / ".hidden.txt").write_text("nor this")
+  texts["12.txt"] = texts["7.txt"]
+  parts = {seed: corpus.split_documents(tmp_path, seed, "--config.data.folder") for seed in (0, 0, 1)}
+  for found in parts.values():
+    assert {name: text for part in found.values() for name, text in part.items()} == texts
+    assert [len(found[split]) for split in ("train", "validation", "test")] in ([36, 2, 2], [35, 3, 2], [35, 2, 3])
+    assert any({"12.txt", "7.txt"} <= part.keys() for part in found.values())
+  assert parts[0] != parts[1]
+  assert parts[0] == corpus.split_documents(tmp_path, 0, "")  # a function of the seed
+  name = sorted(parts[0]["test"])[0]
+  (tmp_path / name).rename(tmp_path / "renamed.txt")
+  assert "renamed.txt" in corpus.split_documents(tmp_path, 0, "")["test"]
+  found, lines = _find(folder=str(tmp_path))
+  assert not found and lines[0].startswith(f"{tmp_path}: 1,7") and lines[0].endswith("; left out notes.md")
+
+
+def test_few_documents_are_each_cut_by_characters(tmp_path):
+  texts = _folder(tmp_path, 3)
+  found = corpus.split_documents(tmp_path, 0, "")
+  assert list(found["train"]) == ["0.txt", "2.txt", "deep/1.txt"]
+  for name, text in texts.items():
+    assert {split: part[name] for split, part in found.items()} == corpus.split_text(text)
+
+
+def test_folders_named_like_splits_are_the_splits(tmp_path):
+  for i, split in enumerate(("train", "Val", "test")):
+    _folder(tmp_path / split, 2, start=2 * i)
+  found = corpus.split_documents(tmp_path, 0, "")
+  assert {split: list(part) for split, part in found.items()} == {
+      "train": ["train/0.txt", "train/deep/1.txt"], "validation": ["Val/2.txt", "Val/3.txt"],
+      "test": ["test/4.txt", "test/5.txt"]}
+
+
+def test_an_evaluation_can_read_all_of_a_text(tmp_path, play):
+  texts = _folder(tmp_path / "in", 3)
+  whole = corpus.TextSet(_config("", folder=str(tmp_path / "in"), train="", validation=""))
+  read, begins = whole.read("test")
+  assert bytes(read.tokens[read.tokens != END].tolist()).decode() == texts["0.txt"] + texts["2.txt"] + texts["deep/1.txt"]
+  assert len(begins) == 3
+  with pytest.raises(UserError, match="--config.data.train='': name the split to train on"):
+    whole.read("train")
+  data = _data(play, train="", validation="")
+  assert list(data.evals) == ["test"]
+  data.evals["test"].open()
+  with pytest.raises(UserError, match="data.train='': name the split to train on"):
+    _data(play, train="")
+
+
+def test_the_characters_of_a_text_are_counted_once(play, tmp_path):
+  count = len(set(corpus.split_text(PLAY)["train"])) + 1
+  found, lines = _find(file=str(play), tokenizer="character")
+  assert found == {"vocab_size": count} and lines == [
+      f"{play}: 1,030 characters (train 927, validation 51, test 52)"]
+  assert _find(file=str(play), tokenizer="character", byte_fallback=True)[0] == {"vocab_size": count + 256}
+  assert _find(["vocab_size"], file=str(play), tokenizer="character", vocab_size=99)[0] == {}
+  assert _find() == _find(file=str(tmp_path / "no.txt")) == ({}, [])
+  with pytest.raises(UserError, match="file=.*no.txt: there is no such file; .* dry run .* --config.data.vocab_size"):
+    _find(file=str(tmp_path / "no.txt"), tokenizer="character")
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_names_and_contents(tmp_path):
+  _folder(tmp_path, 12)
+  of = lambda: corpus.TextSet(_config("", folder=str(tmp_path))).fingerprint()
+  first = of()
+  (tmp_path / "3.txt").write_text("3: dddd")
+  second = of()
+  (tmp_path / "3.txt").rename(tmp_path / "three.txt")
+  assert first.startswith("12 files of ") and len({first, second, of()}) == 3
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"folder": "no"}, "--config.data.folder=no: there is no such folder"),
+    ({"folder": "in", "file": "x.txt"}, "--config.data.folder='in': goes without --config.data.file"),
+    ({"file": "in"}, "--config.data.file=in is a folder; .* --config.data.folder"),
+    ({"folder": "empty"}, "--config.data.folder=empty: holds no .txt file"),
+    ({"folder": "bad"}, "--config.data.folder=bad/b.txt is not UTF-8 .byte 0."),
+    ({"folder": "void"}, "--config.data.folder=void/a.txt is empty"),
+    ({"file": "/dev/zero"}, "--config.data.file=/dev/zero has more than .* bytes"),
+])
+def test_folders_that_hold_no_texts_are_refused(tmp_path, monkeypatch, fields, message):
+  monkeypatch.chdir(tmp_path)
+  _folder(tmp_path / "in", 3)
+  for name, content in (("empty/a.md", b"a"), ("bad/b.txt", b"\xff"), ("void/a.txt", b"")):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    corpus.TextSet(_config(fields.get("file", ""), folder=fields.get("folder", ""))).read("train")
