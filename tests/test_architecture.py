@@ -160,7 +160,7 @@ def test_models_know_only_jax_flax_and_numpy(path):
     ("tensorboardX", ["dljax.train.metrics"]),
     ("wandb", ["dljax.train.metrics"]),
     ("absl", ["dljax.data.image.folder", "dljax.data.image.own_scenes",
-              "dljax.data.image.sound", "dljax.launch", "dljax.launch.configs", "dljax.launch.evaluate", "dljax.launch.flags",
+              "dljax.data.own", "dljax.launch", "dljax.launch.configs", "dljax.launch.evaluate", "dljax.launch.flags",
               "dljax.launch.predict", "dljax.runs", "dljax.train.checkpoint",
               "experiments.benchmark.engine", "experiments.benchmark.__main__"]),
 ])

@@ -16,7 +16,7 @@ NAME = "glibc.malloc.hugetlb"
 def restart(monkeypatch, tunables=None, pages="always [madvise] never", library="glibc 2.36", trace=None):
   """The call of `os.execv`, or None."""
   monkeypatch.setattr(os, "confstr", lambda name: library, raising=False)
-  monkeypatch.setattr(Path, "read_text", lambda self: pages)
+  monkeypatch.setattr(Path, "read_text", lambda self, encoding=None: pages)
   monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "-m", "experiments.lenet", "--seed=1"])
   monkeypatch.setattr(sys, "gettrace", lambda: trace)
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)

@@ -83,7 +83,8 @@ def test_a_disk_that_fails_at_any_moment_ends_the_run_in_one_line(tmp_path, monk
       names = {entry.name for entry in (path / "checkpoints").iterdir()}
       assert not _left(path) and {"2"} <= names <= {"1", "2"}  # the older one where only its deletion failed
   assert number > 30
-  assert capfd.readouterr().err == ""
+  # A start says which step it has cleaned up, if an earlier test has made the log's handler.
+  assert [line for line in capfd.readouterr().err.splitlines() if not line.endswith("; removed")] == []
 
 
 @pytest.mark.parametrize("code", ERRORS)

@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_error_and_nothing_else(tmp_path, capfd):
   del error, writer
   gc.collect()
   assert capfd.readouterr().err == ""
-  assert threading.active_count() == threads
+  assert threading.active_count() <= threads
   assert report.read_metrics(tmp_path / "metrics.jsonl")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import own, sources, splits
-from dljax.data.image import augment, corrupt, decode, folder, sound, typical
+from dljax.data.image import augment, corrupt, decode, folder, typical
 from dljax.data.pipeline import (
     Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Reprocessed, Streaming, rng)
 from dljax.errors import UserError, choose
@@ -235,7 +235,7 @@ class ImageSet(splits.DataSet):
     if self._foreign:
       config = ml_collections.ConfigDict(config)
       config.update(train="train", validation="", test="test")
-    self._skipped = sound.Skipped(config.skip_corrupt)
+    self._skipped = own.Skipped(config.skip_corrupt)
     self._record: Mapping[str, Any] = {}
     super().__init__(config)
     self.mixes = config.mixup > 0 or config.cutmix > 0
@@ -432,7 +432,7 @@ class ImageSet(splits.DataSet):
 
     same = run.get("fingerprint") == dataset.fingerprint
     return self._skipped.keep(
-        split, name, len(records), sound.unsound(records, check),
+        split, name, len(records), own.unsound(records, check),
         functools.partial(dataset.example, name),
         run.get("examples", {}).get(name) if same else None)
 

@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 
 from dljax.data import own
-from dljax.data.image import annotations, decode, geometry, sound
+from dljax.data.image import annotations, decode, geometry
 from dljax.data.image.annotations import Annotated, Boxes
 from dljax.data.image.folder import FLAG, SUFFIXES
 from dljax.data.image.masks import LISTS, TABLES, find_list, find_meaning
@@ -612,7 +612,7 @@ def _without_damaged(dataset: own.Dataset, most: int) -> own.Dataset:
   """The set without the examples whose files cannot be decoded, if up to `most` may be skipped."""
   if not most:
     return dataset
-  skipped, kept = sound.Skipped(most), {}
+  skipped, kept = own.Skipped(most), {}
   for split in dataset.splits:
     examples = dataset.splits[split]
 
@@ -622,7 +622,7 @@ def _without_damaged(dataset: own.Dataset, most: int) -> own.Dataset:
         if (mask := examples[number].mask) is not None:
           decode.decode_mask(mask.read_bytes(), record["image"][0])
 
-    bad = sound.unsound(dataset.records(split), check)
+    bad = own.unsound(dataset.records(split), check)
     name = functools.partial(dataset.example, split)
     numbers = skipped.keep(split, split, len(examples), bad, name)
     kept[split] = [examples[i] for i in numbers]

@@ -27,7 +27,7 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import own, sources, splits
-from dljax.data.image import augment, decode, folder, geometry, own_scenes, sound, typical
+from dljax.data.image import augment, decode, folder, geometry, own_scenes, typical
 from dljax.data.image.geometry import VOID_BYTE, Placement, Window
 from dljax.data.pipeline import (
     PADDING, Examples, HostBatch, IndexedPipeline, InMemory, Pipeline, Plan, Streaming)
@@ -198,7 +198,7 @@ class SceneSet(splits.DataSet):
       raise UserError(f"--config.data.folder={config.folder}: holds either boxes or masks; drop it")
     self._seed, self._run = 0, None
     self._record: Mapping[str, Any] = {}
-    self._skipped = sound.Skipped(self.config.skip_corrupt)
+    self._skipped = own.Skipped(self.config.skip_corrupt)
     self._sound: dict[str, np.ndarray] = {}  # split -> the numbers of the examples that are kept
 
   def pipeline(self, split: str, **options: Any) -> Pipeline:
@@ -353,7 +353,7 @@ class SceneSet(splits.DataSet):
         before = (self._run or {}).get("skipped", {})
         same = before.get("fingerprint") == dataset.fingerprint
         self._sound[split] = self._skipped.keep(
-            split, config[split], len(records), sound.unsound(records, check), name,
+            split, config[split], len(records), own.unsound(records, check), name,
             before.get("examples", {}).get(config[split]) if same else None)
       numbers = self._sound[split]
     return numbers, sources.Subset(records, numbers)
