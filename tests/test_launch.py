@@ -814,6 +814,13 @@ def test_a_run_keeps_what_was_looked_up_at_its_start(tmp_path, capsys):
   assert folder.read_config().data.num_classes == 3
 
 
+def test_what_was_found_is_shown_on_a_short_line(tmp_path, capsys):
+  _look_up(Workdir(tmp_path), {"data.class_counts": tuple(range(1000)), "data.fitted_to": "a\udcffb"})
+  counts, folder = capsys.readouterr().out.splitlines()
+  assert counts == f"found data.class_counts={','.join(map(str, range(20)))},... (1,000 in all)"
+  assert folder == "found data.fitted_to=a\\udcffb"
+
+
 def test_a_field_that_the_user_gives_is_not_looked_up(tmp_path):
   folder = Workdir(tmp_path)
   found = {"data.num_classes": 3, "data.mean": (0.25,)}

@@ -15,6 +15,7 @@ from dljax.train.workdir import Workdir
 
 GetConfig = Callable[[str], ml_collections.ConfigDict]
 Build = Callable[[ml_collections.ConfigDict], Experiment]
+_SHOWN = 20  # the number of values of a tuple that are shown
 # A recipe's function of (config, names of the fields that the user has given) that looks at the
 # user's own data and returns field -> value, such as {"data.num_classes": 3}.
 Resolve = Callable[[ml_collections.ConfigDict, Collection[str]], Mapping[str, Any]]
@@ -77,10 +78,19 @@ def look_up(
   else:
     found = dict(resolve(config, given))
     for name, value in found.items():
-      print(f"found {name}={config_lib.format_value(value)}")
+      print(_found(name, value))
   config.update_from_flattened_dict(found)
   config.found = tuple(sorted(found))
   config_lib.validate(config)
+
+
+def _found(name: str, value: Any) -> str:
+  """The line on a field that was looked up, of which a long value is shown in part."""
+  more = ""
+  if isinstance(value, tuple) and len(value) > _SHOWN:
+    more, value = f",... ({len(value):,} in all)", value[:_SHOWN]
+  line = f"found {name}={config_lib.format_value(value)}{more}"
+  return line.encode(errors="backslashreplace").decode()  # the name of a file may be no Unicode
 
 
 def _as_it_ran(
