@@ -280,8 +280,9 @@ def title(config: Mapping[str, Any]) -> str:
   field = data_field(config)
   data = str(flatten(config)[field]).rstrip("/") if field else config["preset"]
   # A path has a suffix or is a folder's; a slash in the name of a set is no path.
-  own = field != "data.name" or Path(data).suffix == ".csv"
-  return f"{config['family']} {Path(data).name if own else data}"
+  if field != "data.name" or Path(data).suffix == ".csv":
+    data = os.path.basename(os.path.abspath(os.path.expanduser(data)))  # of "." too
+  return f"{config['family']} {data}".encode(errors="backslashreplace").decode()
 
 
 def identity(config: ml_collections.ConfigDict) -> str:

@@ -230,7 +230,8 @@ def test_one_of_lists_the_choices():
 @pytest.mark.parametrize("data, title", [
     ({"name": "mnist"}, "lenet mnist"), ({"name": "digits/by_writer"}, "lenet digits/by_writer"),
     ({"name": "mnist", "folder": "my/photos/"}, "lenet photos"), ({"file": "", "name": "x"}, "lenet x"),
-    ({"name": "data/sales.csv"}, "lenet sales.csv"), ({"noise": 1.0}, "lenet small")])
+    ({"name": "data/sales.csv"}, "lenet sales.csv"), ({"noise": 1.0}, "lenet small"),
+    ({"folder": "my/photos/../scans"}, "lenet scans"), ({"file": "caf\udce9.txt"}, "lenet caf\\udce9.txt")])
 def test_a_run_is_called_by_its_family_and_its_data(data, title):
   config = config_lib.base_config("lenet", "small", data=data)
   assert config_lib.title(config) == config_lib.title(config.to_dict()) == title
