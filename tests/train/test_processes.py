@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -134,12 +135,13 @@ def _pair(*arguments):
 
 
 def _said(process, status):
-  """The lines of a process that ends within 30 s, without the progress bars and what Gloo prints."""
+  """The lines of a process that ends within 30 s, without those on its progress and what Gloo prints."""
   out, err = process.communicate(timeout=30)
   assert process.returncode == status, err
   lines = (out + err).replace("\r", "\n").splitlines()
   return [line for line in lines if line and "step/s" not in line and "it/s" not in line and "?it/s" not in line
-          and not line.startswith(("[Gloo]", "continuing"))]
+          and not line.startswith(("[Gloo]", "continuing", "compiling", "compiled"))
+          and not re.match(r"step \d+: ", line)]
 
 
 LONG = (*XOR, "--config.total_steps=1000000", "--config.log_every=5", "--config.eval_every=1000000",
