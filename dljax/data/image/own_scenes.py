@@ -12,7 +12,7 @@ train, validation (val, valid) or test, or a name such as train2017:
 
 An image is turned upright by its EXIF orientation. YOLO's boxes are those of the upright image, as
 Ultralytics reads them. COCO's are those of the pixels as they are stored, as torchvision's
-CocoDetection and pycocotools read them, unless the file's width and height of an image are those of
+CocoDetection reads them, unless the file's width and height of an image are those of
 the upright one. A mask counts as upright, see `decode.decode_mask`.
 """
 

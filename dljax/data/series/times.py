@@ -11,6 +11,7 @@ Dimensions: T rows of the series, n times.
 """
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import re
@@ -384,11 +385,9 @@ def _guess(cell: str) -> str:
   if number[2]:
     return "seconds" if digits in (9, 10) else "date"
   if digits == 8 and cell.isdigit():
-    try:
+    with contextlib.suppress(ValueError):  # as "20241399" is no date
       datetime.datetime.strptime(cell, "%Y%m%d")
       return "date"
-    except ValueError:
-      pass
   if digits <= _MOST_DIGITS:
     return "integer"
   if digits not in _DIGITS:
