@@ -51,6 +51,8 @@ from dljax.train.workdir import differences
 MANIFEST = "manifest.json"
 _DESCRIPTORS = Path("/proc/self/fd")  # where Linux shows the open files of a process
 _MOST_ERRORS = 8  # that Orbax raises while it closes
+# What TensorStore appends to an error: its number, and what was to be written.
+_PAYLOAD = re.compile(r" \[[a-z_]+='.*", re.DOTALL)
 _NONE, _FAILED = -1, -2  # what process 0 sends to the others in place of a step
 
 
@@ -527,8 +529,8 @@ class Checkpointer:
 
   def _error(self, step: int, reason: object) -> CheckpointError:
     line = getattr(reason, "strerror", None) or str(reason)
-    line = line.partition("\n")[0] or type(reason).__name__
-    # TensorStore says what happened at the end.
+    # TensorStore says what happened at the end, but for its payload.
+    line = _PAYLOAD.sub("", line).partition("\n")[0] or type(reason).__name__
     line = line if len(line) <= 200 else f"... {line[-200:]}"
     return CheckpointError(f"checkpoint {step} in {self.directory} was not saved: {line}")
 

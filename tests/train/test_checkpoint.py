@@ -529,6 +529,20 @@ def test_a_manifest_that_cannot_be_written_is_an_error(saved, monkeypatch, leave
   _restores(saved, 8)
 
 
+@pytest.mark.parametrize("payload", [
+    " [os_error_code='28']", "",
+    " [os_error_code='28' tensorstore_spec='{\\\"context\\\":{\\\"cache_pool\\\":{}}" + 300 * "x" + "}']\nand more"])
+def test_an_error_of_tensorstore_ends_with_its_reason(saved, monkeypatch, payload):
+  def full(path, data):
+    raise ValueError(f'RESOURCE_EXHAUSTED: Error writing "w/0" [sic]: {250 * "x"}: No space left on device{payload}')
+
+  with Checkpointer(saved) as checkpointer, monkeypatch.context() as patch:
+    patch.setattr(checkpoint.durable, "write", full)
+    checkpointer.save(12, _state(12), {"seen": 12})
+    with pytest.raises(CheckpointError, match="checkpoint 12 in .* was not saved: [.]{3} .*x: No space left on device$"):
+      checkpointer.wait()
+
+
 def test_a_step_in_flight_is_not_there_yet(saved, monkeypatch):
   reached, go = threading.Event(), threading.Event()
   write = checkpoint.durable.write
