@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from unittest import mock
 
 from dljax.report import common
 from dljax import errors, launch, report
+
+_DATA = Path(__file__).parents[1] / "dljax" / "data" / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,13 @@ def refuse(experiment: ModuleType, *arguments: str) -> str:
   assert outcome.status == errors.BAD_INPUT, outcome
   assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
   return outcome.err.removeprefix("error: ").strip()
+
+
+def documented(section: str) -> list[tuple[str, list[str]]]:
+  """The commands in the first block of a section of dljax/data/README.md, each as (family, arguments)."""
+  block = _DATA.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0].split("```")[1].replace("\\\n", " ")
+  lines = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+  return [(words[2].removeprefix("experiments."), words[3:]) for words in lines]
 
 
 @contextlib.contextmanager

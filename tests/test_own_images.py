@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,11 @@ import pytest
 import dljax
 from dljax.data.image import folder as folders
 from experiments import mlp
-from tests import command
+from tests import command, smallest
 from tests.data.image import own_images
 from tests.families import EXPERIMENTS, ROOT
 
+ONE = "--mesh=data:1"
 SHORT = ("--config.model.widths=8", "--config.batch_size=8", "--config.total_steps=2", "--config.eval_every=2",
          "--config.checkpoint_every=2", "--config.log_every=1")
 
@@ -87,43 +87,46 @@ def test_a_dry_run_without_the_data_asks_for_what_it_needs(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def _documented():
-  """The commands of the section "Your own images", each as (family, arguments)."""
-  section = (ROOT / "dljax/data/README.md").read_text().split("## Your own images")[1].split("## ")[0]
-  block = section.split("```")[1].replace("\\\n", " ")
-  for line in block.strip().splitlines():
-    words = shlex.split(line, comments=True)
-    yield words[2].removeprefix("experiments."), words[3:]
-
-
 @pytest.mark.slow
-def test_the_documented_commands_run(tmp_path, monkeypatch, caplog):
-  """In a folder that holds what they name; the first in a process of its own, as a user starts it."""
+def test_the_documented_commands_run(tmp_path, monkeypatch):
+  """In a folder that holds what they name; one in a process of its own, as a user starts it."""
   own_images.folders(tmp_path / "photos", {"cat": 20, "dog": 15, "emu": 10})
+  own_images.folders(tmp_path / "other", {"cat": 2, "emu": 2}, first=50)
   own_images.table(tmp_path / "movies", "file,label", ["drama;crime", "crime", "", "comedy"], 60)
   own_images.table(tmp_path / "ages", "file,label", ["20.5", "30", "41"])
   own_images.table(tmp_path / "parts", "image,length,width,part", ["1.5,2,train", "2.5,7,train", "1,3,val", "3,1,test"],
                    60, "table.csv")
   monkeypatch.chdir(tmp_path)
-  commands = list(_documented())
-  assert len(commands) == 8
+  resnets = smallest.arguments("resnet", monkeypatch)
+  modes, of_photos = [], ""
   damaged = tmp_path / "photos" / "cat" / "20.png"
-  for number, (family, arguments) in enumerate(commands):
+  for number, (family, arguments) in enumerate(command.documented("Your own images")):
+    mode = next((a.removeprefix("--mode=") for a in arguments if a.startswith("--mode=")), "train")
+    modes.append(mode)
     skips = any("skip_corrupt" in argument for argument in arguments)
-    damaged.unlink(missing_ok=True)
     if skips:
       damaged.write_bytes(b"damaged")
-    run = tmp_path / f"run {number}"
-    arguments = [*arguments, f"--workdir={run}", "--config.total_steps=2", "--config.eval_every=2", "--config.log_every=1"]
-    if number:
-      done = command.run(EXPERIMENTS[family], *arguments)
-      status, out, err = done.status, done.out, done.err
-    else:
+    if mode == "train":
+      run = tmp_path / f"run {number}"
+      of_photos = run if any("balanced" in argument for argument in arguments) else of_photos
+      arguments = [*arguments, f"--workdir={run}", "--config.total_steps=2", "--config.eval_every=2",
+                   "--config.log_every=1", *(resnets if family == "resnet" else ())]
+    arguments = [ONE, *(argument.replace("=RUN", f"={of_photos}") for argument in arguments)]
+    if skips:
       done = subprocess.run([sys.executable, "-m", f"experiments.{family}", *arguments], capture_output=True, text=True,
                             timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
       status, out, err = done.returncode, done.stdout, done.stderr
+    else:
+      with smallest.native_convolutions(), command.plain_pictures():
+        done = command.run(EXPERIMENTS[family], *arguments)
+      status, out, err = done.status, done.out, done.err
     assert status == 0 and "Traceback" not in err, (arguments, err)
-    assert "found data.num_train_examples=" in out
-    assert (run / "result.json").exists() and list((run / "figures").glob("*.png"))
+    if mode == "train":
+      assert "found data.num_train_examples=" in out
+      assert (run / "result.json").exists() and list((run / "figures").glob("*.png"))
     if skips:
-      assert "skipped 1 of 36 examples of train" in caplog.text and "cat/20.png" in (run / "data" / "skipped.json").read_text()
+      assert "skipped 1 of 36 examples of train" in err and "cat/20.png" in (run / "data" / "skipped.json").read_text()
+      damaged.unlink()
+  assert modes == ["train"] * 8 + ["eval", "predict"]
+  assert json.loads((of_photos / "evaluation.json").read_text())["metrics"].keys() == {"test"}
+  assert len((tmp_path / "guesses.csv").read_text().splitlines()) == 46

@@ -1,53 +1,16 @@
 """The user's own recordings: tables of several forms, what they decide, splits by seed and speaker, and what is refused."""
 
-import io
 import json
 import logging
 
 import numpy as np
 import pytest
-import scipy.io.wavfile
 
 from dljax.data.audio import recordings, transcripts
 from dljax.errors import UserError
+from tests.data.audio.own_recordings import RATE, common_voice, ljspeech, save, wav
 
-RATE = 8000
-TEXTS = ("Guten Tag", "auf Wiedersehen", "na ja", "Grüße  aus Köln")
 LABELS = " adefghijklnrstuwßöü"
-
-
-def wav(number=0, rate=RATE, seconds=0.2):
-  file = io.BytesIO()
-  time = np.arange(round(rate * seconds)) / rate
-  scipy.io.wavfile.write(file, rate, (9000 * np.sin(2 * np.pi * (300 + 7 * number) * time)).astype(np.int16))
-  return file.getvalue()
-
-
-def save(path, content):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return path
-
-
-def ljspeech(folder, count=20, **how):
-  """A folder in the form of LJSpeech."""
-  for i in range(count):
-    save(folder / "wavs" / f"L{i:03}.wav", wav(i, **how))
-  save(folder / "metadata.csv", "".join(f'L{i:03}|Nr. "{i}|{TEXTS[i % 4]}\n' for i in range(count)))
-  return folder
-
-
-def common_voice(folder, splits, end=".wav", speakers=5):
-  """A folder in the form of Common Voice; split -> the number of recordings."""
-  number = 0
-  for split, count in splits.items():
-    rows = ["client_id\tpath\tsentence\tup_votes"]
-    for _ in range(count):
-      save(folder / "clips" / f"c{number}{end}", wav(number))
-      rows.append(f"s{number % speakers}\tc{number}.mp3\t{TEXTS[number % 4]}\t2")
-      number += 1
-    save(folder / f"{split}.tsv", "\r\n".join(rows) + "\n")
-  return folder
 
 
 def config(folder, **fields):
