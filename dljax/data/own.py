@@ -486,7 +486,7 @@ class Skipped:
 
   def keep(
       self, split: str, expression: str, total: int, bad: Mapping[int, str],
-      name: Callable[[int], str], before: Sequence[str] | None = None,
+      name: Callable[[int], str], before: Sequence[str] | None = None, warn: bool = True,
   ) -> np.ndarray:
     """The numbers of the examples to keep, i64[n]; says which are left out.
 
@@ -497,6 +497,8 @@ class Skipped:
       bad: the numbers of those that cannot be used, and why.
       name: number -> the example's name.
       before: the names that were left out when the run began, or None.
+      warn: whether the first host warns of them. It must not before the hosts have found each
+        other, as JAX has to be asked which host is the first.
 
     Raises:
       UserError: there are more than may be left out, or others than when the run began.
@@ -511,7 +513,7 @@ class Skipped:
       raise UserError(f"--config.data.skip_corrupt={self._most}: {count} examples cannot be "
                       f"decoded, such as {next(iter(bad.values())).partition('; ')[0]}; give a "
                       "larger number, or mend them")
-    if names and jax.process_index() == 0:
+    if names and warn and jax.process_index() == 0:
       logging.warning("skipped %d of %d examples of %s that cannot be decoded: %s", len(names),
                       total, split, some(names, len(names)))
     return np.setdiff1d(np.arange(total), list(bad))

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+from unittest import mock
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -474,11 +476,12 @@ def test_so_many_damaged_files_are_skipped_and_named(tmp_path, caplog, target):
     damaged, other = root / "masks/train/002.png", root / "images/val/007.png"
   damaged.write_bytes(damaged.read_bytes()[:90])
   refused(root, target, [f"{damaged} cannot be used", "--config.data.skip_corrupt=1"])
-  config = configured(root, target, skip_corrupt=1)
+  with mock.patch.object(jax, "process_index", side_effect=AssertionError):  # hosts do not know each other yet
+    config = configured(root, target, skip_corrupt=1)
   assert config.num_train_examples == 7
-  assert "skipped 1 of 8 examples of train that cannot be decoded" in caplog.text and "002.png" in caplog.text
   data = scenes.SceneSet(config, [target]).pipelines(batch_size=7, eval_batch_size=4, seed=0)
   data.train.open()
+  assert "skipped 1 of 8 examples of train that cannot be decoded" in caplog.text and "002.png" in caplog.text
   assert data.train.num_examples == 7
   assert data.assets()["skipped"]["examples"] == {"train": [str(root / "images/train/002.png")]}
   other.write_bytes(b"no")
