@@ -1,4 +1,11 @@
-"""An order of training examples in which every class comes equally often."""
+"""An order of training examples in which every class comes equally often.
+
+It is class-aware sampling (Li Shen, Zhouchen Lin, Qingming Huang 2016, "Relay Backpropagation for
+Effective Learning of Deep Convolutional Neural Networks"): the classes take turns, and each draws
+one of the examples that have it. Tong Wu et al. 2020, "Distribution-Balanced Loss for Multi-Label
+Classification in Long-Tailed Datasets", do so where an example has several classes; then a class
+also comes in the turns of those that it stands beside.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -15,13 +22,18 @@ class Balanced:
   of a class come in one random order after the other, each once in an order.
 
   Args:
-    labels: i[n], the class of each example; classes without an example are left out.
+    labels: i[n], the class of each example; or f[n, C], 1 where an example has a class. Examples of
+      no class count as one class more; classes without an example are left out.
     seed: the run's seed.
   """
 
   def __init__(self, labels: Sequence[int] | np.ndarray, seed: int):
     labels = np.asarray(labels)
-    self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if labels.ndim == 1:
+      self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    else:
+      has = np.column_stack([labels > 0, ~(labels > 0).any(axis=1)])
+      self._members = [np.flatnonzero(column) for column in has.T if column.any()]
     self._seed = seed
     # A batch may end in the middle of every class's order.
     self._order = functools.lru_cache(maxsize=2 * len(self._members))(self._permute)

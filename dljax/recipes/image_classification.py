@@ -132,15 +132,14 @@ def _task(config: ml_collections.ConfigDict, model: nn.Module, criterion: str) -
   if criterion != "softmax":
     raise UserError(f"--config.model.criterion={criterion}: has no meaning for "
                     f"--config.data.labels={data.labels}; write softmax")
-  if data.groups:
-    raise UserError("--config.data.groups: only images with one class each are reported by group; "
-                    "drop it")
   if data.labels == folder.CLASSES:
     from dljax.tasks import multilabel  # of labels from a table alone, as regression is
 
     return multilabel.MultiLabel(
         model=model, num_classes=data.num_classes, label_smoothing=smoothing,
-        class_weights=labelled.class_weights(data))
+        groups=tuple(data.groups), class_weights=labelled.class_weights(data))
+  if data.groups:
+    raise UserError("--config.data.groups: numbers have no accuracy to report by group; drop it")
   if smoothing:
     raise UserError(f"--config.model.label_smoothing={smoothing}: has no meaning for numbers; set "
                     "it to 0")

@@ -28,7 +28,6 @@ from dljax.tasks.base import (
 CRITERIA = ("softmax", "perceptron")
 MAX_CONFUSION_CLASSES = 200  # a matrix of more is large to add up, and too fine to look at
 MAX_PICTURED = 24
-GROUP = "host/group/"  # the prefix of batch fields that hold the group of each row
 MAX_LISTED = 5
 
 
@@ -62,7 +61,7 @@ class Classification(TaskBase):
   groups: tuple[str, ...] = ()
   class_weights: tuple[float, ...] = ()
 
-  evaluate_reads = ("label", GROUP)
+  evaluate_reads = ("label", scores.GROUP)
   evaluate_draws = ("image",)
 
   def __post_init__(self):
@@ -189,9 +188,8 @@ class Classification(TaskBase):
       figures["calibration"] = functools.partial(
           report.calibration,
           tally.calibration.count, tally.calibration.confidence, tally.calibration.right)
-    for group, table in tally.groups().items():
-      metrics[f"worst_{group}_accuracy"] = min(row["accuracy"] for row in table)
-      tables[f"group_{group}"] = table
+    worst, by_group = tally.groups.findings()
+    metrics, tables = metrics | worst, tables | by_group
     if "confusion_matrix" in sums:
       figures["confusion_matrix"] = functools.partial(
           report.confusion_matrix, np.asarray(sums["confusion_matrix"][0]), names)
@@ -262,12 +260,13 @@ class _Tally:
   Attributes:
     counts: f64[3, C], how often each class was guessed right, was the truth, and was guessed.
     calibration: the sums that the guesses' calibration follows from.
+    groups: the guesses by the rows' groups.
   """
 
   def __init__(self, num_classes: int):
     self.counts = np.zeros((3, num_classes))
     self.calibration = scores.Calibration.of(np.zeros(0), np.zeros(0))
-    self._groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    self.groups = scores.Groups()
 
   def watch(
       self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]],
@@ -280,16 +279,8 @@ class _Tally:
       for total, classes in zip(self.counts, (label[right], label, guess)):
         total += np.bincount(classes, minlength=len(total))
       self.calibration += scores.Calibration.of(p.max(axis=-1), right)
-      for field, groups in batch.items():
-        if field.startswith(GROUP):
-          parts = self._groups.setdefault(field.removeprefix(GROUP), [])
-          parts.append((np.asarray(groups), right))
+      self.groups.add(batch, right)
       yield predictions, batch
-
-  def groups(self) -> dict[str, list[dict[str, Any]]]:
-    """For each kind of group, its table."""
-    return {name: scores.by_group(*map(np.concatenate, zip(*parts)))
-            for name, parts in self._groups.items()}
 
 
 def _picture_mistakes(rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str]) -> Any:

@@ -41,7 +41,9 @@ class MultiLabel(TaskBase):
     num_classes: C.
     label_smoothing: the share of the target that is 1/2 instead, in [0, 1), in training.
     class_weights: the weight in the training loss of a class that holds, against 1 of one that does
-      not; () if all are 1. The loss stays a mean over all examples and classes.
+      not; () if all are 1. The loss stays a mean over all examples and classes, as with
+      `pos_weight` of torch.nn.BCEWithLogitsLoss.
+    groups: the NAMEs of batch fields "host/group/NAME", by whose values evaluation groups rows.
 
   Raises:
     UserError: the label smoothing is out of range, or the weights are not one for each class.
@@ -51,10 +53,10 @@ class MultiLabel(TaskBase):
   num_classes: int
   label_smoothing: float = 0.0
   class_weights: tuple[float, ...] = ()
+  groups: tuple[str, ...] = ()
 
-  evaluate_reads = ("label",)
+  evaluate_reads = ("label", scores.GROUP)
   evaluate_draws = ("image",)
-  goals = {"loss": MIN, "accuracy": MAX, "mean_average_precision": MAX, "macro_f1": MAX}
 
   def __post_init__(self):
     if not 0 <= self.label_smoothing < 1:
@@ -63,6 +65,12 @@ class MultiLabel(TaskBase):
     if self.class_weights and len(self.class_weights) != self.num_classes:
       raise UserError(f"--config.data.class_weights: {len(self.class_weights)} numbers for "
                       f"{self.num_classes} classes; give one for each")
+
+  @property
+  def goals(self) -> Mapping[str, str]:
+    """See `Task.goals`."""
+    goals = {"loss": MIN, "accuracy": MAX, "mean_average_precision": MAX, "macro_f1": MAX}
+    return goals | {f"worst_{group}_accuracy": MAX for group in self.groups}
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
@@ -118,18 +126,23 @@ class MultiLabel(TaskBase):
   ) -> Findings:
     """Scores by class, and the images whose classes were guessed worst.
 
-    Metrics: mean_average_precision, the mean over the classes that some image has; macro_f1.
-    Tables: classes (average_precision, precision, recall, f1, support).
+    Metrics: mean_average_precision, the mean over the classes that some image has; macro_f1;
+    worst_NAME_accuracy for each batch field "host/group/NAME". As everywhere, accuracy is the share
+    of images whose classes are all guessed right.
+    Tables: classes (average_precision, precision, recall, f1, support); group_NAME (accuracy,
+    support), sorted by the groups' names.
     Figures: mistakes, up to `MAX_PICTURED` images, those with the largest loss first.
     """
     del sums
     names = class_names(assets, self.num_classes)
     probabilities, labels, worst = [np.zeros((0, self.num_classes))], [
         np.zeros((0, self.num_classes), bool)], Worst(MAX_PICTURED)
+    groups = scores.Groups()
     for predictions, batch in rows:
       p, label = np.asarray(predictions["probabilities"]), np.asarray(batch["label"]) > 0.5
       probabilities.append(p)
       labels.append(label)
+      groups.add(batch, ((p >= THRESHOLD) == label).all(axis=-1))
       if len(batch["image"].shape) == 4:
         _keep_worst(worst, batch["image"], p, label, names)
     score, truth = np.concatenate(probabilities), np.concatenate(labels)
@@ -150,9 +163,10 @@ class MultiLabel(TaskBase):
       figures["mistakes"] = functools.partial(
           report.image_grid, images, titles,
           caption=f"The largest losses among {len(truth):,} images")
+    by_group, tables = groups.findings()
     return Findings({
         "mean_average_precision": float(precision[known].mean()) if known.any() else float("nan"),
-        "macro_f1": scores.macro_f1(*counts)}, figures, {"classes": table})
+        "macro_f1": scores.macro_f1(*counts), **by_group}, figures, {"classes": table, **tables})
 
 
 def _keep_worst(

@@ -9,10 +9,13 @@ Dimensions: `C` classes, `M` bins, `N` examples.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 BINS = 15  # as in Guo et al., section 4
+GROUP = "host/group/"  # the prefix of batch fields that hold the group of each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +132,29 @@ def by_group(groups: np.ndarray, right: np.ndarray) -> list[dict[str, str | floa
   support, hits = np.bincount(index), np.bincount(index, np.asarray(right, np.float64))
   return [{"group": name.item(), "accuracy": float(hit / count), "support": int(count)}
           for name, hit, count in zip(names, hits, support)]
+
+
+class Groups:
+  """Accuracy by the groups that rows are in, of rows that come batch by batch."""
+
+  def __init__(self):
+    self._parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+  def add(self, batch: Mapping[str, Any], right: np.ndarray) -> None:
+    """Counts rows.
+
+    Args:
+      batch: the rows; each field "host/group/NAME" holds their groups of one kind.
+      right: bool[B], whether each row's guess is right.
+    """
+    for field, groups in batch.items():
+      if field.startswith(GROUP):
+        self._parts.setdefault(field.removeprefix(GROUP), []).append((np.asarray(groups), right))
+
+  def findings(self) -> tuple[dict[str, float], dict[str, list[dict[str, Any]]]]:
+    """The metrics worst_NAME_accuracy, and the tables group_NAME; see `by_group`."""
+    tables = {name: by_group(*map(np.concatenate, zip(*parts)))
+              for name, parts in self._parts.items()}
+    return ({f"worst_{name}_accuracy": min(row["accuracy"] for row in table)
+             for name, table in tables.items()},
+            {f"group_{name}": table for name, table in tables.items()})

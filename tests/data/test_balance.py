@@ -25,6 +25,17 @@ def test_classes_and_the_examples_of_a_class_come_equally_often():
   assert (np.sort(blocks, axis=1) == [0, 2, 5]).all() and len(np.unique(blocks, axis=0)) == 6
 
 
+def test_examples_of_several_classes_come_in_the_turns_of_each():
+  """And those of none in a turn of their own; a class that nobody has takes no turn."""
+  labels = np.zeros((20, 4), np.float32)
+  labels[:12, 0], labels[10:14, 1], labels[14:15, 3] = 1, 1, 1  # two have both 0 and 1
+  stream = Balanced(labels, 3)(0, 4 * 60)  # turns of 0, of 1, of 3 and of none
+  blocks = labels[stream].reshape(-1, 4, 4)
+  assert (blocks.max(axis=2).sum(axis=1) == 3).all()  # one in four has no class
+  count = np.bincount(stream, minlength=20)
+  assert count.tolist() == [5] * 10 + [20] * 2 + [15] * 2 + [60] + [12] * 5
+
+
 def test_the_stream_is_random_and_depends_on_the_seed():
   one, other = Balanced(LABELS, 0)(0, 72), Balanced(LABELS, 1)(0, 72)
   assert (one != other).any()

@@ -86,9 +86,13 @@ def test_the_labels_decide_the_task_and_the_monitor(tmp_path):
                  **{"data.class_weights": ("balanced",)})
   assert isinstance(several.task, MultiLabel) and several.monitor == "validation/mean_average_precision"
   assert len(several.task.class_weights) == several.task.num_classes == 2
+  grouped = own_images.table(tmp_path / "grouped", "file,label,camera", ["a;b,x", "b,x", "a,y"])
+  assert "worst_camera_accuracy" in _own("mlp", grouped, **{"data.groups": ("camera",)}).task.goals
   number = _own("mlp", own_images.table(tmp_path / "number", "file,label", ["1.5", "2.5"]))
   assert isinstance(number.task, Regression) and number.monitor == "validation/mae"
   assert 1.5 < number.task.mean[0] < 2.5 and number.task.model.num_classes == 1
+  with pytest.raises(UserError, match="--config.data.groups: numbers have no accuracy"):
+    _own("mlp", tmp_path / "number", **{"data.groups": ("file",)})
   kept = _own("mlp", tmp_path / "number", monitor="validation/loss")
   assert kept.monitor == "validation/loss"
   assert _own("mlp", tmp_path / "number", **{"data.validation": ""}).monitor is None

@@ -110,6 +110,17 @@ def test_the_worst_images_are_drawn_with_their_classes():
   draw()
 
 
+def test_accuracy_by_group():
+  label = np.array([[1, 0], [1, 1], [0, 0], [0, 1]], np.float32)
+  p = np.array([[.9, .1], [.9, .2], [.4, .1], [.3, .7]])  # the second lacks a class
+  batch = {"label": label, "image": np.zeros((4, 2)), "host/group/camera": np.array(list("aabb"))}
+  task = MultiLabel(None, 2, groups=("camera",))
+  found = task.evaluate([({"probabilities": p}, batch)], {}, {"classes": ["x", "y"]})
+  assert found.tables["group_camera"] == [{"group": "a", "accuracy": 0.5, "support": 2},
+                                          {"group": "b", "accuracy": 1.0, "support": 2}]
+  assert found.metrics["worst_camera_accuracy"] == 0.5 and "worst_camera_accuracy" in task.goals
+
+
 def test_goals_name_every_metric():
   task = MultiLabel(Identity(), C)
   batch = make_batch()

@@ -120,8 +120,8 @@ def validate(config: Any) -> None:
   if config.labels != folder.CLASS:
     instead = f"has no meaning where an image has a {config.labels}; set it to"
     need("per_class", not config.per_class, f"{instead} 0")
-    need("sampler", config.sampler == "shuffle", f"{instead} shuffle")
   if config.labels == folder.NUMBER:
+    need("sampler", config.sampler == "shuffle", f"{instead} shuffle")
     for field in ("mixup", "cutmix"):
       need(field, not config[field], f"{instead} 0")
     need("class_weights", not config.class_weights, "has no meaning where an image has a number")
@@ -211,7 +211,7 @@ def look_up(config: Any, seed: int, given: Collection[str]) -> dict[str, Any]:
   if config.per_class:
     return {"class_counts": (config.per_class,) * config.num_classes}
   images = ImageSet(config)
-  labels = _labels(images.dataset.records(config.train))
+  labels = _labels(images.dataset.records(config.train), _class_or_none)
   images.check_labels(labels, "train")
   return {"class_counts": tuple(np.bincount(labels, minlength=config.num_classes).tolist())}
 
@@ -368,7 +368,7 @@ class ImageSet(splits.DataSet):
     if split == "train" and config.sampler == "balanced":
       from dljax.data import balance  # few runs need it
 
-      labels = _labels(records)
+      labels = _labels(records, _class_or_none if config.labels == folder.CLASS else self.label)
       self.check_labels(labels, split, numbers)
       pipeline.order = balance.Balanced(labels, pipeline.seed)
     crops = split == "train" and config.random_resized_crop > 0
@@ -587,13 +587,17 @@ def few_of_each(
                   "examples; make it smaller, or 0 to take all")
 
 
-def _labels(records: sources.Records) -> np.ndarray:
-  """The class of each record, i64[n]; -1 where it has none."""
+def _labels(records: sources.Records, label: Callable[[Mapping[str, Any]], Any]) -> np.ndarray:
+  """The label of each record."""
   found = []
   for start in range(0, len(records), DECODE_AT_ONCE):
-    block = records[range(start, min(start + DECODE_AT_ONCE, len(records)))]
-    found += [record["label"][0] if len(record["label"]) else -1 for record in block]
-  return np.array(found, np.int64)
+    found += map(label, records[range(start, min(start + DECODE_AT_ONCE, len(records)))])
+  return np.array(found)
+
+
+def _class_or_none(record: Mapping[str, Any]) -> int:
+  """The class of a record; -1 where it has none."""
+  return record["label"][0] if len(record["label"]) else -1
 
 
 def _class_of(record: Mapping[str, Any]) -> np.ndarray:

@@ -371,6 +371,16 @@ def test_a_table_names_several_classes_for_each_image(tmp_path, header, rows, fi
       sum(i in photo.label for photo in first.dataset.splits["train"]) for i in range(2))
 
 
+def test_classes_of_unequal_number_take_turns_where_an_image_has_several(tmp_path):
+  rows = ["a", "a", "a;b", "a", "a", "", "a", "c", "a", "a"]
+  data = build(looked_up(own_images.table(tmp_path, "file,label", rows, 40), sampler="balanced"))
+  data.train.open()
+  label = np.concatenate([data.train.batch(step)["label"] for step in range(9)])
+  assert label.shape == (36, 3)  # nine turns of a, b, c and none; b comes with a
+  assert label[:, 1].sum() >= 9 and label[:, 2].sum() == 9
+  assert (label.sum(axis=1) == 0).sum() == 9
+
+
 def test_a_rare_class_of_several_is_in_every_split(tmp_path):
   rows = ["a"] * 9 + ["a;rare"]
   found = looked_up(own_images.table(tmp_path, "file,label", rows, 100))
@@ -413,7 +423,7 @@ def test_a_table_gives_numbers_that_training_normalises(tmp_path):
     ("file,label", ["", ""], {"labels": "classes"}, "no image has a label"),
     ("file,label", ["cat", "cat"], {}, "there is only one class, cat"),
     ("file,label", ["cat", "dog"], {"sampler": "even"}, "--config.data.sampler='even': choose one of"),
-    ("file,a,b", ["1,1", "0,1"], {"sampler": "balanced"}, "--config.data.sampler='balanced': has no meaning"),
+    ("file,label", ["1.5", "2"], {"sampler": "balanced"}, "--config.data.sampler='balanced': has no meaning"),
     ("file,label", ["1.5", "2"], {"class_weights": ("balanced",)}, "class_weights=balanced: has no meaning")])
 def test_a_table_of_another_form_is_refused(tmp_path, header, rows, fields, message):
   with pytest.raises(UserError, match=message) as error:
