@@ -73,7 +73,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
     config: a config with the fields that `config()` gives.
     model: the network, see `Transcription`.
   """
-  data = recordings.AudioSet(config.data).pipelines(
+  data = recordings.AudioSet(config.data, model.output_length).pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = transcription.Transcription(
       model=model, alphabet=config.data.alphabet, beam=config.model.beam)

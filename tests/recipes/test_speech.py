@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -101,7 +102,7 @@ def test_trains_on_morse_and_gives_texts_for_wav_files(tmp_path, monkeypatch, sm
   assert all(set(row) == {"input", "text"} and set(row["text"]) <= {" ", *morse.CODE} for row in rows)
 
 
-def test_a_folder_of_recordings_is_enough_to_train_evaluate_and_predict(tmp_path, smaller):
+def test_a_folder_of_recordings_is_enough_to_train_evaluate_and_predict(tmp_path, smaller, caplog):
   folder, workdir = tmp_path / "mine", tmp_path / "run"
   (folder / "wavs").mkdir(parents=True)
   for i in range(16):
@@ -119,6 +120,13 @@ def test_a_folder_of_recordings_is_enough_to_train_evaluate_and_predict(tmp_path
   assert result["data"] == str(folder) and list(result["metrics"]) == ["test"]
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert sum("too_short" in row for row in rows) > 1
+  found, = re.findall("'train': 1 of 13 texts need more frames than .*, and are left out of the loss: (.*)", caplog.text)
+  assert found == str(folder / "wavs" / "0.wav")
+
+  (folder / "metadata.csv").write_text("".join(f"{i}|{'ab' * 30}\n" for i in range(16)))
+  line = refuse(deepspeech, *mine, f"--workdir={tmp_path / 'no'}")
+  assert re.search(r"'train': 13 of 13 texts need more frames than .*, such as .*wav \(60 and 13\), so .*hop=0.01", line)
+  (folder / "metadata.csv").write_text("".join(f"{i}|ab\n" for i in range(16)))
 
   other = folder.rename(tmp_path / "other")
   line = refuse(deepspeech, *mine, "--config.total_steps=3")

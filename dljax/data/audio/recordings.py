@@ -349,14 +349,18 @@ class AudioSet(splits.DataSet):
 
   Args:
     config: see `default_config`.
+    output_length: numbers of frames i64[n] -> for how many frames of them the network gives labels.
+      With it, texts that need more than their recordings have are named.
 
   Raises:
     UserError: a value out of range.
   """
 
-  def __init__(self, config: Any):
+  def __init__(
+      self, config: Any, output_length: Callable[[np.ndarray], Any] | None = None,
+  ):
     validate(config)
-    self.seed, self._run = 0, None
+    self.seed, self._run, self._output_length = 0, None, output_length
     # A folder that the run was not trained on can only be evaluated.
     self._foreign = bool(config.folder) and config.folder != config.fitted_to
     if self._foreign:
@@ -476,13 +480,10 @@ class AudioSet(splits.DataSet):
           reason = str(e) if self._run is None else (
               f"{str(e).partition('; ')[0]} of the run; write it otherwise, or take it out")
           raise UserError(f"--config.data.{split}={config[split]!r}: {example}: {reason}") from e
-        if len(text) > config.max_text:
-          raise UserError(f"--config.data.max_text={config.max_text}: {example}, {split}, has "
-                          f"{len(text)} characters; raise it to that")
         try:
           sound, rate = self.sound(record)
           length = frames(config, len(sound), rate)
-          # The pipeline refuses a recording that is too long by its length.
+          # A recording that is too long is refused below.
           heard = (self.features(sound, rate)
                    if size <= MEMORY_LIMIT and length <= config.max_frames else None)
         except ValueError as e:
@@ -498,6 +499,10 @@ class AudioSet(splits.DataSet):
         if heard is not None:
           kept.append(heard)
           size += heard.nbytes
+    names = [dataset.example(config[split], i) for i in numbers]
+    self._check_most("max_text", split, list(map(len, texts)), names, "characters")
+    self._check_most("max_frames", split, lengths, names, "frames")
+    self._check_fit(split, lengths, texts, names)
     self._skip(split, [dataset.example(config[split], index) for index in bad], list(bad.values()))
     if rates:
       _log.warning("%s, %s: recordings of %s samples a second were resampled to %d",
@@ -506,6 +511,44 @@ class AudioSet(splits.DataSet):
     if size <= MEMORY_LIMIT:
       read = lambda indices: [kept[i] for i in indices]
     return _Recordings(np.array(lengths, np.int64), read, texts, config.max_text)
+
+  def _check_most(
+      self, field: str, split: str, sizes: Sequence[int], names: Sequence[str], unit: str,
+  ) -> None:
+    """Raises `UserError` if an example of a split is larger than `config[field]` allows."""
+    most, largest = self.config[field], int(np.argmax(sizes)) if len(sizes) else 0
+    if len(sizes) and sizes[largest] > most:
+      count = sum(size > most for size in sizes)
+      raise UserError(f"--config.data.{field}={most}: {count:,} of {len(sizes):,} recordings of "
+                      f"{split} have more, such as {names[largest]} with {sizes[largest]} {unit}; "
+                      "raise it to that, or take them out")
+
+  def _check_fit(
+      self, split: str, lengths: Sequence[int], texts: Sequence[np.ndarray], names: Sequence[str],
+  ) -> None:
+    """Names the recordings of a split that are too short for their texts.
+
+    CTC writes at most one label in a frame of the network's output, and a blank between two equal
+    labels; see `ops/ctc.py`.
+
+    Raises:
+      UserError: there are no others to train on.
+    """
+    if self._output_length is None:
+      return
+    there = np.asarray(self._output_length(np.array(lengths, np.int64)))
+    needed = np.array([len(text) + np.sum(text[1:] == text[:-1]) for text in texts], np.int64)
+    short = np.flatnonzero(needed > there)
+    if not len(short):
+      return
+    first = short[0]
+    what = (f"--config.data.{split}={self.config[split]!r}: {len(short):,} of {len(texts):,} texts "
+            "need more frames than the network gives for their recordings")
+    if split == "train" and len(short) == len(texts):
+      raise UserError(f"{what}, such as {names[first]} ({needed[first]} and {there[first]}), so "
+                      "that nothing can be learnt; correct the transcripts, or make "
+                      f"--config.data.hop={self.config.hop:g} smaller")
+    _log.warning("%s, and are left out of the loss: %s", what, own.some([names[i] for i in short]))
 
   def _skip(self, split: str, names: list[str], reasons: Sequence[str]) -> None:
     """Notes which recordings of a split cannot be read.
