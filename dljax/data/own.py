@@ -94,6 +94,22 @@ def find(folder: Path, suffixes: Collection[str], flag: str) -> Found:
   return Found(tuple(sorted(files, key=natural)), tuple(sorted(others, key=natural)))
 
 
+def expand(path: str, flag: str) -> Path:
+  """The path, with the user's home folder in place of ~; `flag` named it, for the message."""
+  try:
+    return Path(path).expanduser()
+  except RuntimeError as e:  # ~NAME of a user that does not exist
+    raise UserError(f"{flag}={path}: {e}; name a folder") from None
+
+
+def same(path: str, other: str) -> bool:
+  """Whether two paths, as users write them, name one place; "" is none."""
+  if not path or not other:
+    return False
+  one, two = (os.path.abspath(os.path.expanduser(place)) for place in (path, other))
+  return one == two
+
+
 def show(path: str | os.PathLike[str]) -> str:
   """A path as text on one line: bytes that are no UTF-8 become \\xHH, and a line's end \\n."""
   text = os.fsencode(path).decode(errors="backslashreplace")
@@ -244,6 +260,26 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], start: str) ->
   raise UserError(f"{start} has changed since the run began "
                   f"({'; '.join(changes) or 'other labels, texts or splits'}); restore it, or name "
                   "another --workdir")
+
+
+def left_out(
+    names: Sequence[str], keys: Sequence[str], trained: Mapping[str, Any], start: str, what: str,
+) -> set[str]:
+  """The names of examples that a run was trained on, of other data to evaluate it on; warns of them.
+
+  Args:
+    names: the name of each example that would be evaluated.
+    keys: the key of each.
+    trained: the record of the run, see `check_same`; {} if it has none.
+    start: the flag and the path of the data, for the warning.
+    what: what the examples are called there, such as "images".
+  """
+  seen = {key for key, split in trained.get("files", {}).values() if split == "train"}
+  known = [name for name, key in zip(names, keys) if key in seen]
+  if known:
+    logging.warning("%s: left out what the run was trained on, %d of %d %s: %s", start, len(known),
+                    len(names), what, some(known))
+  return set(known)
 
 
 def clash(names: Sequence[str]) -> tuple[str, str, str] | None:

@@ -362,7 +362,7 @@ class AudioSet(splits.DataSet):
     validate(config)
     self.seed, self._run, self._output_length = 0, None, output_length
     # A folder that the run was not trained on can only be evaluated.
-    self._foreign = bool(config.folder) and config.folder != config.fitted_to
+    self._foreign = bool(config.folder) and not own.same(config.folder, config.fitted_to)
     if self._foreign:
       config = ml_collections.ConfigDict(config.to_dict())
       config.update(train="train", validation="", test="test")

@@ -20,7 +20,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-import logging
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +42,6 @@ _COLUMNS = {
 }
 _KEY = 16  # hexadecimal digits of a hash that name a recording
 _THREADS = 8
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,14 +309,11 @@ def _all_to_test(
     utterances: Sequence[Utterance], keys: Sequence[str], trained: Mapping[str, Any], folder: str,
 ) -> list[str]:
   """The split test for those that it names, or else for all, but not for what was trained on."""
-  seen = {key for key, name in trained.get("files", {}).values() if name == "train"}
   named = any(utterance.split == "test" for utterance in utterances)
-  splits = ["test" if utterance.split == "test" or not named else "" for utterance in utterances]
-  known = [u.name for u, key, name in zip(utterances, keys, splits) if name and key in seen]
-  if known:
-    _log.warning("%s: left out what the run was trained on, %d of %d recordings: %s", folder,
-                    len(known), len(utterances), own.some(known))
-  return ["" if key in seen else name for key, name in zip(keys, splits)]
+  rest = [(u.name, key) for u, key in zip(utterances, keys) if u.split == "test" or not named]
+  known = own.left_out(*zip(*rest), trained, f"{FLAG}={folder}", "recordings")
+  kept = {name for name, _ in rest} - known
+  return ["test" if utterance.name in kept else "" for utterance in utterances]
 
 
 def alphabet(texts: Sequence[str]) -> str:

@@ -98,7 +98,7 @@ def scan(config: Any, kind: str | None = None) -> Listing:
     UserError: there is no such folder, or it is no set of labelled images; the message names the
       file, class or line.
   """
-  folder = _expand(config.folder)
+  folder = own.expand(config.folder, FLAG)
   if folder.is_file() and folder.suffix.lower() in SUFFIXES:
     raise UserError(f"{FLAG}={config.folder}: is an image; name a folder, or a table")
   if folder.is_file():
@@ -114,19 +114,7 @@ def scan(config: Any, kind: str | None = None) -> Listing:
 
 def exists(config: Any) -> bool:
   """Whether there is something at `config.folder`."""
-  return os.path.exists(_expand(config.folder))
-
-
-def same(folder: str, other: str) -> bool:
-  """Whether two paths name one place."""
-  return bool(other) and os.path.abspath(_expand(folder)) == os.path.abspath(_expand(other))
-
-
-def _expand(path: str) -> Path:
-  try:
-    return Path(path).expanduser()
-  except RuntimeError as e:  # ~NAME of a user that does not exist
-    raise UserError(f"{FLAG}={path}: {e}; name a folder") from None
+  return os.path.exists(own.expand(config.folder, FLAG))
 
 
 def _scan_folders(config: Any, folder: Path) -> Listing:
@@ -410,15 +398,11 @@ def _all_to_test(
 ) -> list[str | None]:
   """The splits of images that are not those of the run: those named test if there are any, else
   all, without those that the run was trained on."""
-  seen = {key for key, split in trained.get("files", {}).values() if split == "train"}
   named = any(photo.split == "test" for photo in photos)
-  splits = ["test" if photo.split == "test" or not named else None for photo in photos]
-  known = [photo.name for photo, key, split in zip(photos, keys, splits)
-           if split and key in seen]
-  if known:
-    logging.warning("%s: left out what the run was trained on, %s: %s", folder,
-                    _count(known, "image"), own.some(known))
-  return [None if key in seen else split for key, split in zip(keys, splits)]
+  rest = [(photo.name, key) for photo, key in zip(photos, keys) if photo.split == "test" or not named]
+  known = own.left_out(*zip(*rest), trained, f"{FLAG}={folder}", "images")
+  kept = {name for name, _ in rest} - known
+  return ["test" if photo.name in kept else None for photo in photos]
 
 
 def _splits(

@@ -230,7 +230,7 @@ class ImageSet(splits.DataSet):
     validate(config)
     self.seed, self._run = 0, None
     # A folder that the run was not trained on can only be evaluated.
-    self._foreign = bool(config.folder) and not folder.same(config.folder, config.fitted_to)
+    self._foreign = bool(config.folder) and not own.same(config.folder, config.fitted_to)
     self._looked_at = ml_collections.FrozenConfigDict(config)
     if self._foreign:
       config = ml_collections.ConfigDict(config)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from dljax.data import own
 from dljax.data.image import annotations, decode, geometry
@@ -390,10 +389,7 @@ class Objects:
 
 
 def _folder(config: Any) -> Path:
-  try:
-    return Path(config.folder).expanduser()
-  except RuntimeError as error:  # ~NAME of a user that does not exist
-    raise UserError(f"{FLAG}={config.folder}: {error}; name a folder") from None
+  return own.expand(config.folder, FLAG)
 
 
 def _find(config: Any, target: str) -> Scenes:
@@ -473,13 +469,11 @@ def _all_to_test(
     trained: Mapping[str, Any], folder: str,
 ) -> dict[str, list[Example]]:
   """All images in the split test, or those that the folder has there, but none of the run's."""
-  seen = {key for key, split in trained.get("files", {}).values() if split == "train"}
   examples = splits.get("test") or [example for part in splits.values() for example in part]
-  known = [example.name for example in examples if keys[example.name].sha256[:_KEY] in seen]
-  if known:
-    logging.warning("%s: left out %d images that the run was trained on: %s", folder, len(known),
-                    own.some(known))
-  return {"test": [example for example in examples if example.name not in set(known)]}
+  names = [example.name for example in examples]
+  known = own.left_out(names, [keys[name].sha256[:_KEY] for name in names], trained,
+                       f"{FLAG}={folder}", "images")
+  return {"test": [example for example in examples if example.name not in known]}
 
 
 def _check_names(config: Any, folder: Path) -> None:

@@ -37,6 +37,7 @@ _SPLITS = own.SPLITS
 SHARES = (0.9, 0.05, 0.05)  # of the user's own text
 MANY = 10  # documents of a folder from which on whole documents are for one split
 SUFFIX = ".txt"
+_KEY = 16  # hexadecimal digits of a SHA-256 that tell documents apart
 MAX_BYTES = 2**31 - 1  # of the user's own text; the place of a token is an int32
 _LEAST_VOCABULARY = 300  # for a sub-word tokenizer: 256 bytes and some words
 
@@ -236,6 +237,7 @@ class TextSet(splits.DataSet):
     self.seed = 0  # of the run; it decides which documents of a folder are for which split
     self._tokenizer: tokenize.Tokenizer | None = None
     self._own: Mapping[str, Mapping[str, str]] | None = None
+    self._run: Mapping[str, Any] | None = None  # what a run knows of the text that it was trained on
 
   def pipelines(self, **options: Any) -> splits.Data:
     """See `DataSet.pipelines`."""
@@ -262,20 +264,60 @@ class TextSet(splits.DataSet):
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""
-    fields = {"restore": self.restore, "assets": lambda: {ASSET: self.tokenizer().to_json()}}
+    fields = {"restore": self.restore, "assets": self.assets}
     if path := own_text(self.config):
       fields |= {"name": path, "fingerprint": self.fingerprint}
     return fields
 
+  def assets(self) -> Mapping[str, Any]:
+    """The tokenizer; of the user's own text also its files."""
+    assets = {ASSET: self.tokenizer().to_json()}
+    return assets | {"files": self._record()} if own_text(self.config) else assets
+
   def fingerprint(self) -> str:
-    """The fingerprint of the user's own text: names, lengths and hashes."""
-    config = self.config
+    """The fingerprint of the user's own text: names, lengths and hashes.
+
+    Raises:
+      UserError: the text of a run that was restored has changed since it began.
+    """
+    config, path = self.config, own_text(self.config)
     if config.file:
-      return self.fingerprint_of(config.file)
-    folder = Path(config.folder).expanduser()
-    names = own.find(folder, [SUFFIX], "--config.data.folder").files
-    found = own.fingerprint(names, own.digests([folder / name for name in names]))
-    return self.same_fingerprint(config.folder, found)
+      found = self.fingerprint_of(config.file)
+    else:
+      names, keys = self._files()
+      found = self.same_fingerprint(config.folder, own.fingerprint(names, keys))
+    if self._run and own.same(path, self._run.get("path", "")) and (
+        found != self._run.get("fingerprint")):
+      now = {"fingerprint": found, "files": self._keys(dict.fromkeys(own.SPLITS, ()))}
+      own.check_same(self._run, now, self._start)
+    return found
+
+  @property
+  def _start(self) -> str:
+    """The flag that names the user's own text, and its value."""
+    config = self.config
+    return f"--config.data.{'file' if config.file else 'folder'}={own_text(config)}"
+
+  def _files(self) -> tuple[Sequence[str], list[own.Digest]]:
+    """The names of the user's own files below their folder, and their digests."""
+    path = Path(own_text(self.config)).expanduser()
+    if self.config.file:
+      return [path.name], own.digests([path])
+    names = own.find(path, [SUFFIX], "--config.data.folder").files
+    return names, own.digests([path / name for name in names])
+
+  def _keys(self, documents: Mapping[str, Collection[str]]) -> dict[str, tuple[str, str | None]]:
+    """Name of each file -> its key, and its split: "train" if any part of it was trained on."""
+    names, digests = self._files()
+    ours = (lambda name: "document 0") if self.config.file else (lambda name: name)
+    return {own.show(name): (
+        digest.sha256[:_KEY], next((s for s in _SPLITS if ours(name) in documents[s]), None))
+        for name, digest in zip(names, digests)}
+
+  def _record(self) -> dict[str, Any]:
+    """What a run keeps of the user's own text; see `own.check_same`."""
+    return {"path": own_text(self.config), "fingerprint": self.fingerprint(),
+            "files": self._keys(self.own_documents)}
 
   @property
   def own_documents(self) -> Mapping[str, Mapping[str, str]]:
@@ -286,6 +328,7 @@ class TextSet(splits.DataSet):
         if config.file:
           read = functools.partial(read_file, config.file, "--config.data.file")
           parts = split_text(self.read_own(config.file, read))
+          self.fingerprint()
           self._own = {split: {"document 0": part} for split, part in parts.items()}
         else:
           folder = Path(config.folder).expanduser()
@@ -299,7 +342,23 @@ class TextSet(splits.DataSet):
             for name, text in documents.items():
               whole[name] = whole.get(name, "") + text
           self._own = {"train": {}, "validation": {}, "test": whole}
+        self._own = self._without_known(self._own)
       return self._own
+
+  def _without_known(
+      self, documents: Mapping[str, Mapping[str, str]],
+  ) -> Mapping[str, Mapping[str, str]]:
+    """The documents to evaluate a run on, without those that it was trained on; or all, if they are
+    its own."""
+    if not self._run or self.fingerprint() == self._run.get("fingerprint"):
+      return documents
+    files = self._keys(documents)
+    known = own.left_out(list(files), [key for key, _ in files.values()], self._run, self._start,
+                         "documents")
+    if len(known) == len(files):
+      raise UserError(f"{self._start} holds nothing but what the run was trained on; name another")
+    return {split: {name: text for name, text in part.items() if own.show(name) not in known}
+            for split, part in documents.items()}
 
   @property
   def remark(self) -> str:
@@ -319,6 +378,7 @@ class TextSet(splits.DataSet):
       UserError: the tokenizer is damaged, or another run's.
     """
     tokenizer = tokenize.from_json(assets.get(ASSET))
+    self._run = assets.get("files")
     if tokenizer.size > self.config.vocab_size:
       raise UserError(f"data/{ASSET}.json has {tokenizer.size} tokens, and "
                       f"--config.data.vocab_size is {self.config.vocab_size}; take that file from "
@@ -357,8 +417,8 @@ class TextSet(splits.DataSet):
 
   def _flag(self, split: str) -> str:
     config = self.config
-    if path := own_text(config):
-      return f"--config.data.{'file' if config.file else 'folder'}={path} ({split})"
+    if own_text(config):
+      return f"{self._start} ({split})"
     return f"--config.data.{split}={config[split]!r}"
 
   def _documents(self, split: str) -> Mapping[str, str]:

@@ -1,6 +1,8 @@
 """The text pipelines: every token is read in order and predicted once, whatever the streams, hosts and lengths."""
 
+import json
 import platform
+import shutil
 import types
 from pathlib import Path
 
@@ -240,7 +242,7 @@ def test_a_restored_tokenizer_takes_the_place_of_a_new_one(play):
   asset = tokenize.Characters("".join(sorted(set(PLAY))) + "\U0001F408", False).to_json()
   data = _data(play, tokenizer="character")
   data.restore({corpus.ASSET: asset})
-  assert data.assets() == {corpus.ASSET: asset}
+  assert data.assets()[corpus.ASSET] == asset
 
 
 def test_tiny_shakespeare_as_tfds_splits_it(monkeypatch):
@@ -436,6 +438,47 @@ def test_the_characters_of_a_text_are_counted_once(play, tmp_path):
   assert _find() == _find(file=str(tmp_path / "no.txt")) == ({}, [])
   with pytest.raises(UserError, match="file=.*no.txt: there is no such file; .* dry run .* --config.data.vocab_size"):
     _find(file=str(tmp_path / "no.txt"), tokenizer="character")
+
+
+def test_a_run_is_not_evaluated_on_documents_that_it_was_trained_on(tmp_path, caplog):
+  mine, other = tmp_path / "mine", tmp_path / "other"
+  texts = _folder(mine, 12)
+  trained = corpus.TextSet(_config("", folder=f"{mine}/"))
+  data = trained.pipelines(batch_size=2, eval_batch_size=2, seed=0)
+  assets = json.loads(json.dumps(data.assets()))
+  parts = {split: list(part) for split, part in trained.own_documents.items()}
+  assert {name: split for name, (_, split) in assets["files"]["files"].items()} == {
+      name: split for split, names in parts.items() for name in names}
+
+  def evaluated(**fields):
+    texts = corpus.TextSet(_config("", **{"train": "", "validation": "", **fields}))
+    texts.restore(assets)
+    return texts.own_documents["test"]
+
+  shutil.copytree(mine, other)
+  assert evaluated(folder=str(other)).keys() == texts.keys() and not caplog.text  # the same text, all of it
+  (other / "new.txt").write_text("never seen")
+  assert evaluated(folder=str(other)).keys() == {"new.txt", *parts["validation"], *parts["test"]}
+  assert f"--config.data.folder={other}: left out what the run was trained on, 10 of 13 documents: " in caplog.text
+  assert parts["train"][0] in caplog.text
+  with pytest.raises(UserError, match="holds nothing but what the run was trained on; name another"):
+    evaluated(folder="", file=str(other / parts["train"][0]))
+  (mine / "deep" / "1.txt").write_text("changed")
+  with pytest.raises(UserError, match=f"--config.data.folder={mine} has changed since .*changed: deep/1.txt.; restore"):
+    evaluated(folder=str(mine))
+
+
+def test_a_text_that_was_cut_is_known_as_a_whole(play, tmp_path):
+  assets = _data(play).assets()
+  texts = corpus.TextSet(_config(tmp_path / "other.txt"))
+  texts.restore(assets)
+  (tmp_path / "other.txt").write_text(PLAY)
+  assert texts.own_documents["test"]  # it is the run's own text in another place
+  play.write_text(PLAY + "more")
+  changed = corpus.TextSet(_config(play))
+  changed.restore(assets)
+  with pytest.raises(UserError, match="--config.data.file=.*has changed since the run began .changed: play.txt"):
+    changed.fingerprint()
 
 
 def test_the_fingerprint_of_a_folder_is_that_of_names_and_contents(tmp_path):
