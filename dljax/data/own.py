@@ -11,7 +11,7 @@ set, by overriding `DataSet.open`. In both places it
 3. takes `digests` of the files, whose `fingerprint` names the data; equal files are twins, and
    serve as the keys of `split`, so that no two of them lie in different splits;
 4. gives a `Dataset`, which has the interface of `sources.Dataset`: pipelines, fingerprints and
-   checks of splits then work as for a TFDS set.
+   checks of splits then work as for a TFDS set. `FolderSet` is the `DataSet` of such a folder.
 """
 
 import concurrent.futures
@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from absl import logging
 
+from dljax.data import splits
 from dljax.data.splits import natural
 from dljax.errors import UserError, unknown
 
@@ -265,7 +267,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], start: str) ->
 def left_out(
     names: Sequence[str], keys: Sequence[str], trained: Mapping[str, Any], start: str, what: str,
 ) -> set[str]:
-  """The names of examples that a run was trained on, of other data to evaluate it on; warns of them.
+  """The names of those examples of other data that a run was trained on; warns of them.
 
   Args:
     names: the name of each example that would be evaluated.
@@ -553,3 +555,94 @@ class Skipped:
       logging.warning("skipped %d of %d examples of %s that cannot be decoded: %s", len(names),
                       total, split, some(names, len(names)))
     return np.setdiff1d(np.arange(total), list(bad))
+
+
+class FolderSet(splits.DataSet):
+  """A set that may be a folder of the user's own, and what a run keeps of it.
+
+  A subclass defines `open_folder`, and extends `assets`.
+
+  Attributes:
+    seed: the run's seed, which draws the splits that the data do not name.
+    run: the assets of a run that is continued or evaluated, or None.
+    foreign: whether the folder is none that the run was trained on. It can only be evaluated, and
+      all of it is in the split test.
+    looked_at: the config as it was given; `config` names the splits of a foreign folder.
+    skipped: the examples that are left out.
+
+  Args:
+    config: `config.data`, with the fields folder, fitted_to and skip_corrupt.
+    flag: the flag that names the folder, for messages.
+  """
+
+  def __init__(self, config: Any, flag: str):
+    self.seed, self.run, self._flag = 0, None, flag
+    self.foreign = bool(config.folder) and not same(config.folder, config.fitted_to)
+    self.looked_at = ml_collections.FrozenConfigDict(config)
+    if self.foreign:
+      config = ml_collections.ConfigDict(config)
+      config.update({"train": "train", "validation": "", "test": "test"})
+    self.skipped = Skipped(config.skip_corrupt)
+    self._record: Mapping[str, Any] = {}
+    super().__init__(config)
+
+  def open_folder(self, trained: Mapping[str, Any] | None) -> tuple[Dataset, dict[str, Any]]:
+    """Opens the user's folder.
+
+    Args:
+      trained: the record of a run, {} if it has none, that is evaluated on another folder; or None.
+
+    Returns:
+      The set; and the record to keep with a run, see `check_same`.
+    """
+    raise NotImplementedError
+
+  def pipelines(self, **options: Any) -> splits.Data:
+    """See `DataSet.pipelines`."""
+    self.seed = options["seed"]
+    return super().pipelines(**options)
+
+  def open(self) -> Any:
+    """See `DataSet.open`."""
+    if not self.config.folder:
+      return super().open()
+    files = (self.run or {}).get("files", {})
+    dataset, self._record = self.open_folder(files if self.foreign else None)
+    if self.run is not None and not self.foreign:
+      check_same(files, self._record, f"{self._flag}={self.config.folder}")
+    return dataset
+
+  def check_foreign(self, split: str) -> None:
+    """Raises `UserError` if a split of a foreign folder is to be trained on, or is empty."""
+    if not self.foreign:
+      return
+    if split == "train":
+      raise UserError(f"{self._flag}={self.config.folder}: this is not what the run was trained on; "
+                      "another folder can be evaluated by --mode=eval")
+    self.dataset.ranges(split, split)
+
+  def fields(self) -> Mapping[str, Any]:
+    """See `DataSet.fields`."""
+    fields = {"assets": self.assets, "restore": self.restore}
+    return fields | {"name": self.config.folder} if self.config.folder else fields
+
+  def assets(self) -> dict[str, Any]:
+    """The files of the user's own folder, and what was left out."""
+    dataset, assets = self.dataset, {}
+    if self.config.folder:
+      assets["files"] = self._record  # which is filled when the set is opened
+    if self.config.skip_corrupt:
+      assets["skipped"] = {"fingerprint": dataset.fingerprint, "examples": self.skipped.names}
+    return assets
+
+  def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the assets of a run, to continue or to evaluate it; call it before anything is opened.
+    """
+    self.run = assets
+
+  def skipped_before(self, split: str) -> Sequence[str] | None:
+    """The names of a split's examples that the run left out, or None if it did not look."""
+    before = (self.run or {}).get("skipped", {})
+    if before.get("fingerprint") != self.dataset.fingerprint:
+      return None
+    return before.get("examples", {}).get(self.config[split])

@@ -399,7 +399,8 @@ def _all_to_test(
   """The splits of images that are not those of the run: those named test if there are any, else
   all, without those that the run was trained on."""
   named = any(photo.split == "test" for photo in photos)
-  rest = [(photo.name, key) for photo, key in zip(photos, keys) if photo.split == "test" or not named]
+  rest = [(photo.name, key) for photo, key in zip(photos, keys)
+          if photo.split == "test" or not named]
   known = own.left_out(*zip(*rest), trained, f"{FLAG}={folder}", "images")
   kept = {name for name, _ in rest} - known
   return ["test" if photo.name in kept else None for photo in photos]

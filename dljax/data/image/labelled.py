@@ -216,7 +216,7 @@ def look_up(config: Any, seed: int, given: Collection[str]) -> dict[str, Any]:
   return {"class_counts": tuple(np.bincount(labels, minlength=config.num_classes).tolist())}
 
 
-class ImageSet(splits.DataSet):
+class ImageSet(own.FolderSet):
   """What the pipelines of one config share: the opened set, and how its examples become batches.
 
   Args:
@@ -228,16 +228,7 @@ class ImageSet(splits.DataSet):
 
   def __init__(self, config: Any):
     validate(config)
-    self.seed, self._run = 0, None
-    # A folder that the run was not trained on can only be evaluated.
-    self._foreign = bool(config.folder) and not own.same(config.folder, config.fitted_to)
-    self._looked_at = ml_collections.FrozenConfigDict(config)
-    if self._foreign:
-      config = ml_collections.ConfigDict(config)
-      config.update(train="train", validation="", test="test")
-    self._skipped = own.Skipped(config.skip_corrupt)
-    self._record: Mapping[str, Any] = {}
-    super().__init__(config)
+    super().__init__(config, folder.FLAG)
     self.mixes = config.mixup > 0 or config.cutmix > 0
     # A streamed step asks once for each row.
     self._crops = functools.lru_cache(maxsize=4)(self._draw_crops)
@@ -252,7 +243,6 @@ class ImageSet(splits.DataSet):
     if corruptions and not self.config["test"]:
       raise UserError(
           "--config.eval.corruptions disturbs the test split; name one by --config.data.test")
-    self.seed = options["seed"]
     data = super().pipelines(**options)
 
     def disturb(*corruption: Any) -> Reprocessed:
@@ -279,39 +269,18 @@ class ImageSet(splits.DataSet):
       shapes |= {"mix_label": label, "mix_weight": ((), np.float32)}
     return shapes
 
-  def fields(self) -> Mapping[str, Any]:
-    """See `DataSet.fields`."""
-    fields = {"assets": self.assets, "restore": self.restore}
-    return fields | {"name": self.config.folder} if self.config.folder else fields
-
-  def assets(self) -> Mapping[str, Any]:
-    """The names of the classes, and what was left out; of own data also the files."""
-    assets = {
+  def assets(self) -> dict[str, Any]:
+    """See `FolderSet.assets`; also the names of the classes, and what images look like."""
+    return super().assets() | {
         "classes": list(self.dataset.features["label"].names),
         typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}
-    if self.config.folder:
-      assets["files"] = self._record
-    if self.config.skip_corrupt:
-      assets["skipped"] = {"fingerprint": self.dataset.fingerprint, "examples": self._skipped.names}
-    return assets
 
-  def restore(self, assets: Mapping[str, Any]) -> None:
-    """Takes the assets of a run, to continue or to evaluate it; call it before anything is opened.
-    """
-    self._run = assets
-
-  def open(self) -> Any:
-    """See `DataSet.open`."""
-    config, run = self.config, self._run or {}
-    if not config.folder:
-      return super().open()
-    classes = config.classes or run.get("classes", ())
-    dataset, self._record = folder.open_folder(
-        self._looked_at, config.labels, self.seed, classes,
-        run.get("files", {}) if self._foreign else None)
-    if self._run is not None and not self._foreign:
-      own.check_same(run.get("files", {}), self._record, f"{folder.FLAG}={config.folder}")
-    return dataset
+  def open_folder(
+      self, trained: Mapping[str, Any] | None,
+  ) -> tuple[own.Dataset, dict[str, Any]]:
+    """See `FolderSet.open_folder`."""
+    classes = self.config.classes or (self.run or {}).get("classes", ())
+    return folder.open_folder(self.looked_at, self.config.labels, self.seed, classes, trained)
 
   def check(self, dataset: Any) -> None:
     """See `DataSet.check`."""
@@ -345,17 +314,13 @@ class ImageSet(splits.DataSet):
       raise UserError(f"--config.data.num_classes={config.num_classes}: {config.folder} has "
                       f"{len(names)} ({own.some(names)})")
     self._check_groups(dataset)
-    if not self._foreign:
+    if not self.foreign:
       super().check(dataset)
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits; otherwise it is streamed from disk."""
     dataset, config = self.dataset, self.config
-    if self._foreign:
-      if split == "train":
-        raise UserError(f"{folder.FLAG}={config.folder}: this is not what the run was trained on; "
-                        "another folder can be evaluated by --mode=eval")
-      dataset.ranges(split, split)
+    self.check_foreign(split)
     records = dataset.records(config[split])
     numbers = np.arange(len(records))  # of the examples in the split
     if config.skip_corrupt:
@@ -423,18 +388,16 @@ class ImageSet(splits.DataSet):
       UserError: there are more others than `config.skip_corrupt` allows, over the splits that are
         open; or others than when the run began.
     """
-    config, dataset, run = self.config, self.dataset, (self._run or {}).get("skipped", {})
+    config, dataset = self.config, self.dataset
     name = config[split]
 
     def check(number: int, record: Mapping[str, Any]) -> None:
       with self.naming(split, range(len(records)), number):
         decode_record(record, config.image_shape[-1], config.background, self.label)
 
-    same = run.get("fingerprint") == dataset.fingerprint
-    return self._skipped.keep(
+    return self.skipped.keep(
         split, name, len(records), own.unsound(records, check),
-        functools.partial(dataset.example, name),
-        run.get("examples", {}).get(name) if same else None)
+        functools.partial(dataset.example, name), self.skipped_before(split))
 
   def check_labels(
       self, labels: Sequence[int], split: str, indices: Sequence[int] | None = None,

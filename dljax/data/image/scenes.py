@@ -171,7 +171,7 @@ def encode(paths: Sequence[str], config: Any) -> tuple[HostBatch, list[str], lis
   return decode.encode(paths, config)
 
 
-class SceneSet(splits.DataSet):
+class SceneSet(own.FolderSet):
   """What the pipelines of one config share: the opened set, and how its examples become batches.
 
   Args:
@@ -185,20 +185,11 @@ class SceneSet(splits.DataSet):
 
   def __init__(self, config: Any, targets: Sequence[str]):
     validate(config)
-    # A folder that the run was not trained on can only be evaluated.
-    self._foreign = bool(config.folder) and not own.same(config.folder, config.fitted_to)
-    self._looked_at = ml_collections.FrozenConfigDict(config)
-    if self._foreign:
-      config = ml_collections.ConfigDict(config)
-      config.update({"train": "train", "validation": "", "test": "test"})
-    super().__init__(config)
+    super().__init__(config, folder.FLAG)
     self._targets = tuple(targets)
     self.boxes, self.segmentation = (target in targets for target in TARGETS)
     if config.folder and len(self._targets) > 1:
       raise UserError(f"--config.data.folder={config.folder}: holds either boxes or masks; drop it")
-    self._seed, self._run = 0, None
-    self._record: Mapping[str, Any] = {}
-    self._skipped = own.Skipped(self.config.skip_corrupt)
     self._sound: dict[str, np.ndarray] = {}  # split -> the numbers of the examples that are kept
 
   def pipeline(self, split: str, **options: Any) -> Pipeline:
@@ -207,23 +198,11 @@ class SceneSet(splits.DataSet):
         functools.partial(self.open_split, split),
         self.train_batch if options["train"] else self.eval_batch, **options)
 
-  def pipelines(self, **options: Any) -> splits.Data:
-    """See `DataSet.pipelines`; the seed also draws the splits that the user's folder does not name.
-    """
-    self._seed = options["seed"]
-    return super().pipelines(**options)
-
-  def open(self) -> Any:
-    """See `DataSet.open`."""
-    config, run = self.config, self._run or {}
-    if not config.folder:
-      return super().open()
-    trained = run.get("files", {}) if self._foreign else None
-    dataset, self._record = own_scenes.open_scenes(
-        self._looked_at, self._targets[0], self._seed, trained)
-    if self._run is not None and not self._foreign:
-      own.check_same(run.get("files", {}), self._record, f"{folder.FLAG}={config.folder}")
-    return dataset
+  def open_folder(
+      self, trained: Mapping[str, Any] | None,
+  ) -> tuple[own.Dataset, dict[str, Any]]:
+    """See `FolderSet.open_folder`."""
+    return own_scenes.open_scenes(self.looked_at, self._targets[0], self.seed, trained)
 
   def shapes(self) -> splits.Shapes:
     """See `DataSet.shapes`."""
@@ -236,26 +215,11 @@ class SceneSet(splits.DataSet):
       shapes["segmentation"] = (shape[:2], np.int32)
     return shapes
 
-  def fields(self) -> Mapping[str, Any]:
-    """See `DataSet.fields`."""
-    fields = {"assets": self.assets, "restore": self.restore}
-    return fields | {"name": self.config.folder} if self.config.folder else fields
-
-  def assets(self) -> Mapping[str, Any]:
-    """The names of the classes; of own data also the files."""
-    assets = {
+  def assets(self) -> dict[str, Any]:
+    """See `FolderSet.assets`; also the names of the classes, and what images look like."""
+    return super().assets() | {
         "classes": self.class_names(self._targets[0]),
         typical.ASSET: typical.measure(self.dataset.records(self.config.train), self.config)}
-    if self.config.folder:
-      assets["files"] = self._record
-    if self.config.skip_corrupt:
-      assets["skipped"] = {"fingerprint": self.dataset.fingerprint, "examples": self._skipped.names}
-    return assets
-
-  def restore(self, assets: Mapping[str, Any]) -> None:
-    """Takes the assets of a run, to continue or to evaluate it; call it before anything is opened.
-    """
-    self._run = assets
 
   def check(self, dataset: sources.Dataset) -> None:
     """See `DataSet.check`."""
@@ -294,7 +258,7 @@ class SceneSet(splits.DataSet):
     if self.boxes and labels.num_classes != config.num_classes:
       raise UserError(f"--config.data.num_classes={config.num_classes}: {config.folder} has "
                       f"{labels.num_classes} classes of objects ({own.some(labels.names)})")
-    if not self._foreign:
+    if not self.foreign:
       splits.check_splits(dataset, config)
 
   def class_names(self, target: str) -> list[str]:
@@ -310,9 +274,7 @@ class SceneSet(splits.DataSet):
 
   def open_split(self, split: str, pipeline: IndexedPipeline) -> Examples:
     """Reads a split into memory if it fits; otherwise it is streamed from disk."""
-    if self._foreign and split == "train":
-      raise UserError(f"--config.data.folder={self.config.folder}: this is not what the run was "
-                      "trained on; another folder can be evaluated by --mode=eval")
+    self.check_foreign(split)
     height, width, channels = self.config.image_shape
     numbers, records = self._records(split)
     if len(records) * height * width * (channels + self.segmentation) <= MEMORY_LIMIT:
@@ -335,7 +297,7 @@ class SceneSet(splits.DataSet):
       UserError: there is none; or more are damaged than may be skipped.
     """
     config, dataset = self.config, self.dataset
-    if self._foreign:  # its splits were not checked
+    if self.foreign:  # its splits were not checked
       dataset.ranges(split, split)
     records = dataset.records(config[split])
     numbers = np.arange(len(records))
@@ -350,11 +312,9 @@ class SceneSet(splits.DataSet):
 
     with self.lock:
       if split not in self._sound:
-        before = (self._run or {}).get("skipped", {})
-        same = before.get("fingerprint") == dataset.fingerprint
-        self._sound[split] = self._skipped.keep(
+        self._sound[split] = self.skipped.keep(
             split, config[split], len(records), own.unsound(records, check), name,
-            before.get("examples", {}).get(config[split]) if same else None)
+            self.skipped_before(split))
       numbers = self._sound[split]
     return numbers, sources.Subset(records, numbers)
 

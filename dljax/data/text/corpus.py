@@ -237,7 +237,7 @@ class TextSet(splits.DataSet):
     self.seed = 0  # of the run; it decides which documents of a folder are for which split
     self._tokenizer: tokenize.Tokenizer | None = None
     self._own: Mapping[str, Mapping[str, str]] | None = None
-    self._run: Mapping[str, Any] | None = None  # what a run knows of the text that it was trained on
+    self._run: Mapping[str, Any] | None = None  # the record of a run's own text
 
   def pipelines(self, **options: Any) -> splits.Data:
     """See `DataSet.pipelines`."""
