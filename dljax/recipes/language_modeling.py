@@ -67,7 +67,10 @@ def resolve(
   fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
   found, lines = corpus.find(config.data, config.seed, fields)
   print(*lines, sep="\n", end="\n" * bool(lines))
-  return {f"data.{field}": value for field, value in found.items()}
+  named = {f"data.{field}": value for field, value in found.items()}
+  if found.get("validation") == "" and "monitor" not in given:
+    named["monitor"] = ""
+  return named
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -> Experiment:

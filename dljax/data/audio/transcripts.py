@@ -118,7 +118,7 @@ def _read_tables(
     for name in trans:
       yield from _read_librispeech(folder, files, name)
   else:
-    tables = [name for name in top if name.endswith((".csv", ".tsv"))]
+    tables = [name for name in top if name.lower().endswith((".csv", ".tsv"))]
     if len(tables) != 1:
       there = f"{len(tables)} tables ({own.some(tables)})" if tables else "no table of transcripts"
       raise UserError(f"{FLAG}={config.folder}: holds {there}; put a metadata.csv there, or name "
@@ -147,7 +147,7 @@ def _read_table(
         raise UserError(f"{own.show(path)}: has {len(cells)} columns without names; give 2 or 3, "
                         "id|text|normalised text, or a line of names")
       columns = ("id", "text") if len(cells) == 2 else ("id", "raw", "text")
-  elif name.endswith(".tsv"):
+  elif name.lower().endswith(".tsv"):
     delimiter = "\t"
   table = own.read_table(path, flag, delimiter, columns, quotes)
   cells = {}
@@ -211,7 +211,7 @@ def _find(folder: Path, files: Mapping[str, Path], written: str, where: str) -> 
   for suffix in (WAV, *_OTHERS):
     stem = written[:-len(suffix)] if written.lower().endswith(suffix) else stem
   for below in _FOLDERS:
-    for end in (WAV, WAV.upper()):
+    for end in (WAV, WAV.upper(), WAV.title()):
       name = f"{below}/{stem}{end}" if below else f"{stem}{end}"
       if name in files:
         return name

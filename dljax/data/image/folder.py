@@ -16,6 +16,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,7 @@ SAMPLE = 20_000  # training images that mean and std are computed over, drawn by
 _THREADS = 16
 _AT_ONCE = 1024  # images whose results lie in memory
 _SEPARATOR = re.compile("[;|]")
+_COMMA = re.compile(r"[+-]?\d+(,\d+)?", re.ASCII)  # a number with a decimal comma, if it has decimals
 _GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
 _KEY = 16  # hexadecimal digits of a SHA-256 that tell images apart
 
@@ -103,13 +105,19 @@ def scan(config: Any, kind: str | None = None) -> Listing:
     raise UserError(f"{FLAG}={config.folder}: is an image; name a folder, or a table")
   if folder.is_file():
     return _scan_table(config, folder, kind)
-  if (folder / TABLE).is_file():
-    return _scan_table(config, folder / TABLE, kind)
+  if (table := _table_in(folder)) is not None:
+    return _scan_table(config, table, kind)
   if kind not in (None, CLASS):
     raise UserError(f"--config.data.labels={kind}: {config.folder} has no {TABLE}, and folders "
                     "give each image one class; add the table, or name it by "
                     "--config.data.folder")
   return _scan_folders(config, folder)
+
+
+def _table_in(folder: Path) -> Path | None:
+  """The folder's table, whatever the case of its name; None if there is none."""
+  paths = sorted(folder.iterdir()) if folder.is_dir() else []
+  return next((path for path in paths if path.name.lower() == TABLE and path.is_file()), None)
 
 
 def exists(config: Any) -> bool:
@@ -126,7 +134,7 @@ def _scan_folders(config: Any, folder: Path) -> Listing:
                    f"{_count(found.others, 'file')}: {own.some(found.others)}")
   if not found.files:
     raise UserError(f"{FLAG}={config.folder}: holds no image; make a folder for each class in it, "
-                    f"or a table {TABLE}")
+                    f"or {_a_table(folder, found)}")
   splits = own.split_folders(folder)
   names, photos = {name: split for split, name in splits.items()}, []
   for file in found.files:
@@ -137,7 +145,7 @@ def _scan_folders(config: Any, folder: Path) -> Listing:
     *above, _ = rest if splits else parts
     if not above:
       raise UserError(f"{folder / own.show(file)} lies in no class's folder; move it into one, or "
-                      f"add a table {TABLE}")
+                      + _a_table(folder, found))
     photos.append(Photo(file, folder / file, (_class(own.show(above[0])),), {},
                         str(folder / own.show(file)), names.get(first)))
   depth = 2 if splits else 1
@@ -149,6 +157,14 @@ def _scan_folders(config: Any, folder: Path) -> Listing:
         raise UserError(f"{own.show(path)} holds no image, as a class's folder should; add images, "
                         "or remove it")
   return Listing(photos, CLASS, remarks=tuple(remarks))
+
+
+def _a_table(folder: Path, found: own.Found) -> str:
+  """How a table of the images can be had, for messages."""
+  tables = [name for name in found.others if name.lower().endswith(".csv") and "/" not in name]
+  if len(tables) == 1:
+    return f"name the table by {FLAG}={own.show(folder / tables[0])}"
+  return f"add a table {TABLE}"
 
 
 def _class(text: str) -> str:
@@ -184,6 +200,8 @@ def _scan_table(config: Any, path: Path, kind: str | None) -> Listing:
   for row, (file, label, split) in enumerate(zip(files, labels, splits)):
     if not file or "\0" in file:
       raise UserError(f"{table.where(row)}: names no file; mend it, or remove the line")
+    if "\\" in file and not (path.parent / file).is_file():  # as Windows writes paths
+      file = file.replace("\\", "/")
     if (first := lines.setdefault(os.path.normpath(file), row)) != row:
       raise UserError(f"{table.where(row)}: {file} stands in line {table.lines[first]} too; give "
                       "it one line, with several labels as cat;dog")
@@ -196,6 +214,12 @@ def _scan_table(config: Any, path: Path, kind: str | None) -> Listing:
                     f"{len(missing):,} of {len(photos):,} are missing ({names}): restore them, or "
                     "remove their lines")
   remarks = []
+  whole = {name for name in itertools.chain(*labels)} if kind == CLASS else set()
+  lists = sorted(name for name in whole if "," in name and whole & set(
+      part.strip() for part in name.split(",")))
+  if lists:
+    remarks.append(f"{path}: each of the labels {own.some(lists)} is one class, though others are "
+                   "parts of it; separate several classes by ;")
   if unnamed := _beside(photos):
     remarks.append(f"{path}: left out what has no label there, {_count(unnamed, 'image')}: "
                    f"{own.some(unnamed)}")
@@ -247,12 +271,26 @@ def _kind(table: own.Table, columns: Sequence[str]) -> str:
   if any(_SEPARATOR.search(cell) for cell in cells):
     return CLASSES
   if len(numbers) < len(cells):
+    _refuse_near_numbers(table, columns[0], cells)
     return CLASS
   if all(cell.lstrip("+-").isdecimal() for cell in cells):
     raise UserError(f"{table.path}: the labels are whole numbers such as {cells[0]}, which may be "
                     "classes or amounts; add --config.data.labels=class or "
                     "--config.data.labels=number")
   return NUMBER
+
+
+def _refuse_near_numbers(table: own.Table, column: str, cells: Sequence[str]) -> None:
+  """Raises `UserError` if a column seems to hold numbers, but not in every cell as such."""
+  if all(_COMMA.fullmatch(cell) for cell in cells) and any("," in cell for cell in cells):
+    first = next(cell for cell in cells if "," in cell)
+    raise UserError(f"{table.path}: the column {column} has decimal commas, such as {first}; write "
+                    "decimal points, or for classes add --config.data.labels=class")
+  others = [row for row, cell in enumerate(cells) if not _is_number(cell)]
+  broken = any(_is_number(cell) and not cell.lstrip("+-").isdecimal() for cell in cells)
+  if broken and 2 * len(others) < len(cells):
+    raise UserError(f"{table.where(others[0])}: {cells[others[0]]!r} is no number, but most of the "
+                    f"column {column} are; mend it, or for classes add --config.data.labels=class")
 
 
 def _is_number(cell: str) -> bool:
@@ -364,7 +402,8 @@ def _checked(config: Any, names: tuple[str, ...], kind: str) -> tuple[str, ...]:
   if not names:
     raise UserError(f"{config.folder}: no image has a label; add some")
   if kind == CLASS and len(names) < 2:
-    raise UserError(f"{config.folder}: there is only one class, {names[0]}; add images of another")
+    raise UserError(f"{config.folder}: there is only one class, {names[0]}; add images of another, "
+                    "or name the folder in which each class has a folder")
   return names
 
 

@@ -396,6 +396,8 @@ def find_columns(
     else:
       found.append(name)
   if not found:
-    raise UserError(f"{path}: no column besides {time} holds numbers; name another file")
+    # A cell shows why: a decimal comma, a unit, a mark between thousands.
+    shown = next((f": {text}" for c, text in sorted(examples.items()) if names[c] != time), "")
+    raise UserError(f"{path}: no column besides {time} holds numbers{shown or '; name another file'}")
   return time, tuple(found), others
 

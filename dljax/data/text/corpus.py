@@ -112,7 +112,8 @@ def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any]
 
   Returns:
     Field of `config.data` -> value, for fields that are not given: vocab_size, if the tokens are
-    the characters of the text. And lines that say what the text holds.
+    the characters of the text; validation and test, where a folder has no documents for them. And
+    lines that say what the text holds.
 
   Raises:
     UserError: a value is out of range; or the text is missing, where it is needed, or cannot be
@@ -133,13 +134,18 @@ def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any]
   texts.seed = seed
   sizes = {split: sum(map(len, texts.own_documents[split].values()))
            for split in _SPLITS if config[split]}
+  # A folder of folders for the splits need not have all of them.
+  found: dict[str, Any] = {split: "" for split in ("validation", "test")
+                           if config[split] and split not in given
+                           and not texts.own_documents[split]}
+  sizes = {split: size for split, size in sizes.items() if split not in found}
   parts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
   lines = [f"{own.show(path)}: {sum(sizes.values()):,} characters ({parts}){texts.remark}"]
   if not needed:
-    return {}, lines
+    return found, lines
   characters = set().union(*texts.own_documents["train"].values())
   made = tokenize.Characters("".join(sorted(characters)), config.byte_fallback)
-  return {"vocab_size": made.size}, lines
+  return found | {"vocab_size": made.size}, lines
 
 
 def split_text(text: str) -> dict[str, str]:
@@ -366,7 +372,10 @@ class TextSet(splits.DataSet):
     config = self.config
     if config.file:
       return ""
-    others = own.find(Path(config.folder).expanduser(), [SUFFIX], "--config.data.folder").others
+    found = own.find(Path(config.folder).expanduser(), [SUFFIX], "--config.data.folder")
+    read = set().union(*self.own_documents.values())
+    # Beside the folders of the splits may lie more documents.
+    others = [*found.others, *(name for name in found.files if name not in read)]
     counts = [f"{len(self.own_documents[split])} for {split}" for split in _SPLITS if config[split]]
     return f" in documents, {', '.join(counts)}" + (
         f"; left out {own.some(others)}" if others else "")

@@ -80,6 +80,12 @@ def test_other_forms(tmp_path, table, text):
   assert all(u.where.startswith(str(tmp_path / table)) for u in utterances)
 
 
+def test_endings_may_be_in_upper_case(tmp_path):
+  save(tmp_path / "clips" / "a.Wav", wav())
+  save(tmp_path / "DATA.TSV", "path\tsentence\na.mp3\teins\n")
+  assert [u.name for u in transcripts.scan(config(tmp_path))[0]] == ["clips/a.Wav"]
+
+
 def test_columns_and_tables_can_be_named(tmp_path):
   save(tmp_path / "a.wav", wav())
   save(tmp_path / "one.csv", "clip,words\na.wav,eins\n")

@@ -431,6 +431,30 @@ def test_a_table_of_another_form_is_refused(tmp_path, header, rows, fields, mess
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cells, message", [
+    (["1,5", "20", "3,25"], "the column label has decimal commas, such as 1,5; write decimal points"),
+    (["1.5", "NA", "2.5"], "line 3: 'NA' is no number, but most of the column label are; mend it, or for classes add")])
+def test_numbers_that_are_not_written_as_such_are_no_classes(tmp_path, cells, message):
+  root = own_images.table(tmp_path, "file,label", cells, 12)
+  table = (root / "labels.csv").read_text().splitlines()
+  (root / "labels.csv").write_text("\n".join(line.replace(",", ";", 1) for line in table))
+  with pytest.raises(UserError, match=message):
+    looked_up(root)
+  assert looked_up(root, labels="class", shares=(1.0, 0.0, 0.0)).num_classes == 3
+
+
+def test_tables_as_other_systems_write_them(tmp_path, caplog):
+  root = own_images.table(tmp_path / "photos", "file,label", ["cat", '"cat,dog"', "emu"])
+  lines = (root / "labels.csv").read_text().splitlines()
+  (root / "labels.csv").unlink()
+  (root / "train.csv").write_bytes("\r\n".join([lines[0], *(rf".\{line}" for line in lines[1:])]).encode("utf-8-sig"))
+  with pytest.raises(UserError, match=f"0.png lies in no .*, or name the table by --config.data.folder={root}/train.csv"):
+    looked_up(root)
+  (root / "train.csv").rename(root / "Labels.CSV")
+  assert looked_up(root).classes == ("cat", "cat,dog", "emu")
+  assert "each of the labels cat,dog is one class, though others are parts of it" in caplog.text
+
+
 def test_files_that_are_missing_or_named_twice_are_refused(tmp_path):
   root = own_images.table(tmp_path, "file,label", ["cat", "dog"])
   text = (root / "labels.csv").read_text()

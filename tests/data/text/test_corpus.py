@@ -481,6 +481,19 @@ def test_a_text_that_was_cut_is_known_as_a_whole(play, tmp_path):
     changed.fingerprint()
 
 
+def test_a_folder_need_not_have_every_split(tmp_path):
+  for name in ("train/a.txt", "val/b.txt"):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text(PLAY + name)
+  found, lines = _find(folder=str(tmp_path))
+  assert found == {"test": ""} and ", test" not in lines[0]
+  (tmp_path / "val" / "b.txt").unlink()
+  assert _find(folder=str(tmp_path))[0] == {"validation": "", "test": ""}
+  (tmp_path / "c.txt").write_text(PLAY)
+  found, lines = _find(["test"], folder=str(tmp_path))
+  assert found == {"validation": ""} and lines[0].endswith("; left out c.txt")
+
+
 def test_the_fingerprint_of_a_folder_is_that_of_names_and_contents(tmp_path):
   _folder(tmp_path, 12)
   of = lambda: corpus.TextSet(_config("", folder=str(tmp_path))).fingerprint()
