@@ -617,8 +617,8 @@ class FolderSet(splits.DataSet):
     if not self.foreign:
       return
     if split == "train":
-      raise UserError(f"{self._flag}={self.config.folder}: this is not what the run was trained on; "
-                      "another folder can be evaluated by --mode=eval")
+      raise UserError(f"{self._flag}={self.config.folder}: this is not what the run was trained "
+                      "on; another folder can be evaluated by --mode=eval")
     self.dataset.ranges(split, split)
 
   def fields(self) -> Mapping[str, Any]:

@@ -44,7 +44,7 @@ SAMPLE = 20_000  # training images that mean and std are computed over, drawn by
 _THREADS = 16
 _AT_ONCE = 1024  # images whose results lie in memory
 _SEPARATOR = re.compile("[;|]")
-_COMMA = re.compile(r"[+-]?\d+(,\d+)?", re.ASCII)  # a number with a decimal comma, if it has decimals
+_COMMA = re.compile(r"[+-]?\d+(,\d+)?", re.ASCII)  # a number whose decimals follow a comma
 _GREY = ("1", "L", "LA", "La")  # Pillow's modes of images without colour
 _KEY = 16  # hexadecimal digits of a SHA-256 that tell images apart
 

@@ -303,10 +303,15 @@ class ImageSet(own.FolderSet):
     super().check(dataset)
 
   def _check_groups(self, dataset: Any) -> None:
+    known = {name: feature for name, feature in dataset.features.items()
+             if type(feature).__name__ in GROUP_FEATURES}
+    if self.config.labels != folder.CLASS:
+      del known["label"]  # an image may have several, or none
     for name in self.config.groups:
-      choose("--config.data.groups", name,
-             {name: feature for name, feature in dataset.features.items()
-              if type(feature).__name__ in GROUP_FEATURES})
+      if not known:
+        raise UserError(f"--config.data.groups={name}: {dataset.name} has nothing to group by; drop "
+                        "it, or write --config.data.groups=")
+      choose("--config.data.groups", name, known)
 
   def _check_own(self, dataset: own.Dataset) -> None:
     config, names = self.config, dataset.features["label"].names

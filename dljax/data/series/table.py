@@ -398,6 +398,7 @@ def find_columns(
   if not found:
     # A cell shows why: a decimal comma, a unit, a mark between thousands.
     shown = next((f": {text}" for c, text in sorted(examples.items()) if names[c] != time), "")
-    raise UserError(f"{path}: no column besides {time} holds numbers{shown or '; name another file'}")
+    raise UserError(f"{path}: no column besides {time} holds numbers"
+                    f"{shown or '; name another file'}")
   return time, tuple(found), others
 

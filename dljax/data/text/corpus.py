@@ -88,7 +88,7 @@ def validate(config: Any) -> None:
   need("tokenizer_file", config.tokenizer != "file" or bool(config.tokenizer_file),
        "name a SentencePiece .model or a tokenizer.json")
   need("folder", not (config.file and config.folder),
-       "goes without --config.data.file; drop one of them")
+       "goes without --config.data.file; drop one of them, as by --config.data.folder=")
   if not mine:
     sources.parse_name(config.name)
     return

@@ -381,6 +381,18 @@ def test_classes_of_unequal_number_take_turns_where_an_image_has_several(tmp_pat
   assert (label.sum(axis=1) == 0).sum() == 9
 
 
+def test_images_are_grouped_by_columns_that_give_each_one_value(tmp_path):
+  found = looked_up(own_images.table(tmp_path, "file,label,camera", ["a;b,x", "b,y", ",x"]), groups=("camera",))
+  test = build(found).evals["test"]
+  test.open()
+  assert set(test.batch(0)["host/group/camera"][:3]) <= {"x", "y"}
+  with pytest.raises(UserError, match="--config.data.groups: there is no 'label'; choose one of: camera"):
+    build(looked_up(tmp_path, groups=("label",))).evals["test"].open()
+  own_images.table(tmp_path / "plain", "file,label", ["a;b", "b", ""])
+  with pytest.raises(UserError, match="--config.data.groups=camera: .*plain has nothing to group by; drop it"):
+    build(looked_up(tmp_path / "plain", groups=("camera",))).evals["test"].open()
+
+
 def test_a_rare_class_of_several_is_in_every_split(tmp_path):
   rows = ["a"] * 9 + ["a;rare"]
   found = looked_up(own_images.table(tmp_path, "file,label", rows, 100))
