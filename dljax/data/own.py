@@ -75,24 +75,10 @@ def find(folder: Path, suffixes: Collection[str], flag: str) -> Found:
   """
   if not folder.is_dir():
     raise UserError(f"{flag}={show(folder)}: there is no such folder; name the folder of your data")
-  files, others, seen = [], [], set()
-
-  def refuse(error: OSError) -> None:
-    raise UserError(f"{flag}={show(folder)}: {show(error.filename)} cannot be read "
-                    f"({error.strerror}); mend its permissions")
-
-  for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-    here = os.stat(place)
-    if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it would never end
-      folders.clear()
-      continue
-    seen.add((here.st_dev, here.st_ino))
-    folders[:] = sorted(name for name in folders if not name.startswith("."))
-    below = Path(place).relative_to(folder)
-    for name in names:
-      if not name.startswith("."):
-        wanted = os.path.splitext(name)[1].lower() in suffixes
-        (files if wanted else others).append((below / name).as_posix())
+  files, others = [], []
+  for path in splits.walk(folder, f"{flag}={show(folder)}"):
+    wanted = os.path.splitext(path.name)[1].lower() in suffixes
+    (files if wanted else others).append(path.relative_to(folder).as_posix())
   return Found(tuple(sorted(files, key=natural)), tuple(sorted(others, key=natural)))
 
 

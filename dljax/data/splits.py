@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -246,10 +246,40 @@ def find_files(paths: Sequence[str], mend: str, suffix: str = "") -> list[Path]:
   for path in map(Path, paths):
     if not path.exists():
       raise UserError(f"--input: there is no {path}; name {mend}")
-    inside = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")
-              and p.name.lower().endswith(suffix))
+    inside = (p for p in walk(path, "--input") if p.name.lower().endswith(suffix))
     found += sorted(inside, key=natural) if path.is_dir() else [path]
   return found
+
+
+def walk(folder: Path, start: str) -> Iterator[Path]:
+  """The files of a folder and its subfolders, also behind links; hidden ones are left out.
+
+  A link that leads nowhere counts as a file, so that whoever reads it says so.
+
+  Args:
+    folder: the folder.
+    start: the flag that named it, and perhaps its value, for the message.
+
+  Raises:
+    UserError: a folder cannot be read.
+  """
+  seen = set()
+
+  def refuse(error: OSError) -> None:
+    name = os.fsencode(error.filename).decode(errors="backslashreplace")
+    raise UserError(f"{start}: {name} cannot be read ({error.strerror}); mend its permissions")
+
+  for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    here = os.stat(place)
+    if (here.st_dev, here.st_ino) in seen:  # a link to a folder above it would never end
+      folders.clear()
+      continue
+    seen.add((here.st_dev, here.st_ino))
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for name in names:
+      path = Path(place, name)
+      if not name.startswith(".") and (path.is_file() or not path.exists()):
+        yield path
 
 
 def natural(path: str | os.PathLike[str]) -> tuple[list[str | int], str]:

@@ -1,5 +1,6 @@
 """What all modalities share: fingerprints, the set that is opened once, and the user's files."""
 
+import os
 import threading
 import time
 
@@ -132,3 +133,16 @@ def test_files_are_found_in_natural_order_without_hidden_ones(tmp_path):
   assert [str(path.relative_to(tmp_path)) for path in found] == ["2.TXT", "10.txt", "sub/1.txt", "3.csv"]
   with pytest.raises(UserError, match="^--input: there is no .*missing; name a file of text"):
     splits.find_files([str(tmp_path / "missing")], "a file of text")
+
+
+def test_links_are_followed_once_and_those_that_lead_nowhere_are_found(tmp_path):
+  (tmp_path / "far").mkdir()
+  (tmp_path / "far" / "b.txt").touch()
+  near = tmp_path / "near"
+  (near / ".git").mkdir(parents=True)
+  (near / ".git" / "c.txt").touch()
+  for name, place in {"more": tmp_path / "far", "loop": near, "dead.txt": tmp_path / "none"}.items():
+    (near / name).symlink_to(place)
+  os.mkfifo(near / "pipe.txt")
+  found = splits.find_files([str(near)], "a file", ".txt")
+  assert [str(path.relative_to(near)) for path in found] == ["dead.txt", "more/b.txt"]

@@ -338,7 +338,8 @@ def encode(
       stack = _read_stack(source, config.image_shape[-1], background)
       fitted = [fit(image, config) for image in stack]
     except Exception as e:  # Pillow raises many kinds of errors for a broken file
-      skipped.append(f"{name}: {(str(e) or type(e).__name__).splitlines()[0]}")
+      reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+      skipped.append(f"{name}: {reason.splitlines()[0]}")
       continue
     images += fitted
     sizes += [image.shape[:2] for image in stack]
