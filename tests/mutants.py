@@ -230,6 +230,12 @@ MUTANTS = (
         ("tests/data/image/test_folder.py::"
          "test_mean_and_std_are_those_of_the_training_images_alone",)),
     Mutant(
+        "own_tested_documents_are_left_out", "dljax/data/own.py",
+        'for key, split in trained.get("files", {}).values() if split == "train"}\n  known',
+        'for key, split in trained.get("files", {}).values()}\n  known',
+        ("tests/data/text/test_corpus.py::"
+         "test_a_run_is_not_evaluated_on_documents_that_it_was_trained_on",)),
+    Mutant(
         "own_trained_images_are_tested", "dljax/data/image/folder.py",
         "kept = {name for name, _ in rest} - known",
         "kept = {name for name, _ in rest}",
