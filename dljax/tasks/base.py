@@ -109,7 +109,8 @@ class Task(Protocol):
       may be monitored.
     evaluate_reads: the batch fields that `evaluate` needs of every row besides the predictions. A
       name that ends with "/" stands for all fields that begin with it.
-    evaluate_draws: the batch fields that `evaluate` needs of a few rows, to draw them; see there.
+    evaluate_draws: the batch fields and predictions that `evaluate` needs of a few rows, to draw
+      them; see there. What follows from them for every row is a small prediction.
     sharding: how parameters lie on a mesh, the model file's SHARDING; see `TaskBase.sharding`.
     input_dimensions: which kernels have several output dimensions, the model file's
       INPUT_DIMENSIONS; see `TaskBase.input_dimensions`.
@@ -187,7 +188,7 @@ class Task(Protocol):
 
     Args:
       rows: (predictions, host batch) of every batch, padding dropped. The predictions and the
-        fields of `evaluate_reads` are gathered over hosts. A field of `evaluate_draws` has a shape,
+        fields of `evaluate_reads` are gathered over hosts. What `evaluate_draws` names has a shape,
         and is indexed by rows, i64[k], which alone are gathered; so every host has to ask for the
         same rows, and before it takes the next batch.
       sums: the summed metrics of the same pass.

@@ -63,8 +63,7 @@ class Segmentation(TaskBase):
   dice_weight: float = 0.0
   ground: bool = True
 
-  evaluate_reads = ("segmentation",)
-  evaluate_draws = ("image",)
+  evaluate_draws = ("image", "segmentation", "classes")
 
   def __post_init__(self):
     weights = {name: getattr(self, name) for name in ("cross_entropy_weight", "dice_weight")}
@@ -135,10 +134,18 @@ class Segmentation(TaskBase):
   def predict(
       self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
   ) -> PyTree:
-    """{"classes": u8[B, h, w]}, the most probable class of each pixel."""
+    """{"classes": u8[B, h, w]}, the most probable class of each pixel.
+
+    Where the batch has the truth, also "wrong" i32[B], the number of pixels with another class.
+    """
     del rng, context  # nothing is drawn
     logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
-    return {"classes": jnp.argmax(logits, axis=-1).astype(jnp.uint8)}
+    guess = jnp.argmax(logits, axis=-1)
+    found = {"classes": guess.astype(jnp.uint8)}
+    if "segmentation" in batch:
+      target = self._target(batch)
+      found["wrong"] = _count((guess != target) & (target >= 0), (1, 2))
+    return found
 
   @property
   def goals(self) -> Mapping[str, str]:
@@ -176,11 +183,10 @@ class Segmentation(TaskBase):
     names = class_names(assets, self.num_classes)
     worst = Worst(MAX_PICTURED)
     for predictions, batch in rows:  # first, as `sums` may be filled while they pass
-      found = np.asarray(predictions["classes"])
-      truth = np.asarray(crop(batch["segmentation"], found.shape[1:3]))
-      wrong = np.sum((truth != found) & (truth >= 0), axis=(1, 2))
-      worst.add((-wrong).tolist(), lambda kept: list(zip(
-          np.asarray(crop(batch["image"][kept], found.shape[1:3])), truth[kept], found[kept])))
+      size = predictions["classes"].shape[1:3]
+      worst.add((-predictions["wrong"]).tolist(), lambda kept: list(zip(
+          *(np.asarray(crop(batch[name][kept], size)) for name in ("image", "segmentation")),
+          predictions["classes"][kept])))
     intersection, union = (np.asarray(x, np.float64) for x in sums["iou"])
     figures, table = {}, [{"class": name, "iou": i / u if u else 0.0}
                           for name, i, u in zip(names, intersection.tolist(), union.tolist())]

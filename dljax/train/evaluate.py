@@ -125,14 +125,17 @@ class Evaluator:
         for key, pair in new.items():
           sums[key] = tuple(map(np.add, sums[key], pair)) if key in sums else pair
         if predictions:
-          rows = parallel.rows_to_host(predicted, self._mode)
+          drawn = set(self._task.evaluate_draws)
+          rows = parallel.rows_to_host(
+              {k: v for k, v in predicted.items() if k not in drawn}, self._mode)
           host = parallel.gather_hosts(
               {k: v for k, v in batch.items() if k == "mask" or self._reads(k)},
               self._mode, self._mesh)
           real = np.flatnonzero(host["mask"] > 0)
           rows, host = jax.tree.map(lambda x: x[real], (rows, host))
-          yield rows, host | {k: DrawnField(batch[k], on_device[k], real, self._mode)
-                              for k in self._task.evaluate_draws if k in batch}
+          field = functools.partial(DrawnField, real, self._mode, self._mesh)
+          yield (rows | {k: field(predicted[k]) for k in drawn & predicted.keys()},
+                 host | {k: field(on_device[k], batch[k]) for k in drawn & batch.keys()})
 
   def _reads(self, field: str) -> bool:
     return any(field == name or name.endswith("/") and field.startswith(name)
@@ -157,27 +160,32 @@ class DrawnField:
   """A field of `Task.evaluate_draws`: the rows that are asked for are gathered over hosts.
 
   Args:
-    own: this process's rows of the batch.
-    on_device: the global batch.
     real: the rows of the global batch that are no padding, by which it is indexed.
     mode: "jit" or "pmap".
+    mesh: the devices.
+    on_device: the global batch, or a prediction for it.
+    own: this process's rows of the batch, if it has them.
 
   Attributes:
     shape: the shape [rows, ...].
   """
 
   def __init__(
-      self, own: np.ndarray, on_device: jax.Array, real: np.ndarray, mode: parallel.Mode,
+      self, real: np.ndarray, mode: parallel.Mode, mesh: jax.sharding.Mesh, on_device: jax.Array,
+      own: np.ndarray | None = None,
   ):
-    self._own, self._on_device, self._real, self._mode = own, on_device, real, mode
-    self.shape = (len(real), *own.shape[1:])
+    self._real, self._mode, self._mesh, self._on_device, self._own = (
+        real, mode, mesh, on_device, own)
+    self.shape = (len(real), *on_device.shape[2 if mode == "pmap" else 1:])
 
   def __getitem__(self, rows: np.ndarray) -> np.ndarray:
     """Returns the rows, [k, ...]; every host has to ask for the same."""
     rows = self._real[rows]
     if jax.process_count() == 1:
-      return self._own[rows]
-    return parallel.some_rows_to_host(self._on_device, rows, self._mode).astype(self._own.dtype)
+      whole = parallel.rows_to_host(self._on_device, self._mode) if self._own is None else self._own
+      return whole[rows]
+    found = parallel.some_rows_to_host(self._on_device, rows, self._mode, self._mesh)
+    return found if self._own is None else found.astype(self._own.dtype)
 
 
 class Context:

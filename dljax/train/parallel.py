@@ -543,18 +543,23 @@ def rows_to_host(tree: Any, mode: Mode) -> Any:
   return jax.tree.map(lambda x: merge(np.asarray(x)), tree)
 
 
-def some_rows_to_host(x: jax.Array, rows: np.ndarray, mode: Mode) -> np.ndarray:
+def some_rows_to_host(x: jax.Array, rows: np.ndarray, mode: Mode, mesh: Mesh) -> np.ndarray:
   """Some rows of one array of a global batch, on every host; the others stay where they are.
 
   Args:
-    x: an array that `put_batch` gives.
+    x: an array that `put_batch` gives, or a result with the role "batch".
     rows: the rows, i64[k], the same on every host.
     mode: "jit" or "pmap".
+    mesh: the devices.
   """
+  if x.sharding.mesh != mesh:  # the results of pmap are arrays of this host's devices
+    x = jax.make_array_from_single_device_arrays(
+        (mesh.devices.size, *x.shape[1:]), batch_sharding(mesh),
+        [shard.data for shard in x.addressable_shards])
   # Few numbers of rows, as a program is compiled for each.
   padded = np.zeros(1 << max(len(rows) - 1, 0).bit_length(), np.int32)
   padded[:len(rows)] = rows
-  return np.asarray(take_rows(x.sharding.mesh, mode)(x, padded))[:len(rows)]
+  return np.asarray(take_rows(mesh, mode)(x, padded))[:len(rows)]
 
 
 @functools.cache

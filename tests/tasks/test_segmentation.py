@@ -244,6 +244,10 @@ def test_predict_gives_the_most_probable_class_and_decode_its_share():
   predictions = compiled.predict(Segmentation(Fixed(margin=2), K), {"params": {}}, batch)
   classes = predictions["classes"]
   assert classes.dtype == np.uint8
+  target = np.where(batch["mask"][:, None, None] > 0, batch["segmentation"], -1)[:, 1:-1, 1:-1]
+  np.testing.assert_array_equal(predictions["wrong"], np.sum((target != classes) & (target >= 0), (1, 2)))
+  del batch["segmentation"]  # a user's picture has no truth
+  assert compiled.predict(Segmentation(Fixed(margin=2), K), {"params": {}}, batch).keys() == {"classes"}
   np.testing.assert_array_equal(classes, batch["image"].argmax(-1)[:, 1:-1, 1:-1])
   names = ["ground", "cat", "dog", "cow"]
   for row, image in zip(segmentation.decode(predictions, {"classes": names}), classes):
@@ -267,8 +271,9 @@ def test_the_images_with_the_most_wrong_pixels_are_drawn():
   images = np.tile(np.arange(count, dtype=np.float32)[:, None, None, None], (1, 6, 6, 1))
   images[:, 0, 0] = -1  # drawn from the least to the greatest, its number would not be seen
   task = Segmentation(Fixed(), 2)
-  rows = [({"classes": found[i:i + 4]}, {"image": images[i:i + 4], "segmentation": truth[i:i + 4]})
-          for i in range(0, count, 4)]
+  wrong = np.sum((found != truth) & (truth >= 0), (1, 2))
+  rows = [({"classes": found[i:i + 4], "wrong": wrong[i:i + 4]},
+           {"image": images[i:i + 4], "segmentation": truth[i:i + 4]}) for i in range(0, count, 4)]
   figure = task.evaluate(iter(rows), {"iou": (np.ones(2), np.ones(2))}, {}).figures["segmentations"]()
   drawn = [axes.images[0].get_array() for axes in figure.axes]
   assert len(drawn) == 3 * segmentation.MAX_PICTURED

@@ -35,25 +35,29 @@ from dljax.data.pipeline import opened
 from dljax.models import deepspeech as deepspeech_models
 from dljax.models import resnet
 from dljax.models import retinanet as retinanet_models
+from dljax.models import unet as unet_models
 from dljax.models import vit as vit_models
+from dljax.models.layers import BatchNorm
 from dljax.train import parallel
 from dljax.train.evaluate import Evaluator, Predictor
 from dljax.train.experiment import Request
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import state_sha256
-from experiments import deepspeech, lenet, retinanet, rnn, vit
+from experiments import deepspeech, lenet, retinanet, rnn, unet, vit
 from tests.command import xla_flags
 
 STEPS = 2
 FAMILIES = {  # name -> its file and preset
     "lenet": (lenet, "digits"), "rnn": (rnn, "pydoc"), "forecaster": (rnn, "temperatures"),
-    "deepspeech": (deepspeech, "morse"), "retinanet": (retinanet, "digit_scenes"), "vit": (vit, "digits")}
+    "deepspeech": (deepspeech, "morse"), "retinanet": (retinanet, "digit_scenes"), "unet": (unet, "digit_scenes"),
+    "vit": (vit, "digits")}
 FORMS = {  # in place of the families' small forms
     (deepspeech_models, "deepspeech_small"): functools.partial(
         deepspeech_models.DeepSpeech, channels=2, kernels=((5, 5),), strides=((4, 4),), hidden_size=4, num_layers=1),
     (retinanet_models, "retinanet_small"): functools.partial(
         retinanet_models.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1), backbone_width=4, small_stem=True,
         first_stage=2, extra_levels=0, width=4, head_depth=0),
+    (unet_models, "unet_small"): functools.partial(unet_models.UNet, padded=True, norm=BatchNorm),
     (vit_models, "vit_nano"): functools.partial(
         vit_models.ViT, patch_size=4, embed_dim=8, num_layers=1, num_heads=4),
 }
@@ -68,6 +72,7 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _info(self):
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
         "image": tfds.features.Image(shape=(16, 16, 1)),
+        "segmentation": tfds.features.Image(shape=(16, 16, 1), encoding_format="png"),
         "objects": tfds.features.Sequence({
             "bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(num_classes=10)})}))
 
@@ -79,7 +84,8 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       image = np.zeros((16, 16), np.uint8)
       image[i % 5:i % 5 + 8, 4:12] = 255
       box = tfds.features.BBox(i % 5 / 16, 4 / 16, (i % 5 + 8) / 16, 12 / 16)
-      yield i, {"image": Image.fromarray(image), "objects": [{"bbox": box, "label": i % 3}]}
+      yield i, {"image": Image.fromarray(image), "segmentation": Image.fromarray((image > 0) * np.uint8(1 + i % 3)),
+                "objects": [{"bbox": box, "label": i % 3}]}
 
 
 def prepare(folder: Path) -> None:
@@ -121,8 +127,10 @@ def _config(family: str, folder: Path) -> Any:
   if family == "deepspeech":
     config.data.update({"buckets": 1, "max_frames": 880, "num_mels": 8, "time_masks": 1, "frequency_masks": 1})
     config.model.beam = 1
-  if family == "retinanet":
+  if family in ("retinanet", "unet"):
     config.data.update({"name": "squares", "image_shape": (16, 16, 1), "max_boxes": 2, "flip": True})
+  if family == "unet":
+    config.model.update({"width": 2, "num_pools": 1})
   return config, module.build
 
 

@@ -151,7 +151,10 @@ def main():
   mesh = parallel.make_mesh(toys.MESHES["data:4"])
   gathered = parallel.gather_hosts(
       {"x": 2**40 + np.arange(2) + 2 * i, "host/group/place": np.array(places)}, "jit", mesh)
-  found = {"gathered": {name: value.tolist() for name, value in gathered.items()}}
+  doubled = parallel.compile_step(lambda batch: (2 * batch["n"],), "pmap", mesh, inputs=("batch",), outputs=("batch",))
+  doubled, = doubled(parallel.put_batch({"n": np.arange(8)[parallel.batch_rows(mesh, 8)]}, "pmap", mesh))
+  drawn = parallel.some_rows_to_host(doubled, np.array([6, 1, 3]), "pmap", mesh)
+  found = {"gathered": {name: value.tolist() for name, value in gathered.items()}, "drawn": drawn.tolist()}
   jax.config.update("jax_enable_x64", True)
   state, outs = trained("jit", "data:4")
   if i == 0:

@@ -23,7 +23,11 @@ class _Collects(toys.Formula):
 
   seen: list = []
   evaluate_reads = ("x", "host/row/")
-  evaluate_draws = ("picture",)
+  evaluate_draws = ("picture", "map")
+
+  def predict(self, variables, batch, rng, context=None):
+    found = super().predict(variables, batch, rng)
+    return found | {"map": 2 * batch["picture"]} if "picture" in batch else found
 
   def evaluate(self, rows, sums, assets):
     rows = list(rows)
@@ -73,6 +77,9 @@ def test_each_real_row_counts_once_and_comes_back_in_order(mode, mesh):
   assert set(batches[0]) == {"mask", "x", "picture", "host/row/number"}  # nothing else crosses hosts
   assert [b["picture"].shape for b in batches] == [(16, 3), (16, 3), (5, 3)]
   np.testing.assert_array_equal(batches[2]["picture"][np.array([4, 0])], [[36] * 3, [32] * 3])
+  assert [p["map"].shape for p in predictions] == [(16, 3), (16, 3), (5, 3)]
+  assert not any(isinstance(p["map"], np.ndarray) for p in predictions)  # nor do large predictions
+  np.testing.assert_array_equal(predictions[2]["map"][np.array([4, 0])], [[72] * 3, [64] * 3])
   np.testing.assert_array_equal(np.concatenate([b["host/row/number"] for b in batches]), np.arange(COUNT))
   losses = np.concatenate([p["loss"] for p in predictions])
   np.testing.assert_allclose(losses, 2 * _x(range(COUNT))**2, rtol=1e-6)

@@ -419,7 +419,7 @@ def test_of_rows_that_are_drawn_nothing_else_moves(mode, mesh):
   images = np.arange(64 * 300, dtype=np.float32).reshape(64, 10, 30)
   batch = parallel.put_batch({"image": images}, mode, mesh)
   rows = np.array([63, 0, 17, 16, 40])
-  np.testing.assert_array_equal(parallel.some_rows_to_host(batch["image"], rows, mode), images[rows])
+  np.testing.assert_array_equal(parallel.some_rows_to_host(batch["image"], rows, mode, mesh), images[rows])
   program = parallel.take_rows(mesh, mode).lower(batch["image"], np.zeros(8, np.int32)).compile()
   moved = inspect.summarize_compiled(program).collectives
   assert {c.kind for c in moved} == {"all-reduce"} and sum(c.size for c in moved) == 8 * 300 * 4

@@ -106,6 +106,11 @@ def test_rows_and_their_texts_are_gathered_over_two_processes(two_processes):
     assert found["gathered"] == {"x": [2**40 + i for i in range(4)], "host/group/place": ["a", "Łódź", "", "a longer one"]}
 
 
+def test_rows_of_a_result_are_drawn_from_two_processes(two_processes):
+  for found in two_processes:
+    assert found["drawn"] == [12, 2, 6]
+
+
 class _Keys(TaskBase):
   """Reports the key that each call gets, as [2] numbers."""
 
