@@ -224,8 +224,7 @@ class _Run:
     found, findings = evaluate(self.experiment, self.evaluator, variables, state.rng,
                                self.folder.read_assets())
     # All hosts take part, as each holds a part of the arrays.
-    digest = state_sha256(
-        state, functools.partial(parallel.array_to_host, mesh=self.program.mesh))
+    digest = state_sha256(state, parallel.array_to_first_host)
     self.folder.check_place(parallel.any_host)
     self.signals.release(stopped)  # the hosts no longer wait for each other
     if jax.process_index() != 0:

@@ -600,27 +600,93 @@ def gather_hosts(
   return found
 
 
-def state_to_host(state: TrainState, mesh: Mesh) -> Any:
+def state_to_host(state: TrainState) -> Any:
   """A global state as unsharded NumPy arrays, on every host."""
-  return jax.tree.map(lambda x: array_to_host(x, mesh), state)
+  return jax.tree.map(array_to_host, state)
 
 
-def array_to_host(x: jax.Array, mesh: Mesh) -> np.ndarray:
-  """One array of a global state, unsharded, on every host.
+def array_to_host(x: jax.Array) -> np.ndarray:
+  """One array of a global state, unsharded, on every host; see `array_to_first_host`."""
+  return _read(x, here=True)
 
-  Only while it is called does a device hold more than its part, and `x` keeps no copy.
+
+def array_to_first_host(x: jax.Array) -> np.ndarray | None:
+  """One array of a global state, unsharded, on the first host; None on the others.
+
+  All hosts take part. While it is called, a device holds at most `PIECE` bytes besides its part of
+  the array, and then nothing more than before; `x` keeps no copy.
   """
+  return _read(x, here=jax.process_index() == 0)
+
+
+def _read(x: jax.Array, here: bool) -> np.ndarray | None:
   if jax.process_count() > 1 and not x.is_fully_replicated:
-    return np.asarray(replicate(mesh)(x))
+    return read_pieces(x, here)
   # An array remembers what NumPy has read; this one is forgotten.
   return np.asarray(jax.make_array_from_single_device_arrays(
-      x.shape, x.sharding, [shard.data for shard in x.addressable_shards]))
+      x.shape, x.sharding, [shard.data for shard in x.addressable_shards])) if here else None
+
+
+PIECE = 2**26  # bytes of an array that a device holds at once, while the array goes to a host
+
+
+def read_pieces(x: jax.Array, here: bool, most: int = PIECE) -> np.ndarray | None:
+  """An array that several devices share, piece by piece.
+
+  Every device sends a slice of its own part at a time, and receives those of the others.
+
+  Args:
+    x: the array, with a NamedSharding.
+    here: whether this host wants it; None is returned otherwise.
+    most: the size of a piece in bytes.
+  """
+  part = x.sharding.shard_shape(x.shape)
+  axis, size = piece_of(x, most)
+  shards = x.shape[axis] // part[axis]
+  before, after = x.shape[:axis], x.shape[axis + 1:]
+  whole = np.empty(x.shape, x.dtype) if here else None
+  for start in range(0, part[axis], size):
+    start = min(start, part[axis] - size)
+    # One piece at a time is on its way, so that no device holds two.
+    piece = jax.block_until_ready(cut_piece(x.sharding, axis, size)(x, np.int32(start)))
+    if here:
+      slices = np.asarray(piece.addressable_data(0)).reshape(*before, shards, size, *after)
+      place = whole.reshape(*before, shards, part[axis], *after)
+      place[(slice(None),) * (axis + 1) + (slice(start, start + size),)] = slices
+  return whole
+
+
+def piece_of(x: Any, most: int) -> tuple[int, int]:
+  """How an array is cut: the dimension, and the rows that each device sends of its part at once.
+
+  Args:
+    x: the array or its specification, with a sharding.
+    most: the size of a piece in bytes, if one row of each part is not more.
+  """
+  part = x.sharding.shard_shape(x.shape)
+  axis = int(np.argmax(part))
+  row = math.prod(x.shape) * x.dtype.itemsize // part[axis]
+  return axis, min(max(most // row, 1), part[axis])
 
 
 @functools.cache
-def replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-  """The compiled program that puts an array whole on every device of `mesh`."""
-  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+def cut_piece(
+    sharding: NamedSharding, axis: int, size: int,
+) -> Callable[[jax.Array, np.int32], jax.Array]:
+  """The compiled program (array, first row) -> `size` rows of each device's part, on every device.
+
+  Args:
+    sharding: how the array lies.
+    axis: the dimension of the rows.
+    size: the number of rows.
+  """
+
+  def cut(part: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(part, start, size, axis)
+
+  cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=(sharding.spec, P()),
+                      out_specs=sharding.spec)
+  return jax.jit(cut, out_shardings=NamedSharding(sharding.mesh, P()))
 
 
 def of_first_host(value: float) -> float:

@@ -146,24 +146,31 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def state_sha256(state: Any, fetch: Callable[[Any], np.ndarray] = np.asarray) -> str:
+def state_sha256(
+    state: Any, fetch: Callable[[Any], np.ndarray | None] = np.asarray,
+) -> str | None:
   """SHA-256 over the sorted path, dtype, shape and bytes of every (unsharded) array of `state`.
 
   Args:
     state: the arrays.
-    fetch: gives an array as NumPy's; it is called for one after the other.
+    fetch: gives an array as NumPy's; it is called for one after the other. Where it gives None, as
+      on all hosts but the first, there is no digest, and None is returned.
   """
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-  digest = hashlib.sha256()
+  digest, wanted = hashlib.sha256(), True
   for name, leaf in sorted(((path_name(path), leaf) for path, leaf in leaves),
                            key=operator.itemgetter(0)):
-    _add(digest, name, fetch(leaf))
-  return digest.hexdigest()
+    wanted = _add(digest, name, fetch(leaf)) and wanted
+  return digest.hexdigest() if wanted else None
 
 
-def _add(digest: Any, name: str, array: np.ndarray) -> None:
+def _add(digest: Any, name: str, array: np.ndarray | None) -> bool:
+  """Adds an array to a digest; returns whether there was one."""
+  if array is None:
+    return False
   digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
   digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return True
 
 
 def parameter_count(params: Any) -> int:

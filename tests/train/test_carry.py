@@ -245,7 +245,7 @@ def test_a_carry_saved_by_one_mode_is_read_by_another(tmp_path):
   other = _program("jit", "data:2,fsdp:2")
   with Checkpointer(tmp_path) as checkpointer:
     restored = checkpointer.restore(other.abstract_state).state
-  assert state_sha256(parallel.state_to_host(restored, other.mesh)) == state_sha256(saved)
+  assert state_sha256(parallel.state_to_host(restored)) == state_sha256(saved)
   assert restored.model_state["carry"]["h"].sharding == parallel.batch_sharding(other.mesh)
 
 

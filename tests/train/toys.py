@@ -196,7 +196,7 @@ class Outcome(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def _initial(program: Program) -> Any:
   """The program's initial state as NumPy arrays; computing it costs a compilation each time."""
-  return parallel.state_to_host(program.init_state(), program.mesh)
+  return parallel.state_to_host(program.init_state())
 
 
 def make_program(experiment: Experiment, mode: parallel.Mode = "jit", mesh: str = "data:4") -> Program:
@@ -229,7 +229,7 @@ def train(
     state, out = program.train_step(state, batch, scale)
     outs.append(jax.tree.map(np.asarray, jax.block_until_ready(out)))
   state = parallel.global_state(state, parallelism, program.mesh)
-  return Outcome(parallel.state_to_host(state, program.mesh), outs, program)
+  return Outcome(parallel.state_to_host(state), outs, program)
 
 
 def difference(one: Any, other: Any) -> float:
