@@ -15,7 +15,8 @@ Orbax writes the arrays asynchronously. This file closes five gaps that it leave
   `failed` shows it earlier.
 * Orbax reads its directory as a pattern: in "runs[1]" it finds nothing that it wrote. And it makes
   every folder that is missing, so that a run whose folder was moved would go on in the old place.
-  It is given a path by way of an open descriptor, which follows the folder wherever it is moved.
+  It is given a path by way of an open descriptor, which follows the folder wherever it is moved,
+  and which has the same number on all processes.
 * Orbax casts arrays to the dtypes that the caller asks for. Here an array with another name, dtype
   or shape is refused by name.
 
@@ -25,6 +26,7 @@ after kill -9, either the previous step or a newer one is intact.
 
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -50,6 +52,8 @@ from dljax.train.workdir import differences
 
 MANIFEST = "manifest.json"
 _DESCRIPTORS = Path("/proc/self/fd")  # where Linux shows the open files of a process
+# A process has hardly so many open files, and it may have more; on another one they may be taken.
+_LEAST_NUMBER, _TRIES = 512, 8
 _MOST_ERRORS = 8  # that Orbax raises while it closes
 # What TensorStore appends to an error: its number, and what was to be written.
 _PAYLOAD = re.compile(r" \[[a-z_]+='.*", re.DOTALL)
@@ -281,8 +285,11 @@ class Checkpointer:
 
   def __enter__(self) -> "Checkpointer":
     if not self._read_only:
-      if self.directory.parent.is_dir():
-        self._place  # before the import, which takes seconds in which the folder may be moved
+      # This precedes the import, which takes seconds in which the folder may be moved.
+      if jax.process_count() > 1:
+        self._share_place()
+      elif self.directory.parent.is_dir():
+        self._place
       _orbax()
     return self
 
@@ -314,12 +321,9 @@ class Checkpointer:
 
   @functools.cached_property
   def _place(self) -> Path:
-    """The directory by a plain path, which stays right when the folder above it is moved.
-
-    Several processes have to agree on the path, so that they use the directory's own.
-    """
+    """The directory by a plain path, which stays right when the folder above it is moved."""
     if jax.process_count() > 1:
-      return self.directory
+      return self.directory  # `_share_place` has found no better one
     if not self._read_only:
       with writing(self.directory):
         durable.make_folder(self.directory.parent)
@@ -331,6 +335,27 @@ class Checkpointer:
     self._undo.callback(shutil.rmtree, link.parent, ignore_errors=True)  # and not what it leads to
     link.symlink_to(self.directory.parent)
     return link / self.directory.name
+
+  def _share_place(self) -> None:
+    """Gives the descriptors of all processes one number, as Orbax wants the same path everywhere.
+
+    They keep the directory's own path where a process sees no folder, or no open files.
+    """
+    number, most = _LEAST_NUMBER, os.sysconf("SC_OPEN_MAX")
+    for _ in range(_TRIES):
+      descriptor = _NONE
+      if self.directory.parent.is_dir() and _DESCRIPTORS.is_dir() and number < most:
+        own = os.open(self.directory.parent, os.O_RDONLY)
+        descriptor = fcntl.fcntl(own, fcntl.F_DUPFD_CLOEXEC, number)  # the lowest free number
+        os.close(own)
+        self._undo.callback(os.close, descriptor)
+      found = parallel.of_hosts(descriptor)
+      if min(found) == max(found) != _NONE:
+        self._place = _DESCRIPTORS / str(descriptor) / self.directory.name
+        return
+      if min(found) == _NONE:
+        return
+      number = max(found)
 
   def _close_manager(self) -> Exception | None:
     """Closes Orbax's manager, if there is one; returns its first error.

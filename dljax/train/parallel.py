@@ -701,9 +701,14 @@ def of_first_host(value: float) -> float:
 
 def any_host(flag: bool) -> bool:
   """Whether `flag` is true on any host; every host must call it at the same step."""
+  return any(of_hosts(flag))
+
+
+def of_hosts(value: int) -> list[int]:
+  """Every host's small number, on every host; every host must call it at the same step."""
   if jax.process_count() == 1:
-    return flag
-  return bool(np.any(_multihost().process_allgather(np.array(flag))))
+    return [value]
+  return _multihost().process_allgather(np.array(value, np.int32)).tolist()
 
 
 def on_first_host(call: Callable[[], None], fault: str) -> None:

@@ -206,6 +206,26 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, asked,
 
 
 @pytest.mark.slow
+def test_a_folder_that_is_moved_takes_the_saves_of_both_processes_along(tmp_path):
+  """They save after every step, so that a save is in flight."""
+  often, run, moved = ("--config.checkpoint_every=1", "--config.log_every=20"), tmp_path / "run", tmp_path / "moved"
+  both = _pair(*LONG, *often, "--config.shard_above=0", "--mesh=fsdp:2", f"--workdir={run}")
+  try:
+    _wait_for(lambda: _last_step(run) >= 20, both)
+    run.rename(moved)
+    lines = [_said(process, 1) for process in both]
+  finally:
+    for process in both:
+      process.kill()
+      process.communicate()
+  assert all("was moved, deleted or replaced" in "".join(said) for said in lines), lines
+  assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+  steps = [int(path.name) for path in (moved / "checkpoints").iterdir()]  # and nothing unfinished
+  assert f"continuing from step {max(steps)}" in _run(
+      *XOR, *often, f"--config.total_steps={max(steps) + 1}", "--config.shard_above=0", f"--workdir={moved}")
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_other(tmp_path):
   """Only the first process finds that the folder is in use."""
   holder = _start(*LONG, f"--workdir={tmp_path}")
