@@ -94,11 +94,12 @@ class Checkpointer:
       keep: the number of newest steps to keep, besides the best one.
       assets: a directory of files without which the state is worthless (a tokenizer); `save`
         records their hashes, and `restore` verifies them.
-      run: the id of the run; `save` records it, and `restore` refuses a step of another run. ""
-        does neither.
+      run: the id of the run; `save` records it, and `restore` refuses a step of another run, or of
+        none. "" does neither.
       config: the fields that decide the training (`workdir.decisive`); `save` records them, and
-        `restore` refuses a step that was trained with others. A reader only warns then, because
-        whoever edits the config of a finished run on purpose may use it. None does neither.
+        `restore` refuses a step that was trained with others, or that does not say with which. A
+        reader only warns of others, because whoever edits the config of a finished run on purpose
+        may use it. None does neither.
       read_only: whether to restore only, and to move and delete nothing, as for an evaluation
         during a run.
 
@@ -212,8 +213,8 @@ class Checkpointer:
       The restored step, or None if `step` is None and no step is intact.
 
     Raises:
-      UserError: `step` does not exist, is not intact, or belongs to another run or config; an array
-        differs in name, dtype or shape; an asset is missing or differs.
+      UserError: `step` does not exist, is not intact, or belongs to another run or config or to
+        none; an array differs in name, dtype or shape; an asset is missing or differs.
     """
     self._wait()
     step = _agree(lambda: self._choose(step))
@@ -455,14 +456,17 @@ class Checkpointer:
 
   def _check_run(self, step: int) -> None:
     """Refuses a step that was copied from another run, whose config and seed may differ."""
-    found = self._manifest(step).get("run", "")
-    if found and self._run and found != self._run:
+    found, trained = (self._manifest(step).get(name) for name in ("run", "config"))
+    if self._run and not found or self._config is not None and trained is None:
+      raise UserError(
+          f"checkpoint {step} in {self.directory} does not say of which run and config it is, as one that "
+          "a version of dljax before those were kept has saved; train again in another --workdir")
+    if self._run and found != self._run:
       raise UserError(
           f"checkpoint {step} in {self.directory} belongs to another run ({found[:8]}, and config.json "
           f"here is of run {self._run[:8]}); move it back, or start from its weights in another "
           "--workdir with --config.init.source")
-    trained = self._manifest(step).get("config")
-    differ = "" if None in (trained, self._config) else differences(trained, self._config)
+    differ = "" if self._config is None else differences(trained, self._config)
     what = f"checkpoint {step} in {self.directory} was trained with another config: {differ}"
     if differ and not self._read_only:
       raise UserError(f"{what}; undo the edit of config.json, or start from its weights in another "

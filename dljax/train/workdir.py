@@ -110,8 +110,7 @@ def read_sealed(path: Path, **fields: type) -> dict[str, Any]:
       sets its "sha256" to "".
   """
   value = read_json(path, **fields)
-  # Runs from before there were hashes have no run id either.
-  if ("run" in value or "sha256" in value) and value.get("sha256") != "":
+  if value.get("sha256") != "":
     if path.read_bytes() != durable.sealed(value, indent=2):
       raise UserError(f"{path} was damaged or edited since it was written; restore it from a copy, or, "
                       'if you edited it, write "sha256": "" in its last line')

@@ -166,6 +166,25 @@ def test_several_processes_refuse_a_path_that_orbax_takes_for_a_pattern(tmp_path
     Checkpointer(tmp_path / "run[1]")
 
 
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("missing", ["run", "config"])
+def test_a_step_that_does_not_say_of_what_it_is_is_refused_and_stays(tmp_path, missing, read_only):
+  """As one that an earlier version has saved, or one that lost a field and got a new hash."""
+  own = {"run": "one", "config": {"seed": 1}}
+  with Checkpointer(tmp_path, **own) as checkpointer:
+    checkpointer.save(1, {"w": np.arange(3.0)}, {})
+  path = tmp_path / "1" / "manifest.json"
+  manifest = json.loads(path.read_text())
+  del manifest[missing]
+  path.write_bytes(checkpoint._sealed(manifest))
+  with Checkpointer(tmp_path, **own, read_only=read_only) as checkpointer:
+    with pytest.raises(UserError, match="checkpoint 1 in .* does not say of which run and config it is") as error:
+      checkpointer.restore({"w": np.zeros(3)})
+    with pytest.raises(UserError, match="does not say"):
+      checkpointer.restore_arrays(list, 1)
+  assert "\n" not in str(error.value) and _names(tmp_path) == {"1"}
+
+
 def test_a_step_of_another_run_is_refused_and_stays(tmp_path):
   abstract = {"w": np.zeros(3)}
   with Checkpointer(tmp_path, run="one") as checkpointer:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("text, words", [
     ("{", ["not JSON"]), ("9" * 5000, ["not JSON"]), ("[" * 100_000, ["not JSON"]),
-    ('{"format": 2, "config": {"lear.ing_rate": 1}}', ["lear.ing_rate"]),
+    ('{"format": 2, "config": {"lear.ing_rate": 1}, "sha256": ""}', ["lear.ing_rate"]),
     ('{"format": 2, "config": []}', ["'config' is missing or wrong"]),
     ('{"format": true, "config": {}}', ["format"]),
 ])
@@ -56,7 +56,12 @@ def test_an_edit_that_was_meant_is_accepted(tmp_path):
   path.write_text(text)
   with pytest.raises(UserError, match='write "sha256": "" in its last line'):
     read_sealed(path)
-  digest = json.loads(text)["sha256"]
+  value = json.loads(text)
+  for gone in ("sha256",), ("sha256", "run"):  # nor is a file without any hash
+    path.write_text(json.dumps({k: v for k, v in value.items() if k not in gone}, indent=2))
+    with pytest.raises(UserError, match="was damaged or edited"):
+      read_sealed(path)
+  digest = value["sha256"]
   path.write_text(text.replace(digest, ""))
   assert read_sealed(path)["config"] == {"steps": 2}
 
