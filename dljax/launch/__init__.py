@@ -66,6 +66,8 @@ def _run(
   options = RunOptions(
       parallelism=values.parallelism, mesh=parallel.parse_mesh(values.mesh), resume=values.resume,
       wandb=values.wandb)
+  if not values.dry_run:
+    parallel.initialize()  # first, so that what ends this process is known to the others at once
   config, folder = configs.resolve(values, overrides, config, get_config, presets)
   if resolve is not None and values.mode == "train":
     configs.look_up(resolve, config, overrides, folder, values.resume)
@@ -78,7 +80,6 @@ def _run(
 
     with _in_epochs(experiment, build, folder, values.epochs, None) as experiment:
       return dry_run.dry_run(experiment, options, values.topology)
-  parallel.initialize()
   if values.mode == "train":
     with _in_epochs(experiment, build, folder, values.epochs, options) as experiment:
       return train.train(experiment, folder, options)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from dljax.errors import DONE, FAILED, UserError, one_line
+from dljax.errors import DONE, FAILED, RunError, UserError, one_line
 
 if TYPE_CHECKING:
   from dljax.train.watch import Watch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _MEND = (f"set {', '.join(BY_HAND)} to host:port of process 0, the number of processes, and this "
          "one's, from 0")
+PATIENCE = "DLJAX_JOIN_SECONDS"
 _HEARTBEAT = 600  # seconds; `Watch` notices sooner that a process is dead, and load is no reason
 
 
@@ -143,6 +144,7 @@ def join() -> None:
 
   Raises:
     UserError: the environment says too little, or what it says is impossible.
+    RunError: the others have not come in time; see `patience`.
   """
   on_tpu = bool((glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
                 and importlib.util.find_spec("libtpu")
@@ -157,12 +159,30 @@ def join() -> None:
       _initialize(address, int(count), int(index))
     elif found.name != _KUBERNETES.name or _pods() > 1:
       _initialize(*_ask_jax(found.method))
+  except (RunError, UserError):
+    raise
   except (LookupError, RuntimeError, ValueError) as error:
     raise UserError(f"{found.name}: the other processes cannot be joined "
                     f"({one_line(error, 1000)}); {_MEND}") from None
   finally:
     if term is not None:
       signal.signal(signal.SIGTERM, term)  # JAX has put its own handler in the place of Python's
+
+
+def patience() -> float:
+  """The seconds in which all processes have to come: $DLJAX_JOIN_SECONDS, by default 300.
+
+  Raises:
+    UserError: the variable holds no such number.
+  """
+  text = os.environ.get(PATIENCE, "") or "300"
+  try:
+    seconds = float(text)
+  except ValueError:
+    seconds = 0.0
+  if not 0 < seconds < 1e6:
+    raise UserError(f"{PATIENCE}={text}: give the seconds in which all processes start, as 300")
+  return seconds
 
 
 def _pods() -> int:
@@ -197,8 +217,9 @@ def _initialize(address: str, count: int, index: int, devices: Any = None) -> No
     return
   from dljax.train.watch import Watch  # a process that is alone needs none
 
-  _watch = Watch(address, count, index)
+  _watch = Watch(address, count, index, patience=patience())
   atexit.register(_leave)
+  _watch.wait_for_all()
   if any("_proxy" in name.lower() for name in os.environ):
     # JAX connects to an address of this machine, which no proxy can reach.
     os.environ.setdefault("no_grpc_proxy", f"127.0.0.1,{os.environ.get('no_proxy', '')}")

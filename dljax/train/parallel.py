@@ -51,6 +51,7 @@ def initialize() -> None:
 
   Raises:
     UserError: the environment says too little, or what it says is impossible.
+    RunError: the others have not come in time.
   """
   hosts.join()
 

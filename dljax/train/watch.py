@@ -9,6 +9,8 @@ others with a dump of C++ frames. Here every process keeps a TCP connection to t
   or starved too, so that load is never taken for death.
 * JAX's client aborts its process as soon as it loses the coordinator. It is connected through a
   relay inside its own process, which hides that loss, so that this file can report it in one line.
+* Until all have come, nobody knows the others' machines, so that a process that died before it
+  connected is missed only when the time is over.
 * Whoever gets a signal asks the first process to stop. It freezes the counters of all processes,
   and names the next point that none has passed. JAX has such a protocol too, but only the C handler
   that it installs for SIGTERM can start it, and no Ctrl-C or SIGHUP.
@@ -27,12 +29,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dljax.errors import DONE, FAILED, PREEMPTED, end_process
+from dljax.errors import DONE, FAILED, PREEMPTED, RunError, end_process
 
 _HELLO = b"dljax "  # how a connection begins that is not JAX's
 _GRACE = {FAILED: 5, PREEMPTED: 20}  # seconds to end by oneself after another process has
 _DELAY = 2  # seconds in which the others may read why the first process ends
-_JOIN = 300  # seconds to wait for the first process
 
 
 class Watch:
@@ -44,6 +45,7 @@ class Watch:
 
   def __init__(
       self, address: str, count: int, index: int, end: Callable[[str, int], Any] = end_process,
+      patience: float = 300,
   ):
     """Connects to the first process, and waits for it; or is that process.
 
@@ -52,19 +54,22 @@ class Watch:
       count: the number of processes.
       index: the number of this one, from 0.
       end: prints a line and ends this process with a status.
+      patience: the seconds in which all processes have to come.
 
     Raises:
-      RuntimeError: the first process does not answer.
+      RunError: the first process does not answer.
+      RuntimeError: the port cannot be used.
       ValueError: the address is not host:port, or there is no such process.
     """
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal()) or not 0 <= index < count:
       raise ValueError(f"process {index} of {count} at {address!r}")
-    self._count, self._index, self._end = count, index, end
+    self._count, self._index, self._end, self._patience = count, index, end, patience
     self._changed = threading.Condition()  # of all that follows
     self._points, self._frozen, self._stop = 0, False, None
     self._stopping = False  # whether a point said so
     self._channels: dict[int, socket.socket] = {}
+    self._missing: set[int] | None = set(range(1, count)) if index == 0 else None
     self._left: dict[int, int] = {}  # the status of each process that has said how it ended
     self._reported: dict[int, int] = {}  # the points at which the processes were frozen
     self._wishes: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -75,7 +80,7 @@ class Watch:
       self._accept(_listen(bound.strip("[]"), int(port)), self._greet)
     else:
       place = host.strip("[]"), int(port)
-      channel = _connect(place, address)
+      channel = _connect(place, patience, f"process 0 of {count} does not answer at {address}")
       channel.sendall(_HELLO + b"%d\n" % index)
       self._channels[0] = channel
       _thread(self._hear, 0, channel)
@@ -85,6 +90,23 @@ class Watch:
     _thread(self._ask)
 
   # What the run calls
+
+  def wait_for_all(self) -> None:
+    """Waits until all processes have come, or the time is over, which the first process decides.
+
+    Raises:
+      RunError: some have not come.
+    """
+    with self._changed:
+      if self._index == 0:
+        self._changed.wait_for(lambda: not self._missing, self._patience)
+        self._tell(" ".join(map(str, ["missing", *sorted(self._missing)])))
+      # The first process may have started later than this one.
+      elif not self._changed.wait_for(lambda: self._missing is not None, 2 * self._patience):
+        raise _late("process 0 does not say that all have come", 2 * self._patience)
+      if self._missing:
+        names = ", ".join(map(str, sorted(self._missing)))
+        raise _late(f"of {self._count} processes, these have not come: {names}", self._patience)
 
   def reached(self) -> bool:
     """Counts a point; returns whether the run stops there. Every process asks equally often."""
@@ -116,7 +138,11 @@ class Watch:
 
   def _take(self, sender: int, word: str, *numbers: int) -> None:
     """Does what a line from another process says."""
-    if word == "left":
+    if word == "missing":
+      with self._changed:
+        self._missing = set(numbers)
+        self._changed.notify_all()
+    elif word == "left":
       self._take_end(*numbers)
     elif word == "lost":
       self._lose(*numbers)
@@ -222,6 +248,8 @@ class Watch:
       return
     with self._changed:
       self._channels[int(number)] = connection
+      self._missing.discard(int(number))
+      self._changed.notify_all()
       if self._frozen:
         self._tell("freeze")
     self._hear(int(number), connection)
@@ -246,15 +274,20 @@ def _listen(host: str, port: int) -> socket.socket:
     raise RuntimeError(f"port {port} cannot be used: {error.strerror or error}") from error
 
 
-def _connect(place: tuple[str, int], address: str) -> socket.socket:
+def _late(what: str, seconds: float) -> RunError:
+  return RunError(f"{what}, after {seconds:g} s (DLJAX_JOIN_SECONDS sets the time); their own output, "
+                  "or that of what starts them, may say why")
+
+
+def _connect(place: tuple[str, int], patience: float, fault: str) -> socket.socket:
   """A connection to the first process, which may start later."""
-  deadline = time.monotonic() + _JOIN
+  deadline = time.monotonic() + patience
   while True:
     try:
       channel = socket.create_connection(place, timeout=10)
     except OSError as error:
       if time.monotonic() > deadline:
-        raise RuntimeError(f"process 0 does not answer at {address}: {error}") from error
+        raise _late(f"{fault} ({error})", patience) from error
       time.sleep(0.1)
       continue
     channel.settimeout(None)

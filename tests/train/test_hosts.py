@@ -148,6 +148,16 @@ def test_a_launcher_that_does_not_say_enough_is_refused(unjoined):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["0", "-5", "nan", "inf", "five", "1e9"])
+def test_a_time_to_wait_that_is_none_is_refused(monkeypatch, text):
+  assert hosts.patience() == 300
+  monkeypatch.setenv(hosts.PATIENCE, "2.5")
+  assert hosts.patience() == 2.5
+  monkeypatch.setenv(hosts.PATIENCE, text)
+  with pytest.raises(UserError, match=f"DLJAX_JOIN_SECONDS={text}: give the seconds"):
+    hosts.patience()
+
+
 @pytest.mark.parametrize("launcher", [srun, mpirun])
 def test_what_the_launchers_set_is_enough_to_join(launcher):
   code = ("import jax; from dljax.train import parallel; parallel.initialize(); "

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dljax.errors import DONE, FAILED, PREEMPTED
+from dljax.errors import DONE, FAILED, PREEMPTED, RunError
 from dljax.train import watch
 from dljax.train.watch import Watch
 
@@ -17,9 +17,7 @@ class Run:
   """The watches of one run, and how they end: (index, line, status) as it comes."""
 
   def __init__(self, count):
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = _free_address()
     self.ends = queue.SimpleQueue()
     self.watches = [
         Watch(address, count, i, lambda line, status, i=i: self.ends.put((i, line, status)))
@@ -129,6 +127,45 @@ def test_a_stranger_disturbs_nobody():
       stranger.sendall(text)
   with pytest.raises(queue.Empty):
     run.ends.get(timeout=0.1)
+
+
+def _free_address():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def _wait(made):
+  """What `wait_for_all` of a watch raises."""
+  with pytest.raises(RunError) as error:
+    made.wait_for_all()
+  return str(error.value)
+
+
+def test_all_that_have_come_go_on():
+  run = Run(3)
+  waiting = [threading.Thread(target=w.wait_for_all) for w in run.watches]
+  for thread in waiting:
+    thread.start()
+  for thread in waiting:
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_who_has_not_come_in_time_is_named_by_all_others():
+  address = _free_address()
+  first, third = (Watch(address, 4, i, lambda *_: None, patience=0.1) for i in (0, 2))
+  lines = [_wait(first), _wait(third)]
+  assert lines[0] == lines[1] and "\n" not in lines[0]
+  assert lines[0].startswith("of 4 processes, these have not come: 1, 3, after 0.1 s (DLJAX_JOIN_SECONDS ")
+
+
+def test_a_first_process_that_has_not_come_in_time_is_named():
+  with pytest.raises(RunError, match="^process 0 of 2 does not answer at 127.0.0.1:.*after 0.05 s [(]DLJAX_JOIN_SECONDS"):
+    Watch(_free_address(), 2, 1, patience=0.05)
+  with socket.create_server(("127.0.0.1", 0)) as silent:  # a stranger has the port
+    made = Watch("127.0.0.1:%d" % silent.getsockname()[1], 2, 1, lambda *_: None, patience=0.05)
+    assert "process 0 does not say that all have come, after 0.1 s" in _wait(made)
 
 
 @pytest.mark.parametrize("address, count, index", [
