@@ -54,7 +54,7 @@ class Evaluator:
         predictions: compilations.of(parallel.compile_step(
             step.make_eval_step(task, predictions=predictions), mode, mesh,
             inputs=("state", "shared", "batch", "shared"),
-            outputs=("shared", "batch", "state")), name, batch=2)
+            outputs=("shared", "batch", "state")), name, batch=2, aside=True)
         for predictions, name in names.items()
     }
 
@@ -274,7 +274,7 @@ class Predictor:
     self._step = compilations.of(parallel.compile_step(
         step.make_predict_step(experiment.task), mode, program.mesh,
         inputs=("state", "shared", "batch", "shared"), outputs=("batch",)), "prediction", batch=2,
-        patience=_PATIENCE)
+        patience=_PATIENCE, aside=True)
 
   def __call__(self, state: TrainState, batch: Batch) -> Any:
     """What `Task.predict` gives for the rows of `batch`.

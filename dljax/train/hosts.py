@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from dljax.errors import DONE, FAILED, RunError, UserError, one_line
+from dljax.train import progress
 
 if TYPE_CHECKING:
   from dljax.train.watch import Watch
@@ -238,8 +239,6 @@ def together() -> Iterator[None]:
     yield
     status = DONE
   except SystemExit as end:
-    if _watch is None:
-      raise
     status = end.code or DONE
   except BaseException:
     if _watch is None:
@@ -250,6 +249,7 @@ def together() -> Iterator[None]:
     status = FAILED
   if _watch is not None and status != DONE:
     _watch.leave(status)
+  if status != DONE and (_watch is not None or progress.still_compiling()):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

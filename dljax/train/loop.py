@@ -64,8 +64,8 @@ def fit(
   rows = functools.partial(parallel.batch_rows, program.mesh)
   with opened(experiment.data.train, *experiment.data.evals.values(), rows=rows):
     folder.check_data(experiment.data.name, experiment.data.fingerprint())
-    compilations = Compilations(metrics.say if options.progress else None)
     signals = StopSignals()
+    compilations = Compilations(metrics.say if options.progress else None, signals.wait)
     evaluator = Evaluator(experiment.task, options.parallelism, program.mesh,
                           experiment.data.context, compilations, signals.check)
     monitor = Monitor(experiment, program, evaluator, folder, compilations.say)

@@ -21,16 +21,22 @@ class Compilations:
     say: shows a line, or does nothing.
   """
 
-  def __init__(self, say: Callable[[str], None] | None = None):
+  def __init__(
+      self, say: Callable[[str], None] | None = None,
+      wait: Callable[[threading.Event], None] | None = None,
+  ):
     """
     Args:
       say: shows a line; None shows none.
+      wait: waits until something is done, and may raise before. While it waits, a thread compiles,
+        as what XLA does cannot be interrupted. None compiles within the call.
     """
-    self.seconds = 0.0
+    self.seconds, self._wait = 0.0, wait
     self.say = say or (lambda text: None)
 
   def of(
       self, step: Callable[..., Any], name: str, batch: int, patience: float = 0.0,
+      aside: bool = False,
   ) -> Callable[..., Any]:
     """Returns `step`, which now says when it compiles.
 
@@ -39,6 +45,7 @@ class Compilations:
       name: what it is, such as "train step".
       batch: which argument has the shapes that it is compiled for.
       patience: the seconds that it may take before anything is said.
+      aside: whether a signal need not wait for the compilation; see `wait`.
     """
     seen = set()
 
@@ -48,10 +55,12 @@ class Compilations:
       if shapes in seen:
         return step(*arguments)
       more = " for another shape of the batch" if seen else ""
-      seen.add(shapes)
       start = time.monotonic()
       with _later(patience, lambda: self.say(f"compiling the {name}{more} ...")):
+        if aside and self._wait:
+          self._wait(_compile_aside(step, arguments))
         out = step(*arguments)
+      seen.add(shapes)
       seconds = time.monotonic() - start
       self.seconds += seconds
       if seconds >= patience:
@@ -59,6 +68,31 @@ class Compilations:
       return out
 
     return announced
+
+
+_aside: list[threading.Event] = []  # of each compilation in a thread, set when it is done
+
+
+def still_compiling() -> bool:
+  """Whether a thread compiles what nobody waits for any more; Python cannot end in order then."""
+  return not all(done.is_set() for done in _aside)
+
+
+def _compile_aside(step: Callable[..., Any], arguments: Any) -> threading.Event:
+  """Compiles in a thread what the call `step(*arguments)` will need; the event says when it has."""
+  done = threading.Event()
+  _aside.append(done)
+
+  def compile_step() -> None:
+    try:
+      step.lower(*arguments).compile()
+    except Exception:  # pylint: disable=broad-exception-caught
+      pass  # the call fails in the same way, and says so
+    finally:
+      done.set()
+
+  threading.Thread(target=compile_step, daemon=True, name="compile").start()
+  return done
 
 
 @contextlib.contextmanager

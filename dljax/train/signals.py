@@ -1,16 +1,20 @@
 """SIGTERM, Ctrl-C and SIGHUP: a run finishes its step, saves, and ends."""
 
+import threading
+
 import jax
 
 from dljax.errors import Preempted, Stops
 from dljax.train import hosts, parallel
 
+_POLL = 0.1  # seconds between two looks at whether a signal has come
 _LINE = "stopped; the same command continues from the last checkpoint"
 
 
 class StopSignals(Stops):
   """Handles the signals while `fit` runs: they end it at once, or at the next point that all hosts
-  reach, which is the end of a step or of a batch of an evaluation.
+  reach, which is the end of a step or of a batch of an evaluation. The compilation of an evaluation
+  goes on in a thread, and is not waited for.
 
   Attributes:
     received: whether a signal has come to this host.
@@ -45,6 +49,23 @@ class StopSignals(Stops):
     """Raises `Preempted` with this line if the run has to stop here; see `reached`."""
     if self.reached():
       raise Preempted(line)
+
+  def wait(self, done: threading.Event) -> None:
+    """Waits until `done`, as for a compilation; the end of the wait is a point, see `reached`.
+
+    Raises:
+      Preempted: the run stops at this point, whether or not it is done.
+    """
+    while not (done.wait(_POLL) or self._stops_next()):
+      pass
+    self.check()
+
+  def _stops_next(self) -> bool:
+    """Whether it is known that the run stops at the next point."""
+    if jax.process_count() == 1:
+      return self.received
+    watch = hosts.watch()
+    return watch is not None and watch.stops_next()
 
   def _note(self) -> None:
     self.received = True

@@ -117,6 +117,11 @@ class Watch:
       self._stopping = self._stop is not None and self._points >= self._stop
       return self._stopping
 
+  def stops_next(self) -> bool:
+    """Whether the run stops at the next point; then no other process is past it."""
+    with self._changed:
+      return self._stop is not None and self._points + 1 >= self._stop
+
   def stop(self) -> None:
     """Asks all processes to stop at the next point that none has passed; a handler may call it."""
     self._wishes.put(None)  # the queue's `put` may interrupt itself, and no lock may

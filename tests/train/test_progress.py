@@ -6,8 +6,10 @@ import types
 import numpy as np
 import pytest
 
+from dljax.errors import Preempted
 from dljax.train import progress
 from dljax.train.progress import Compilations, Progress
+from dljax.train.signals import StopSignals
 
 
 @pytest.fixture
@@ -50,6 +52,59 @@ def test_a_short_compilation_may_pass_in_silence():
 def test_nothing_is_said_without_a_place_to_say_it(capsys):
   assert Compilations().of(lambda x: 2 * x, "step", batch=0)(np.ones(1)) == 2
   assert capsys.readouterr() == ("", "")
+
+
+class _Slow:
+  """A step whose compilation ends when it may."""
+
+  def __init__(self):
+    self.may_end, self.threads = threading.Event(), []
+
+  def lower(self, batch):
+    self.threads.append(threading.current_thread())
+    return self
+
+  def compile(self):
+    assert self.may_end.wait(10)
+
+  def __call__(self, batch):
+    self.threads.append(threading.current_thread())
+    return batch["x"].sum()
+
+
+def test_a_compilation_that_nobody_waits_for_goes_on_in_a_thread(monkeypatch):
+  step, main, give_up = _Slow(), threading.current_thread(), True
+  monkeypatch.setattr(progress, "_aside", [])
+
+  def wait(done):
+    assert not done.is_set() or not give_up
+    if give_up:
+      raise Preempted("stopped")
+    assert done.wait(10)
+
+  announced = Compilations(wait=wait).of(step, "evaluation step", batch=0, aside=True)
+  with pytest.raises(Preempted):
+    announced({"x": np.ones(3)})
+  assert progress.still_compiling() and main not in step.threads
+  step.may_end.set()
+  give_up = False
+  assert announced({"x": np.ones(3)}) == announced({"x": np.ones(3)}) == 3  # of which the first compiles
+  assert not progress.still_compiling()
+  aside, again, *calls = step.threads
+  assert main not in (aside, again) and calls == [main, main]
+
+
+def test_a_signal_ends_the_wait_for_a_compilation():
+  signals = StopSignals()
+  signals.hold()
+  done = threading.Event()
+  done.set()
+  signals.wait(done)  # it is done, and no signal has come
+  signals._note()
+  with pytest.raises(Preempted):
+    signals.wait(threading.Event())  # which never ends
+  with pytest.raises(Preempted):
+    signals.wait(done)
 
 
 @pytest.mark.parametrize("start", [0, 40])

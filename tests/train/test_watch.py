@@ -104,6 +104,20 @@ def test_all_stop_at_one_point_that_none_has_passed(asks):
   assert all(w.reached() for w in run.watches)
 
 
+def test_the_next_point_is_known_before_it_is_reached():
+  """So that a process that waits for its compilation need not wait for its end."""
+  run = Run(2)
+  ahead, behind = run.watches
+  assert not ahead.reached() and not ahead.reached() and not behind.reached()
+  behind.stop()
+  deadline = time.monotonic() + 10
+  while not ahead.stops_next() and time.monotonic() < deadline:
+    time.sleep(0.001)
+  assert ahead.stops_next() and not behind.stops_next()  # which has to come to the other's point first
+  assert not behind.reached()
+  assert behind.stops_next() and behind.reached() and ahead.reached()
+
+
 def test_jax_s_connections_pass_through_and_do_not_break_with_the_first_process():
   run = Run(2)
   host, port = run.watches[0].address.split(":")
