@@ -36,6 +36,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ import numpy as np
 from absl import logging
 
 from dljax.errors import RunError, UserError, writing
-from dljax.train import durable, parallel
+from dljax.train import durable, hosts, parallel
 from dljax.train.state import FORMAT, check_format, path_name
 from dljax.train.workdir import differences
 
@@ -117,6 +118,7 @@ class Checkpointer:
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     self._undo = contextlib.ExitStack()  # gives back what `_place` took
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+    self._saving = 0  # the step that was handed to Orbax last
 
   def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
     """Starts a save, and returns as soon as the arrays may be donated.
@@ -138,9 +140,11 @@ class Checkpointer:
               for name, leaf in flat.items()}
     self.wait(functools.partial(self._make_room, step))
     try:
+      self._saving = step
       self._manager.reload()
       accepted = self._manager.save(step, args=_orbax().args.Composite(state=_orbax().args.PyTreeSave(flat)))
     except Exception as error:
+      self._give_up(step, error)
       self._forget()
       raise self._error(step, error) from error
     if not accepted:
@@ -318,7 +322,9 @@ class Checkpointer:
         options=ocp.CheckpointManagerOptions(
             create=write, cleanup_tmp_directories=write, lightweight_initialize=True,
             # Otherwise threads wait for ten minutes for a folder that could not be made.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False,
+                barrier_sync_fn=self._barrier if jax.process_count() > 1 else None)))
 
   @functools.cached_property
   def _place(self) -> Path:
@@ -400,6 +406,24 @@ class Checkpointer:
     finally:
       # A step appears on every process at once. In a thread, only this kind of barrier is safe.
       _orbax().multihost.get_barrier_sync_fn()(key=f"manifest:{step}", timeout_ms=600_000)
+
+  def _give_up(self, step: int, error: Exception) -> None:
+    """Ends this process after a failure inside of Orbax, if there are several.
+
+    The others may have no such failure, and would wait for this one in Orbax for ten minutes.
+    """
+    if hosts.watch():
+      hosts.give_up(str(self._error(step, error)))
+
+  def _barrier(self, *, key: str, timeout_ms: int) -> None:
+    """What Orbax calls in its threads to wait for the other processes.
+
+    A thread whose part of a save has failed calls it too, before it raises its error.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, Exception) and threading.current_thread() is not threading.main_thread():
+      self._give_up(self._saving, error)
+    _orbax().multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
   def _finalize(self, step: int, leaves: Mapping[str, Any], host: Mapping[str, Any]) -> None:
     directory = self._path(step)

@@ -10,11 +10,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import jax
 
-from dljax.errors import DONE, FAILED, RunError, UserError, one_line
+from dljax.errors import DONE, FAILED, RunError, UserError, end_process, one_line
 from dljax.train import progress
 
 if TYPE_CHECKING:
@@ -254,6 +254,12 @@ def together() -> Iterator[None]:
     sys.stderr.flush()
     os._exit(status)
   sys.exit(status)
+
+
+def give_up(line: str) -> NoReturn:
+  """Ends this process with an error, from any thread; the others, which may wait for it, end too."""
+  _watch.leave(FAILED)
+  end_process(f"error: {line}", FAILED)
 
 
 def _leave() -> None:

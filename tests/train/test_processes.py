@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -223,6 +224,24 @@ def test_a_folder_that_is_moved_takes_the_saves_of_both_processes_along(tmp_path
   steps = [int(path.name) for path in (moved / "checkpoints").iterdir()]  # and nothing unfinished
   assert f"continuing from step {max(steps)}" in _run(
       *XOR, *often, f"--config.total_steps={max(steps) + 1}", "--config.shard_above=0", f"--workdir={moved}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_save_that_fails_on_one_process_ends_both(tmp_path, fails):
+  """Only this one may not write large files."""
+  both = _pair(*XOR, "--config.model.widths=512,256", "--config.shard_above=0", "--mesh=fsdp:2",
+               f"--workdir={tmp_path / 'run'}")
+  resource.prlimit(both[fails].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+  try:
+    lines = [_said(process, 1) for process in both]
+  finally:
+    for process in both:
+      process.kill()
+      process.communicate()
+  own, = lines[fails]
+  assert own.startswith("error: checkpoint 30 in ") and "was not saved: " in own and "File too large" in own
+  assert lines[1 - fails] == [f"error: process {fails} of 2 has failed, and its own output says why"]
 
 
 @pytest.mark.slow
