@@ -814,6 +814,17 @@ def test_a_run_keeps_what_was_looked_up_at_its_start(tmp_path, capsys):
   assert folder.read_config().data.num_classes == 3
 
 
+@pytest.mark.parametrize("found", [float("nan"), None, "data.mean", [["a", {}]], [1]])
+def test_names_of_fields_that_are_none_are_refused(tmp_path, found):
+  folder = Workdir(tmp_path)
+  folder.start(_look_up(folder, {})[0], {}, "")
+  stored = json.loads(folder.config_file.read_text())
+  stored["config"]["found"], stored["sha256"] = found, ""
+  folder.config_file.write_text(json.dumps(stored))
+  with pytest.raises(errors.UserError, match=r"config.json: found=.* is no list of names; restore"):
+    _look_up(folder, {})
+
+
 def test_what_was_found_is_shown_on_a_short_line(tmp_path, capsys):
   _look_up(Workdir(tmp_path), {"data.class_counts": tuple(range(1000)), "data.fitted_to": "a\udcffb"})
   counts, folder = capsys.readouterr().out.splitlines()

@@ -72,9 +72,11 @@ def look_up(
     if resume == "never":
       folder.check(config, resume)
     stored = folder.read_config()
-    values = config_lib.flatten(stored)
-    found = {name: values[name] for name in stored.get("found", ())
-             if name in values and name not in given}
+    values, names_found = config_lib.flatten(stored), stored.get("found", ())
+    if not isinstance(names_found, tuple) or not all(isinstance(x, str) for x in names_found):
+      raise UserError(f"{folder.config_file}: found={names_found!r} is no list of names; restore the file "
+                      "from a copy, or train again in another --workdir")
+    found = {name: values[name] for name in names_found if name in values and name not in given}
   else:
     found = dict(resolve(config, given))
     for name, value in found.items():
