@@ -26,7 +26,7 @@ NETWORKS = {
         retinanet.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1, 1), backbone_width=8, small_stem=True,
         extra_levels=1, width=16, head_depth=1),
     "vgg": functools.partial(vgg.VGG, stage_sizes=(1,) * 5, norm=layers.BatchNorm),
-    "vit": functools.partial(vit.ViT, patch_size=4, embed_dim=32, num_layers=2, num_heads=2),
+    "vit": functools.partial(vit.ViT, patch_size=4, embed_dim=32, num_layers=1, num_heads=2),
 }
 # What a preset says of its own network, and this one has otherwise.
 FIELDS = {

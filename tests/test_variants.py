@@ -1,6 +1,8 @@
 """Every variant of every family, chosen on the command line alone: which network it gives, and of which size."""
 
 import contextlib
+import dataclasses
+import importlib
 
 import jax
 import ml_collections
@@ -62,8 +64,15 @@ CASES = {
 }
 
 
-# Tracing these takes up to three seconds a variant; tests/models counts their parameters quickly.
+# Tracing these takes up to three seconds a variant.
 SLOW = ("vgg", "resnet", "efficientnet", "retinanet", "unet")
+# Those that have to be the networks whose parameters tests/models counts, with as many classes.
+COUNTED = {
+    "resnet": {"resnet34": 1000, "resnet101": 1000, "resnet152": 1000, "resnet32": 10, "resnet56": 10},
+    "efficientnet": {f"efficientnet_b{i}": 1000 for i in range(1, 8)},
+    "retinanet": {"retinanet_resnet50_fpn": 91, "retinanet_resnet101_fpn": 91}}
+# Settings without parameters, which a preset may give a network.
+NO_PARAMETERS = ("dtype", "remat", "strides", "stem_stride", "dropout", "stochastic_depth", "zero_init_residual")
 
 
 def _variants(family):
@@ -98,9 +107,26 @@ def test_a_variant_is_reached_by_its_name_alone(family, variant):
     assert getattr(model, field) == value, field
 
 
+@pytest.mark.parametrize("family, variant", [(f, v) for f, variants in COUNTED.items() for v in variants])
+def test_a_deep_variant_is_the_network_that_is_counted(family, variant):
+  preset, fields, count = CASES[family][variant]
+  model = _build(family, preset, *fields, f"model.variant={variant}").task.model
+  counted = _variants(family)[variant](num_classes=COUNTED[family][variant])
+  fields = {field.name for field in dataclasses.fields(model)}
+  given = {name: getattr(model, name) for name in NO_PARAMETERS if name in fields}
+  assert counted.clone(**given) == model
+  assert count == _published(family)[variant]
+
+
+def _published(family):
+  """The numbers that tests/models finds."""
+  tests = importlib.import_module(f"tests.models.test_{family}")
+  return {**tests.IMAGENET, **tests.CIFAR} if family == "resnet" else tests.COUNTS
+
+
 @pytest.mark.parametrize("family, variant", [
     pytest.param(f, v, marks=[pytest.mark.slow] if f in SLOW else [])
-    for f, variants in CASES.items() for v in variants])
+    for f, variants in CASES.items() for v in variants if v not in COUNTED.get(f, ())])
 def test_a_variant_has_its_published_size(family, variant):
   preset, fields, count = CASES[family][variant]
   experiment = _build(family, preset, *fields, f"model.variant={variant}")

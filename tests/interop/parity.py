@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from tests.smallest import native_convolutions
 def assert_parity(
     build: Callable[..., nn.Module], source: str, stem: str, tolerance: float = 1e-4,
     read: Callable[[Any], jax.Array] = lambda logits: logits, *,
-    blocks: tuple[type[nn.Module], ...] = (), light: bool = False,
+    blocks: tuple[type[nn.Module], ...] = (), light: bool = False, exact: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Asserts equal outputs in evaluation mode, and weights that come back bit for bit.
 
@@ -38,16 +38,14 @@ def assert_parity(
     blocks: modules of which a deep network has many equal ones.
     light: whether to compare in float32 alone, and with XLA's own convolutions, which compile in half the time; for
       sizes between others of the same layers.
+    exact: whether to compare in float64 alone; where a network of the same layers is compared in float32.
 
   Returns:
     The fixture and the loaded variables.
   """
-  fixture = formula.load(stem)
-  tensors = formula.tensors(fixture)
+  fixture, model = formula.load(stem), build(dtype=jnp.float32)
+  variables = _load_and_dump(model, formula.tensors(fixture), source)
   image = formula.image(tuple(fixture["image_shape"]))
-  model = build(dtype=jnp.float32)
-  with native_convolutions():  # their shapes are all that is asked for
-    variables = interop.load(model, tensors, source)
 
   def run(model, dtype):
     if blocks:
@@ -57,18 +55,61 @@ def assert_parity(
     widen = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
     return jax.jit(lambda *args: read(model.apply(*widen(args))))(variables, image)
 
-  with native_convolutions() if light else contextlib.nullcontext():
-    assert_equals_peer(run(model, jnp.float32), fixture["logits"], tolerance)
+  if not exact:
+    with native_convolutions() if light else contextlib.nullcontext():
+      assert_equals_peer(run(model, jnp.float32), fixture["logits"], tolerance)
   if not light:
     with jax.enable_x64(True):
       assert_equals_peer(run(build(dtype=jnp.float64), jnp.float64), fixture["logits"], 1e-9)
+  return fixture, variables
 
+
+def assert_same_layers(
+    build: functools.partial, source: str, stem: str, others: Sequence[functools.partial],
+) -> None:
+  """Asserts that weights fit, and that equal outputs follow from those of networks of other sizes.
+
+  The names and shapes of its weights say how many layers a network has, and how wide each of them is. All else that
+  the model's class is given has to be what it is given for one of `others`, whose outputs are compared. Each weight is
+  filled with one number, which takes a fraction of the time that a network's own take.
+
+  Args:
+    build: the model's class with its settings, but for the dtype.
+    source: whose names the fixture has.
+    stem: name of the fixture.
+    others: networks of other sizes.
+  """
+  assert _settings(build) in [_settings(other) for other in others]
+  shapes = formula.load(stem)["shapes"]
+  tensors = {name: np.broadcast_to(np.float32(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+  _load_and_dump(build(dtype=jnp.float32), tensors, source)
+
+
+# Settings of models that the shapes of weights tell, and one that has no part in evaluation.
+_TOLD_BY_SHAPES = {"stage_sizes", "hidden_width", "width", "depth", "patch_size", "embed_dim", "num_layers",
+                   "num_heads", "dropout"}
+
+
+def _settings(build: Any) -> Any:
+  """What the shapes of weights do not tell of a network: its class, and what else that is given."""
+  if not isinstance(build, functools.partial):
+    return build
+  given = {name: _settings(value) for name, value in build.keywords.items() if name not in _TOLD_BY_SHAPES}
+  if "num_heads" in build.keywords:
+    given["head_dim"] = build.keywords["embed_dim"] // build.keywords["num_heads"]
+  return build.func, given
+
+
+def _load_and_dump(model: nn.Module, tensors: dict[str, np.ndarray], source: str) -> dict[str, Any]:
+  """Loads weights, and asserts that they come back bit for bit; returns the variables."""
+  with native_convolutions():  # their shapes are all that is asked for
+    variables = interop.load(model, tensors, source)
   back = interop.dump(model, variables, source)
   assert back.keys() == tensors.keys()
   for name, tensor in tensors.items():
     assert back[name].dtype == tensor.dtype
     assert np.array_equal(back[name].view(np.uint32), tensor.view(np.uint32)), name
-  return fixture, variables
+  return variables
 
 
 def _compiled_once(blocks: tuple[type[nn.Module], ...], call: Callable[..., Any], args, kwargs, context) -> Any:

@@ -10,20 +10,25 @@ from dljax import interop
 from dljax.errors import UserError
 from dljax.models import vit
 from tests.fixtures import formula
-from tests.interop.parity import assert_parity, assert_sgd_step
+from tests.interop.parity import assert_parity, assert_same_layers, assert_sgd_step
 
 TINY = "vit_tiny_patch16_224"
 
 
-@pytest.mark.parametrize("name, theirs", [
-    ("vit_ti16", TINY),
-    pytest.param("vit_s16", "vit_small_patch16_224", marks=pytest.mark.slow),
-    pytest.param("vit_b16", "vit_base_patch16_224", marks=pytest.mark.slow),
-])
-def test_vit_gives_timms_logits(name, theirs):
-  light = name != "vit_ti16"
-  assert_parity(functools.partial(vit.VARIANTS[name], num_classes=1000), "timm", theirs,
-                blocks=(vit.Block,) if light else (), light=light)
+def test_vit_gives_timms_logits():
+  assert_parity(functools.partial(vit.VARIANTS["vit_ti16"], num_classes=1000), "timm", TINY)
+
+
+@pytest.mark.slow
+def test_a_wider_vit_gives_timms_logits():
+  assert_parity(functools.partial(vit.VARIANTS["vit_s16"], num_classes=1000), "timm", "vit_small_patch16_224",
+                blocks=(vit.Block,), light=True)
+
+
+@pytest.mark.slow
+def test_vit_b16_has_timms_layers():
+  build, other = (functools.partial(vit.VARIANTS[name], num_classes=1000) for name in ("vit_b16", "vit_ti16"))
+  assert_same_layers(build, "timm", "vit_base_patch16_224", [other])
 
 
 @pytest.mark.slow

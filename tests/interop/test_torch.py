@@ -36,7 +36,7 @@ def test_unet_gives_torchs_logits(name):
 
 @pytest.mark.slow
 def test_the_unet_of_2015_gives_torchs_logits():
-  assert_parity(functools.partial(unet.VARIANTS["unet_2015"], num_classes=2), "torch", "unet_2015")
+  assert_parity(functools.partial(unet.VARIANTS["unet_2015"], num_classes=2), "torch", "unet_2015", light=True)
 
 
 def test_dlinear_gives_its_authors_forecasts():

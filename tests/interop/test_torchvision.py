@@ -13,7 +13,7 @@ from dljax.errors import UserError
 from dljax.models import alexnet, efficientnet, resnet, retinanet, vgg, vit
 from dljax.tasks import boxes, detection
 from tests.fixtures import formula
-from tests.interop.parity import assert_equals_peer, assert_parity, assert_sgd_step
+from tests.interop.parity import assert_equals_peer, assert_parity, assert_same_layers, assert_sgd_step
 from tests.smallest import native_convolutions
 
 
@@ -23,11 +23,16 @@ def test_resnet_gives_torchvisions_logits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, tolerance", [("resnet34", 1e-4), ("resnet101", 1e-4), ("resnet152", 3e-4)])
-def test_the_other_resnets_give_torchvisions_logits(name, tolerance):
-  build = functools.partial(resnet.VARIANTS[name], num_classes=1000)
-  largest = name == "resnet152"
-  assert_parity(build, "torchvision", name, tolerance, blocks=(resnet.Bottleneck,) if largest else (), light=not largest)
+def test_the_deepest_resnet_gives_torchvisions_logits():
+  build = functools.partial(resnet.VARIANTS["resnet152"], num_classes=1000)
+  assert_parity(build, "torchvision", "resnet152", 3e-4, blocks=(resnet.Bottleneck,), light=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, like", [("resnet34", "resnet18"), ("resnet101", "resnet50")])
+def test_the_resnets_in_between_have_torchvisions_layers(name, like):
+  build, other = (functools.partial(resnet.VARIANTS[n], num_classes=1000) for n in (name, like))
+  assert_same_layers(build, "torchvision", name, [other])
 
 
 def test_resnet18_in_training_mode_gives_torchvisions_logits_and_running_statistics():
@@ -57,13 +62,21 @@ def test_torchvision_has_no_alexnet_of_2012():
     interop.load(alexnet.VARIANTS["alexnet_2012"](num_classes=1000), {}, "torchvision")
 
 
+LARGE_VGGS = ("vgg11", "vgg19_bn")  # with the classifier of 4096 hidden units
+VGGS = {name: functools.partial(variant, num_classes=1000, **({} if name in LARGE_VGGS else {"hidden_width": 64}))
+        for name, variant in vgg.VARIANTS.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", vgg.VARIANTS)
+@pytest.mark.parametrize("name", sorted(VGGS.keys() - {"vgg19_bn"}))
 def test_vgg_gives_torchvisions_logits(name):
-  """The smallest and the largest have the classifier of 4096 hidden units, and are compared in float64, too."""
-  whole = name in ("vgg11", "vgg19_bn")
-  sizes = {} if whole else {"hidden_width": 64}
-  assert_parity(functools.partial(vgg.VARIANTS[name], num_classes=1000, **sizes), "torchvision", name, light=not whole)
+  """In float64 a step of SGD is compared."""
+  assert_parity(VGGS[name], "torchvision", name, light=True)
+
+
+@pytest.mark.slow
+def test_the_largest_vgg_has_torchvisions_layers():
+  assert_same_layers(VGGS["vgg19_bn"], "torchvision", "vgg19_bn", [VGGS["vgg16_bn"]])
 
 
 @pytest.mark.parametrize("name, build", [
@@ -90,11 +103,19 @@ def _raw_outputs(outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"])
-def test_retinanets_heads_give_torchvisions_raw_outputs(name):
-  build = functools.partial(retinanet.VARIANTS[name], num_classes=91)
-  # The second form has the layers of the first, and normalised heads.
-  assert_parity(build, "torchvision", name, read=_raw_outputs, blocks=RETINANET_BLOCKS, light=name.endswith("_fpn"))
+def test_retinanet_gives_torchvisions_raw_outputs():
+  """The second form has the layers of the first, and normalised heads; the short one is compared in float32."""
+  build = functools.partial(retinanet.VARIANTS["retinanet_resnet50_fpn_v2"], num_classes=91)
+  assert_parity(
+      build, "torchvision", "retinanet_resnet50_fpn_v2", read=_raw_outputs, blocks=RETINANET_BLOCKS, exact=True)
+
+
+@pytest.mark.slow
+def test_the_first_retinanet_has_torchvisions_layers():
+  """The short one is like it, whose step is compared in float64."""
+  build = functools.partial(retinanet.VARIANTS["retinanet_resnet50_fpn"], num_classes=91)
+  short = functools.partial(retinanet.RetinaNet, num_classes=91, **RETINANET_SHORT)
+  assert_same_layers(build, "torchvision", "retinanet_resnet50_fpn", [short])
 
 
 @pytest.mark.slow
@@ -157,21 +178,46 @@ def test_small_forms_have_torchvisions_names_and_come_back(build, size):
     np.testing.assert_array_equal(tensors[name][:, (c * side + i) * side + j], kernel[(i * side + j) * channels + c])
 
 
+# The smallest and the largest, which has another normalisation. All sizes have the blocks of B0.
+EFFICIENTNETS = {name: functools.partial(efficientnet.VARIANTS[name], num_classes=1000)
+                 for name in ("efficientnet_b0", "efficientnet_b7")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", efficientnet.SCALING)
+@pytest.mark.parametrize("name", EFFICIENTNETS)
 def test_efficientnet_gives_torchvisions_logits(name):
-  # All sizes have the blocks of B0.
-  build = functools.partial(efficientnet.VARIANTS[name], num_classes=1000)
-  assert_parity(build, "torchvision", name, light=name != "efficientnet_b0")
+  smallest = name == "efficientnet_b0"
+  assert_parity(EFFICIENTNETS[name], "torchvision", name, light=not smallest, exact=smallest)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_b16", "vit_b32", "vit_l16"])
+@pytest.mark.parametrize("name", sorted(efficientnet.SCALING.keys() - EFFICIENTNETS.keys()))
+def test_the_efficientnets_in_between_have_torchvisions_layers(name):
+  build = functools.partial(efficientnet.VARIANTS[name], num_classes=1000)
+  assert_same_layers(build, "torchvision", name, EFFICIENTNETS.values())
+
+
+def test_the_efficientnets_that_torchvision_normalises_otherwise():
+  """By fields of its `BatchNorm2d`, of which the first has a part in the logits."""
+  own = {name for name in efficientnet.SCALING
+         if (efficientnet.VARIANTS[name](num_classes=1).norm().epsilon,
+             efficientnet.VARIANTS[name](num_classes=1).norm().momentum) == (1e-3, 0.01)}
+  assert own == {"efficientnet_b5", "efficientnet_b6", "efficientnet_b7"}
+
+
+VITS = {name: functools.partial(vit.VARIANTS[name], num_classes=1000) for name in ("vit_b16", "vit_b32", "vit_l16")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_b16", "vit_b32"])
 def test_vit_gives_torchvisions_logits(name):
-  stem = f"{name[:-2]}_{name[-2:]}"
-  light = name != "vit_b32"
-  assert_parity(
-      functools.partial(vit.VARIANTS[name], num_classes=1000), "torchvision", stem, blocks=(vit.Block,), light=light)
+  stem, light = f"{name[:-2]}_{name[-2:]}", name != "vit_b32"
+  assert_parity(VITS[name], "torchvision", stem, blocks=(vit.Block,), light=light)
+
+
+@pytest.mark.slow
+def test_the_largest_vit_has_torchvisions_layers():
+  assert_same_layers(VITS["vit_l16"], "torchvision", "vit_l_16", [VITS["vit_b16"]])
 
 
 @pytest.mark.parametrize("kwargs", [{"pool": "mean"}, {"positions": "sincos"}])

@@ -279,7 +279,7 @@ def test_clipping_saves_the_exploding_case():
   assert not loss < 1 and not 0 < _norm(grads) < np.inf  # no number, or every unit is dead
 
 
-STEPS = 200  # of the problems below
+STEPS = 60  # of the problems below
 
 
 def _adding(key):
@@ -333,8 +333,8 @@ def _learn(cell, problem, steps, gate=0.0):
 
 
 @pytest.mark.slow
-def test_an_lstm_adds_and_remembers_over_200_steps_and_an_elman_network_does_not_add():
-  """One symbol an Elman network may come to keep, by its start: its losses were 0.34 to 1.39 from four."""
-  assert _learn("lstm", _adding, 900, gate=3.0) < 0.1 / 6
-  assert _learn("lstm", _copying, 300, gate=5.0) < 0.1
-  assert _learn("tanh", _adding, 300) > 0.9 / 6
+def test_an_lstm_adds_and_remembers_over_60_steps_and_an_elman_network_does_not_add():
+  """One symbol an Elman network may come to keep, by its start, so that only its sums are asked for."""
+  assert _learn("lstm", _adding, 500, gate=3.0) < 0.1 / 6
+  assert _learn("lstm", _copying, 220, gate=5.0) < 0.1
+  assert _learn("tanh", _adding, 500) > 0.9 / 6

@@ -110,7 +110,7 @@ def _sweep(case):
 test_any_convolution_equals_the_native_one = hypothesis.settings(
     max_examples=30, deadline=None, derandomize=True)(hypothesis.given(convolutions())(_sweep))
 test_many_more_convolutions_equal_the_native_one = pytest.mark.slow(hypothesis.settings(
-    max_examples=200, deadline=None, derandomize=True)(hypothesis.given(convolutions())(_sweep)))
+    max_examples=100, deadline=None, derandomize=True)(hypothesis.given(convolutions())(_sweep)))
 
 
 @pytest.mark.parametrize("name", FORMS)
