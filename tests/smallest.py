@@ -17,10 +17,9 @@ from dljax.ops import conv
 NAME = "smallest"  # the variant's
 NETWORKS = {
     "alexnet": functools.partial(alexnet.AlexNet, widths=(16,) * 5),
-    # With and without a shortcut, with and without expansion, of both kernel sizes.
+    # One block that expands and has a shortcut: the others have fewer layers.
     "efficientnet": functools.partial(
-        efficientnet.EfficientNet, stem_width=8,
-        stages=(efficientnet.Stage(1, 3, 1, 8, 1), efficientnet.Stage(4, 5, 2, 16, 1))),
+        efficientnet.EfficientNet, stem_width=8, stages=(efficientnet.Stage(4, 5, 1, 8, 1),)),
     "resnet": functools.partial(resnet.ResNet, block=resnet.BasicBlock, stage_sizes=(1, 1), width=8),
     "retinanet": functools.partial(
         retinanet.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1, 1), backbone_width=8, small_stem=True,
@@ -31,7 +30,7 @@ NETWORKS = {
 # What a preset says of its own network, and this one has otherwise.
 FIELDS = {
     "alexnet": {"width_factor": 0.5, "hidden_width": 64},
-    "efficientnet": {"strides": "1,2"},
+    "efficientnet": {"strides": "1"},
     "unet": {"width": 4, "num_pools": 1},
     "vgg": {"width_factor": 0.125, "hidden_width": 64},
 }

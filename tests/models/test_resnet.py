@@ -93,6 +93,7 @@ def test_remat_only_recomputes(block):
   assert_remat_only_recomputes(functools.partial(_tiny, block=block), _images(8))
 
 
+@pytest.mark.slow  # the quick tests have the equality of the programs
 @pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
 def test_remat_changes_no_gradient_and_no_statistic(block):
   with jax.enable_x64(True):
