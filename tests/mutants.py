@@ -94,6 +94,41 @@ MUTANTS = (
          "test_the_second_extra_level_sees_what_the_first_has_above_zero",)),
     # ops
     Mutant(
+        "attention_window", "dljax/ops/attention.py",
+        "parts.append(away < form.window)",
+        "parts.append(away <= form.window)",
+        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+    Mutant(
+        "attention_causal", "dljax/ops/attention.py",
+        "parts.append(away >= 0)",
+        "parts.append(away > 0)",
+        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+    Mutant(
+        "attention_padding", "dljax/ops/attention.py",
+        "if form.keys % form.blocks[1]:",
+        "if False:",
+        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+    Mutant(
+        "attention_old_sums", "dljax/ops/attention.py",
+        "y + old_y * shrink[..., None]",
+        "y + old_y",
+        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+    Mutant(
+        "attention_gradient_mean", "dljax/ops/attention.py",
+        "dscores = weights * (dweights - blocks.cut_queries(mean, i)[..., None])",
+        "dscores = weights * dweights",
+        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+    Mutant(
+        "attention_pairs", "dljax/ops/attention.py",
+        "before >= window or",
+        "before >= window - 1 or",
+        ("tests/ops/test_attention.py::test_pairs_of_blocks_that_see_nothing_are_left_out",)),
+    Mutant(
+        "gelu_slope", "dljax/ops/gelu.py",
+        "return x * below, below + x * density",
+        "return x * below, below + density",
+        ("tests/ops/test_gelu.py::test_value_and_derivatives_are_the_native_ones",)),
+    Mutant(
         "ctc_cotangent", "dljax/ops/ctc.py",
         "(jnp.exp(log_p) - share) * g[:, None, None], 0)",
         "(jnp.exp(log_p) - share), 0)",

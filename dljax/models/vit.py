@@ -32,6 +32,8 @@ from flax import linen as nn
 
 from dljax import errors
 from dljax.models.layers import Conv, StochasticDepth
+from dljax.ops.attention import attention, attention_with_weights
+from dljax.ops.gelu import gelu
 
 POOLS = ("token", "mean")
 POSITIONS = ("learned", "sincos")
@@ -67,15 +69,15 @@ class Block(nn.Module):
     heads = (self.num_heads, 3, width // self.num_heads)
     qkv = dense(heads, name="qkv")(norm(name="norm1")(x))
     query, key, value = jnp.moveaxis(qkv, 3, 0)  # each [B, N, heads, D / heads]
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1]**-0.5, key)
-    wide = jnp.promote_types(self.dtype, jnp.float32)
-    attention = nn.softmax(scores.astype(wide)).astype(self.dtype)
-    self.sow("intermediates", "attention", attention)  # [B, heads, N, N]; rows sum to 1
-    y = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
+    if self.is_mutable_collection("intermediates"):
+      y, weights = attention_with_weights(query, key, value)
+      self.sow("intermediates", "attention", weights)  # [B, heads, N, N]; rows sum to 1
+    else:
+      y = attention(query, key, value)
     y = drop()(dense(width, axis=(-2, -1), name="project")(y))
     x = x + StochasticDepth(self.drop_rate)(y, train)
 
-    y = nn.gelu(dense(self.mlp_dim, name="mlp1")(norm(name="norm2")(x)), approximate=False)
+    y = gelu(dense(self.mlp_dim, name="mlp1")(norm(name="norm2")(x)))
     y = drop()(dense(width, name="mlp2")(drop()(y)))
     return x + StochasticDepth(self.drop_rate)(y, train)
 
