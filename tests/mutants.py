@@ -77,11 +77,6 @@ MUTANTS = (
         ("tests/models/test_efficientnet.py::"
          "test_stochastic_depth_keeps_the_mean_and_leaves_out_whole_rows",)),
     Mutant(
-        "vit_attention_scale", "dljax/models/vit.py",
-        "query * query.shape[-1]**-0.5",
-        "query * width**-0.5",
-        ("tests/models/test_vit.py::test_scores_are_divided_by_the_root_of_the_head_size",)),
-    Mutant(
         "deepspeech_length_down", "dljax/models/deepspeech.py",
         "length = -(-length // self.stride[0])",
         "length = length // self.stride[0]",
@@ -94,30 +89,41 @@ MUTANTS = (
          "test_the_second_extra_level_sees_what_the_first_has_above_zero",)),
     # ops
     Mutant(
+        "attention_scale", "dljax/ops/attention.py",
+        "form = _form(q.shape[1], k.shape[1], causal, window, scale or q.shape[-1]**-0.5, plain)",
+        "form = _form(q.shape[1], k.shape[1], causal, window, scale or v.shape[-1]**-0.5, plain)",
+        ("tests/ops/test_attention.py::"
+         "test_value_and_gradients_are_those_of_the_masked_softmax",)),
+    Mutant(
         "attention_window", "dljax/ops/attention.py",
         "parts.append(away < form.window)",
         "parts.append(away <= form.window)",
-        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+        ("tests/ops/test_attention.py::"
+         "test_value_and_gradients_are_those_of_the_masked_softmax",)),
     Mutant(
         "attention_causal", "dljax/ops/attention.py",
         "parts.append(away >= 0)",
         "parts.append(away > 0)",
-        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+        ("tests/ops/test_attention.py::"
+         "test_value_and_gradients_are_those_of_the_masked_softmax",)),
     Mutant(
         "attention_padding", "dljax/ops/attention.py",
         "if form.keys % form.blocks[1]:",
         "if False:",
-        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+        ("tests/ops/test_attention.py::"
+         "test_value_and_gradients_are_those_of_the_masked_softmax",)),
     Mutant(
         "attention_old_sums", "dljax/ops/attention.py",
         "y + old_y * shrink[..., None]",
         "y + old_y",
-        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+        ("tests/ops/test_attention.py::"
+         "test_value_and_gradients_are_those_of_the_masked_softmax",)),
     Mutant(
         "attention_gradient_mean", "dljax/ops/attention.py",
         "dscores = weights * (dweights - blocks.cut_queries(mean, i)[..., None])",
         "dscores = weights * dweights",
-        ("tests/ops/test_attention.py::test_value_and_gradients_are_those_of_the_masked_softmax",)),
+        ("tests/ops/test_attention.py::"
+         "test_value_and_gradients_are_those_of_the_masked_softmax",)),
     Mutant(
         "attention_pairs", "dljax/ops/attention.py",
         "before >= window or",

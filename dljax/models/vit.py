@@ -159,8 +159,7 @@ class ViT(nn.Module):
       raise errors.unknown("ViT's pool", self.pool, POOLS)
     if self.positions not in POSITIONS:
       raise errors.unknown("ViT's positions", self.positions, POSITIONS)
-    height, width = image.shape[1:3]
-    side = self.patch_size
+    height, width, side = *image.shape[1:3], self.patch_size
     if height % side or width % side or not height or not width:
       fit = "x".join(str(max(side, n // side * side)) for n in (height, width))
       raise errors.UserError(
@@ -181,8 +180,7 @@ class ViT(nn.Module):
             f"the positions were learned for {stored[1] - tokens} patches, but these images have "
             f"{grid[0]}x{grid[1]}: resize the images, or interpolate the positions first "
             "(vit.interpolate_positions)")
-    init = nn.initializers.normal(self.embed_dim**-0.5)
-    return self.param("positions", init, shape, jnp.float32)
+    return self.param("positions", nn.initializers.normal(self.embed_dim**-0.5), shape)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:

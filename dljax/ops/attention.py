@@ -33,6 +33,7 @@ import numpy as np
 Array = jax.Array
 
 _BLOCK = 512  # queries or keys at a time
+_OF_QUERIES = ("query_segment", "query_position")
 
 
 class ForwardModeError(TypeError):
@@ -117,8 +118,9 @@ def attention(
   except TypeError as error:
     if "forward-mode" not in str(error):
       raise
-    raise ForwardModeError("attention cannot be differentiated in forward mode (jvp, jacfwd, hessian): "
-                           "use attention_with_weights, or reverse mode") from error
+    raise ForwardModeError(
+        "attention cannot be differentiated in forward mode (jvp, jacfwd, hessian): use "
+        "attention_with_weights, or reverse mode") from error
 
 
 def attention_with_weights(
@@ -162,7 +164,8 @@ def attention_with_weights(
   if "mask" in rules:
     rules["mask"] = _grouped(rules["mask"], groups)
   visible = _visible(form, rules)
-  scores = _scores(form, _split(q, groups), k.swapaxes(1, 2), None if bias is None else _grouped(bias, groups), visible)
+  bias = None if bias is None else _grouped(bias, groups)
+  scores = _scores(form, _split(q, groups), k.swapaxes(1, 2), bias, visible)
   top = jax.lax.stop_gradient(_finite(jnp.max(scores, axis=-1, keepdims=True)))
   exponentials = jnp.exp(scores - top)
   total = jnp.sum(exponentials, axis=-1, keepdims=True)
@@ -178,7 +181,8 @@ def attention_with_weights(
 def _check(q, k, v, mask, bias, segment, query_position, key_position, window):
   """Raises a ValueError that names the argument whose shape does not fit."""
   if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-    raise ValueError(f"q, k and v are [batch, places, heads, width], not {q.shape}, {k.shape} and {v.shape}")
+    raise ValueError("q, k and v are [batch, places, heads, width], not "
+                     f"{q.shape}, {k.shape} and {v.shape}")
   batch, queries, heads, width = q.shape
   keys, groups = k.shape[1:3]
   if (k.shape[0], k.shape[3]) != (batch, width) or v.shape[:3] != k.shape[:3]:
@@ -227,8 +231,8 @@ def _rules(q, k, mask, segment, query_position, key_position) -> dict[str, Array
     mask = mask[:, None, None, :]
   positions = [jnp.arange(x.shape[1], dtype=jnp.int32) if given is None else given
                for x, given in ((q, query_position), (k, key_position))]
-  rules = {"mask": mask, "query_segment": own, "key_segment": other,
-           "query_position": jnp.atleast_2d(positions[0]), "key_position": jnp.atleast_2d(positions[1])}
+  rules = {"mask": mask, "query_segment": own, "key_segment": other}
+  rules |= zip(("query_position", "key_position"), map(jnp.atleast_2d, positions))
   return {name: x for name, x in rules.items() if x is not None}
 
 
@@ -339,25 +343,29 @@ def _backward(form, kept, dy):
 
   def step(state, i, j):
     dq, dk, dv, dbias = state
-    own, keys, values = blocks.cut_queries(blocks.q, i), blocks.cut_keys(blocks.k, j), blocks.cut_keys(blocks.v, j)
-    dy_block = blocks.cut_queries(dy, i)
+    own, dy_block = (blocks.cut_queries(x, i) for x in (blocks.q, dy))
+    keys, values = (blocks.cut_keys(x, j) for x in (blocks.k, blocks.v))
     weights = jnp.exp(blocks.scores(i, j) - blocks.cut_queries(log_total, i)[..., None])
     dweights = _product("bgrqv,bgkv->bgrqk", dy_block, values)
     dscores = weights * (dweights - blocks.cut_queries(mean, i)[..., None])
     if bias is not None:
       dbias = blocks.add_bias(dbias, dscores, i, j)
     # Of these two products the result is transposed, and not the weights, which are larger.
-    dv = blocks.add_keys(dv, _product("bgrqv,bgrqk->bgvk", dy_block, weights.astype(v.dtype)).swapaxes(2, 3), j)
+    new = _product("bgrqv,bgrqk->bgvk", dy_block, weights.astype(v.dtype))
+    dv = blocks.add_keys(dv, new.swapaxes(2, 3), j)
     dscores = (dscores * form.scale).astype(q.dtype)
-    dq = blocks.put_queries(dq, blocks.cut_queries(dq, i) + _product("bgrqk,bgkd->bgrqd", dscores, keys), i)
-    dk = blocks.add_keys(dk, _product("bgrqd,bgrqk->bgdk", own, dscores).swapaxes(2, 3), j)
+    new = _product("bgrqd,bgrqk->bgdk", own, dscores)
+    dk = blocks.add_keys(dk, new.swapaxes(2, 3), j)
+    new = _product("bgrqk,bgkd->bgrqd", dscores, keys)
+    dq = blocks.put_queries(dq, blocks.cut_queries(dq, i) + new, i)
     return dq, dk, dv, dbias
 
   dq, dk, dv, dbias = _over_pairs(form, step, tuple(start))
   dq = _join(dq)[:, :q.shape[1]].astype(q.dtype)
   dk, dv = (x.swapaxes(1, 2)[:, :k.shape[1]].astype(k.dtype) for x in (dk, dv))
   if bias is not None:
-    dbias = dbias.reshape(*bias.shape[:2], *dbias.shape[3:])[:, :, :bias.shape[2], :bias.shape[3]].astype(bias.dtype)
+    dbias = dbias.reshape(*bias.shape[:2], *dbias.shape[3:])
+    dbias = dbias[:, :, :bias.shape[2], :bias.shape[3]].astype(bias.dtype)
   return dq, dk, dv, dbias, None
 
 
@@ -393,8 +401,9 @@ class _Blocks:
       return _pad(_pad(_grouped(x, groups), 3, rows), 4, columns)
 
     self.bias = None if bias is None else both(bias)
-    self._rules = {name: both(x) if name == "mask" else _pad(x, 1, rows if name.startswith("query") else columns)
-                   for name, x in rules.items()}
+    self._rules = {
+        name: both(x) if name == "mask" else _pad(x, 1, rows if name in _OF_QUERIES else columns)
+        for name, x in rules.items()}
     self._rules["key"] = jnp.arange(self.k.shape[2], dtype=jnp.int32)
 
   def queries(self, x: Array) -> Array:
@@ -419,14 +428,16 @@ class _Blocks:
     """[B, G, K', ...] with something added to block `j`."""
     if block.shape == x.shape:
       return x + block
-    return jax.lax.dynamic_update_slice_in_dim(x, self.cut_keys(x, j) + block, j * self._form.blocks[1], 2)
+    block = self.cut_keys(x, j) + block
+    return jax.lax.dynamic_update_slice_in_dim(x, block, j * self._form.blocks[1], 2)
 
   def add_bias(self, x: Array, block: Array, i: Any, j: Any) -> Array:
     """The gradient of the bias with that of a block of scores added, summed where it broadcasts."""
     axes = tuple(d for d in range(5) if x.shape[d] == 1 and block.shape[d] > 1)
     block = jnp.sum(block, axes, keepdims=True)
-    place = (0, 0, 0, *(n * size if whole > 1 else 0 for n, size, whole in zip((i, j), block.shape[3:], x.shape[3:])))
-    place = [jnp.asarray(n, jnp.int32) for n in place]
+    place = [n * size if whole > 1 else 0
+             for n, size, whole in zip((i, j), block.shape[3:], x.shape[3:])]
+    place = [jnp.asarray(n, jnp.int32) for n in (0, 0, 0, *place)]
     old = jax.lax.dynamic_slice(x, place, block.shape)
     return jax.lax.dynamic_update_slice(x, old + block, place)
 
@@ -440,11 +451,11 @@ class _Blocks:
     def place(name, x):
       if name == "mask":
         return both(x)
-      return _cut(x, x.ndim - 1, *((i, rows) if name.startswith("query") else (j, columns)))
+      return _cut(x, x.ndim - 1, *((i, rows) if name in _OF_QUERIES else (j, columns)))
 
-    visible = _visible(self._form, {name: place(name, x) for name, x in self._rules.items()})
+    rules = {name: place(name, x) for name, x in self._rules.items()}
     return _scores(self._form, self.cut_queries(self.q, i), self.cut_keys(self.k, j),
-                   None if self.bias is None else both(self.bias), visible)
+                   None if self.bias is None else both(self.bias), _visible(self._form, rules))
 
 
 # Layouts
@@ -469,7 +480,7 @@ def _grouped(x: Array, groups: int) -> Array:
 
 
 def _pad(x: Array, axis: int, block: int) -> Array:
-  """Pads an axis with zeros to a whole number of blocks; an axis of one entry, which broadcasts, stays."""
+  """Pads an axis with zeros to whole blocks; an axis of one entry, which broadcasts, stays."""
   rest = 0 if x.shape[axis] == 1 else -x.shape[axis] % max(1, block)
   return jnp.pad(x, [(0, rest if d == axis else 0) for d in range(x.ndim)]) if rest else x
 
