@@ -87,6 +87,11 @@ MUTANTS = (
         "levels[-1] if i else",
         ("tests/models/test_retinanet.py::"
          "test_the_second_extra_level_sees_what_the_first_has_above_zero",)),
+    Mutant(
+        "vit_depth", "dljax/models/vit.py",
+        "self.stochastic_depth * i / max(1, self.num_layers - 1)",
+        "self.stochastic_depth * i / max(1, self.num_layers)",
+        ("tests/models/test_vit.py::test_stochastic_depth_grows_with_depth",)),
     # ops
     Mutant(
         "attention_scale", "dljax/ops/attention.py",

@@ -284,6 +284,14 @@ def _product(equation: str, a: Array, b: Array) -> Array:
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
+def _sum_over_queries(weights: Array, x: Array) -> Array:
+  """[B, G, H / G, Q, K] and [B, G, H / G, Q, D] -> [B, G, K, D]."""
+  if x.dtype.itemsize < 4:  # jaxlib 0.10 has no program for the other form on a CPU
+    return _product("bgrqk,bgrqd->bgkd", weights, x)
+  # The result is transposed, and not the weights, which are larger.
+  return _product("bgrqd,bgrqk->bgdk", x, weights).swapaxes(2, 3)
+
+
 def _finite(x: Array) -> Array:
   """Zero in place of -inf, which the maximum of a row is where nothing is seen."""
   return jnp.where(x == -jnp.inf, 0, x)
@@ -350,12 +358,9 @@ def _backward(form, kept, dy):
     dscores = weights * (dweights - blocks.cut_queries(mean, i)[..., None])
     if bias is not None:
       dbias = blocks.add_bias(dbias, dscores, i, j)
-    # Of these two products the result is transposed, and not the weights, which are larger.
-    new = _product("bgrqv,bgrqk->bgvk", dy_block, weights.astype(v.dtype))
-    dv = blocks.add_keys(dv, new.swapaxes(2, 3), j)
+    dv = blocks.add_keys(dv, _sum_over_queries(weights.astype(v.dtype), dy_block), j)
     dscores = (dscores * form.scale).astype(q.dtype)
-    new = _product("bgrqd,bgrqk->bgdk", own, dscores)
-    dk = blocks.add_keys(dk, new.swapaxes(2, 3), j)
+    dk = blocks.add_keys(dk, _sum_over_queries(dscores, own), j)
     new = _product("bgrqk,bgkd->bgrqd", dscores, keys)
     dq = blocks.put_queries(dq, blocks.cut_queries(dq, i) + new, i)
     return dq, dk, dv, dbias
