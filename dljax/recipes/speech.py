@@ -76,11 +76,11 @@ def build(config: ml_collections.ConfigDict, model: nn.Module) -> Experiment:
   data = recordings.AudioSet(config.data, model.output_length).pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = transcription.Transcription(
-      model=model, alphabet=config.data.alphabet, beam=config.model.beam)
+      model=model, alphabet=config.data.alphabet, beam=config.model.beam, frame=config.data.hop)
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None,
       read=functools.partial(_read, config), show=functools.partial(_show, config.model.beam),
-      saw=_saw)
+      saw=functools.partial(_saw, config.data.hop))
 
 
 def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -> Inputs:
@@ -90,14 +90,17 @@ def _read(config: ml_collections.ConfigDict, request: Request, assets: Assets) -
   return Inputs(*recordings.encode(request.paths, config.data))
 
 
-def _saw(inputs: Inputs, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+def _saw(
+    hop: float, inputs: Inputs, rows: Sequence[Mapping[str, Any]],
+) -> Iterator[bytes]:
   """Draws the bands of each recording over time, the lowest at the bottom."""
   for features, length, row in zip(inputs.batch["features"], inputs.batch["length"], rows,
                                    strict=True):
     heard = features[:length].T[::-1]
     low, high = heard.min(initial=0), heard.max(initial=0)
     shown = (heard - low) / max(high - low, 1e-6)
-    yield common.png(report.picture(report.seen(shown, row, cmap="magma")))[1]
+    figure = report.seen(shown, row, cmap="magma", duration=hop * len(heard[0]))
+    yield common.png(report.picture(figure))[1]
 
 
 def _show(

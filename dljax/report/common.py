@@ -160,6 +160,26 @@ def dot(color: str) -> Any:
   return Line2D([], [], color=color, marker="o", markersize=5, linewidth=0)
 
 
+def seconds(axes: Any, duration: float) -> None:
+  """Numbers the horizontal axis, whose limits lie at the two ends of a recording, in seconds.
+
+  Args:
+    axes: the panel; its limits are set already.
+    duration: the recording's length in seconds; with 0 there are no numbers.
+  """
+  from matplotlib.ticker import MaxNLocator
+
+  if duration <= 0:
+    axes.set_xticks([])
+    return
+  left, right = axes.get_xlim()
+  ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(0, duration)
+  times = [time for time in ticks if 0 <= time <= duration + 1e-9]
+  axes.set_xticks([left + (right - left) * time / duration for time in times],
+                  [f"{time:g}" for time in times])
+  axes.set_xlabel("seconds", fontsize=8, color=INK)
+
+
 def percent() -> Any:
   from matplotlib.ticker import PercentFormatter
 

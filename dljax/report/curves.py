@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from dljax.report.common import COLORS, INK, MORE_COLORS
 
 TITLES = {"ap": "AP", "ap50": "AP50", "bleu": "BLEU", "mean_iou": "mean IoU", "rouge_l": "ROUGE-L",
           "mse": "mean squared error", "mae": "mean absolute error", "r2": "R²",
-          "top_5_accuracy": "top-5 accuracy"}
+          "macro_f1": "macro F1", "top_5_accuracy": "top-5 accuracy"}
 # A metric whose name has one of these parts is a share, which is shown in per cent.
 ALIKE = 5e-3  # the relative difference up to which curves share a panel
 SHARES = ("accuracy", "error_rate", "_iou")
@@ -33,13 +34,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
-def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
+def learning_curves(
+    rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
   """Loss, every metric that was evaluated, and the learning rate, against the step.
 
   Args:
     rows: the rows that `read_metrics` gives. Those of the split "train" are drawn as thin lines,
       with their moving average as a thick line; those of other splits have markers. A metric that
       only "train" has is not drawn, except for the loss and the learning rate.
+    titles: metric -> its title, where it is not that of `TITLES`; see `TaskBase.titles`.
 
   Returns:
     The figure, one panel for each metric. A metric that is the same at every evaluation has no
@@ -69,7 +73,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
       else:
         handles[split], = axes.plot(
             steps, values, color=color, linewidth=1.5, marker="o", markersize=4, label=split)
-    _label_panel(axes, name, [curves[split, name][1] for split in splits], same[name])
+    _label_panel(axes, name, [curves[split, name][1] for split in splits], same[name], titles)
     axes.set_xlim(-0.02 * last, 1.02 * last)
   for axes in panels[len(names):]:
     axes.set_axis_off()
@@ -77,7 +81,8 @@ def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Any:
     splits = sorted(handles, key=_order)
     names = ["train (moving average)" if split == "train" else common.plain(split)
              for split in splits]
-    note = ", ".join(f"{_title(name)} {_number(name, value)}" for name, value in constant.items())
+    note = ", ".join(f"{_title(name, titles)} {_number(name, value)}"
+                     for name, value in constant.items())
     common.legend(figure, [handles[split] for split in splits], names, loc="outside lower center",
                   ncols=len(handles), frameon=False, fontsize=10,
                   title=f"constant: {note}" if note else None, title_fontsize=9)
@@ -222,8 +227,8 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
   return (sums[high] - sums[low]) / (high - low)
 
 
-def _title(name: str) -> str:
-  return common.plain(TITLES.get(name, name.replace("_", " ")))
+def _title(name: str, titles: Mapping[str, str]) -> str:
+  return common.plain(titles.get(name) or TITLES.get(name, name.replace("_", " ")))
 
 
 def _is_share(name: str) -> bool:
@@ -236,6 +241,7 @@ def _number(name: str, value: float) -> str:
 
 def _label_panel(
     axes: Any, name: str, curves: Sequence[np.ndarray], same: Sequence[str] = (),
+    titles: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
   """Sets the title and the scale of a panel of learning curves, which `same` metrics share."""
   if _is_share(name):
@@ -244,7 +250,8 @@ def _label_panel(
     values = np.concatenate(curves)
     if values.min() > 0 and values.max() > 20 * values.min():
       axes.set_yscale("log")
-  axes.set_title(", ".join(map(_title, [name, *same])), fontsize=11, color=INK)
+  names = [_title(each, titles) for each in (name, *same)]
+  axes.set_title(", ".join(names), fontsize=11, color=INK)
   axes.set_xlabel("step", fontsize=10)
   axes.tick_params(labelsize=9, colors=INK)
   axes.grid(alpha=0.25, linewidth=0.6)

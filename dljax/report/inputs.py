@@ -15,7 +15,9 @@ _WIDTH = 34  # characters in a line of text
 _LINES = 12
 
 
-def seen(image: np.ndarray, row: Mapping[str, Any], *, cmap: str = "gray") -> Any:
+def seen(
+    image: np.ndarray, row: Mapping[str, Any], *, cmap: str = "gray", duration: float = 0.0,
+) -> Any:
   """An input as the network saw it, and its prediction.
 
   Args:
@@ -23,19 +25,24 @@ def seen(image: np.ndarray, row: Mapping[str, Any], *, cmap: str = "gray") -> An
     row: the prediction, as `Experiment.show` gives it, with "input", the input's name. A dict of
       shares, such as the probabilities of classes, is drawn as bars; other values are written.
     cmap: the colours of an image without colours.
+    duration: the length in seconds of a recording whose bands over time are the image.
 
   Returns:
     The figure.
   """
   image = np.asarray(image, np.float32)
   image = image.squeeze(-1) if image.shape[2:] == (1,) else image
-  wide = image.shape[1] > 2 * image.shape[0]  # a recording
+  wide = duration > 0 or image.shape[1] > 2 * image.shape[0]
   figure = common.blank(7.2, 3.6 if wide else 2.9)
   left, right = figure.subplots(2, 1, height_ratios=(3, 1)) if wide else figure.subplots(
       1, 2, width_ratios=(1, 1.3))
   left.imshow(image, cmap=cmap, vmin=0, vmax=1, interpolation="nearest",
               aspect="auto" if wide else "equal")
   left.set(xticks=[], yticks=[])
+  if duration:
+    left.tick_params(labelsize=8, colors=INK)
+    left.set_ylabel("band", fontsize=8, color=INK)
+    common.seconds(left, duration)
   name = os.path.basename(row["input"])
   left.set_title(common.plain(name, 60 if wide else 30), fontsize=9, color=INK)
   shares = next((value for value in row.values() if _are_shares(value)), {})

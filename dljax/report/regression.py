@@ -43,6 +43,7 @@ def numbers(truths: np.ndarray, guesses: np.ndarray, names: Sequence[str]) -> An
     axes.set_title(common.plain(names[i], 30), fontsize=11, color=INK)
     axes.set_xlabel("truth", fontsize=10)
     axes.set_ylabel("guess", fontsize=10)
+    axes.locator_params(nbins=5)  # large numbers would run into each other
     axes.tick_params(labelsize=9, colors=INK)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

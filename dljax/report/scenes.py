@@ -50,9 +50,13 @@ def detections(
       draw(box, truth_color, linewidth=2.5)
     for box, label, score in zip(detected["boxes"], detected["labels"], detected["scores"]):
       draw(box, found_color, linewidth=1, linestyle="--")
-      axes.text(float(box[0]), float(box[1]),
+      # A label above the image, or beyond its right side, would be cut.
+      x0, y0, x1, _ = map(float, box)
+      high, right = y0 < 0.06 * image.shape[0], x0 > 0.5 * image.shape[1]
+      axes.text(min(x1, image.shape[1]) - 0.5 if right else max(x0, 0), max(y0, 0),
                 f"{common.plain(class_names[label], 16)} {score:.0%}", fontsize=6,
-                color="white", va="bottom", clip_on=True,
+                color="white", va="top" if high else "bottom", ha="right" if right else "left",
+                clip_on=True,
                 bbox={"facecolor": found_color, "edgecolor": "none", "pad": 0.5, "alpha": 0.8})
   if caption:
     figure.suptitle(common.plain(caption), fontsize=12, color=INK)

@@ -14,7 +14,7 @@ COLUMNS = 92  # characters in a line of a drawn text
 
 def alignments(
     features: Sequence[np.ndarray], probabilities: Sequence[np.ndarray], symbols: Sequence[str],
-    titles: Sequence[str],
+    titles: Sequence[str], *, frame: float = 0.0,
 ) -> Any:
   """The features of recordings, and below them the probability of each symbol over time.
 
@@ -24,6 +24,8 @@ def alignments(
       thin line; another is drawn and named if it is the most probable anywhere.
     symbols: the V symbols.
     titles: a title for each recording.
+    frame: the time from one frame of the features to the next, in seconds; with 0 the time axis
+      has no numbers.
 
   Returns:
     The figure, with a pair of panels for each recording.
@@ -37,6 +39,7 @@ def alignments(
     upper.imshow(np.asarray(bands).T, origin="lower", aspect="auto", cmap="magma",
                  interpolation="nearest")
     upper.set(xticks=[], yticks=[])
+    upper.set_ylabel("band", fontsize=8, color=INK)
     upper.set_title(common.plain(title, 110), fontsize=8, color=INK, loc="left",
                     family="monospace")
     times = np.arange(len(shares))
@@ -54,7 +57,9 @@ def alignments(
       start = end
     lower.set_xlim(-0.5, max(len(shares), 1) - 0.5)
     lower.set_ylim(0, 1.25)
-    lower.set(xticks=[], yticks=[0, 1])
+    lower.set(yticks=[0, 1])
+    lower.set_ylabel("probability", fontsize=8, color=INK)
+    common.seconds(lower, frame * len(bands))
     lower.tick_params(labelsize=8, colors=INK)
     lower.spines[["top", "right"]].set_visible(False)
   return figure
@@ -134,7 +139,7 @@ def surprise(
 
 def forecasts(
     rows: Mapping[str, Mapping[str, np.ndarray]], channels: Sequence[str], *, band: str = "",
-    caption: str = "",
+    caption: str = "", step: str = "",
 ) -> Any:
   """Forecasts of time series, each after the window that it was made from.
 
@@ -144,6 +149,7 @@ def forecasts(
     channels: the C names of the channels.
     band: the band's name, for the legend.
     caption: a title above all panels.
+    step: the time from one row to the next, such as "1 hour"; "" if it is not known.
 
   Returns:
     The figure, with a row of panels for each title and a column for each channel. Of the window,
@@ -170,13 +176,17 @@ def forecasts(
       handles["forecast"], = axes.plot(after, fields["forecast"][:, c], color=COLORS["validation"],
                                        linewidth=1.5, label="forecast")
       axes.axvline(0.5, color=INK, linewidth=0.6, linestyle=":")
-      heading = f"{common.plain(name, 24)}\n" if len(channels) > 1 else ""
-      axes.set_title(heading + common.plain(title), fontsize=9, color=INK)
+      # A title is that of a whole row. Above the first of several panels it would seem to be the
+      # channel's, and be too wide.
+      above, beside = (name, title.replace(": ", ":\n")) if len(channels) > 1 else (title, name)
+      axes.set_title(common.plain(above, 40), fontsize=9, color=INK)
+      if c == 0:
+        axes.set_ylabel(common.plain(beside, 28), fontsize=9, color=INK)
       axes.tick_params(labelsize=8, colors=INK)
       axes.grid(alpha=0.25, linewidth=0.6)
       axes.spines[["top", "right"]].set_visible(False)
       if r == len(rows) - 1:
-        axes.set_xlabel("steps ahead", fontsize=9)
+        axes.set_xlabel(_ahead(step), fontsize=9)
   if caption:
     figure.suptitle(common.plain(caption), fontsize=12, color=INK)
   drawn = [name for name in ("window", "truth", "forecast", "band") if name in handles]
@@ -184,3 +194,11 @@ def forecasts(
                 [common.plain(band if name == "band" else name) for name in drawn],
                 loc="outside lower center", ncols=4, frameon=False, fontsize=9)
   return figure
+
+
+def _ahead(step: str) -> str:
+  """The label of an axis that counts steps: "hours ahead", "steps of 15 minutes ahead"."""
+  count, _, unit = step.partition(" ")
+  if count == "1" and unit:
+    return f"{unit}s ahead"
+  return f"steps of {step} ahead" if step not in ("", "1") else "steps ahead"

@@ -107,6 +107,7 @@ class Task(Protocol):
       Accumulation is then refused, and the evaluation batch size is part of the metric.
     goals: metric -> `MIN` or `MAX`, for every metric of `summarize` and `evaluate`. Each of them
       may be monitored.
+    titles: metric -> its title in pictures, where its name leaves out what the numbers are.
     evaluate_reads: the batch fields that `evaluate` needs of every row besides the predictions. A
       name that ends with "/" stands for all fields that begin with it.
     evaluate_draws: the batch fields and predictions that `evaluate` needs of a few rows, to draw
@@ -123,6 +124,7 @@ class Task(Protocol):
   own_rows: int
   couples_rows: bool
   goals: Mapping[str, str]
+  titles: Mapping[str, str]
   evaluate_reads: tuple[str, ...]
   evaluate_draws: tuple[str, ...]
   sharding: Sharding
@@ -207,6 +209,7 @@ class TaskBase:
   own_rows: int = 1
   couples_rows: bool = False
   goals: Mapping[str, str] = {"loss": MIN}
+  titles: Mapping[str, str] = {}
   evaluate_reads: tuple[str, ...] = ()
   evaluate_draws: tuple[str, ...] = ()
 

@@ -50,6 +50,10 @@ class Forecasting(TaskBase):
 
   evaluate_reads = ("horizon",)
   evaluate_draws = ("window",)
+  titles = {
+      "mse": "normalised mean squared error", "mae": "normalised mean absolute error",
+      "mse_in_units": "mean squared error in the data's units",
+      "mae_in_units": "mean absolute error in the data's units"}
 
   def __post_init__(self):
     q, flag = self.quantiles, f"--config.model.quantiles={','.join(map(str, self.quantiles))}"
@@ -140,7 +144,7 @@ class Forecasting(TaskBase):
     values by the step ahead).
     Figure: forecasts, for the windows with the least, about the median, and the largest error.
     """
-    tally = _Tally(bool(self.quantiles))
+    tally = _Tally(bool(self.band))
     for predictions, batch in rows:  # first, as `sums` is filled while the rows pass
       tally.add(predictions, batch)
     channels, mean, std = _units(assets, len(np.atleast_1d(sums["mse"][0])))
@@ -163,7 +167,7 @@ class Forecasting(TaskBase):
       panels = {title: {name: x[:, shown] * std[shown] + mean[shown] for name, x in fields.items()}
                 for title, fields in picked.items()}
       figures["forecasts"] = functools.partial(
-          report.forecasts, panels, channels[shown], band=self.band)
+          report.forecasts, panels, channels[shown], band=self.band, step=_step(assets))
     return Findings(metrics, figures, {"channels": table, "steps": steps})
 
   def _point(self, logits: Array) -> Array:
@@ -191,11 +195,16 @@ def _units(assets: Mapping[str, Any], count: int) -> tuple[list[str], np.ndarray
   return list(map(str, saved["channels"])), mean, std
 
 
+def _step(assets: Mapping[str, Any]) -> str:
+  """The time from one row of the series to the next, such as "1 hour"; "" if it is not known."""
+  return str(assets.get("normaliser", {}).get("step", ""))
+
+
 class _Tally:
   """Counts rows as they pass, and keeps some of them.
 
   Args:
-    bands: whether predictions have quantiles.
+    bands: whether predictions have two quantiles or more.
 
   Attributes:
     steps: f64[3, H], the sums of squared and of absolute errors, and the number of values, at each
@@ -306,5 +315,6 @@ def pictures(
       fields |= {"low": predictions["quantiles"][i, ..., 0],
                  "high": predictions["quantiles"][i, ..., -1]}
     fields = {name: np.asarray(x, np.float64) * std + mean for name, x in fields.items()}
-    yield report.picture(report.forecasts({f"from {times[0]}": fields}, channels,
-                                          band=band))
+    yield report.picture(report.forecasts(
+        {"": fields}, channels, band=band, step=_step(assets),
+        caption=f"{times[0]} to {times[-1]}"))

@@ -51,6 +51,8 @@ class Transcription(TaskBase):
       i32[B]}; `model.output_length` converts recordings' lengths to output lengths.
     alphabet: the V - 1 characters; label 0 is the blank.
     beam: the number of texts in the beam, W; 1 decodes greedily.
+    frame: the time from one frame of the features to the next, in seconds, for pictures; 0 if it
+      is not known.
 
   Raises:
     UserError: the beam is out of range.
@@ -59,6 +61,7 @@ class Transcription(TaskBase):
   model: nn.Module
   alphabet: str
   beam: int = 1
+  frame: float = 0.0
 
   evaluate_reads = ("length", "tokens", "token_length")
   evaluate_draws = ("features",)
@@ -146,7 +149,8 @@ class Transcription(TaskBase):
     features, log_probs, of_truth, of_found = zip(*worst.rows)
     figure = functools.partial(
         report.alignments, features, [np.exp(x) for x in log_probs], ["", *self.alphabet],
-        [f"said: {truth}\nread: {text}" for truth, text in zip(of_truth, of_found)])
+        [f"said: {truth}\nread: {text}" for truth, text in zip(of_truth, of_found)],
+        frame=self.frame)
     return Findings(rates, {"alignments": figure}, {"transcripts": table[:MAX_LISTED]})
 
   def _fits(self, batch: Batch) -> Array:

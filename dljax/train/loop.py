@@ -230,7 +230,8 @@ class _Run:
     if jax.process_index() != 0:
       return
     rows = report.read_metrics(self.folder.metrics_file)
-    figures = {**findings.figures, "learning_curves": lambda: report.learning_curves(rows)}
+    curves = functools.partial(report.learning_curves, rows, self.experiment.task.titles)
+    figures = {**findings.figures, "learning_curves": curves}
     self.folder.write_findings(
         dataclasses.replace(findings, figures=figures), title(self.config))
     self.folder.write_result({

@@ -7,6 +7,7 @@ import pytest
 
 from dljax import report
 from dljax.report import common, curves
+from dljax.tasks.forecasting import Forecasting
 
 ROWS = [{"step": 10, "split": "train", "loss": 2.0, "accuracy": 0.3, "learning_rate": 0.1,
          "step_seconds": 1.0}, {"step": 20, "split": "train", "loss": 1.0, "accuracy": 0.6,
@@ -48,6 +49,16 @@ def test_learning_curves_show_nothing_that_is_constant_or_twice_the_same():
   once = report.learning_curves([{"step": 1, "split": "validation", "loss": 2.0, "ap": 0.5,
                                   "too_short": 0.0}])
   assert list(panels(once)) == ["loss", "AP"]  # one point may be the first of many
+
+
+def test_learning_curves_have_the_titles_of_their_task():
+  rows = [{"step": step, "split": "validation", "loss": 1 / step, "mse": 1 / step, "mae": 2.0 + step, "macro_f1": step}
+          for step in (1, 2, 3)]
+  figure = report.learning_curves(rows, Forecasting.titles)
+  assert [axes.get_title() for axes in figure.axes[:3]] == [
+      "loss, normalised mean squared error", "macro F1", "normalised mean absolute error"]
+  plain = report.learning_curves(rows).axes
+  assert plain[0].get_title() == "loss, mean squared error"
 
 
 def test_learning_curves_leave_out_what_is_not_finite():

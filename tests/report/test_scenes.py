@@ -34,3 +34,17 @@ def test_a_map_of_classes_holds_them_as_values_and_shows_their_colours(tmp_path)
   np.testing.assert_array_equal(shown[:255], report.class_colors(255))
   assert (shown[255] == 255).all() and (shown[0] == 0).all()
   assert len(np.unique(shown[:51], axis=0)) == 51, "classes of one colour"
+
+
+def test_the_label_of_a_box_lies_within_the_image():
+  """Above the box where there is room, and no further to the right than the box."""
+  found = {"boxes": np.array([[-2.0, 0, 30, 30], [60, 50, 99, 90], [10, 50, 40, 90]]), "labels": [0, 0, 0],
+           "scores": [1.0, 1.0, 1.0]}
+  figure = report.detections([np.zeros((96, 96, 1))], [{"boxes": []}], [found], ["a rather long name"])
+  figure.draw_without_rendering()
+  axes, = figure.axes
+  frame = axes.get_window_extent()
+  for text in axes.texts:
+    box = text.get_window_extent()
+    assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1 and box.y1 <= frame.y1 + 1
+  assert [text.get_position() for text in axes.texts] == [(0, 0), (95.5, 50), (10, 50)]

@@ -1,6 +1,7 @@
 """Forecasts, texts and recordings: everything stands at its time."""
 
 import numpy as np
+import pytest
 
 from dljax import report
 
@@ -12,9 +13,10 @@ def test_forecasts_stand_after_their_window_and_beside_the_truth():
             "high": np.full((3, 2), 2.0)}
   fields["truth"][1, 1] = np.nan
   figure = report.forecasts({"best": fields, "worst": fields}, ["load", "price"],
-                            band="0.1 to 0.9 quantile")
-  assert [axes.get_title() for axes in figure.axes] == ["load\nbest", "price\nbest", "load\nworst",
-                                                        "price\nworst"]
+                            band="0.1 to 0.9 quantile", step="1 hour")
+  assert [axes.get_title() for axes in figure.axes] == ["load", "price"] * 2
+  assert [axes.get_ylabel() for axes in figure.axes] == ["best", "", "worst", ""]
+  assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "hours ahead", "hours ahead"]
   for i, axes in enumerate(figure.axes):
     window, truth, forecast = axes.lines[:3]
     np.testing.assert_array_equal(window.get_xdata(), np.arange(-5, 1))  # twice the horizon
@@ -31,6 +33,31 @@ def test_forecasts_stand_after_their_window_and_beside_the_truth():
   assert [text.get_text() for text in plain.legends[0].texts] == ["window", "forecast"]
   picture = report.picture(plain)
   assert picture.mode == "RGB" and min(picture.size) > 200 and len(np.unique(picture)) > 3
+
+
+@pytest.mark.parametrize("step, label", [
+    ("", "steps ahead"), ("1", "steps ahead"), ("2", "steps of 2 ahead"), ("1 business day", "business days ahead"),
+    ("15 minutes", "steps of 15 minutes ahead")])
+def test_forecasts_count_in_the_steps_of_the_series(step, label):
+  fields = {"window": np.zeros((2, 1)), "forecast": np.ones((2, 1))}
+  axes, = report.forecasts({"least error": fields}, ["sales"], step=step).axes
+  assert axes.get_xlabel() == label
+  assert (axes.get_title(), axes.get_ylabel()) == ("least error", "sales")
+
+
+def test_recordings_have_an_axis_in_seconds():
+  """Two frames of features for each of the output; both panels lie over the same time."""
+  figure = report.alignments([np.eye(200, 4)], [np.full((100, 2), 0.5)], ["", "a"], ["x"], frame=0.01)
+  _, lower = figure.axes
+  ticks = {label.get_text(): place for place, label in zip(lower.get_xticks(), lower.get_xticklabels())}
+  assert ticks["0"] == -0.5 and ticks["2"] == 99.5 and ticks["1"] == 49.5
+  assert lower.get_xlabel() == "seconds"
+  without, = report.alignments([np.eye(4)], [np.full((4, 2), 0.5)], ["", "a"], ["x"]).axes[1:]
+  assert not len(without.get_xticks()) and not without.get_xlabel()
+  heard = report.seen(np.zeros((4, 30)), {"input": "a.wav", "text": "e"}, duration=0.3).axes[0]
+  assert heard.get_xlabel() == "seconds" and heard.get_xticklabels()[-1].get_text() == "0.3"
+  assert heard.get_xticks()[-1] == pytest.approx(29.5)
+  assert not len(report.seen(np.zeros((4, 30)), {"input": "a.png"}).axes[0].get_xticks())
 
 
 def test_alignments_name_each_run_of_a_symbol_at_its_peak():

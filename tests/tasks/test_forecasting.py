@@ -206,10 +206,12 @@ def test_pictured_are_the_windows_of_least_median_and_largest_error(monkeypatch,
       rows=rows, channels=channels, **how))
   batches = [make_batch(seed=seed) for seed in range(7)]
   batches[2]["horizon"][[1, 3]] = np.nan  # nothing to be right or wrong about
-  found = evaluated(Forecasting(Fixed()), batches, ASSETS)
+  assets = {"normaliser": {**ASSETS["normaliser"], "step": "1 hour"}}
+  found = evaluated(Forecasting(Fixed()), batches, assets)
   assert set(found.figures) == {"forecasts"}
   found.figures["forecasts"]()
   assert shown["channels"] == ["a", "b", "c"] and shown["band"] == ""
+  assert shown["step"] == "1 hour"
   truths, guesses = (np.concatenate([np.asarray(b[name], np.float64)[:, -H:] for b in batches])
                      for name in ("horizon", "window"))
   errors = np.array([np.mean((t - g)[~np.isnan(t)]**2) if not np.isnan(t).all() else np.nan
@@ -226,6 +228,12 @@ def test_pictured_are_the_windows_of_least_median_and_largest_error(monkeypatch,
   np.testing.assert_allclose(fields["truth"], truths[worst] * std + mean, rtol=1e-6)
   np.testing.assert_allclose(fields["forecast"], guesses[worst] * std + mean, rtol=1e-6)
   np.testing.assert_allclose(fields["window"][-H:], fields["forecast"])
+
+
+def test_the_median_alone_has_no_band_in_pictures():
+  task = Forecasting(Fixed((0.0,)), (0.5,))
+  figure = evaluated(task, [make_batch()], ASSETS).figures["forecasts"]()
+  assert [text.get_text() for text in figure.legends[0].texts] == ["window", "truth", "forecast"]
 
 
 def test_rows_to_print_are_in_units_with_their_times():
