@@ -393,7 +393,8 @@ def apply_overrides(
     if not equals:
       raise UserError(f"{flag} needs a value: write {flag}={format_value(place[field])}")
     if name in _FROM_FLAGS:
-      raise UserError(f"{flag} cannot be set; use --preset and --seed")
+      instead = f"--seed={text}" if name == "seed" else "--preset"
+      raise UserError(f"{flag} cannot be set; use {instead}")
     if name == "data.folder":
       text = text.rstrip("/") or text  # the same folder with and without, to one and the same run
     place[field] = _parse(flag, text, typed.get(name, ()) if place[field] == () else place[field])
@@ -441,9 +442,13 @@ def describe(config: ml_collections.ConfigDict) -> str:
   for name, value in flatten(config).items():
     if name not in _FROM_FLAGS:
       lines.append(f"  --config.{name}={format_value(value)}")
-      if text := sentence(config, name):
-        lines += textwrap.wrap(text, 96, initial_indent=6 * " ", subsequent_indent=6 * " ")
+      lines += wrap(sentence(config, name))
   return "\n".join(lines)
+
+
+def wrap(text: str) -> list[str]:
+  """Returns the lines of --help that explain a flag or a field."""
+  return textwrap.wrap(text, 96, initial_indent=6 * " ", subsequent_indent=6 * " ")
 
 
 def sentence(config: ml_collections.ConfigDict, field: str) -> str:

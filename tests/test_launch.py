@@ -123,6 +123,7 @@ def test_help_names_every_flag_preset_and_config_field(experiment):
   printed = {line.strip().partition("=")[0] for line in lines if line.startswith("  --config.")}
   assert printed == {f"--config.{name}" for name in settable}
   assert "--help=True" not in outcome.out, "values typed now are not defaults"
+  assert max(len(line) for line in lines if line.startswith(6 * " ")) <= 100, "lines fit a usual terminal"
 
 
 def test_help_shows_the_config_of_the_preset():

@@ -121,6 +121,18 @@ def test_texts_and_files_are_continued_as_on_the_command_line(play, tmp_path):
   assert loaded.predict(tmp_path / "in.txt") == [{**printed[0], "input": str(tmp_path / "in.txt")}]
 
 
+def test_a_prompt_and_its_continuation_stand_together(play, monkeypatch):
+  """What is said of compilations, when the first part is made, comes before and not between them."""
+  def generate(self, inputs):
+    print("compiling the generation ...")
+    yield np.full((len(inputs.names), 3), 5, np.int32)
+
+  monkeypatch.setattr(dljax.runs.Run, "generate", generate)
+  outcome = run(rnn, f"--workdir={play}", "--mode=predict", "--prompt=Speak", "--mesh=data:1")
+  said, text = outcome.out.splitlines()[:2]
+  assert said == "compiling the generation ..." and len(text) > len("Speak") and text.startswith("Speak")
+
+
 def test_inputs_that_cannot_be_used_are_left_out_or_refused(digits, images, caplog):
   (images / "1.png").write_text("no image")
   loaded = dljax.load(digits)

@@ -174,6 +174,7 @@ def test_a_stored_run_takes_the_fields_of_another_variant_too():
     ("etth1", "model.variant=rnn_lstm", "--config.model.variant: there is no 'rnn_lstm'"),
     ("etth1", "model.variant=dlinaer", "did you mean dlinear"),
     ("pydoc", "task=forecasting", "--config.task cannot be set; use --preset"),
+    ("pydoc", "seed=7", "--config.seed cannot be set; use --seed=7"),
 ])
 def test_what_does_not_suit_the_task_is_refused(preset, flag, words):
   with pytest.raises(UserError) as error:

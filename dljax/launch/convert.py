@@ -145,16 +145,19 @@ def _run(argv: Sequence[str] | None) -> int:
   libraries = [interop.OURS, *interop.all_sources()]
   parser = _Parser(prog="python -m dljax.interop", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder of ours or a run's workdir")
+  parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder that dljax has written, or "
+                      "a run's workdir")
   parser.add_argument("output", type=Path,
                       help="a new folder or, with --to, a new .safetensors file")
   parser.add_argument("--source", default=interop.OURS,
-                      help=f"whose names the input has, one of {', '.join(libraries)} (default: %(default)s)")
+                      help="the library whose names the input's tensors have, one of "
+                      f"{', '.join(libraries)} (default: %(default)s)")
   parser.add_argument("--to", default=interop.OURS,
-                      help="for whom to write, one of the same (default: %(default)s)")
+                      help="the library whose names the output's tensors get, one of the same "
+                      "(default: %(default)s)")
   parser.add_argument("--model", default="",
-                      help="a name of any family's VARIANTS, such as resnet50; our folders and "
-                      "runs say it themselves")
+                      help="the variant of a family, such as resnet50; not needed for a run and a "
+                      "folder that dljax has written")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="an attribute of the model, such as small_stem=true; num_classes is read off the weights")
   args, rest = parser.parse_known_args(argv)

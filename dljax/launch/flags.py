@@ -148,7 +148,7 @@ def explain(
   for name in values:
     flag = values[name]
     default = f"={flag.default}" if flag.default not in (None, False, "", []) else ""
-    lines += [f"  --{name}{default}", f"      {flag.help}"]
+    lines += [f"  --{name}{default}", *config_lib.wrap(flag.help)]
   lines += ["", f"config of preset {config.preset} (any field can be set):",
             config_lib.describe(config)]
   return "\n".join(lines)

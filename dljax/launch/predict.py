@@ -73,10 +73,10 @@ def _stream(
     The predictions, and a row for each.
   """
   show = functools.partial(print, end="", flush=True) if first else lambda text: None
-  parts = run.generate(inputs)
-  show(inputs.names[0])
   predictions, rows, text, shown = {}, [], "", 0
-  for tokens in parts:
+  for tokens in run.generate(inputs):
+    if not predictions:  # what was compiled for the first part has been said, on lines of its own
+      show(inputs.names[0])
     before = [predictions["tokens"]] if predictions else []
     predictions = {"tokens": np.concatenate([*before, tokens], axis=1)}
     rows = run.rows(inputs, predictions)

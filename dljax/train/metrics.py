@@ -266,7 +266,7 @@ def progress(items: Iterable[Any], name: str, total: int | None = None) -> Itera
   """Iterates with a progress bar that goes away when it is done."""
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
 
-  yield from tqdm(items, desc=name, total=total, leave=False,
+  yield from tqdm(items, desc=name, total=total, unit="batch", leave=False,
                   mininterval=0.2 if sys.stderr.isatty() else 30.0, delay=1.0, dynamic_ncols=True,
                   file=bar_stream())
 

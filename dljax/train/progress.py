@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import sys
 import threading
 import time
@@ -112,11 +113,14 @@ def _later(seconds: float, act: Callable[[], None]) -> Iterator[None]:
     timer.join()
 
 
+_CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # what a bar below another moves the cursor by
+
+
 class _Lines:
   """A log file, in which every state of a bar is a line; nothing goes back in a file."""
 
   def write(self, text: str) -> None:
-    if line := text.strip("\r\n "):
+    if line := _CURSOR.sub("", text).strip("\r\n "):
       sys.stderr.write(line + "\n")
 
   def __getattr__(self, name: str) -> Any:

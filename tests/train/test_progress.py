@@ -154,3 +154,14 @@ def test_the_bar_shows_the_time_left(clock, capsys):
   assert "\r" not in err and err.endswith("\n")  # a log file has whole lines
   last = err.splitlines()[-1]
   assert "lenet digits" in last and "3/100" in last and "<58:12, " in last and "36.00s/step" in last
+
+
+def test_bars_leave_whole_lines_in_a_log_file(capsys):
+  """Also one below another, for which the terminal's cursor would go up and down."""
+  from tqdm import tqdm
+
+  for _ in tqdm(range(2), desc="outer", file=progress.bar_stream(), mininterval=0):
+    for _ in tqdm(range(3), desc="inner", file=progress.bar_stream(), mininterval=0, leave=False):
+      pass
+  lines = capsys.readouterr().err.splitlines()
+  assert lines and not [line for line in lines if not line.startswith(("outer", "inner"))]

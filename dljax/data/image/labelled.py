@@ -37,7 +37,7 @@ def default_config() -> Group:
   return Group({
       "name": Field("digits", splits.NAME),
       "folder": Field("", "Your own images in place of a set: a folder with a folder for each class, "
-                      "or a table (.csv); see data/README.md."),
+                      "or a table (.csv); see dljax/data/README.md."),
       "labels": Field("class", one_of("What an image has", ("class", "classes", "number"))),
       "file_column": Field("file", "The table's column of files."),
       "label_columns": Field(("label",), "The table's columns of classes or numbers."),

@@ -55,7 +55,7 @@ def default_config() -> Group:
   return Group({
       "name": Field("digit_scenes", splits.NAME),
       "folder": Field("", "Your own scenes in place of the set: a folder with boxes or masks; see "
-                      "data/README.md."),
+                      "dljax/data/README.md."),
       "format": Field("", 'The form of the boxes in your folder, "coco" or "yolo"; found if "".'),
       "classes": Field((), "The names of the objects' classes in your own data."),
       "fitted_to": Field("", "The folder that was looked at when the run started."),

@@ -69,12 +69,17 @@ def warnings(
   if not len(wrong):
     return []
   first = ", ".join(names[i] for i in wrong[:3]) + ", ..." * (len(wrong) > 3)
-  line = (f"{len(wrong)} of {len(names)} images ({first}) are much darker or brighter than those of "
-          "the training, as a whole or at the border, so that their predictions may be wrong")
+  if len(names) == 1:
+    they_are, they, their = f"{first} is", "it", "its prediction"
+  else:
+    they_are = f"{len(wrong)} of {len(names)} images ({first}) are"
+    they, their = "they", "their predictions"
+  line = (f"{they_are} much darker or brighter than the images of the training, as a whole or at "
+          f"the border, so that {their} may be wrong")
   swapped = (~unlike(1 - seen[wrong])).mean()
   if swapped > 0.5:
     other = str(not config.invert).lower()
-    line += (f"; with black and white swapped they would be alike: try --config.data.invert={other}")
+    line += (f"; with black and white swapped {they} would be like those: try --config.data.invert={other}")
   return [line]
 
 

@@ -76,6 +76,7 @@ def test_ink_on_white_paper_is_warned_of_and_told_how_to_mend(known, config):
 def test_grey_images_are_warned_of_without_a_wrong_advice(known, config):
   grey = _batch([np.full((12, 12, 1), 128, np.uint8)], config)
   line, = typical.warnings(grey, ["a"], config, known)
+  assert line.startswith("a is much darker or brighter than the images of the training")
   assert "may be wrong" in line and "invert" not in line
 
 
