@@ -324,7 +324,11 @@ def test_an_experiment_is_presets_a_config_and_a_build_function(family):
 def test_the_command_line_starts_without_what_it_may_not_need():
   heavy = ["sklearn", "tensorflow_datasets", "grain", "orbax", "matplotlib", "PIL", "scipy", "pandas", "tqdm",
            "tensorboardX", "tensorflow", "torch"]  # and rich, but Flax imports that itself
-  code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import experiments.lenet; "
+  models = ", ".join(f"dljax.models.{path.stem}" for path in (ROOT / "dljax/models").glob("[!_]*.py"))
+  # A model takes JAX and Flax: a second of a processor for all families together.
+  no_model_takes = ["ml_collections", "optax", "dljax.config", "dljax.train", "dljax.data", "dljax.tasks"]
+  code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {models}; "
+          f"print(*[m for m in {[*heavy, *no_model_takes]} if m in sys.modules]); import experiments.lenet; "
           f"print(*[m for m in {heavy} if m in sys.modules])")
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                         env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
