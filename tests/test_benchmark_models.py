@@ -397,7 +397,7 @@ def test_plain_flax_has_native_operators_and_ours_has_our_own(flax):
 def test_every_operator_is_switched_off():
   """A new file in `dljax/ops` belongs into `use_native_operators` too; a crop has but one form."""
   assert {path.stem for path in (ROOT / "dljax" / "ops").glob("*.py")} == {
-      "__init__", "collectives", "conv", "crop", "ctc", "dense", "pool", "recurrence"}
+      "__init__", "attention", "collectives", "conv", "crop", "ctc", "dense", "gelu", "pool", "recurrence"}
 
 
 NATIVE = """
@@ -407,7 +407,7 @@ from experiments.benchmark.cases import CASES
 if {flax}:
   jax_worker.use_native_operators()
 losses = []
-for name in "lstm", "gru", "deepspeech":
+for name in "lstm", "gru", "deepspeech", "vit_ti16":
   experiment = jax_worker.build_experiment(CASES[name])
   task, batch = experiment.task, jax.tree.map(lambda x: x[:2], jax_worker.random_batch(experiment))
   variables = task.init(jax.random.key(0), batch)
@@ -421,7 +421,7 @@ print(*map(float, losses))
 
 
 @pytest.mark.slow
-def test_what_replaces_our_sequence_operators_computes_the_same():
+def test_what_replaces_our_operators_for_sequences_computes_the_same():
   sides = [subprocess.run([sys.executable, "-c", NATIVE.format(flax=flax)], cwd=ROOT, capture_output=True, text=True,
                           timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True).stdout.split()
            for flax in (False, True)]

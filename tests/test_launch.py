@@ -759,7 +759,7 @@ def test_a_damaged_config_is_named(trained):
     ({"family": "mlp", "preset": "new"}, "lacks accumulation"),
 ])
 def test_a_config_of_something_else_is_named(trained, config, word):
-  (trained / "config.json").write_text(json.dumps({"format": FORMAT, "config": config}))
+  (trained / "config.json").write_text(json.dumps({"format": FORMAT, "config": config, "sha256": ""}))
   line = refuse(mlp, f"--workdir={trained}", "--mode=eval")
   assert str(trained) in line and word in line
 

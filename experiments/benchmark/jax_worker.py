@@ -4,6 +4,7 @@ The JSON object: "case" (a key of `CASES`), "side" ("dljax", or "flax": without 
 "turn_seconds".
 """
 
+import functools
 import importlib
 import json
 import sys
@@ -20,7 +21,7 @@ from flax import linen as nn
 from dljax import optim
 from dljax.config import apply_overrides
 from dljax.data.pipeline import HostBatch
-from dljax.ops import conv, ctc, dense, pool, recurrence
+from dljax.ops import attention, conv, ctc, dense, gelu, pool, recurrence
 from dljax.train.experiment import Experiment
 from dljax.train.state import split_carry
 from experiments.benchmark import serve
@@ -38,6 +39,8 @@ def use_native_operators() -> None:
   dense.dense, dense.dot_general = jnp.dot, jax.lax.dot_general
   recurrence.recurrence = _native_recurrence
   ctc.ctc_loss = _native_ctc_loss
+  attention.attention = nn.dot_product_attention
+  gelu.gelu = functools.partial(nn.gelu, approximate=False)
 
 
 def _native_recurrence(

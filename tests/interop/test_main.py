@@ -22,7 +22,7 @@ from dljax.launch import convert as command
 from dljax.models import lenet, resnet, vit
 from dljax.tasks.base import CARRY
 from dljax.train.checkpoint import Checkpointer
-from dljax.train.workdir import Workdir
+from dljax.train.workdir import Workdir, decisive
 from tests.families import EXPERIMENTS
 from tests.models.variables import random_variables
 
@@ -155,7 +155,7 @@ def _write_run(path, family, preset, overrides):
   run = Workdir(path)
   path.mkdir()
   run.start(config, {}, "", variants.describe(experiment.task.model))
-  with Checkpointer(run.checkpoints) as checkpointer:
+  with Checkpointer(run.checkpoints, run=run.run, config=decisive(config)) as checkpointer:
     checkpointer.save(1, {"params": params, "model_state": variables}, {"best_step": 1})
   variables.pop(CARRY, None)
   return experiment.task.model, {"params": params, **variables}
