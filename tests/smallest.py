@@ -35,6 +35,16 @@ FIELDS = {
     "vgg": {"width_factor": 0.125, "hidden_width": 64},
 }
 
+# What makes every variant of a family shallow. Each kind of layer is left, and each layer that the notebook names.
+SHALLOW = {
+    "efficientnet": {"stages": tuple(stage._replace(depth=1) for stage in efficientnet.NANO)},
+    "resnet": {"stage_sizes": (1, 1, 3)},
+    "retinanet": {"stage_sizes": (1,) * 4, "head_depth": 1},
+    "unet": {"num_pools": 1},
+    "vgg": {"stage_sizes": (1,) * 5},
+    "vit": {"num_layers": 2},
+}
+
 
 def arguments(family: str, patch: pytest.MonkeyPatch) -> list[str]:
   """The flags that choose a family's smallest network, which is a variant as long as `patch` lasts.
@@ -55,3 +65,10 @@ def native_convolutions() -> Any:
   That ours equal them is the matter of tests/ops/test_conv.py; tests/interop runs whole networks with ours.
   """
   return mock.patch.object(conv, "_by_platform", lambda form, native, *args: native(*args))
+
+
+def shallow(family: str) -> Any:
+  """A patch of a family's `VARIANTS` by the same networks with fewer layers, for programs that compile several."""
+  variants = importlib.import_module(f"dljax.models.{family}").VARIANTS
+  return mock.patch.dict(
+      variants, {name: functools.partial(variant, **SHALLOW.get(family, {})) for name, variant in variants.items()})

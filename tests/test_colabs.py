@@ -19,7 +19,11 @@ MAX_BYTES = 500_000
 MAX_CPU_SECONDS = 120  # one minute of two cores, whatever else the machine does
 ABSOLUTE = re.compile(r"""(?:^|[\s"'(=`])((?:/[\w.-]+){2,}|[A-Z]:\\\w+)""", re.MULTILINE)
 # For the rest of the kernel's life.
-NATIVE_CONVOLUTIONS = "from tests import smallest\nsmallest.native_convolutions().start()"
+COMPILES_FAST = """
+from tests import smallest
+smallest.native_convolutions().start()
+smallest.shallow("{family}").start()
+"""
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -95,7 +99,8 @@ def test_has_prose_equations_an_exercise_and_links_that_lead_somewhere(family):
 def test_runs_in_a_minute(family, prepared):
   """With CI=1, which takes fewer steps, on one device; most of it is compilation, here with little effort.
 
-  The convolutions are XLA's own, which compile in half the time: test_experiments trains the default preset with ours.
+  The convolutions are XLA's own, which compile in half the time, and the deep networks have fewer layers of each kind:
+  test_experiments trains the default preset as it is.
   """
   nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebooks]'")
   pytest.importorskip("ipykernel", reason="pip install -e '.[notebooks]'")
@@ -104,7 +109,7 @@ def test_runs_in_a_minute(family, prepared):
   folder = prepared(*({"digits", data} & set(EMBEDDED)))
   env = os.environ | {"CI": "1", "XLA_FLAGS": xla_flags(1), "TFDS_DATA_DIR": str(folder)}
   notebook = read(family)
-  notebook.cells.insert(0, nbformat.v4.new_code_cell(NATIVE_CONVOLUTIONS))
+  notebook.cells.insert(0, nbformat.v4.new_code_cell(COMPILES_FAST.format(family=family)))
   client = nbclient.NotebookClient(
       notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
   before = _children_cpu_seconds()
