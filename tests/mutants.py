@@ -95,8 +95,8 @@ MUTANTS = (
     # ops
     Mutant(
         "attention_scale", "dljax/ops/attention.py",
-        "form = _form(q.shape[1], k.shape[1], causal, window, scale or q.shape[-1]**-0.5, plain)",
-        "form = _form(q.shape[1], k.shape[1], causal, window, scale or v.shape[-1]**-0.5, plain)",
+        "  form = _form(q.shape[1], k.shape[1], causal, window, scale, plain)",
+        "  form = _form(q.shape[1], k.shape[1], causal, window, scale**2, plain)",
         ("tests/ops/test_attention.py::"
          "test_value_and_gradients_are_those_of_the_masked_softmax",)),
     Mutant(

@@ -112,7 +112,8 @@ def attention(
   _check(q, k, v, mask, bias, segment, query_position, key_position, window)
   rules = _rules(q, k, mask, segment, query_position, key_position)
   plain = query_position is None and key_position is None
-  form = _form(q.shape[1], k.shape[1], causal, window, scale or q.shape[-1]**-0.5, plain)
+  scale = q.shape[-1]**-0.5 if scale is None else scale
+  form = _form(q.shape[1], k.shape[1], causal, window, scale, plain)
   try:
     return _blocked(form, q, k, v, bias, rules)
   except TypeError as error:
@@ -158,7 +159,8 @@ def attention_with_weights(
   if dropout and rng is None:
     raise ValueError("dropout on attention weights needs a key: give rng")
   rules = _rules(q, k, mask, segment, query_position, key_position)
-  form = _form(q.shape[1], k.shape[1], causal, window, scale or q.shape[-1]**-0.5, plain=False)
+  scale = q.shape[-1]**-0.5 if scale is None else scale
+  form = _form(q.shape[1], k.shape[1], causal, window, scale, plain=False)
   groups = k.shape[2]
   rules["key"] = jnp.arange(k.shape[1], dtype=jnp.int32)
   if "mask" in rules:
