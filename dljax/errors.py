@@ -144,7 +144,8 @@ def end_process(line: str, status: int) -> NoReturn:
   """Prints a line and ends the process, whatever its other threads do."""
   # A progress bar leaves its line open.
   bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
-  os.write(2, f"{chr(10) if len(bars) else ''}{line}\n".encode())
+  with contextlib.suppress(OSError):  # nobody reads standard error any more
+    os.write(2, f"{chr(10) if len(bars) else ''}{line}\n".encode(errors="backslashreplace"))
   os._exit(status)
 
 
@@ -153,10 +154,24 @@ def stop_early() -> None:
 
   A program calls it in its first line: the imports that follow take seconds.
   """
+  _open_descriptors()
   for number in STOPS:
     if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _end_early)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `experiments/__init__.py`
+
+
+def _open_descriptors() -> None:
+  """Opens the null device for each standard stream that was closed before the program started.
+
+  Otherwise the next file that is opened takes its number, and what C code prints (XLA's warnings)
+  lands in a checkpoint or in metrics.jsonl.
+  """
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def _end_early(*_: object) -> NoReturn:

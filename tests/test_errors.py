@@ -142,6 +142,25 @@ def test_the_last_line_begins_below_a_progress_bar(monkeypatch, bar):
   assert written == [(2, b"\nstopped\n" if bar else b"stopped\n"), 75]
 
 
+def test_a_process_ends_although_nobody_reads_its_last_line(monkeypatch):
+  def refuse(stream, data):
+    raise BrokenPipeError
+
+  ended = []
+  monkeypatch.setattr(errors.os, "write", refuse)
+  monkeypatch.setattr(errors.os, "_exit", ended.append)
+  errors.end_process("stopped", 75)
+  assert ended == [75]
+
+
+def test_no_file_takes_the_number_of_a_stream_that_was_closed(tmp_path):
+  code = ("import sys; from dljax import errors; errors.stop_early(); file = open(sys.argv[1], 'w'); "
+          "file.write(str(file.fileno()))")
+  subprocess.run(["sh", "-c", '"$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, code, tmp_path / "number"],
+                 cwd=Path(__file__).parents[1], check=True, timeout=60)
+  assert int((tmp_path / "number").read_text()) > 2
+
+
 def test_a_process_is_not_ended_while_it_writes(monkeypatch):
   ended = threading.Event()
   monkeypatch.setattr(errors, "end_process", lambda line, status: ended.set())

@@ -69,10 +69,11 @@ def fit(
     evaluator = Evaluator(experiment.task, options.parallelism, program.mesh,
                           experiment.data.context, compilations, signals.check)
     monitor = Monitor(experiment, program, evaluator, folder, compilations.say)
-    checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
-                                assets=folder.data, run=folder.run, config=decisive(config))
-    parallel.on_first_host(folder.acquire, f"--workdir={folder.path} cannot be used")
+    check = functools.partial(folder.check, config, options.resume)
+    parallel.on_first_host(lambda: folder.acquire(check), f"--workdir={folder.path} cannot be used")
     try:
+      checkpointer = Checkpointer(folder.checkpoints, keep=config.keep_checkpoints,
+                                  assets=folder.data, run=folder.run, config=decisive(config))
       with signals, checkpointer:
         return _Run(experiment, folder, options, program, weights, evaluator, monitor,
                     checkpointer, signals, compilations).run()

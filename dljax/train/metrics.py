@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import statistics
 import struct
@@ -192,6 +193,9 @@ def _verified(path: Path, mark: Mapping[str, Any]) -> Any:
   return digest
 
 
+_EVENTS = re.compile(r"events\.out\.tfevents\.(\d{1,12})\.")
+
+
 class _EventFile:
   """A TensorBoard event file, on disk after each write.
 
@@ -206,8 +210,11 @@ class _EventFile:
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
     self._checksum = record_writer.masked_crc32c
     self._lock = threading.Lock()  # pictures come from another thread
-    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
-    self._file = (workdir / name).open("ab")
+    self._time = time.time()
+    # TensorBoard reads the files in the order of their names, even if the clock was set back.
+    earlier = [int(match[1]) for path in workdir.iterdir() if (match := _EVENTS.match(path.name))]
+    number = max([int(self._time), *(second + 1 for second in earlier)])
+    self._file = (workdir / f"events.out.tfevents.{number}.{socket.gethostname()}").open("ab")
     self._record(file_version="brain.Event:2")
     # TensorBoard drops what earlier files hold from this step on.
     self._record(step=step + 1,
@@ -224,7 +231,8 @@ class _EventFile:
                  summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
 
   def _record(self, **fields: Any) -> None:
-    data = self._event(wall_time=time.time(), **fields).SerializeToString()
+    self._time = max(self._time, time.time())
+    data = self._event(wall_time=self._time, **fields).SerializeToString()
     size = struct.pack("<Q", len(data))
     parts = b"".join(part + struct.pack("<I", self._checksum(part)) for part in (size, data))
     with self._lock:

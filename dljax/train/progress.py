@@ -209,6 +209,14 @@ class Progress:
             "left": "?" if left is None else self._bar.format_interval(left)}
 
 
+_BEGIN = time.time() - time.monotonic()
+
+
+def _steady() -> float:
+  """Seconds since 1970, by a clock that nobody sets while the program runs."""
+  return _BEGIN + time.monotonic()
+
+
 def _bar_class() -> type:
   """tqdm's bar, with the fields of `Progress`; imported late, as other commands need no bar."""
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
@@ -217,6 +225,8 @@ def _bar_class() -> type:
     """A bar whose text has more fields."""
 
     times: Callable[[], Mapping[str, Any]] = dict
+    # tqdm reads the clock of the day, after whose setting back by an hour no line comes for an hour.
+    _time = property(lambda self: _steady, lambda self, value: None)
 
     @property
     def format_dict(self):

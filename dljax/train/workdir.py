@@ -219,8 +219,17 @@ class Workdir:
           f"--workdir={self.path} holds a run on other data: the fingerprint of {name} is {old!r} "
           f"there and {fingerprint!r} here; restore the old data, or name another --workdir")
 
-  def acquire(self) -> None:
-    """Makes the folder and locks it until this process ends, however it ends."""
+  def acquire(self, check: Callable[[], None] = lambda: None) -> None:
+    """Makes the folder and locks it until this process ends, however it ends.
+
+    Args:
+      check: called under the lock: while this process came to it, another may have begun a run
+        here, or finished one. If it raises an error, the lock is released.
+
+    Raises:
+      UserError: the folder is in use, or cannot be written or locked.
+      RunError: the disk failed.
+    """
     try:
       durable.make_folder(self.path)
       self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
@@ -231,16 +240,25 @@ class Workdir:
                       "write to") from None
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       self._lock.seek(0)
       pid = self._lock.read().strip() or "unknown"
       self._lock.close()
       raise UserError(f"--workdir={self.path} is in use by process {pid}; wait for it, stop it, or name another "
                       "--workdir") from None
+    except OSError as error:  # as of a network drive without locks
+      self._lock.close()
+      raise UserError(f"--workdir={self.path} cannot be locked ({error.strerror}); name a folder on "
+                      "another disk") from None
     with writing(self.path / ".lock"):
       self._lock.truncate(0)
       self._lock.write(str(os.getpid()))
       self._lock.flush()
+    try:
+      check()
+    except UserError:
+      self.release()
+      raise
 
   def release(self) -> None:
     """Releases the lock."""
@@ -260,7 +278,7 @@ class Workdir:
       fingerprint: the `Data.fingerprint` of that data.
       model: the description of the run's model by `interop.variants.describe`, or None.
     """
-    run = self.run
+    run, contents = self.run, {stem: _json(value) for stem, value in assets.items()}
     with writing(self.result_file):
       self.result_file.unlink(missing_ok=True)
     write_sealed(self.config_file, {
@@ -270,15 +288,17 @@ class Workdir:
         "config": config.to_dict(),
         "command": redact.hide_in_command(sys.argv),
         "git_commit": _git_commit(),
-        "model_sha256": None if model is None else hashlib.sha256(_json(model)).hexdigest(),
+        "model_sha256": None if model is None else _sha256(_json(model)),
+        "assets_sha256": {stem: _sha256(content) for stem, content in contents.items()},
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
     })
     if model is not None:
       write_json(self.model_file, model)
     with writing(self.data):
       durable.make_folder(self.data)
-    for stem, value in assets.items():
-      write_json(self.data / f"{stem}.json", value)
+    for stem, content in contents.items():
+      with writing(self.data / f"{stem}.json"):
+        durable.write(self.data / f"{stem}.json", content)
 
   def read_config(self) -> ml_collections.ConfigDict:
     """The config that ran here.
@@ -315,7 +335,7 @@ class Workdir:
       return None
     model = read_json(self.model_file, model=str, settings=dict)
     wanted = read_sealed(self.config_file).get("model_sha256")
-    if wanted and hashlib.sha256(self.model_file.read_bytes()).hexdigest() != wanted:
+    if wanted and _sha256(self.model_file.read_bytes()) != wanted:
       raise UserError(f"{self.model_file} was damaged or edited since it was written; restore it from "
                       "a copy, or name the model by --model and --set, and remove it")
     return model
@@ -334,8 +354,20 @@ class Workdir:
         write_csv(self.tables / f"{stem}.csv", rows)
 
   def read_assets(self) -> dict[str, Any]:
-    """What was fitted to the data, by file stem."""
-    return {path.stem: read_json(path) for path in sorted(self.data.glob("*.json"))}
+    """What was fitted to the data, by file stem.
+
+    Raises:
+      UserError: a file was damaged or edited since.
+    """
+    stored = read_sealed(self.config_file) if self.config_file.exists() else {}
+    wanted, assets = stored.get("assets_sha256"), {}
+    for path in sorted(self.data.glob("*.json")):
+      assets[path.stem] = read_json(path)
+      digest = wanted.get(path.stem) if isinstance(wanted, dict) else None
+      if digest and _sha256(path.read_bytes()) != digest:
+        raise UserError(f"{path} was damaged or edited since it was written; restore it from a copy, or "
+                        "train again in another --workdir")
+    return assets
 
   def result(self) -> dict[str, Any] | None:
     """The result of a finished run, or None.
@@ -347,6 +379,10 @@ class Workdir:
       return None
     result = read_sealed(self.result_file, family=str, preset=str, steps=int, total_steps=int,
                          metrics=dict, checkpoint=int, params=int, seconds=float, devices=str)
+    if not all(isinstance(values, dict) and all(map(_is_number, values.values()))
+               for values in result["metrics"].values()):
+      raise UserError(f"{self.result_file} is not what dljax writes there (the metrics of a split are no "
+                      "numbers); restore it from a copy, or remove it")
     if result.get("run", self.run) != self.run:
       raise UserError(f"{self.result_file} belongs to another run than {self.config_file.name} beside "
                       "it; restore it from a copy, or remove it")
@@ -360,6 +396,19 @@ class Workdir:
   def write_result(self, result: Mapping[str, Any]) -> None:
     """Writes result.json, which makes the run a finished one."""
     write_sealed(self.result_file, {"run": self.run, **result})
+
+
+def _is_number(value: Any) -> bool:
+  """Whether a value of JSON is a number that Python can show as a float."""
+  try:
+    float(value if isinstance(value, (int, float)) and not isinstance(value, bool) else "")
+  except (OverflowError, ValueError):  # an integer of 309 digits or more; no number
+    return False
+  return True
+
+
+def _sha256(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()
 
 
 def _with_tuples(value: Any) -> Any:

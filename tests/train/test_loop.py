@@ -22,6 +22,7 @@ from dljax.train.metrics import Diverged
 from dljax.train.preview import Preview
 from dljax.train.program import Program, RunOptions
 from dljax.train.state import state_sha256
+from dljax.train.workdir import Workdir
 from tests.train import toys
 
 OPTIONS = RunOptions(mesh=toys.MESHES["data:1"], progress=False)
@@ -123,6 +124,25 @@ def test_a_finished_run_is_only_restored(stopped_early):
   again = loop.fit(experiment, folder, OPTIONS)
   assert state_sha256(again) == state_sha256(state)
   assert times() == before
+
+
+def test_a_run_that_another_finished_before_the_lock_was_had_is_not_begun_again(stopped_early, tmp_path, monkeypatch):
+  experiment, folder, state = stopped_early
+  acquire = Workdir.acquire
+
+  def late(self, *arguments):
+    shutil.copytree(folder, self.path)
+    acquire(self, *arguments)
+
+  monkeypatch.setattr(Workdir, "acquire", late)
+  again = loop.fit(experiment, tmp_path / "auto", OPTIONS)
+  assert state_sha256(again) == state_sha256(state)
+  for name, other, resume, words in (("never", experiment, "never", "--resume=never: .* holds a run"),
+                                     ("seed", _experiment(seed=3), "auto", "different config: .*seed is 0 there and 3")):
+    with pytest.raises(UserError, match=words):
+      loop.fit(other, tmp_path / name, dataclasses.replace(OPTIONS, resume=resume))
+    assert _result(tmp_path / name) == _result(folder)
+    acquire(Workdir(tmp_path / name))  # the lock was released
 
 
 def test_each_logged_step_stands_there_once_and_the_last_always(tmp_path):

@@ -115,6 +115,24 @@ def test_the_rows_are_durable_before_the_mark_is_given(tmp_path, monkeypatch):
     assert (synced[-1].st_ino, synced[-1].st_size) == (path.stat().st_ino, size)
 
 
+def test_tensorboard_reads_a_resumed_run_last_even_if_the_clock_was_set_back(tmp_path, monkeypatch):
+  times = iter([5e9, 5e9, 4e9, 5e9 + 1] + [1e9] * 20)
+  monkeypatch.setattr(metrics.time, "time", lambda: next(times))
+  for start in (0, 5, 6):
+    with MetricWriter(tmp_path, start, "", {}) as writer:
+      writer.write(start + 1, "train", {"loss": start})
+  files = sorted(tmp_path.glob("events.*"))
+  assert [int(path.name.split(".")[3]) for path in files] == [5_000_000_000, 5_000_000_001, 5_000_000_002]
+  assert _events(tmp_path) == [(1, "train/loss", 0), (6, "train/loss", 5), (7, "train/loss", 6)]
+  # The bytes of a record: its length, a checksum, the tag of the first field, and the time as f64.
+  walls, data = [], files[0].read_bytes()
+  while data:
+    length, = struct.unpack("<Q", data[:8])
+    walls += struct.unpack("<d", data[13:21])
+    data = data[16 + length:]
+  assert walls == [5e9, 5e9, 5e9 + 1]
+
+
 def test_a_new_run_does_not_keep_an_old_ones_rows(tmp_path):
   _write(tmp_path, 0, [1, 2])
   _write(tmp_path, 0, [1], scale=3.0)

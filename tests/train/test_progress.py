@@ -156,6 +156,20 @@ def test_the_bar_shows_the_time_left(clock, capsys):
   assert "lenet digits" in last and "3/100" in last and "<58:12, " in last and "36.00s/step" in last
 
 
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_bar_goes_on_when_somebody_sets_the_clock(clock, monkeypatch, capsys, jump):
+  bar = Progress("x", 0, 100, eval_every=50, show=True)
+  day = progress.time.time() + jump
+  monkeypatch.setattr(progress.time, "time", lambda: day)
+  monkeypatch.setattr("tqdm.std.time", lambda: day)
+  for _ in range(3):
+    clock.seconds += 11  # beyond the interval of lines in a file
+    bar.advance()
+  lines = capsys.readouterr().err.splitlines()
+  bar.close()
+  assert [line.partition("/100 [")[2][:5] for line in lines[-3:]] == ["00:11", "00:22", "00:33"]
+
+
 def test_bars_leave_whole_lines_in_a_log_file(capsys):
   """Also one below another, for which the terminal's cursor would go up and down."""
   from tqdm import tqdm

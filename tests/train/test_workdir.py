@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and whether a run may go on in it."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from dljax import optim, report
 from dljax.config import base_config
 from dljax.errors import RunError, UserError
 from dljax.tasks.base import Findings
+from dljax.train import workdir
 from dljax.train.workdir import Workdir, read_json, read_sealed, write_json, write_sealed
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +117,40 @@ def test_the_same_config_goes_on_and_so_does_one_with_other_intervals(begun):
   begun.check(_config(), "auto")
   begun.check(_config(total_steps=5, log_every=7, eval_every=8, checkpoint_every=9), "auto")
   begun.check(_config(), "must")
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 10**400, ["b", "a"], [[["a"]]], {"a": 1}, True])
+def test_assets_that_were_edited_are_named(begun, value):
+  path = begun.data / "classes.json"
+  path.write_text(json.dumps(value))
+  with pytest.raises(UserError, match=f"^{path} was damaged or edited since it was written; restore it"):
+    begun.read_assets()
+  path.unlink()
+  assert begun.read_assets() == {}  # a run that was killed in its start has none
+
+
+@pytest.mark.parametrize("metrics, right", [
+    ({"test": {"loss": float("nan"), "count": 3}}, True), ({}, True), ({"test": None}, False),
+    ({"test": {"loss": True}}, False), ({"test": {"loss": {}}}, False), ({"test": {"loss": 10**400}}, False),
+    ({"test": {"loss": "0.5"}}, False), ({"test": [[]]}, False),
+])
+def test_a_result_whose_metrics_are_no_numbers_is_named(begun, metrics, right):
+  begun.write_result({"family": "toy", "preset": "small", "steps": 1, "total_steps": 1, "metrics": metrics,
+                      "checkpoint": 1, "params": 1, "seconds": 0.5, "devices": "1 x cpu"})
+  if right:
+    assert set(begun.result()["metrics"]) == set(metrics)
+    return
+  with pytest.raises(UserError, match=f"^{begun.result_file} is not what dljax writes there"):
+    begun.result()
+
+
+def test_a_folder_that_cannot_be_locked_is_not_said_to_be_in_use(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+  with pytest.raises(UserError, match=r"run cannot be locked \(No locks available\); name a folder on another"):
+    Workdir(tmp_path / "run").acquire()
 
 
 def test_differences_are_named_field_by_field(begun):
