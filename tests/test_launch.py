@@ -21,7 +21,8 @@ from PIL import Image
 
 from dljax import config as config_lib
 from dljax import errors
-from dljax.launch import configs
+from dljax.launch import configs, evaluate
+from dljax.tasks.base import Findings
 from dljax.train.state import FORMAT
 from dljax.train.workdir import Workdir
 from experiments import lenet, mlp
@@ -375,6 +376,22 @@ def test_a_run_that_may_only_be_read_is_evaluated(trained, caplog):
   outcome = run(mlp, f"--workdir={trained}", "--mode=eval")
   assert outcome.status == 0 and "test" in outcome.out and "written to" not in outcome.out
   assert caplog.messages == [f"{trained / 'evaluation.json'} was not written: Is a directory"]
+
+
+def test_an_evaluation_is_written_before_it_is_shown_and_without_its_pictures(tmp_path, monkeypatch, caplog):
+  (tmp_path / "figures").touch()  # no folder, so that no picture can be written
+  written = []
+  monkeypatch.setattr(evaluate, "Evaluator", lambda *_: None)
+  monkeypatch.setattr(evaluate, "evaluate_splits", lambda *_: ({"test": {"loss": 0.5}}, Findings()))
+  monkeypatch.setattr(evaluate.tables, "show", lambda table: written.append(
+      json.loads((tmp_path / "evaluation.json").read_text())))
+  experiment = types.SimpleNamespace(task=None, data=types.SimpleNamespace(context=0, corruptions=()))
+  state = types.SimpleNamespace(variables={}, rng=None)
+  outcome = evaluate.evaluate(types.SimpleNamespace(
+      experiment=experiment, folder=Workdir(tmp_path), assets={}, config=mlp.get_config("xor"),
+      restore=lambda: (types.SimpleNamespace(mesh=None), 7, state)), "jit")
+  assert (outcome, written) == (0, [{"checkpoint": 7, "metrics": {"test": {"loss": 0.5}}}])
+  assert caplog.messages == [f"{tmp_path / 'figures'} was not written: File exists"]
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -23,16 +23,22 @@ def evaluate(run: Run, parallelism: Mode) -> int:
   found, findings = evaluate_splits(
       experiment, evaluator, state.variables, state.rng, run.assets)
   if jax.process_index() == 0:
-    print(f"{title(run.config)}: checkpoint {step}")
-    tables.show(tables.metrics(found))
     entries = {"checkpoint": step, "metrics": found}
     if experiment.data.corruptions:
       entries["corruptions"] = findings.tables["corruptions"]
-      tables.show(tables.corruptions(entries["corruptions"], found["test"]))
+    place = folder.path / "evaluation.json"
+    # The file comes first: whoever reads what is printed may stop.
+    written = ""
     try:
+      write_json(place, entries)
+      written = f"written to {place}"
       folder.write_findings(findings, title(run.config))
-      write_json(folder.path / "evaluation.json", entries)
-      print(f"written to {folder.path / 'evaluation.json'}")
     except RunError as error:  # a read-only run can be evaluated too
       logging.warning("%s", error)
+    print(f"{title(run.config)}: checkpoint {step}")
+    tables.show(tables.metrics(found))
+    if experiment.data.corruptions:
+      tables.show(tables.corruptions(entries["corruptions"], found["test"]))
+    if written:
+      print(written)
   return DONE
