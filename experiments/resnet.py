@@ -4,7 +4,7 @@
 
 Test accuracy of the other presets:
 
-  fashion_mnist  93.70 %, one seed, two shared CPU cores, 33 minutes with other load
+  fashion_mnist  93.70 %, one seed, two shared CPU cores with AVX-512, 33 minutes with other load
   cifar10        not run here; published: 91.25 % (He et al. 2016, table 6)
   imagenet2012   not run here; published: 76.40 % with one crop (Goyal et al. 2017, table 1)
 

@@ -3,8 +3,8 @@
 It is class-aware sampling (Li Shen, Zhouchen Lin, Qingming Huang 2016, "Relay Backpropagation for
 Effective Learning of Deep Convolutional Neural Networks"): the classes take turns, and each draws
 one of the examples that have it. Tong Wu et al. 2020, "Distribution-Balanced Loss for Multi-Label
-Classification in Long-Tailed Datasets", do so where an example has several classes; then a class
-also comes in the turns of those that it stands beside.
+Classification in Long-Tailed Datasets", use it where an example has several classes; there a class
+is also shown in the turns of the classes that occur together with it.
 """
 
 import functools
@@ -22,8 +22,8 @@ class Balanced:
   of a class come in one random order after the other, each once in an order.
 
   Args:
-    labels: i[n], the class of each example; or f[n, C], 1 where an example has a class. Examples of
-      no class count as one class more; classes without an example are left out.
+    labels: i[n], the class of each example; or f[n, C], 1 where an example has a class. Examples
+      without any class count as a further class; classes without an example are left out.
     seed: the run's seed.
   """
 

@@ -83,7 +83,7 @@ def find(folder: Path, suffixes: Collection[str], flag: str) -> Found:
 
 
 def expand(path: str, flag: str) -> Path:
-  """The path, with the user's home folder in place of ~; `flag` named it, for the message."""
+  """The path with the user's home folder in place of ~; a message names the path by `flag`."""
   try:
     return Path(path).expanduser()
   except RuntimeError as e:  # ~NAME of a user that does not exist
@@ -91,7 +91,7 @@ def expand(path: str, flag: str) -> Path:
 
 
 def same(path: str, other: str) -> bool:
-  """Whether two paths, as users write them, name one place; "" is none."""
+  """Whether two paths, as users write them, lead to the same place; "" leads to none."""
   if not path or not other:
     return False
   one, two = (os.path.abspath(os.path.expanduser(place)) for place in (path, other))
@@ -253,14 +253,14 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], start: str) ->
 def left_out(
     names: Sequence[str], keys: Sequence[str], trained: Mapping[str, Any], start: str, what: str,
 ) -> set[str]:
-  """The names of those examples of other data that a run was trained on; warns of them.
+  """Returns the names of the examples that a run was trained on, and warns of them.
 
   Args:
     names: the name of each example that would be evaluated.
     keys: the key of each.
     trained: the record of the run, see `check_same`; {} if it has none.
     start: the flag and the path of the data, for the warning.
-    what: what the examples are called there, such as "images".
+    what: what the warning calls the examples, such as "images".
   """
   seen = {key for key, split in trained.get("files", {}).values() if split == "train"}
   known = [name for name, key in zip(names, keys) if key in seen]
@@ -521,8 +521,8 @@ class Skipped:
       bad: the numbers of those that cannot be used, and why.
       name: number -> the example's name.
       before: the names that were left out when the run began, or None.
-      warn: whether the first host warns of them. It must not before the hosts have found each
-        other, as JAX has to be asked which host is the first.
+      warn: whether the first host warns of them. It has to be false until all hosts are connected,
+        because JAX does not know before which host is the first.
 
     Raises:
       UserError: there are more than may be left out, or others than when the run began.
@@ -544,15 +544,15 @@ class Skipped:
 
 
 class FolderSet(splits.DataSet):
-  """A set that may be a folder of the user's own, and what a run keeps of it.
+  """A data set that may be a folder of the user's own, and the record of it that a run keeps.
 
   A subclass defines `open_folder`, and extends `assets`.
 
   Attributes:
     seed: the run's seed, which draws the splits that the data do not name.
     run: the assets of a run that is continued or evaluated, or None.
-    foreign: whether the folder is none that the run was trained on. It can only be evaluated, and
-      all of it is in the split test.
+    foreign: whether the run was trained on another folder. Then this one can only be evaluated,
+      and its only split is test.
     looked_at: the config as it was given; `config` names the splits of a foreign folder.
     skipped: the examples that are left out.
 

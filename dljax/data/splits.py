@@ -252,9 +252,9 @@ def find_files(paths: Sequence[str], mend: str, suffix: str = "") -> list[Path]:
 
 
 def walk(folder: Path, start: str) -> Iterator[Path]:
-  """The files of a folder and its subfolders, also behind links; hidden ones are left out.
+  """Yields the files of a folder and its subfolders; it follows links, and leaves hidden ones out.
 
-  A link that leads nowhere counts as a file, so that whoever reads it says so.
+  A link that leads nowhere counts as a file, so that the function that reads it names it.
 
   Args:
     folder: the folder.

@@ -74,8 +74,8 @@ def look_up(
     stored = folder.read_config()
     values, names_found = config_lib.flatten(stored), stored.get("found", ())
     if not isinstance(names_found, tuple) or not all(isinstance(x, str) for x in names_found):
-      raise UserError(f"{folder.config_file}: found={names_found!r} is no list of names; restore the file "
-                      "from a copy, or train again in another --workdir")
+      raise UserError(f"{folder.config_file}: found={names_found!r} is no list of names; "
+                      "restore the file from a copy, or train again in another --workdir")
     found = {name: values[name] for name in names_found if name in values and name not in given}
   else:
     found = dict(resolve(config, given))

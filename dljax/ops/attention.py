@@ -6,7 +6,7 @@ Memory-Efficient Exact Attention with IO-Awareness", 2022. https://arxiv.org/abs
 `attention` works on a block of queries and a block of keys at a time, and keeps nothing of them but
 the result and the logarithm of each query's sum of exponentials; the backward pass recomputes the
 weights from these (section 3.1 and appendix B). So memory grows with the length and not with its
-square. Pairs of blocks in which no query can see a key are left out, where positions are the plain
+square. A pair of blocks in which no query can see a key is skipped if the positions are the default
 ones. `attention_with_weights` is the same function written out, for pictures of the weights, for
 dropout on them, and for forward mode.
 
@@ -42,7 +42,7 @@ class ForwardModeError(TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-  """What is known of an attention before any array is.
+  """The settings of an attention, which are known before any array is.
 
   Attributes:
     causal: whether keys after a query are hidden from it.
@@ -95,9 +95,9 @@ def attention(
     query_position: i32[Q] or i32[B, Q]; by default 0, 1, 2, ...
     key_position: i32[K] or i32[B, K]; by default 0, 1, 2, ...
     window: the number of positions that a query sees, its own included: those less than `window`
-      away. Without `causal`, it sees so many on either side.
+      away. Without `causal`, it also sees `window - 1` positions after its own.
     scale: the factor of the scores; by default D^-1/2.
-    dropout: the rate of dropout on the weights, which this form does not have.
+    dropout: only 0; dropout on the weights needs `attention_with_weights`.
 
   Returns:
     [B, Q, H, V], of q's dtype.
@@ -140,7 +140,7 @@ def attention_with_weights(
     dropout: float = 0.0,
     rng: Array | None = None,
 ) -> tuple[Array, Array]:
-  """Is `attention` written out, with the weights of all queries and keys in memory.
+  """Computes what `attention` does, with the weights of all queries and keys in memory.
 
   Args:
     q, k, v, causal, mask, bias, segment, query_position, key_position, window, scale: see
@@ -211,7 +211,7 @@ def _check(q, k, v, mask, bias, segment, query_position, key_position, window):
 def _form(
     queries: int, keys: int, causal: bool, window: int | None, scale: float, plain: bool,
 ) -> _Form:
-  """Returns what `_Form` says; `plain` if positions are 0, 1, 2, ... for queries and keys."""
+  """The settings; `plain` says that the positions of queries and keys are 0, 1, 2, ..."""
   blocks = min(queries, _BLOCK), min(keys, _BLOCK)
   counts = [math.ceil(n / max(1, block)) for n, block in zip((queries, keys), blocks)]
   pairs = []
@@ -329,7 +329,7 @@ def _forward(form, q, k, v, bias, rules):
     total = jnp.sum(exponentials, axis=-1)
     y = _product("bgrqk,bgkv->bgrqv", exponentials.astype(v.dtype), blocks.cut_keys(blocks.v, j))
     if len(form.pairs) > 1:
-      shrink = jnp.exp(old_top - _finite(top))  # what the old sums are worth by the new maximum
+      shrink = jnp.exp(old_top - _finite(top))  # from the old maximum to the new one
       total, y = total + old_total * shrink, y + old_y * shrink[..., None]
     return tuple(blocks.put_queries(x, new, i) for x, new in zip(state, (top, total, y)))
 

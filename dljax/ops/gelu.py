@@ -1,4 +1,4 @@
-"""The Gaussian error linear unit, at a third of the time on a CPU.
+"""The Gaussian error linear unit, in a form that is fast on a CPU.
 
 Dan Hendrycks, Kevin Gimpel. "Gaussian Error Linear Units (GELUs)", 2016.
 https://arxiv.org/abs/1606.08415

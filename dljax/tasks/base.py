@@ -107,11 +107,11 @@ class Task(Protocol):
       Accumulation is then refused, and the evaluation batch size is part of the metric.
     goals: metric -> `MIN` or `MAX`, for every metric of `summarize` and `evaluate`. Each of them
       may be monitored.
-    titles: metric -> its title in pictures, where its name leaves out what the numbers are.
+    titles: metric -> its title in pictures, where its name does not say what the numbers are.
     evaluate_reads: the batch fields that `evaluate` needs of every row besides the predictions. A
       name that ends with "/" stands for all fields that begin with it.
     evaluate_draws: the batch fields and predictions that `evaluate` needs of a few rows, to draw
-      them; see there. What follows from them for every row is a small prediction.
+      them; see there. A number that `evaluate` needs of every row is a prediction.
     sharding: how parameters lie on a mesh, the model file's SHARDING; see `TaskBase.sharding`.
     input_dimensions: which kernels have several output dimensions, the model file's
       INPUT_DIMENSIONS; see `TaskBase.input_dimensions`.

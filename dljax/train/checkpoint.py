@@ -53,7 +53,8 @@ from dljax.train.workdir import differences
 
 MANIFEST = "manifest.json"
 _DESCRIPTORS = Path("/proc/self/fd")  # where Linux shows the open files of a process
-# A process has hardly so many open files, and it may have more; on another one they may be taken.
+# The least number of the descriptor, above those of open files, and how many numbers are tried: the
+# number has to be free on every process.
 _LEAST_NUMBER, _TRIES = 512, 8
 _MOST_ERRORS = 8  # that Orbax raises while it closes
 # What TensorStore appends to an error: its number, and what was to be written.
@@ -346,7 +347,7 @@ class Checkpointer:
   def _share_place(self) -> None:
     """Gives the descriptors of all processes one number, as Orbax wants the same path everywhere.
 
-    They keep the directory's own path where a process sees no folder, or no open files.
+    All keep the directory's own path if one of them does not see the folder, or has no /proc.
     """
     number, most = _LEAST_NUMBER, os.sysconf("SC_OPEN_MAX")
     for _ in range(_TRIES):
@@ -483,8 +484,9 @@ class Checkpointer:
     found, trained = (self._manifest(step).get(name) for name in ("run", "config"))
     if self._run and not found or self._config is not None and trained is None:
       raise UserError(
-          f"checkpoint {step} in {self.directory} does not say of which run and config it is, as one that "
-          "a version of dljax before those were kept has saved; train again in another --workdir")
+          f"checkpoint {step} in {self.directory} does not say to which run "
+          "and config it belongs; an older version of dljax has saved it: train again in another "
+          "--workdir")
     if self._run and found != self._run:
       raise UserError(
           f"checkpoint {step} in {self.directory} belongs to another run ({found[:8]}, and config.json "

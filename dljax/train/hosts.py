@@ -145,7 +145,7 @@ def join() -> None:
 
   Raises:
     UserError: the environment says too little, or what it says is impossible.
-    RunError: the others have not come in time; see `patience`.
+    RunError: other processes have not connected in time; see `patience`.
   """
   on_tpu = bool((glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*"))
                 and importlib.util.find_spec("libtpu")
@@ -171,7 +171,7 @@ def join() -> None:
 
 
 def patience() -> float:
-  """The seconds in which all processes have to come: $DLJAX_JOIN_SECONDS, by default 300.
+  """The seconds in which all processes have to connect: $DLJAX_JOIN_SECONDS, by default 300.
 
   Raises:
     UserError: the variable holds no such number.
@@ -182,7 +182,7 @@ def patience() -> float:
   except ValueError:
     seconds = 0.0
   if not 0 < seconds < 1e6:
-    raise UserError(f"{PATIENCE}={text}: give the seconds in which all processes start, as 300")
+    raise UserError(f"{PATIENCE}={text}: give the seconds within which all start, such as 300")
   return seconds
 
 
@@ -257,7 +257,7 @@ def together() -> Iterator[None]:
 
 
 def give_up(line: str) -> NoReturn:
-  """Ends this process with an error, from any thread; the others, which may wait for it, end too."""
+  """Ends this process with an error, from any thread; the other processes end too."""
   _watch.leave(FAILED)
   end_process(f"error: {line}", FAILED)
 

@@ -51,7 +51,7 @@ def initialize() -> None:
 
   Raises:
     UserError: the environment says too little, or what it says is impossible.
-    RunError: the others have not come in time.
+    RunError: other processes have not connected in time.
   """
   hosts.join()
 
@@ -706,7 +706,7 @@ def any_host(flag: bool) -> bool:
 
 
 def of_hosts(value: int) -> list[int]:
-  """Every host's small number, on every host; every host must call it at the same step."""
+  """The `value` of each host, an i32, on every host; every host must call it at the same step."""
   if jax.process_count() == 1:
     return [value]
   return _multihost().process_allgather(np.array(value, np.int32)).tolist()

@@ -29,8 +29,8 @@ class Compilations:
     """
     Args:
       say: shows a line; None shows none.
-      wait: waits until something is done, and may raise before. While it waits, a thread compiles,
-        as what XLA does cannot be interrupted. None compiles within the call.
+      wait: waits for an event, and may raise an error before it. While it waits, a thread compiles,
+        because XLA cannot be interrupted. With None the call itself compiles.
     """
     self.seconds, self._wait = 0.0, wait
     self.say = say or (lambda text: None)
@@ -46,7 +46,7 @@ class Compilations:
       name: what it is, such as "train step".
       batch: which argument has the shapes that it is compiled for.
       patience: the seconds that it may take before anything is said.
-      aside: whether a signal need not wait for the compilation; see `wait`.
+      aside: whether a thread compiles, so that a signal need not wait; see `wait`.
     """
     seen = set()
 
@@ -75,12 +75,12 @@ _aside: list[threading.Event] = []  # of each compilation in a thread, set when 
 
 
 def still_compiling() -> bool:
-  """Whether a thread compiles what nobody waits for any more; Python cannot end in order then."""
+  """Whether a thread still compiles; until it is done Python cannot end in the usual way."""
   return not all(done.is_set() for done in _aside)
 
 
 def _compile_aside(step: Callable[..., Any], arguments: Any) -> threading.Event:
-  """Compiles in a thread what the call `step(*arguments)` will need; the event says when it has."""
+  """Compiles in a thread what the call `step(*arguments)` will need; sets the event at the end."""
   done = threading.Event()
   _aside.append(done)
 
@@ -113,7 +113,7 @@ def _later(seconds: float, act: Callable[[], None]) -> Iterator[None]:
     timer.join()
 
 
-_CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # what a bar below another moves the cursor by
+_CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # how a bar below another moves the cursor
 
 
 class _Lines:

@@ -51,10 +51,10 @@ class StopSignals(Stops):
       raise Preempted(line)
 
   def wait(self, done: threading.Event) -> None:
-    """Waits until `done`, as for a compilation; the end of the wait is a point, see `reached`.
+    """Waits until `done` is set, as by a compilation; the end is a point, see `reached`.
 
     Raises:
-      Preempted: the run stops at this point, whether or not it is done.
+      Preempted: the run stops at this point, whether or not `done` is set.
     """
     while not (done.wait(_POLL) or self._stops_next()):
       pass

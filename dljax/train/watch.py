@@ -9,8 +9,8 @@ others with a dump of C++ frames. Here every process keeps a TCP connection to t
   or starved too, so that load is never taken for death.
 * JAX's client aborts its process as soon as it loses the coordinator. It is connected through a
   relay inside its own process, which hides that loss, so that this file can report it in one line.
-* Until all have come, nobody knows the others' machines, so that a process that died before it
-  connected is missed only when the time is over.
+* A process that dies before it has connected cannot be told from one that is late. The first
+  process waits for it until the time is over, and then names it to the others.
 * Whoever gets a signal asks the first process to stop. It freezes the counters of all processes,
   and names the next point that none has passed. JAX has such a protocol too, but only the C handler
   that it installs for SIGTERM can start it, and no Ctrl-C or SIGHUP.
@@ -54,7 +54,7 @@ class Watch:
       count: the number of processes.
       index: the number of this one, from 0.
       end: prints a line and ends this process with a status.
-      patience: the seconds in which all processes have to come.
+      patience: the seconds in which all processes have to connect.
 
     Raises:
       RunError: the first process does not answer.
@@ -92,10 +92,10 @@ class Watch:
   # What the run calls
 
   def wait_for_all(self) -> None:
-    """Waits until all processes have come, or the time is over, which the first process decides.
+    """Waits until all processes have connected; the first process decides when the time is over.
 
     Raises:
-      RunError: some have not come.
+      RunError: some have not connected in time.
     """
     with self._changed:
       if self._index == 0:
@@ -280,8 +280,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _late(what: str, seconds: float) -> RunError:
-  return RunError(f"{what}, after {seconds:g} s (DLJAX_JOIN_SECONDS sets the time); their own output, "
-                  "or that of what starts them, may say why")
+  return RunError(f"{what}, after {seconds:g} s (DLJAX_JOIN_SECONDS sets the time); the "
+                  "output of these processes or of their launcher may say why")
 
 
 def _connect(place: tuple[str, int], patience: float, fault: str) -> socket.socket:

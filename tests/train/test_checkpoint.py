@@ -178,7 +178,7 @@ def test_a_step_that_does_not_say_of_what_it_is_is_refused_and_stays(tmp_path, m
   del manifest[missing]
   path.write_bytes(checkpoint._sealed(manifest))
   with Checkpointer(tmp_path, **own, read_only=read_only) as checkpointer:
-    with pytest.raises(UserError, match="checkpoint 1 in .* does not say of which run and config it is") as error:
+    with pytest.raises(UserError, match="checkpoint 1 in .* does not say to which run and config it belongs") as error:
       checkpointer.restore({"w": np.zeros(3)})
     with pytest.raises(UserError, match="does not say"):
       checkpointer.restore_arrays(list, 1)

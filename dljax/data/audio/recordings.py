@@ -349,8 +349,8 @@ class AudioSet(splits.DataSet):
 
   Args:
     config: see `default_config`.
-    output_length: numbers of frames i64[n] -> for how many frames of them the network gives labels.
-      With it, texts that need more than their recordings have are named.
+    output_length: numbers of frames i64[n] -> the numbers of frames that the network gives for
+      them. If it is given, recordings that are too short for their texts are named.
 
   Raises:
     UserError: a value out of range.
@@ -532,7 +532,7 @@ class AudioSet(splits.DataSet):
     labels; see `ops/ctc.py`.
 
     Raises:
-      UserError: there are no others to train on.
+      UserError: all recordings of the training split are too short.
     """
     if self._output_length is None:
       return

@@ -160,7 +160,7 @@ def _scan_folders(config: Any, folder: Path) -> Listing:
 
 
 def _a_table(folder: Path, found: own.Found) -> str:
-  """How a table of the images can be had, for messages."""
+  """The advice of a message on how to give a table of the images."""
   tables = [name for name in found.others if name.lower().endswith(".csv") and "/" not in name]
   if len(tables) == 1:
     return f"name the table by {FLAG}={own.show(folder / tables[0])}"
@@ -218,8 +218,8 @@ def _scan_table(config: Any, path: Path, kind: str | None) -> Listing:
   lists = sorted(name for name in whole if "," in name and whole & set(
       part.strip() for part in name.split(",")))
   if lists:
-    remarks.append(f"{path}: each of the labels {own.some(lists)} is one class, though others are "
-                   "parts of it; separate several classes by ;")
+    remarks.append(f"{path}: each of the labels {own.some(lists)} is read as one class, though "
+                   "parts of it are labels too; separate several classes by ;")
   if unnamed := _beside(photos):
     remarks.append(f"{path}: left out what has no label there, {_count(unnamed, 'image')}: "
                    f"{own.some(unnamed)}")
@@ -281,7 +281,7 @@ def _kind(table: own.Table, columns: Sequence[str]) -> str:
 
 
 def _refuse_near_numbers(table: own.Table, column: str, cells: Sequence[str]) -> None:
-  """Raises `UserError` if a column seems to hold numbers, but not in every cell as such."""
+  """Raises `UserError` if a column seems to hold numbers, but some cells cannot be read as one."""
   if all(_COMMA.fullmatch(cell) for cell in cells) and any("," in cell for cell in cells):
     first = next(cell for cell in cells if "," in cell)
     raise UserError(f"{table.path}: the column {column} has decimal commas, such as {first}; write "
@@ -289,8 +289,9 @@ def _refuse_near_numbers(table: own.Table, column: str, cells: Sequence[str]) ->
   others = [row for row, cell in enumerate(cells) if not _is_number(cell)]
   broken = any(_is_number(cell) and not cell.lstrip("+-").isdecimal() for cell in cells)
   if broken and 2 * len(others) < len(cells):
-    raise UserError(f"{table.where(others[0])}: {cells[others[0]]!r} is no number, but most of the "
-                    f"column {column} are; mend it, or for classes add --config.data.labels=class")
+    raise UserError(f"{table.where(others[0])}: {cells[others[0]]!r} is no number, but most cells "
+                    f"of the column {column} are; mend it, or for classes add "
+                    "--config.data.labels=class")
 
 
 def _is_number(cell: str) -> bool:

@@ -134,7 +134,7 @@ def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any]
   texts.seed = seed
   sizes = {split: sum(map(len, texts.own_documents[split].values()))
            for split in _SPLITS if config[split]}
-  # A folder of folders for the splits need not have all of them.
+  # A folder with a subfolder for each split may lack those for validation and test.
   found: dict[str, Any] = {split: "" for split in ("validation", "test")
                            if config[split] and split not in given
                            and not texts.own_documents[split]}
@@ -374,7 +374,7 @@ class TextSet(splits.DataSet):
       return ""
     found = own.find(Path(config.folder).expanduser(), [SUFFIX], "--config.data.folder")
     read = set().union(*self.own_documents.values())
-    # Beside the folders of the splits may lie more documents.
+    # There may be more documents beside the folders of the splits.
     others = [*found.others, *(name for name in found.files if name not in read)]
     counts = [f"{len(self.own_documents[split])} for {split}" for split in _SPLITS if config[split]]
     return f" in documents, {', '.join(counts)}" + (

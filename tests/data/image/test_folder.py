@@ -445,7 +445,7 @@ def test_a_table_of_another_form_is_refused(tmp_path, header, rows, fields, mess
 
 @pytest.mark.parametrize("cells, message", [
     (["1,5", "20", "3,25"], "the column label has decimal commas, such as 1,5; write decimal points"),
-    (["1.5", "NA", "2.5"], "line 3: 'NA' is no number, but most of the column label are; mend it, or for classes add")])
+    (["1.5", "NA", "2.5"], "line 3: 'NA' is no number, but most cells of the column label are; mend it, or for classes add")])
 def test_numbers_that_are_not_written_as_such_are_no_classes(tmp_path, cells, message):
   root = own_images.table(tmp_path, "file,label", cells, 12)
   table = (root / "labels.csv").read_text().splitlines()
@@ -464,7 +464,7 @@ def test_tables_as_other_systems_write_them(tmp_path, caplog):
     looked_up(root)
   (root / "train.csv").rename(root / "Labels.CSV")
   assert looked_up(root).classes == ("cat", "cat,dog", "emu")
-  assert "each of the labels cat,dog is one class, though others are parts of it" in caplog.text
+  assert "each of the labels cat,dog is read as one class, though parts of it are labels too" in caplog.text
 
 
 def test_files_that_are_missing_or_named_twice_are_refused(tmp_path):
