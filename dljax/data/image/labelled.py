@@ -50,8 +50,8 @@ def default_config() -> Group:
                          "0 is all."),
       "num_classes": Field(10, "The number of classes, or of numbers that an image has."),
       "image_shape": Field((8, 8, 1), "The height, width and channels that the model sees."),
-      "groups": Field((), "Features (classes or texts) of the set; an evaluation also reports by "
-                      "their values."),
+      "groups": Field((), "Features (classes or texts) of the set; an evaluation also reports the "
+                      "accuracy for each of their values."),
       "mean": Field((0.3051,), "The mean of each channel, where white is 1."),
       "std": Field((0.3757,), "The standard deviation of each channel, where white is 1."),
       "fitted_to": Field("", "The folder that was looked at when the run started."),
