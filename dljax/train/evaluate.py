@@ -33,7 +33,7 @@ class Evaluator:
     mode: "jit" or "pmap".
     mesh: the devices.
     context: () -> the host arrays of `Data.context`, for `Task.context`.
-    compilations: says what is compiled; by default nothing is said.
+    compilations: says what is compiled; by default nothing is said, and no bar is shown.
     check: called before each batch; what it raises ends the pass.
   """
 
@@ -44,6 +44,7 @@ class Evaluator:
   ):
     self._task = task
     self._check = check
+    self._show = not compilations.quiet
     self._mode = mode
     self._mesh = mesh
     # The `data.pipeline.Rows` of this process, to open pipelines with.
@@ -115,7 +116,8 @@ class Evaluator:
                       parallel.put_batch(batch, self._mode, self._mesh))
     steps = range(pipeline.num_batches) if steps is None else steps
     with contextlib.closing(prefetch(load, steps)) as batches:
-      for batch, on_device in metrics.progress(batches, f"evaluate {name}", len(steps)):
+      for batch, on_device in metrics.progress(
+          batches, f"evaluate {name}", len(steps), self._show):
         self._check()
         if carry is None:
           carry = parallel.zero_rows(self._carry(variables, self._global_batch(batch)), self._mesh)
@@ -262,7 +264,7 @@ class Predictor:
     experiment: gives the task and the batch size.
     program: gives the devices.
     mode: "jit" or "pmap".
-    compilations: says what is compiled; by default nothing is said.
+    compilations: says what is compiled; by default nothing is said, and no bar is shown.
   """
 
   def __init__(
@@ -270,6 +272,7 @@ class Predictor:
       compilations: Compilations = Compilations(),
   ):
     self._size, self._mode, self._mesh = experiment.config.eval_batch_size, mode, program.mesh
+    self._show = not compilations.quiet
     self._context = Context(experiment.task, mode, program.mesh, experiment.data.context)
     self._step = compilations.of(parallel.compile_step(
         step.make_predict_step(experiment.task), mode, program.mesh,
@@ -290,7 +293,7 @@ class Predictor:
     count, shards = len(fields["mask"]), parallel.count_shards(self._mesh)
     size = min(self._size, -(-count // shards) * shards)
     parts = []
-    for start in metrics.progress(range(0, count, size), "predict"):
+    for start in metrics.progress(range(0, count, size), "predict", show=self._show):
       rows = _put_padded(
           {k: v[start:start + size] for k, v in fields.items()}, size, self._mode, self._mesh)
       out, = self._step(variables, state.rng, rows, context)
@@ -321,7 +324,7 @@ def generate(
     mode: "jit" or "pmap".
     state: gives the variables.
     batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
-    compilations: says what is compiled; by default nothing is said.
+    compilations: says what is compiled; by default nothing is said, and no bar is shown.
   """
   start, advance = step.make_generate_steps(experiment.task, CHUNK)
   start = compilations.of(parallel.compile_step(

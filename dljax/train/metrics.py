@@ -270,11 +270,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[Any], name: str, total: int | None = None) -> Iterator[Any]:
-  """Iterates with a progress bar that goes away when it is done."""
+def progress(
+    items: Iterable[Any], name: str, total: int | None = None, show: bool = True,
+) -> Iterator[Any]:
+  """Iterates with a progress bar that goes away when it is done, if `show`."""
   from tqdm import tqdm  # pylint: disable=g-import-not-at-top
 
-  yield from tqdm(items, desc=name, total=total, unit="batch", leave=False,
+  yield from tqdm(items, desc=name, total=total, unit="batch", leave=False, disable=not show,
                   mininterval=0.2 if sys.stderr.isatty() else 30.0, delay=1.0, dynamic_ncols=True,
                   file=bar_stream())
 

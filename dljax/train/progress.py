@@ -20,6 +20,7 @@ class Compilations:
   Attributes:
     seconds: the time that the compilations have taken so far.
     say: shows a line, or does nothing.
+    quiet: whether it does nothing; then no bar is shown either.
   """
 
   def __init__(
@@ -33,7 +34,7 @@ class Compilations:
         because XLA cannot be interrupted. With None the call itself compiles.
     """
     self.seconds, self._wait = 0.0, wait
-    self.say = say or (lambda text: None)
+    self.quiet, self.say = say is None, say or (lambda text: None)
 
   def of(
       self, step: Callable[..., Any], name: str, batch: int, patience: float = 0.0,

@@ -12,6 +12,7 @@ import pytest
 from dljax.tasks.base import Findings
 from dljax.train.evaluate import Evaluator, Predictor, prefetch
 from dljax.train.program import Program, RunOptions
+from dljax.train.progress import Compilations
 from tests.train import toys
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,17 @@ EXPECTED = np.mean(2 * _x(range(COUNT)).astype(np.float64)**2)
 def _evaluator(mode, mesh, task=TASK):
   program = Program(EXPERIMENT, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
   return Evaluator(task, mode, program.mesh), program, program.init_state()
+
+
+@pytest.mark.parametrize("say", [None, print])
+def test_a_bar_is_shown_where_something_is_said(monkeypatch, say):
+  hidden = []
+  monkeypatch.setattr("tqdm.tqdm", lambda items, disable, **_: hidden.append(disable) or items)
+  program = Program(EXPERIMENT, RunOptions(mesh=toys.MESHES["data:1"]))
+  state = program.init_state()
+  evaluator = Evaluator(TASK, "jit", program.mesh, compilations=Compilations(say))
+  evaluator.sums(state.variables, state.rng, SPLIT, "test")
+  assert hidden == [say is None]
 
 
 MODES = pytest.mark.parametrize(
