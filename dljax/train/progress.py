@@ -20,7 +20,7 @@ class Compilations:
   Attributes:
     seconds: the time that the compilations have taken so far.
     say: shows a line, or does nothing.
-    quiet: whether it does nothing; then no bar is shown either.
+    quiet: whether it shows no lines; then no bar is shown either.
   """
 
   def __init__(
