@@ -130,7 +130,7 @@ class Documents:
   ):
     encoded, begins = text
     self._text = tokenize.Encoded(np.append(encoded.tokens, np.int32(end)),
-                                  *(np.append(x, 0) for x in encoded[1:]))
+                                  *(np.append(x, np.int32(0)) for x in encoded[1:]))
     self._longest, self._counts = length, counts
     # Tokens to predict, with the `end` after the document.
     sizes = np.diff(begins, append=len(encoded.tokens))

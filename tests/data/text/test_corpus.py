@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -138,6 +139,15 @@ def test_every_token_is_some_epochs_first_or_last():
   streams = streams_lib.Streams(lambda: (text, np.zeros(1, int)), batch_size=2, length=5, train=True)
   streams.open()
   assert {int(streams.batch(epoch)["tokens"].min()) for epoch in range(40)} == {0, 1, 2}
+
+
+def test_documents_take_twelve_bytes_for_each_token():
+  text = tokenize.Encoded(*(np.ones(100_000, np.int32) for _ in range(3)))
+  tracemalloc.start()
+  made = streams_lib.Documents((text, np.array([0])), 1_000, END, counts=True)
+  held = tracemalloc.get_traced_memory()[0]
+  tracemalloc.stop()
+  assert len(made) == 100 and 1_200_000 <= held < 1_300_000
 
 
 @pytest.mark.parametrize("documents", [False, True])
