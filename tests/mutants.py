@@ -600,6 +600,23 @@ MUTANTS = (
         "if before is _end_early else signal.SIG_DFL)",
         ("tests/test_errors.py::test_a_command_gives_signals_back_their_handlers",)),
     Mutant(
+        "unchecked_under_the_lock", "dljax/train/workdir.py",
+        "      check()",
+        "      pass",
+        ("tests/train/test_loop.py::"
+         "test_a_run_that_another_finished_before_the_lock_was_had_is_not_begun_again",)),
+    Mutant(
+        "assets_unverified", "dljax/train/workdir.py",
+        "if digest and _sha256(path.read_bytes()) != digest:",
+        "if False:",
+        ("tests/train/test_workdir.py::test_assets_that_were_edited_are_named",)),
+    Mutant(
+        "events_by_the_clock", "dljax/train/metrics.py",
+        "*(second + 1 for second in earlier)",
+        "*()",
+        ("tests/train/test_metrics.py::"
+         "test_tensorboard_reads_a_resumed_run_last_even_if_the_clock_was_set_back",)),
+    Mutant(
         "signal_lost_in_last_save", "dljax/train/loop.py",
         "      self.signals.release(stopped)",
         "      pass",
