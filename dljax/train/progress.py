@@ -226,7 +226,7 @@ def _bar_class() -> type:
     """A bar whose text has more fields."""
 
     times: Callable[[], Mapping[str, Any]] = dict
-    # tqdm reads the clock of the day, after whose setting back by an hour no line comes for an hour.
+    # tqdm reads the wall clock: once that is set back by an hour, it shows nothing for an hour.
     _time = property(lambda self: _steady, lambda self, value: None)
 
     @property

@@ -79,7 +79,8 @@ def warnings(
   swapped = (~unlike(1 - seen[wrong])).mean()
   if swapped > 0.5:
     other = str(not config.invert).lower()
-    line += (f"; with black and white swapped {they} would be like those: try --config.data.invert={other}")
+    line += (f"; with black and white swapped {they} would be like those: try "
+             f"--config.data.invert={other}")
   return [line]
 
 
