@@ -35,7 +35,7 @@ ALLOWED = {
     "dljax.ops": ["dljax.ops", "dljax.errors"],
     "dljax.models.retinanet": ["dljax.models.layers", "dljax.models.resnet"],  # whose stages carry its pyramid
     "dljax.models.deepspeech": ["dljax.models.layers", "dljax.models.rnn"],  # whose stack hears its convolutions
-    "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.errors"],
+    "dljax.models": ["dljax.ops", "dljax.models.layers", "dljax.models.blocks", "dljax.errors"],
     "dljax.tasks": TASKS,
     "dljax.data": DATA,
     "dljax.interop.__main__": ["dljax.launch.convert"],  # which reads the checkpoints of runs
@@ -259,7 +259,7 @@ def test_calls_that_open_text_are_recognised(line, bad):
 
 def test_there_are_families():
   assert {"mlp", "lenet", "resnet"} <= set(SHOWN) <= set(FAMILIES)
-  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers", "baselines"}
+  models = {path.stem for path in (ROOT / "dljax" / "models").glob("*.py")} - {"__init__", "layers", "blocks", "baselines"}
   assert models == set(FAMILIES)
 
 
@@ -295,15 +295,15 @@ def test_the_readmes_row_names_the_presets_and_the_notebook(family):
   assert notebook == f"[{family}](colabs/{family}.ipynb)"
 
 
-# Names that are the field's own, without the family in them.
-OWN_NAMES = {"mlp": ["perceptron"]}
+# Names, or their beginnings, that are the field's own, without the family in them.
+OWN_NAMES = {"mlp": ("perceptron",), "gpt": ("llama_", "qwen3_")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variants_carry_the_familys_name(family):
   variants = importlib.import_module(f"dljax.models.{family}").VARIANTS
   assert variants
-  assert not [v for v in variants if not v.startswith(family) and v not in OWN_NAMES.get(family, ())]
+  assert not [v for v in variants if not v.startswith((family, *OWN_NAMES.get(family, ())))]
   assert all(callable(variant) for variant in variants.values())
 
 

@@ -38,3 +38,8 @@ def _value_and_slope(x: Array) -> tuple[Array, Array]:
   below = 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
   density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
   return x * below, below + x * density
+
+
+def gelu_tanh(x: Array) -> Array:
+  """The approximation by tanh of GPT-2 (section 2 of the paper), [...] -> [...]."""
+  return jax.nn.gelu(x, approximate=True)
