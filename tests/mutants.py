@@ -92,6 +92,31 @@ MUTANTS = (
         "self.stochastic_depth * i / max(1, self.num_layers - 1)",
         "self.stochastic_depth * i / max(1, self.num_layers)",
         ("tests/models/test_vit.py::test_stochastic_depth_grows_with_depth",)),
+    Mutant(
+        "bert_norm_before", "dljax/models/bert.py",
+        'norm(name="norm1")(x + drop()(project((width,), axes=2, name="project")(y)))',
+        'x + norm(name="norm1")(drop()(project((width,), axes=2, name="project")(y)))',
+        ("tests/interop/test_bert.py::test_bert_gives_transformers_outputs",)),
+    Mutant(
+        "bert_padding_seen", "dljax/models/bert.py",
+        "jnp.arange(tokens.shape[1]) < length[:, None]",
+        "jnp.arange(tokens.shape[1]) <= length[:, None]",
+        ("tests/models/test_bert.py::test_padding_changes_nothing",)),
+    Mutant(
+        "bert_texts_seen", "dljax/models/bert.py",
+        'rules = {} if segment is None else {"segment": segment}',
+        "rules = {}",
+        ("tests/models/test_bert.py::test_packed_texts_see_nothing_of_each_other",)),
+    Mutant(
+        "bert_dropout_always", "dljax/models/bert.py",
+        "rate = self.attention_dropout if train else 0.0",
+        "rate = self.attention_dropout",
+        ("tests/models/test_bert.py::test_units_are_dropped_in_training_only",)),
+    Mutant(
+        "bert_head_dropout", "dljax/models/bert.py",
+        "rate = self.dropout if self.head_dropout is None else self.head_dropout",
+        "rate = self.head_dropout or self.dropout",
+        ("tests/models/test_bert.py::test_the_heads_dropout_is_that_of_the_encoder_unless_it_is_stated",)),
     # ops
     Mutant(
         "attention_scale", "dljax/ops/attention.py",
@@ -534,6 +559,26 @@ MUTANTS = (
         "temporary.unlink(missing_ok=True)",
         "pass",
         ("tests/interop/test_interop.py::test_nothing_is_left_of_what_could_not_be_written",)),
+    Mutant(
+        "bert_heads_last", "dljax/interop/families/bert.py",
+        "x.reshape(heads, 1, -1, x.shape[1]).transpose(3, 0, 1, 2)",
+        "x.reshape(-1, 1, heads, x.shape[1]).transpose(3, 2, 1, 0)",
+        ("tests/interop/test_bert.py::test_bert_gives_transformers_outputs",)),
+    Mutant(
+        "bert_other_bias", "dljax/interop/families/bert.py",
+        'if not name.endswith(f"{_WORDS}.bias")}',
+        'if not name.endswith(f"{_WORDS}.decoder.bias")}',
+        ("tests/interop/test_bert.py::test_of_two_biases_the_one_that_transformers_reads_counts",)),
+    Mutant(
+        "bert_classes", "dljax/interop/families/bert.py",
+        "len(labels) if labels else",
+        "",
+        ("tests/interop/test_bert.py::test_a_config_says_the_settings",)),
+    Mutant(
+        "always_partial", "dljax/interop/weights.py",
+        "  if partial:\n",
+        "  if True:\n",
+        ("tests/interop/test_bert.py::test_fine_tuning_starts_from_any_head",)),
     # report
     Mutant(
         "confusion_axis", "dljax/report/classification.py",

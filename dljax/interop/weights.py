@@ -1,7 +1,9 @@
 """Weights under the names of other implementations: loading and writing them."""
 
+import dataclasses
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,7 @@ _OURS = Table(rules=[("(.*)", r"\1", SAME)], inputs=lambda tensors: ())
 
 def load(
     model: nn.Module, tensors: Tensors, source: str, *,
-    specs: Specs | None = None, head: Collection[str] = (),
+    specs: Specs | None = None, head: Collection[str] = (), partial: bool = False,
     image: tuple[int, int] | None = None, note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
   """The variables of `model` with the weights of another implementation.
@@ -42,6 +44,8 @@ def load(
       those for inputs with as many channels as the tensors have.
     head: the paths that are left out together if the source lacks one of them or has it in another
       shape.
+    partial: whether arrays of heads may be missing that only some models of the class have (HEADS
+      of the family's file); they are then left out. Such arrays may always be left over.
     image: the height and width of the images that the variables are for, in pixels; by default
       they are square. Learned positions of patches are interpolated to that size.
     note: gets a line for each array that was interpolated.
@@ -61,6 +65,9 @@ def load(
   of_head = [entry for entry in entries if not set(head).isdisjoint(entry.paths)]
   if any(_shapes_of(tensors, entry.names) != entries[entry] for entry in of_head):
     entries = {entry: shapes for entry, shapes in entries.items() if entry not in of_head}
+  if partial:
+    entries = {entry: shapes for entry, shapes in entries.items() if tensors.keys() >= {*entry.names}
+               or not re.fullmatch(_heads(model), entry.paths[0])}
   missing = sorted({name for entry in entries for name in entry.names} - set(tensors))
   if missing:
     raise errors.UserError(
@@ -151,7 +158,7 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
 def find_table(model: nn.Module, source: str) -> Table:
   """The table of names of `model` in `source`; raises `UserError` if there is none."""
   if source == OURS:
-    return _OURS
+    return dataclasses.replace(_OURS, no_weight=_heads(model))
   if source not in sources(model):
     check_source("interop source", source)
     counterparts = (getattr(family, "TABLES", {}).get(source, ()) for family in all_families())
@@ -209,6 +216,12 @@ def _family(model: nn.Module) -> ModuleType | None:
     if error.name != name:
       raise
     return None
+
+
+def _heads(model: nn.Module) -> str:
+  """The pattern of our paths of heads that only some models of the class have, HEADS of its family.
+  """
+  return getattr(_family(model), "HEADS", {}).get(type(model), r"(?!)")
 
 
 def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.ShapeDtypeStruct]:

@@ -5,6 +5,9 @@ the number of classes, starts from scratch if the source has another number of c
 or if `--config.init.new_head` is set. Any other array that is missing, left over or of another
 shape is an error that names it.
 
+Some families have models with several heads, one for pre-training and others for fine-tuning. Of
+these, the model takes what the source has; the others start from scratch or are left out.
+
 A model with an attribute `backbone`, a module whose variables lie under "backbone/" in the model's
 own, can start from the backbone's weights alone. All else then starts from scratch, and the
 source's head is left out.
@@ -101,8 +104,8 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
                                source, specs=part, image=image, note=notes.append)
     else:
       source = source or interop.recognise(model, tensors, specs)
-      variables = interop.load(model, tensors, source, specs=specs, head=head, image=image,
-                               note=notes.append)
+      variables = interop.load(model, tensors, source, specs=specs, head=head, partial=True,
+                               image=image, note=notes.append)
   except UserError as error:
     raise UserError(str(error) if str(error).startswith("--") else f"{where}: {error}") from error
   arrays = {path.replace("/", f"/{prefix}", 1): array
@@ -115,7 +118,9 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
     summary += ", the backbone; the rest starts from scratch"
   elif fresh:
     verb = "start" if len(fresh) > 1 else "starts"
-    summary += f"; {', '.join(fresh)} {verb} from scratch for {model.num_classes} classes"
+    summary += f"; {', '.join(fresh)} {verb} from scratch"
+    if not head.keys().isdisjoint(specs.keys() - arrays.keys()):
+      summary += f" for {model.num_classes} classes"
   return Weights(arrays, "; ".join([summary, *notes]))
 
 
