@@ -277,7 +277,7 @@ def test_the_peers_script_needs_nothing_of_ours(tmp_path):
                         text=True, timeout=60)
   assert done.returncode == 0, done.stderr
   answer = json.loads(done.stdout)
-  assert answer["missing"] == {name: f"No module named '{name}'" for name in ("torch", "torchvision", "timm")}
+  assert answer["missing"] == {name: f"No module named '{name}'" for name in ("torch", "torchvision", "timm", "transformers")}
 
 
 def test_operators_that_torchvision_does_not_find_are_named_for_it(tmp_path):

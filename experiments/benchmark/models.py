@@ -44,7 +44,7 @@ OURS, PLAIN = "dljax", "flax"
 LONGEST_WAIT = 1800.0  # seconds after which a side counts as hung
 PROBE_WAIT = 300.0  # seconds that an interpreter may take to import its packages
 PAUSE = 0.25  # seconds between turns: the threads of OpenMP spin for up to 0.2 after their work
-HOW_TO_GET = ("python3 -m venv peers && peers/bin/pip install torch torchvision timm, "
+HOW_TO_GET = ("python3 -m venv peers && peers/bin/pip install torch torchvision timm transformers, "
               "then --peer_python=peers/bin/python")
 OUR_WORKER = (sys.executable, "-m", "experiments.benchmark.jax_worker")
 PEER_WORKER = torch_worker.__file__
@@ -95,7 +95,7 @@ def find_peers(flag: str) -> Peers:
                     f"{mend}") from None
   if flag and "torch" not in peers.found:
     raise UserError(f"--peer_python={python} has no torch ({peers.missing['torch']}); "
-                    f"run {python} -m pip install torch torchvision timm")
+                    f"run {python} -m pip install torch torchvision timm transformers")
   return peers
 
 

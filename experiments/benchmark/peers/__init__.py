@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 
-PACKAGES = ("torch", "torchvision", "timm")
+PACKAGES = ("torch", "torchvision", "timm", "transformers")
 
 
 def import_torchvision():
@@ -32,10 +32,10 @@ def import_torchvision():
 
 
 def import_package(name):
-  """A package of `PACKAGES`; timm, where it is, imports torchvision itself, which therefore comes
-  first.
+  """A package of `PACKAGES`; timm and transformers import torchvision themselves, which therefore
+  comes first, where it is.
   """
-  if name == "torchvision" or name == "timm" and importlib.util.find_spec(name):
+  if name != "torch" and importlib.util.find_spec(name) and importlib.util.find_spec("torchvision"):
     import_torchvision()
   return importlib.import_module(name)
 
