@@ -373,6 +373,16 @@ MUTANTS = (
         "integers(spare + 1)",
         "integers(max(spare, 1))",
         ("tests/data/text/test_corpus.py::test_every_token_is_some_epochs_first_or_last",)),
+    Mutant(
+        "window_spare", "dljax/data/text/streams.py",
+        "integers(self._spare + 1)",
+        "integers(max(self._spare, 1))",
+        ("tests/data/text/test_corpus.py::test_every_epochs_windows_begin_at_one_of_all_places",)),
+    Mutant(
+        "windows_counted_twice", "dljax/data/text/streams.py",
+        "np.where(indices > 0, length - self._stride, 0)",
+        "np.where(indices > 1, length - self._stride, 0)",
+        ("tests/data/text/test_corpus.py::test_windows_of_an_evaluation_predict_every_token_once",)),
     # recipes
     Mutant(
         "size_order", "dljax/recipes/object_detection.py",

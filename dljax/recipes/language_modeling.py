@@ -79,15 +79,24 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
   Args:
     config: a config with the fields that `config()` gives.
     model: the network, see `LanguageModeling`.
-    stateful: whether the model carries its state from window to window of a text.
+    stateful: whether the model carries its state from window to window of a text; otherwise it
+      reads each window on its own.
+
+  Raises:
+    UserError: a value is out of range, or a window is longer than the model's context.
   """
-  texts = corpus.TextSet(config.data)
+  longest = getattr(model, "max_length", None)  # a network without that reads texts of any length
+  if longest is not None and config.data.length > longest:
+    raise UserError(f"--config.data.length={config.data.length}: the model reads at most {longest} "
+                    "tokens; make it smaller")
+  texts = corpus.TextSet(config.data, carried=stateful)
   data = texts.pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   task = language_modeling.LanguageModeling(
       model=model, stateful=stateful and not config.data.documents,
       sampling=language_modeling.Sampling(**config.sampling.to_dict()),
-      spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens))
+      spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens),
+      padded=config.data.documents)
 
   def prompts(
       found: Sequence[str], names: Sequence[str], count: int = 1,

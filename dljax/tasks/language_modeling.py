@@ -37,7 +37,8 @@ class LanguageModeling(TaskBase):
     tokens i32[B, L];
     targets i32[B, L], the token after each, and target_weight f32[B, L], 0 if it is not predicted;
     length i32[B], the number of tokens in each row before its padding;
-    characters f32[B] and bytes f32[B], if the text's characters and bytes are to be counted.
+    characters f32[B] and bytes f32[B], if the text's characters and bytes are to be counted;
+    "host/position" i64[B] in evaluation, the place of a row's first token in the text.
   The training windows of a text that is carried from batch to batch (`stateful`) have no padding.
 
   Attributes:
@@ -47,15 +48,18 @@ class LanguageModeling(TaskBase):
     sampling: how `predict` continues a prompt.
     spell: a function from tokens i32[n] to their texts, for the figure of an evaluation; with None
       no figure is drawn.
+    padded: whether rows are documents of different lengths; the model is then given their lengths,
+      and their padding is reported.
   """
 
   model: nn.Module
   stateful: bool = False
   sampling: Sampling = Sampling()
   spell: Callable[[np.ndarray], Sequence[str]] | None = None
+  padded: bool = False
 
-  evaluate_reads = ("length", "host/position")
-  evaluate_draws = ("targets",)
+  evaluate_reads = ("host/position",)
+  evaluate_draws = ("targets", "target_weight")
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
@@ -75,16 +79,15 @@ class LanguageModeling(TaskBase):
   ) -> LossOutput:
     """See `Task.loss`. Metrics: loss, accuracy, bits_per_character, bits_per_byte, padding.
 
-    The gradient ends at the carry that the batch starts with. Where rows have no padding, there is
-    no such metric.
+    The gradient ends at the carry that the batch starts with. Only padded rows have the metric
+    padding.
     """
     del player  # one player: all parameters
     rest = {k: v for k, v in model_state.items() if k != CARRY}
     inputs, targets = batch["tokens"], batch["targets"]
-    # Without a length, the model need not check each step of a whole window for padding.
-    length = None if train and self.stateful else batch["length"]
     out, rest = self.apply(
-        params, rest, batch, rng, train, inputs, cache=model_state.get(CARRY), length=length)
+        params, rest, batch, rng, train, inputs, cache=model_state.get(CARRY),
+        length=self._length(batch, train))
     if self.stateful:
       rest = {**rest, CARRY: jax.tree.map(
           lambda new, old: new.astype(old.dtype), out[CACHE], model_state[CARRY])}
@@ -98,7 +101,7 @@ class LanguageModeling(TaskBase):
     for unit in ("character", "byte"):
       if f"{unit}s" in batch:
         metrics[f"bits_per_{unit}"] = total / math.log(2), jnp.sum(batch[f"{unit}s"])
-    if not self.stateful:
+    if self.padded:
       positions = jnp.asarray(inputs.size, count.dtype)
       metrics["padding"] = positions - jnp.sum(batch["length"]), positions
     return LossOutput(loss=total / jnp.maximum(denominators["tokens"], 1), metrics=metrics,
@@ -117,7 +120,8 @@ class LanguageModeling(TaskBase):
         return {}
       rest = {k: v for k, v in variables.items() if k != CARRY}
       out = self.model.apply(
-          rest, batch["tokens"], cache=variables.get(CARRY), length=batch["length"], train=False)
+          rest, batch["tokens"], cache=variables.get(CARRY), length=self._length(batch, False),
+          train=False)
       return {"nats": _nats(out["logits"].astype(jnp.float32), batch["targets"])}
     text = self.start(variables, batch)
     tokens, _ = self.advance(variables, text, rng, self.max_new_tokens)
@@ -142,7 +146,7 @@ class LanguageModeling(TaskBase):
   def goals(self) -> Mapping[str, str]:
     """See `Task.goals`."""
     names = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
-    names += () if self.stateful else ("padding",)
+    names += ("padding",) if self.padded else ()
     return dict.fromkeys(names, MIN) | {"accuracy": MAX}
 
   def summarize(self, sums: Sums) -> Mapping[str, float]:
@@ -164,9 +168,9 @@ class LanguageModeling(TaskBase):
       drawn = np.flatnonzero(np.asarray(batch["host/position"]) < MAX_PICTURED)
       if not len(drawn):
         continue
-      for tokens, i in zip(batch["targets"][drawn], drawn):
-        length = batch["length"][i]
-        parts.append((batch["host/position"][i], tokens[:length], predicted["nats"][i][:length]))
+      for tokens, weight, i in zip(batch["targets"][drawn], batch["target_weight"][drawn], drawn):
+        counted = weight > 0
+        parts.append((batch["host/position"][i], tokens[counted], predicted["nats"][i][counted]))
     # The rows come from several streams or buckets; the figure needs them in reading order.
     parts.sort(key=lambda part: part[0])
     if not parts:
@@ -175,6 +179,15 @@ class LanguageModeling(TaskBase):
     figure = functools.partial(
         report.surprise, self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))
     return Findings(figures={"surprise": figure})
+
+  def _length(self, batch: Batch, train: bool) -> Array | None:
+    """The lengths i32[B] that the model is given, or None.
+
+    Without them it need not check each place for padding. Windows that carry no state need none,
+    as what is behind the end of a row changes nothing before it. A carried state does, at the ends
+    of an evaluation's streams.
+    """
+    return batch["length"] if self.padded or self.stateful and not train else None
 
 
 def _nats(logits: Array, targets: Array) -> Array:

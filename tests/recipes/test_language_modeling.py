@@ -1,5 +1,6 @@
 """The experiments of language models by their command line: trained, evaluated, and made to write."""
 
+import dataclasses
 import io
 import json
 import math
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from dljax.data.text import corpus
+from dljax.errors import UserError
+from dljax.recipes import language_modeling
 from experiments import rnn
 from tests.command import plain_pictures, refuse, run
 
@@ -204,6 +207,27 @@ def test_presets_are_what_they_say():
   spec = rnn.build(config).data.batch_spec
   assert spec["tokens"].shape == (config.batch_size, config.data.length) and spec["tokens"].dtype == np.int32
   assert rnn.build(config).task.stateful and not rnn.build(rnn.get_config("lm1b")).task.stateful
+
+
+@dataclasses.dataclass
+class _Network:
+  """What the recipe asks a network of 64 positions before it is built."""
+
+  max_length: int | None = 64
+
+
+def test_a_model_without_a_carry_reads_windows_no_longer_than_its_context():
+  config = rnn.get_config("pydoc")
+  build = lambda **options: language_modeling.build(config, _Network(**options), stateful=False)
+  experiment = build()
+  assert "reset" not in experiment.data.batch_spec and not experiment.task.stateful
+  assert "padding" not in experiment.task.goals
+  config.data.documents = True
+  assert "padding" in build().task.goals
+  config.data.length = 65
+  with pytest.raises(UserError, match="--config.data.length=65: the model reads at most 64 tokens; make it smaller"):
+    build()
+  assert build(max_length=None)
 
 
 def test_a_text_ends_at_its_first_end():

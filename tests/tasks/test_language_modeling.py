@@ -85,7 +85,7 @@ def test_what_is_behind_the_end_of_a_row_changes_nothing():
 
 def test_padding_is_reported_where_documents_are_padded():
   batch = tiny.batch(lengths=[6, 2, 5, 0])
-  found = TASK.summarize(_loss(LanguageModeling(tiny.Tiny()), batch).metrics)
+  found = TASK.summarize(_loss(LanguageModeling(tiny.Tiny(), padded=True), batch).metrics)
   assert found["padding"] == pytest.approx(11 / 24)
 
 
@@ -152,21 +152,21 @@ def play(tmp_path):
   return path
 
 
-def _pipelines(play, **fields):
+def _pipelines(play, carried=True, **fields):
   config = corpus.default_config()
   config.update({"file": str(play), "length": 16, **fields})
-  return lambda size: corpus.TextSet(config).pipelines(
+  return lambda size: corpus.TextSet(config, carried).pipelines(
       batch_size=16, eval_batch_size=size, seed=0)
 
 
 @functools.cache
-def _evaluator(mode, mesh, stateful):
-  task = LanguageModeling(tiny.Tiny(tokenize.Bytes.size), stateful)
+def _evaluator(mode, mesh, stateful, padded):
+  task = LanguageModeling(tiny.Tiny(tokenize.Bytes.size), stateful, padded=padded)
   return task, Evaluator(task, mode, parallel.make_mesh(toys.MESHES[mesh], mode))
 
 
-def _evaluate(pipeline, mode="jit", mesh="data:1", stateful=True):
-  task, evaluator = _evaluator(mode, mesh, stateful)
+def _evaluate(pipeline, mode="jit", mesh="data:1", stateful=True, padded=False):
+  task, evaluator = _evaluator(mode, mesh, stateful, padded)
   pipeline.open()
   variables = {"params": tiny.params(tokenize.Bytes.size)}
   if stateful:
@@ -187,6 +187,20 @@ def test_one_stream_is_exact_over_the_whole_text_whatever_the_window(play, lengt
   assert found["bits_per_character"] == pytest.approx(nats / math.log(2) / len(split), rel=1e-5)
 
 
+@pytest.mark.parametrize("stride", [16, 5])
+def test_windows_that_overlap_count_each_token_once_from_what_is_before_it(play, stride):
+  text = [tokenize.Bytes.end, *corpus.split_text(play.read_text())["validation"].encode()]
+  nats = 0
+  for begin in range(0, len(text) - 1 - 16 + stride, stride):
+    window = np.array([text[begin:begin + 17]])
+    losses = _nll({"tokens": window[:, :-1], "targets": window[:, 1:]}, tiny.Tiny(tokenize.Bytes.size))
+    nats += losses[0, 16 - stride if begin else 0:].sum()
+  found, _ = _evaluate(_pipelines(play, carried=False, eval_stride=stride)(4).evals["validation"], stateful=False)
+  assert found["loss"] == pytest.approx(nats / (len(text) - 1), rel=1e-5)
+  assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / (len(text) - 1), rel=1e-5)
+  assert "padding" not in found
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monkeypatch):
   drawn = []
@@ -205,6 +219,19 @@ def test_the_picture_has_the_bits_of_the_text_in_reading_order(play, rows, monke
   inputs = np.array([[tokenize.Bytes.end, *text_bytes[:first]]])
   nats, = _nll({"tokens": inputs[:, :-1], "targets": inputs[:, 1:]}, tiny.Tiny(tokenize.Bytes.size))
   np.testing.assert_allclose(bits[:first], nats / math.log(2), rtol=1e-4, atol=1e-4)
+
+
+def test_the_picture_shows_the_tokens_of_overlapping_windows_once(play, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(report, "surprise", lambda pieces, bits: drawn.append((pieces, bits)))
+  pipeline = _pipelines(play, carried=False, eval_stride=5)(3).evals["validation"]
+  pipeline.open()
+  batches = [pipeline.batch(step) for step in range(pipeline.num_batches)]
+  rows = [({"nats": batch["targets"] * math.log(2)}, batch) for batch in batches[::-1]]
+  LanguageModeling(tiny.Tiny(), spell=list).evaluate(rows, {}, {}).figures["surprise"]()
+  (tokens, bits), = drawn
+  assert bytes(tokens) == corpus.split_text(play.read_text())["validation"].encode()
+  np.testing.assert_allclose(bits, tokens)
 
 
 @pytest.mark.parametrize("mode, mesh", tiny.MODES[1:])
@@ -233,7 +260,7 @@ class _Documents:
 def test_documents_have_the_same_sums_whatever_the_buckets_and_few_programs():
   found = {}
   for buckets, size in ((1, 4), (2, 8), (8, 4)):
-    sums, evaluator = _evaluate(_Documents(buckets, size).pipeline, stateful=False)
+    sums, evaluator = _evaluate(_Documents(buckets, size).pipeline, stateful=False, padded=True)
     found[buckets] = sums
   padding = {buckets: sums.pop("padding") for buckets, sums in found.items()}
   assert found[1] == pytest.approx(found[2], rel=1e-5)

@@ -6,14 +6,16 @@ A batch holds
   targets          i32[b, L], the token after each token
   target_weight    f32[b, L], 0 where no token is to be predicted
   length           i32[b], the number of tokens in a row that are no padding
-  reset            f32[b], 1 where a row does not continue the row of the batch before
+  reset            f32[b], 1 where a row does not continue the row of the batch before; not of
+                   windows that are read on their own
   mask, id         see `data/pipeline.py`; in evaluation, the id of a stream's window is the place
                    of its first token in the split
   characters       f32[b], in evaluation: the number of characters that the targets stand for
   bytes            f32[b], in evaluation: the number of bytes that the targets stand for
   "host/position"  i64[b], in evaluation: the place of the row's first token in the split
 
-The documents of a split are read as one text, or each on its own; see `data/text/streams.py`.
+The documents of a split are read as one text, in streams or windows, or each on its own; see
+`data/text/streams.py`.
 """
 
 import functools
@@ -28,7 +30,7 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import own, ragged, sources, splits
-from dljax.data.pipeline import HostBatch, Pipeline
+from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline
 from dljax.data.text import streams, tokenize
 from dljax.errors import UserError, unknown
 
@@ -61,6 +63,9 @@ def default_config() -> Group:
                          "as one text."),
       "length": Field(64, "The number of tokens in a window, and in the longest piece that a "
                       "document is cut into."),
+      "eval_stride": Field(0, "The number of tokens from one window of an evaluation to the next, "
+                           "which predicts as many; 0 is length. A smaller number shows each token "
+                           "more of the text before it, and takes longer."),
       "buckets": Field(ragged.MAX_BUCKETS, "The number of lengths that batches of documents are "
                        "padded to."),
   })
@@ -72,6 +77,11 @@ def validate(config: Any) -> None:
   if config.tokenizer not in tokenize.TOKENIZERS:
     raise unknown("--config.data.tokenizer", config.tokenizer, tokenize.TOKENIZERS)
   need("length", config.length >= 1, "give at least 1 token")
+  need("eval_stride", 0 <= config.eval_stride <= config.length,
+       f"give a number from 1 to --config.data.length={config.length}, or 0")
+  need("eval_stride", not (config.eval_stride and config.documents),
+       "documents are not read in windows that overlap; set it to 0, or drop "
+       "--config.data.documents")
   mine = own_text(config)
   # An evaluation may read all as the split test.
   need("train", bool(config.train) or bool(mine and not config.validation and config.test),
@@ -232,14 +242,20 @@ class TextSet(splits.DataSet):
 
   Args:
     config: see `default_config`.
+    carried: whether the model carries a state from window to window of a text; otherwise each
+      window is read on its own.
 
   Raises:
     UserError: a value out of range.
   """
 
-  def __init__(self, config: Any):
+  def __init__(self, config: Any, carried: bool = True):
     validate(config)
+    splits.need(config, "eval_stride", not (config.eval_stride and carried),
+                "a model that carries its state has read all that comes before a window; set it "
+                "to 0")
     super().__init__(config)
+    self._carried = carried
     self.seed = 0  # of the run; it decides which documents of a folder are for which split
     self._tokenizer: tokenize.Tokenizer | None = None
     self._own: Mapping[str, Mapping[str, str]] | None = None
@@ -253,8 +269,14 @@ class TextSet(splits.DataSet):
   def pipeline(self, split: str, **options: Any) -> Pipeline:
     """See `DataSet.pipeline`."""
     config, read = self.config, functools.partial(self.read, split)
-    if not config.documents:
+    if not config.documents and self._carried:
       return streams.Streams(read, length=config.length, **options)
+    if not config.documents:
+      return IndexedPipeline(
+          lambda pipeline: streams.Windows(
+              read()[0], config.length, stride=config.eval_stride or config.length,
+              seed=pipeline.seed, train=pipeline.train),
+          lambda windows, plan: windows.gather(plan, plan.rows), **options)
     counts = not options["train"]
     return ragged.RaggedPipeline(
         lambda _: streams.Documents(read(), config.length, self.tokenizer().end, counts=counts),
@@ -264,9 +286,11 @@ class TextSet(splits.DataSet):
   def shapes(self) -> splits.Shapes:
     """See `DataSet.shapes`."""
     row = (self.config.length,)
-    return {"tokens": (row, np.int32), "targets": (row, np.int32),
-            "target_weight": (row, np.float32), "length": ((), np.int32),
-            "reset": ((), np.float32)}
+    shapes = {"tokens": (row, np.int32), "targets": (row, np.int32),
+              "target_weight": (row, np.float32), "length": ((), np.int32)}
+    if self._carried or self.config.documents:
+      shapes["reset"] = (), np.float32
+    return shapes
 
   def fields(self) -> Mapping[str, Any]:
     """See `DataSet.fields`."""

@@ -1,13 +1,16 @@
-"""From a tokenized text to batches: as parallel streams, or document by document.
+"""From a tokenized text to batches: as parallel streams, as windows, or document by document.
 
 `Streams` reads the documents of a split as one text. The text is cut into as many parallel streams
 as a batch has rows, and step s gives the s-th window of each. A state that is carried from batch
 to batch has thus read all that came before (truncated backpropagation through time; Werbos 1990,
 "Backpropagation through time: what it does and how to do it").
 
+`Windows` reads the documents of a split as one text too, but each window of it on its own: what a
+transformer reads, which carries no state.
+
 `Documents` reads each document on its own, in batches of documents of similar length (`ragged`).
 
-Either way, an evaluation predicts every token of its split once, and the first token of a text
+In all of them, an evaluation predicts every token of its split once, and the first token of a text
 from `Tokenizer.end`.
 """
 
@@ -17,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dljax.data import ragged
-from dljax.data.pipeline import PADDING, HostBatch, Rows, all_rows, rng
+from dljax.data.pipeline import PADDING, HostBatch, Plan, Rows, all_rows, rng
 from dljax.data.text import tokenize
 from dljax.errors import UserError
 
@@ -114,6 +117,68 @@ class Streams:
     return -(-targets // self._size)
 
 
+class Windows:
+  """The `Examples` of one text in windows that know nothing of each other.
+
+  Training cuts the text into windows that do not overlap, so that an epoch reads every token once
+  (but for less than two windows at the ends), and `IndexedPipeline` shuffles them. Each epoch
+  starts at another place, so that the windows differ from epoch to epoch, and with them how much
+  of the text a token is predicted from. A batch has B L tokens, as in recipes that draw each
+  window's place at random and may read a token twice before another is read once.
+
+  Evaluation predicts every token once. Windows that overlap count only their ends, so that each
+  token but those of the first window is predicted from at least `length - stride` others.
+
+  Args:
+    text: the text, which begins with `Tokenizer.end`.
+    length: L, the number of tokens in a window.
+    stride: in evaluation, the number of tokens from one window to the next, from 1 to `length`.
+    seed: the run's seed.
+    train: whether these are the windows of training.
+
+  Raises:
+    UserError: the training text is shorter than a window.
+  """
+
+  def __init__(
+      self, text: tokenize.Encoded, length: int, *, stride: int, seed: int = 0,
+      train: bool = False,
+  ):
+    self._text, self._length, self._stride = text, length, stride
+    self._seed, self._train = seed, train
+    targets = len(text.tokens) - 1
+    if not train:
+      self._size = 1 + -(-max(targets - length, 0) // stride)
+      return
+    if targets < length:
+      raise UserError(f"--config.data.length={length}: the training text has {targets} tokens, too "
+                      "few for one window; make it smaller")
+    # One window less than would fit leaves room for different starts, unless it is the only one.
+    self._size = max(1, (targets + 1) // length - 1)
+    self._spare = targets - self._size * length
+
+  def __len__(self) -> int:
+    return self._size
+
+  def gather(self, plan: Plan, rows: np.ndarray) -> HostBatch:
+    indices, length = plan.indices[rows], self._length
+    if self._train:
+      epochs = (plan.step * len(plan.indices) + rows) // self._size
+      first = {epoch: rng(self._seed, epoch, "first").integers(self._spare + 1)
+               for epoch in np.unique(epochs)}
+      begins = np.array([first[epoch] for epoch in epochs], np.int64) + indices * length
+      counts, skipped = np.full(len(rows), length), np.zeros(len(rows), np.int64)
+    else:
+      begins = np.maximum(indices, 0) * self._stride
+      counts = np.minimum(length, len(self._text.tokens) - 1 - begins) * (indices != PADDING)
+      skipped = np.where(indices > 0, length - self._stride, 0)
+    return _windows(self._text, begins, counts, length, skipped=skipped,
+                    counts_of_text=not self._train)
+
+  def close(self) -> None:
+    pass
+
+
 class Documents:
   """The `RaggedExamples` of documents, each on its own and closed by `end`; long ones are cut into
   pieces.
@@ -154,18 +219,20 @@ class Documents:
 
 def _windows(
     text: tokenize.Encoded, begins: np.ndarray, counts: np.ndarray, length: int, *,
-    counts_of_text: bool,
+    counts_of_text: bool, skipped: np.ndarray | int = 0,
 ) -> HostBatch:
-  """The windows that start at `begins`, with `counts` tokens to predict, padded to `length`."""
+  """The windows that start at `begins` and have `counts` tokens, padded to `length`; of each all
+  tokens but the `skipped` first are to be predicted."""
   inside = np.arange(length) < counts[:, None]
+  predicted = inside & (np.arange(length) >= np.reshape(skipped, (-1, 1)))
   places = np.where(inside, begins[:, None] + np.arange(length), 0)
   following = np.where(inside, places + 1, 0)
   batch = {"tokens": np.where(inside, text.tokens[places], 0).astype(np.int32),
            "targets": np.where(inside, text.tokens[following], 0).astype(np.int32),
-           "target_weight": inside.astype(np.float32), "length": counts.astype(np.int32),
+           "target_weight": predicted.astype(np.float32), "length": counts.astype(np.int32),
            "mask": (counts > 0).astype(np.float32)}
   if counts_of_text:
-    batch["characters"] = np.sum(text.characters[following] * inside, axis=1).astype(np.float32)
-    batch["bytes"] = np.sum(text.bytes[following] * inside, axis=1).astype(np.float32)
+    batch["characters"] = np.sum(text.characters[following] * predicted, axis=1).astype(np.float32)
+    batch["bytes"] = np.sum(text.bytes[following] * predicted, axis=1).astype(np.float32)
     batch["host/position"] = np.where(counts > 0, begins, PADDING)
   return batch

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dljax.data import prepare, sources
+from dljax.data.pipeline import Plan
 from dljax.data.text import corpus, tokenize
 from dljax.data.text import streams as streams_lib
 from dljax.data.datasets import pydoc
@@ -48,8 +49,8 @@ def _config(play, **fields):
   return config
 
 
-def _data(play, batch_size=4, eval_batch_size=3, seed=0, **fields):
-  return corpus.TextSet(_config(play, **fields)).pipelines(
+def _data(play, batch_size=4, eval_batch_size=3, seed=0, carried=True, **fields):
+  return corpus.TextSet(_config(play, **fields), carried).pipelines(
       batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed)
 
 
@@ -150,10 +151,14 @@ def test_documents_take_twelve_bytes_for_each_token():
   assert len(made) == 100 and 1_200_000 <= held < 1_300_000
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_batch_is_a_function_of_seed_and_step(play, documents):
+# Streams, windows and documents.
+READINGS = [{}, {"carried": False}, {"documents": True}]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_batch_is_a_function_of_seed_and_step(play, reading):
   def batches(steps, seed):
-    pipeline = _data(play, seed=seed, documents=documents).train
+    pipeline = _data(play, seed=seed, **reading).train
     pipeline.open()
     return {step: pipeline.batch(step)["tokens"].tolist() for step in steps}
 
@@ -161,11 +166,11 @@ def test_a_batch_is_a_function_of_seed_and_step(play, documents):
   assert batches(range(9), 1) != batches(range(9), 2)
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_hosts_share_out_the_global_batch(play, split, documents):
+def test_hosts_share_out_the_global_batch(play, split, reading):
   def get(*rows):
-    data = _data(play, eval_batch_size=4, documents=documents)
+    data = _data(play, eval_batch_size=4, **reading)
     pipeline = data.train if split == "train" else data.evals[split]
     pipeline.open(*rows)
     return pipeline
@@ -185,6 +190,81 @@ def test_documents_of_a_stream_are_told_apart(documents):
   pipeline.open()
   stream = sum((_predicted(pipeline.batch(step))[0] for step in range(pipeline.num_batches)), [])
   assert [*stream, END] == sum((list(t.encode()) + [END] for t in documents("test")), [])
+
+
+# Windows
+
+
+@pytest.mark.parametrize("length, stride", [(16, 0), (16, 8), (7, 3), (7, 1), (1, 1), (1000, 500)])
+def test_windows_of_an_evaluation_predict_every_token_once(play, length, stride):
+  pipeline = _data(play, length=length, eval_stride=stride, carried=False).evals["validation"]
+  pipeline.open()
+  text = [END, *_bytes_of("validation")]
+  found, totals = [], np.zeros(2)
+  for step in range(pipeline.num_batches):
+    batch = pipeline.batch(step)
+    for tokens, targets, weight, n, place, mask in zip(*(batch[field] for field in (
+        "tokens", "targets", "target_weight", "length", "host/position", "mask"))):
+      assert mask == (n > 0) == (place >= 0)
+      if not n:
+        continue
+      assert tokens[:n].tolist() == text[place:place + n] and targets[:n].tolist() == text[place + 1:place + n + 1]
+      assert not tokens[n:].any() and not targets[n:].any()
+      counted = np.flatnonzero(weight)
+      assert counted.tolist() == list(range(counted[0], n))
+      assert counted[0] == (0 if place == 0 or not stride else length - stride)  # what is predicted from more
+      found += (place + 1 + counted).tolist()
+    totals += batch["characters"].sum(), batch["bytes"].sum()
+  assert sorted(found) == list(range(1, len(text)))
+  expected = corpus.split_text(PLAY)["validation"]
+  assert tuple(totals) == (len(expected), len(expected.encode()))
+
+
+def test_training_windows_read_every_token_once_an_epoch_from_another_start(play):
+  play.write_text("".join(map(chr, range(0x4e00, 0x4e00 + 500))))  # no character twice, so token i is character i
+  data = _data(play, batch_size=5, carried=False, tokenizer="character", vocab_size=500)
+  pipeline = data.train
+  pipeline.open()
+  windows = pipeline.num_examples
+  assert windows == 27  # of 450 tokens; 28 would always be the same
+  read = []
+  for step in range(-(-4 * windows // 5)):
+    batch = pipeline.batch(step)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == (
+        {k: (v.shape, v.dtype) for k, v in data.batch_spec.items()})
+    assert batch["target_weight"].all() and batch["mask"].all()  # B L tokens
+    np.testing.assert_array_equal(batch["targets"], batch["tokens"] + 1)
+    np.testing.assert_array_equal(batch["tokens"], batch["tokens"][:, :1] + np.arange(16))
+    read += batch["tokens"][:, 0].tolist()
+  starts = set()
+  for epoch in range(4):
+    begins = read[epoch * windows:(epoch + 1) * windows]
+    assert begins != sorted(begins) and np.diff(sorted(begins)).tolist() == [16] * (windows - 1)
+    assert 0 <= min(begins) and max(begins) + 16 <= 450
+    starts.add(min(begins))
+  assert len(starts) > 1
+
+
+def test_every_epochs_windows_begin_at_one_of_all_places():
+  """23 tokens, of which 22 are predicted: three windows of 5 that begin at 0 to 7."""
+  text = tokenize.Encoded(*np.arange(69).reshape(3, 23).astype(np.int32))
+  windows = streams_lib.Windows(text, 5, stride=5, train=True)
+  assert len(windows) == 3
+  starts = set()
+  for step in range(80):
+    rows = np.arange(3)
+    batch = windows.gather(Plan(0, step, np.array([2, 0, 1]), rows), rows)
+    first = int(batch["tokens"].min())
+    assert batch["tokens"][:, 0].tolist() == [first + 10, first, first + 5]
+    starts.add(first)
+  assert starts == set(range(8))
+
+
+def test_a_sample_of_windows_is_evaluated_first(play):
+  pipeline = _data(play, length=4, carried=False).evals["validation"]
+  pipeline.sample(4, seed=1)
+  pipeline.open()
+  assert pipeline.num_sample_batches == 2 and sum(pipeline.batch(i)["mask"].sum() for i in range(2)) == 4
 
 
 # Documents
@@ -311,6 +391,15 @@ def test_bad_files_are_named(play, content, line):
     _data(play).train.open()
 
 
+def test_a_text_shorter_than_a_window_or_a_batch_of_them_is_refused(play):
+  play.write_text("x" * 100)
+  with pytest.raises(UserError, match="--config.data.length=91: the training text has 90 tokens, too few for one win"):
+    _data(play, length=91, carried=False).train.open()
+  with pytest.raises(UserError, match="--config.batch_size=4: there are only 1 training examples; make it smaller"):
+    _data(play, length=90, carried=False).train.open()
+  assert _data(play, batch_size=1, length=90, carried=False).train.open()
+
+
 def test_characters_that_training_has_not_seen_are_named(play):
   play.write_text("abc " * 300 + "é" * 30)
   with pytest.raises(UserError, match=r"play.txt \(test\), document 0: the character 'é' \(U\+00E9\) at position"):
@@ -329,6 +418,9 @@ def test_characters_that_training_has_not_seen_are_named(play):
     ({"train": "train[:50%]"}, "--config.data.train='train\\[:50%\\]': a text of your own has only the split train"),
     ({"train": ""}, "--config.data.train='': name the split"),
     ({"documents": True, "buckets": 9}, "--config.data.buckets=9"),
+    ({"eval_stride": 17}, "--config.data.eval_stride=17: give a number from 1 to --config.data.length=16, or 0"),
+    ({"eval_stride": 8, "documents": True}, "--config.data.eval_stride=8: documents are not read in windows"),
+    ({"eval_stride": 8}, "--config.data.eval_stride=8: a model that carries its state has read all that comes"),
     ({"file": "", "name": "../x"}, "is not a TFDS name"),
 ])
 def test_bad_configs_are_refused_at_once(play, fields, line):
