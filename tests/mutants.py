@@ -383,6 +383,16 @@ MUTANTS = (
         "np.where(indices > 0, length - self._stride, 0)",
         "np.where(indices > 1, length - self._stride, 0)",
         ("tests/data/text/test_corpus.py::test_windows_of_an_evaluation_predict_every_token_once",)),
+    Mutant(
+        "packed_positions_go_on", "dljax/data/text/packing.py",
+        '"position": put(within.astype(np.int32))',
+        '"position": put(places[1].astype(np.int32))',
+        ("tests/data/text/test_packing.py::test_rows_say_whose_each_place_is",)),
+    Mutant(
+        "packed_by_first_fit", "dljax/data/text/packing.py",
+        "for free in range(length, capacity + 1) if",
+        "for free in range(capacity, length - 1, -1) if",
+        ("tests/data/text/test_packing.py::test_rows_are_those_of_best_fit_decreasing",)),
     # recipes
     Mutant(
         "size_order", "dljax/recipes/object_detection.py",

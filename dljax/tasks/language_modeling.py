@@ -37,19 +37,22 @@ class LanguageModeling(TaskBase):
     tokens i32[B, L];
     targets i32[B, L], the token after each, and target_weight f32[B, L], 0 if it is not predicted;
     length i32[B], the number of tokens in each row before its padding;
+    segment i32[B, L] and position i32[B, L], if several documents share a row: which document of
+    its row a token belongs to (0 is padding), and its place there;
     characters f32[B] and bytes f32[B], if the text's characters and bytes are to be counted;
-    "host/position" i64[B] in evaluation, the place of a row's first token in the text.
+    "host/position" in evaluation, the place in the text of a row's first token, i64[B], or of each
+    token, i64[B, L].
   The training windows of a text that is carried from batch to batch (`stateful`) have no padding.
 
   Attributes:
     model: called as `model(tokens, cache=None, length=None, train=...)`, gives {"logits":
-      [B, L, V], "cache": ...}; see `decoding`. Without a cache it reads from the start.
+      [B, L, V], "cache": ...}; see `decoding`. Without a cache it reads from the start. Where
+      documents share rows it is also given segment and position, and keeps the documents apart.
     stateful: whether each row continues the same row of the batch before, unless it is reset.
     sampling: how `predict` continues a prompt.
     spell: a function from tokens i32[n] to their texts, for the figure of an evaluation; with None
       no figure is drawn.
-    padded: whether rows are documents of different lengths; the model is then given their lengths,
-      and their padding is reported.
+    padded: whether rows have documents of different lengths, so that their padding is reported.
   """
 
   model: nn.Module
@@ -87,7 +90,7 @@ class LanguageModeling(TaskBase):
     inputs, targets = batch["tokens"], batch["targets"]
     out, rest = self.apply(
         params, rest, batch, rng, train, inputs, cache=model_state.get(CARRY),
-        length=self._length(batch, train))
+        **self._extent(batch, train))
     if self.stateful:
       rest = {**rest, CARRY: jax.tree.map(
           lambda new, old: new.astype(old.dtype), out[CACHE], model_state[CARRY])}
@@ -120,8 +123,8 @@ class LanguageModeling(TaskBase):
         return {}
       rest = {k: v for k, v in variables.items() if k != CARRY}
       out = self.model.apply(
-          rest, batch["tokens"], cache=variables.get(CARRY), length=self._length(batch, False),
-          train=False)
+          rest, batch["tokens"], cache=variables.get(CARRY), train=False,
+          **self._extent(batch, False))
       return {"nats": _nats(out["logits"].astype(jnp.float32), batch["targets"])}
     text = self.start(variables, batch)
     tokens, _ = self.advance(variables, text, rng, self.max_new_tokens)
@@ -165,29 +168,34 @@ class LanguageModeling(TaskBase):
       return Findings()
     parts = []
     for predicted, batch in rows:
-      drawn = np.flatnonzero(np.asarray(batch["host/position"]) < MAX_PICTURED)
-      if not len(drawn):
-        continue
-      for tokens, weight, i in zip(batch["targets"][drawn], batch["target_weight"][drawn], drawn):
-        counted = weight > 0
-        parts.append((batch["host/position"][i], tokens[counted], predicted["nats"][i][counted]))
-    # The rows come from several streams or buckets; the figure needs them in reading order.
-    parts.sort(key=lambda part: part[0])
+      places = np.asarray(batch["host/position"])
+      if places.ndim == 1:
+        places = places[:, None] + np.arange(predicted["nats"].shape[1])
+      shown = (places >= 0) & (places < MAX_PICTURED)
+      drawn = np.flatnonzero(shown.any(axis=1))
+      if len(drawn):
+        shown = shown[drawn] & (batch["target_weight"][drawn] > 0)
+        parts.append((places[drawn][shown], batch["targets"][drawn][shown],
+                      predicted["nats"][drawn][shown]))
     if not parts:
       return Findings()
-    _, tokens, nats = zip(*parts)
+    # The rows come from several streams or buckets; the figure needs them in reading order.
+    places, tokens, nats = map(np.concatenate, zip(*parts))
+    order = np.argsort(places)
     figure = functools.partial(
-        report.surprise, self.spell(np.concatenate(tokens)), np.concatenate(nats) / math.log(2))
+        report.surprise, self.spell(tokens[order]), nats[order] / math.log(2))
     return Findings(figures={"surprise": figure})
 
-  def _length(self, batch: Batch, train: bool) -> Array | None:
-    """The lengths i32[B] that the model is given, or None.
+  def _extent(self, batch: Batch, train: bool) -> Mapping[str, Array]:
+    """What the model is told of where documents begin and end in a batch.
 
-    Without them it need not check each place for padding. Windows that carry no state need none,
-    as what is behind the end of a row changes nothing before it. A carried state does, at the ends
-    of an evaluation's streams.
+    Where it is told no lengths, it need not check each place for padding. What is behind the end
+    of a row changes nothing before it, but it would change a carried state, at the ends of an
+    evaluation's streams. The training windows of a carried text have no padding.
     """
-    return batch["length"] if self.padded or self.stateful and not train else None
+    if "segment" in batch:
+      return {"segment": batch["segment"], "position": batch["position"]}
+    return {"length": batch["length"]} if self.padded or self.stateful and not train else {}
 
 
 def _nats(logits: Array, targets: Array) -> Array:

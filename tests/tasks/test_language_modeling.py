@@ -142,6 +142,50 @@ def test_a_token_is_predicted_from_those_before_it():
     assert reach[:place + 1].all() and not reach[place + 1:].any()
 
 
+# Packed documents
+
+
+def _packed():
+  """A batch of two rows with documents of 4, 3 and 1, and of 5 and 2 tokens, and padding in the second."""
+  batch = tiny.batch(rows=2, length=8)
+  segment = np.array([[1, 1, 1, 1, 2, 2, 2, 3], [1, 1, 1, 1, 1, 2, 2, 0]], np.int32)
+  position = np.array([[0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 2, 3, 4, 0, 1, 0]], np.int32)
+  return {**batch, "segment": segment, "position": position, "target_weight": (segment > 0).astype(np.float32),
+          "length": np.array([8, 7], np.int32)}
+
+
+def test_packed_documents_have_the_loss_of_the_documents_one_by_one():
+  task, batch = LanguageModeling(tiny.TinyAttention(), padded=True), _packed()
+  variables = compiled.variables(task, batch)
+  loss = lambda batch: compiled.loss(task, batch, variables["params"])
+  found = loss(batch)
+  total = 0
+  for row in range(2):
+    for number in range(1, batch["segment"][row].max() + 1):
+      place = batch["segment"][row] == number
+      alone = {field: batch[field][row][place][None] for field in ("tokens", "targets", "target_weight")}
+      alone |= {"length": np.array([place.sum()], np.int32), "id": np.zeros(1, np.int32)}
+      total += float(loss(alone).loss) * place.sum()
+  assert float(found.loss) == pytest.approx(total / 15, rel=1e-5)
+  assert task.summarize(found.metrics)["padding"] == pytest.approx(1 / 16)
+  leaking = {**batch, "segment": np.ones_like(batch["segment"])}
+  assert abs(float(loss(leaking).loss) - total / 15) > 1e-3  # what a document sees of others matters here
+
+
+def test_no_gradient_passes_from_one_document_to_another():
+  task, batch = LanguageModeling(tiny.TinyAttention()), _packed()
+  params = compiled.variables(task, batch)["params"]
+  for row in range(2):
+    # Token n stands at place n alone, so the gradient of its embedding is that of the place.
+    alone = {**{field: value[row:row + 1] for field, value in batch.items()}, "tokens": np.arange(8)[None]}
+    segment = batch["segment"][row]
+    for place in range(8):
+      weight = np.float32(np.arange(8) == place)[None]
+      _, grad, _ = compiled.loss_and_grad(task, params, {**alone, "target_weight": weight})
+      reached = np.any(grad["embed"]["embedding"][:8] != 0, axis=1)
+      np.testing.assert_array_equal(reached, (segment == segment[place]) & (np.arange(8) <= place))
+
+
 # A whole split, by the engine
 
 

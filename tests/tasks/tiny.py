@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dljax.ops import attention
+
 VOCABULARY, WIDTH = 11, 6
 MODES = [("jit", "data:1"), ("jit", "data:4"), ("pmap", "data:4")]
 
@@ -35,6 +37,21 @@ class Tiny(nn.Module):
 
   def init_cache(self, batch, length):
     return jnp.zeros((batch, WIDTH), self.dtype)
+
+
+class TinyAttention(nn.Module):
+  """One layer of causal attention that keeps packed documents apart."""
+
+  vocab_size: int = VOCABULARY
+
+  @nn.compact
+  def __call__(self, tokens, cache=None, length=None, segment=None, position=None, train=False):
+    if position is None:
+      position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = nn.Embed(self.vocab_size, WIDTH, name="embed")(tokens) + nn.Embed(64, WIDTH, name="positions")(position)
+    q, k, v = jnp.moveaxis(nn.DenseGeneral((3, 2, 3), name="qkv")(x), 2, 0)
+    x = x + attention.attention(4 * q, k, v, causal=True, segment=segment).reshape(x.shape)
+    return {"logits": nn.Dense(self.vocab_size, name="head")(x), "cache": None}
 
 
 @functools.cache

@@ -12,7 +12,11 @@ A batch holds
                    of its first token in the split
   characters       f32[b], in evaluation: the number of characters that the targets stand for
   bytes            f32[b], in evaluation: the number of bytes that the targets stand for
-  "host/position"  i64[b], in evaluation: the place of the row's first token in the split
+  segment          i32[b, L], of packed documents: from 1 on, the document in its row that a token
+                   belongs to; 0 at padding
+  position         i32[b, L], of packed documents: the place of a token in its document
+  "host/position"  i64[b], in evaluation: the place of the row's first token in the split; of packed
+                   documents i64[b, L], the place of each token
 
 The documents of a split are read as one text, in streams or windows, or each on its own; see
 `data/text/streams.py`.
@@ -31,7 +35,7 @@ import numpy as np
 from dljax.config import Field, Group, one_of
 from dljax.data import own, ragged, sources, splits
 from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline
-from dljax.data.text import streams, tokenize
+from dljax.data.text import packing, streams, tokenize
 from dljax.errors import UserError, unknown
 
 ASSET = "tokenizer"
@@ -63,6 +67,8 @@ def default_config() -> Group:
                          "as one text."),
       "length": Field(64, "The number of tokens in a window, and in the longest piece that a "
                       "document is cut into."),
+      "packed": Field(False, "Whether documents that are read on their own share rows of length "
+                      "tokens; otherwise each has a row."),
       "eval_stride": Field(0, "The number of tokens from one window of an evaluation to the next, "
                            "which predicts as many; 0 is length. A smaller number shows each token "
                            "more of the text before it, and takes longer."),
@@ -82,6 +88,8 @@ def validate(config: Any) -> None:
   need("eval_stride", not (config.eval_stride and config.documents),
        "documents are not read in windows that overlap; set it to 0, or drop "
        "--config.data.documents")
+  need("packed", not config.packed or config.documents,
+       "goes with --config.data.documents=true; add it, or drop this")
   mine = own_text(config)
   # An evaluation may read all as the split test.
   need("train", bool(config.train) or bool(mine and not config.validation and config.test),
@@ -254,6 +262,8 @@ class TextSet(splits.DataSet):
     splits.need(config, "eval_stride", not (config.eval_stride and carried),
                 "a model that carries its state has read all that comes before a window; set it "
                 "to 0")
+    splits.need(config, "packed", not (config.packed and carried),
+                "a model that carries its state would carry it from document to document; drop it")
     super().__init__(config)
     self._carried = carried
     self.seed = 0  # of the run; it decides which documents of a folder are for which split
@@ -278,6 +288,11 @@ class TextSet(splits.DataSet):
               seed=pipeline.seed, train=pipeline.train),
           lambda windows, plan: windows.gather(plan, plan.rows), **options)
     counts = not options["train"]
+    if config.packed:
+      return IndexedPipeline(
+          lambda _: packing.Packed(streams.Documents(
+              read(), config.length, self.tokenizer().end, counts=counts), config.length),
+          streams.packed, **options)
     return ragged.RaggedPipeline(
         lambda _: streams.Documents(read(), config.length, self.tokenizer().end, counts=counts),
         lambda documents, plan: documents.gather(plan, plan.rows), longest=config.length,
@@ -288,7 +303,9 @@ class TextSet(splits.DataSet):
     row = (self.config.length,)
     shapes = {"tokens": (row, np.int32), "targets": (row, np.int32),
               "target_weight": (row, np.float32), "length": ((), np.int32)}
-    if self._carried or self.config.documents:
+    if self.config.packed:
+      shapes |= {"segment": (row, np.int32), "position": (row, np.int32)}
+    elif self._carried or self.config.documents:
       shapes["reset"] = (), np.float32
     return shapes
 

@@ -8,7 +8,8 @@ to batch has thus read all that came before (truncated backpropagation through t
 `Windows` reads the documents of a split as one text too, but each window of it on its own: what a
 transformer reads, which carries no state.
 
-`Documents` reads each document on its own, in batches of documents of similar length (`ragged`).
+`Documents` reads each document on its own, in batches of documents of similar length (`ragged`), or
+several in each row (`packing`).
 
 In all of them, an evaluation predicts every token of its split once, and the first token of a text
 from `Tokenizer.end`.
@@ -21,7 +22,7 @@ import numpy as np
 
 from dljax.data import ragged
 from dljax.data.pipeline import PADDING, HostBatch, Plan, Rows, all_rows, rng
-from dljax.data.text import tokenize
+from dljax.data.text import packing, tokenize
 from dljax.errors import UserError
 
 
@@ -213,8 +214,30 @@ class Documents:
     batch = _windows(self._text, begins, counts, plan.padded, counts_of_text=self._counts)
     return {**batch, "reset": np.ones(len(rows), np.float32)}
 
+  def read(self, indices: np.ndarray) -> HostBatch:
+    """See `packing.Pieces`; of the numbers of characters and bytes, those of each token."""
+    sizes = self.lengths[indices]
+    first = np.cumsum(sizes) - sizes
+    places = np.arange(sizes.sum()) + np.repeat(self._begins[indices] - first, sizes)
+    flat = {"tokens": self._text.tokens[places], "targets": self._text.tokens[places + 1],
+            "target_weight": np.ones(len(places), np.float32)}
+    if self._counts:
+      flat |= {"characters": self._text.characters[places + 1],
+               "bytes": self._text.bytes[places + 1], "host/position": places}
+    return flat
+
   def close(self) -> None:
     pass
+
+
+def packed(documents: packing.Packed, plan: Plan) -> HostBatch:
+  """A batch of packed `Documents`: the numbers of characters and bytes are added up by row."""
+  batch = documents.gather(plan, plan.rows)
+  if "characters" in batch:
+    for field in "characters", "bytes":
+      batch[field] = np.sum(batch[field], axis=1).astype(np.float32)
+    batch["host/position"] = np.where(batch["segment"] > 0, batch["host/position"], PADDING)
+  return batch
 
 
 def _windows(

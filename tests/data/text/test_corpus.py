@@ -151,8 +151,8 @@ def test_documents_take_twelve_bytes_for_each_token():
   assert len(made) == 100 and 1_200_000 <= held < 1_300_000
 
 
-# Streams, windows and documents.
-READINGS = [{}, {"carried": False}, {"documents": True}]
+# Streams, windows, documents, and several documents in a row.
+READINGS = [{}, {"carried": False}, {"documents": True}, {"carried": False, "documents": True, "packed": True}]
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -289,6 +289,45 @@ def test_documents_are_predicted_to_their_ends_once_whatever_the_buckets(documen
   assert tuple(totals) == (sum(map(len, texts)), sum(len(t.encode()) for t in texts))
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_packed_documents_are_those_of_the_split(documents, split):
+  data = _data("", name=PYDOC, documents=True, packed=True, carried=False, length=500, batch_size=2)
+  pipeline = data.train if split == "train" else data.evals[split]
+  pipeline.open()
+  found, totals, used = [], np.zeros(2), []
+  for step in range(pipeline.num_batches):
+    batch = pipeline.batch(step)
+    if split == "train":
+      assert {k: (v.shape, v.dtype) for k, v in batch.items()} == (
+          {k: (v.shape, v.dtype) for k, v in data.batch_spec.items()})
+    else:
+      totals += batch["characters"].sum(), batch["bytes"].sum()
+      assert ((batch["host/position"] >= 0) == (batch["segment"] > 0)).all()
+    np.testing.assert_array_equal(batch["target_weight"], batch["segment"] > 0)
+    np.testing.assert_array_equal(batch["length"], np.sum(batch["segment"] > 0, axis=1))
+    used += batch["length"].tolist()
+    for tokens, targets, segment, position in zip(*(batch[f] for f in ("tokens", "targets", "segment", "position"))):
+      assert not tokens[segment == 0].any() and not targets[segment == 0].any() and not position[segment == 0].any()
+      for number in range(1, segment.max() + 1):
+        place = np.flatnonzero(segment == number)
+        assert place.tolist() == list(range(place[0], place[-1] + 1)) and place[0] == np.sum(
+            (segment > 0) & (segment < number))
+        assert position[place].tolist() == list(range(len(place)))
+        assert tokens[place][1:].tolist() == targets[place][:-1].tolist()
+        found.append([*tokens[place].tolist(), targets[place][-1]])
+  pieces = []
+  for text in documents(split):
+    closed = [END, *text.encode(), END]
+    pieces += [closed[i:i + 501] for i in range(0, len(closed) - 1, 500)]
+  if split == "train":  # the last row may not have filled a batch
+    assert len(used) in (pipeline.num_examples, pipeline.num_examples - 1)
+    pieces = [piece for piece in pieces if piece in found]
+  else:
+    assert tuple(totals) == (sum(map(len, documents(split))), sum(len(t.encode()) for t in documents(split)))
+    assert pipeline.num_examples == sum(n > 0 for n in used) < len(pieces)
+  assert sorted(found) == sorted(pieces)
+
+
 def test_topics_lie_in_one_split_by_their_text():
   from pydoc_data.topics import topics
   splits = pydoc.split_topics(topics)
@@ -420,6 +459,8 @@ def test_characters_that_training_has_not_seen_are_named(play):
     ({"documents": True, "buckets": 9}, "--config.data.buckets=9"),
     ({"eval_stride": 17}, "--config.data.eval_stride=17: give a number from 1 to --config.data.length=16, or 0"),
     ({"eval_stride": 8, "documents": True}, "--config.data.eval_stride=8: documents are not read in windows"),
+    ({"packed": True}, "--config.data.packed=True: goes with --config.data.documents=true"),
+    ({"packed": True, "documents": True}, "--config.data.packed=True: a model that carries its state would carry it"),
     ({"eval_stride": 8}, "--config.data.eval_stride=8: a model that carries its state has read all that comes"),
     ({"file": "", "name": "../x"}, "is not a TFDS name"),
 ])
