@@ -110,8 +110,8 @@ class Run:
       inputs: one of these, or a list of them.
         An array that stands in place of a file. Images: [h, w], [h, w, C] or [n, h, w, C], uint8
         or float in [0, 1], of any size; recordings: [N] at the model's sample rate; series:
-        [T, C]. The path of a file or of a folder, as a `pathlib.Path` if the model generates text.
-        A text for the model to continue.
+        [T, C]. The path of a file or of a folder, as a `pathlib.Path` if the model reads text.
+        A text, which the model continues, fills in or classifies.
 
     Returns:
       One dict for each row: its name as "input", and the prediction, such as "label" and
@@ -164,7 +164,7 @@ class Run:
     given = [inputs] if one else list(inputs)
     if not given:
       raise UserError("there is nothing to predict for; give an array, a path or a text")
-    if not hasattr(self.experiment.task, "start"):  # the task generates no text
+    if not self.experiment.texts:
       return Request(paths=[_path(x) if isinstance(x, (str, os.PathLike)) else np.asarray(x)
                             for x in given])
     texts = [x for x in given if isinstance(x, str)]

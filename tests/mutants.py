@@ -393,6 +393,23 @@ MUTANTS = (
         "for free in range(length, capacity + 1) if",
         "for free in range(capacity, length - 1, -1) if",
         ("tests/data/text/test_packing.py::test_rows_are_those_of_best_fit_decreasing",)),
+    Mutant(
+        "hidden_by_host", "dljax/data/text/masked.py",
+        "random((len(plan.indices), length, 3))[plan.rows]",
+        "random((len(plan.rows), length, 3))",
+        ("tests/data/text/test_masked.py::test_hosts_share_out_the_global_batch",)),
+    Mutant(
+        "all_chosen_are_hidden", "dljax/data/text/masked.py",
+        "np.where(kind < MASKED, tokenizer.mask",
+        "np.where(kind < 1, tokenizer.mask",
+        ("tests/data/text/test_masked.py::"
+         "test_of_ten_tokens_eight_are_hidden_one_is_replaced_and_one_is_kept",)),
+    Mutant(
+        "special_tokens_are_hidden", "dljax/data/text/masked.py",
+        "~np.isin(content, self._special)",
+        "np.ones(len(content), bool)",
+        ("tests/data/text/test_masked.py::"
+         "test_the_text_is_there_and_its_share_is_to_be_predicted",)),
     # recipes
     Mutant(
         "size_order", "dljax/recipes/object_detection.py",

@@ -44,7 +44,7 @@ ALLOWED = {
     "dljax.train.pretrained": [*TRAIN, "dljax.interop"],  # where a run starts from others' weights
     "dljax.train.loop": [*TRAIN, "dljax.interop.variants"],  # which says which model a run holds
     "dljax.train": TRAIN,
-    "dljax.recipes": ["dljax.recipes.common", "dljax.data", "dljax.tasks", "dljax.models.baselines",
+    "dljax.recipes": ["dljax.recipes.common", "dljax.recipes.texts", "dljax.data", "dljax.tasks", "dljax.models.baselines",
                       "dljax.train.experiment", "dljax.optim", "dljax.report", "dljax.config", "dljax.errors"],
     "dljax.runs": ["dljax.train", "dljax.report", "dljax.config", "dljax.errors"],
     "dljax.launch.convert": ["dljax.interop", "dljax.train", "dljax.errors"],

@@ -29,7 +29,8 @@ def predict(run: Run, values: flags.FlagValues) -> int:
   for line in inputs.warnings:
     print(f"warning: {line}", file=sys.stderr)
   first = jax.process_index() == 0
-  streamed = values["prompt"].present and len(inputs.names) <= run.config.eval_batch_size
+  streamed = (values["prompt"].present and hasattr(run.experiment.task, "advance")
+              and len(inputs.names) <= run.config.eval_batch_size)
   if streamed:
     predictions, rows = _stream(run, inputs, first)
   else:

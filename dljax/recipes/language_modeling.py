@@ -1,8 +1,7 @@
 """The experiment that all language models share, from a config and a model."""
 
-import os
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +10,9 @@ import numpy as np
 
 from dljax import optim, report
 from dljax.config import Field, Group, base_config
-from dljax.data.splits import find_files
 from dljax.data.text import corpus, tokenize
-from dljax.errors import UserError
 from dljax.recipes import common
+from dljax.recipes import texts as own_texts
 from dljax.tasks import language_modeling
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
@@ -64,13 +62,7 @@ def resolve(
     config: ml_collections.ConfigDict, given: Collection[str],
 ) -> Mapping[str, Any]:
   """What a text of the user's own decides, and prints what it holds; see `corpus.find`."""
-  fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
-  found, lines = corpus.find(config.data, config.seed, fields)
-  print(*lines, sep="\n", end="\n" * bool(lines))
-  named = {f"data.{field}": value for field, value in found.items()}
-  if found.get("validation") == "" and "monitor" not in given:
-    named["monitor"] = ""
-  return named
+  return own_texts.resolve(config, given)
 
 
 def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -> Experiment:
@@ -85,10 +77,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
   Raises:
     UserError: a value is out of range, or a window is longer than the model's context.
   """
-  longest = getattr(model, "max_length", None)  # a network without that reads texts of any length
-  if longest is not None and config.data.length > longest:
-    raise UserError(f"--config.data.length={config.data.length}: the model reads at most {longest} "
-                    "tokens; make it smaller")
+  own_texts.check_length(config, model)
   texts = corpus.TextSet(config.data, carried=stateful)
   data = texts.pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
@@ -111,7 +100,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
     common.check_request(request, config.family, ["paths", "texts"], ["count"])
     found, names, skipped = list(request.texts), list(request.texts), []
     if request.paths:
-      found, names, skipped = _read(request.paths, texts.tokenizer().encode)
+      found, names, skipped = own_texts.read(request.paths, texts.tokenizer().encode)
     flags = names if request.paths else ["--prompt"] * len(found)
     count = request.count or 1
     repeated = [name for name in names for _ in range(count)]
@@ -132,28 +121,4 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
 
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None, read=read, show=show,
-      draw=draw, preview=preview)
-
-
-def _read(
-    paths: Sequence[str], check: Callable[[str, str], Any],
-) -> tuple[list[str], list[str], list[str]]:
-  """Reads files, and the .txt files in folders.
-
-  Args:
-    paths: the paths of files and folders.
-    check: a function of (text, name) that raises `UserError` if the text cannot be used.
-
-  Returns:
-    The texts, their names, and one line for each file that cannot be used.
-  """
-  texts, names, skipped = [], [], []
-  for path in find_files(paths, "a file of text, or a folder of .txt files", ".txt"):
-    try:
-      content = corpus.read_file(path, "--input")
-      check(content, os.fspath(path))
-      texts.append(content)
-      names.append(os.fspath(path))
-    except UserError as error:
-      skipped.append(str(error).removeprefix("--input="))
-  return texts, names, skipped
+      draw=draw, preview=preview, texts=True)

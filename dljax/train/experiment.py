@@ -71,6 +71,7 @@ class Experiment:
       network saw, decoded and resized, beside the prediction; None if there is nothing to see.
     preview: () -> a fixed batch whose predictions are drawn at every evaluation, or None where the
       data has none; None where nothing is drawn.
+    texts: whether predictions are for texts, so that a `str` is a text and no path.
   """
 
   task: Task
@@ -82,3 +83,4 @@ class Experiment:
   draw: Callable[[Inputs, Any, Assets], Iterable[tuple[str, bytes] | None]] | None = None
   saw: Callable[[Inputs, Sequence[Mapping[str, Any]]], Iterable[bytes]] | None = None
   preview: Callable[[], Inputs | None] | None = None
+  texts: bool = False

@@ -54,6 +54,31 @@ class TinyAttention(nn.Module):
     return {"logits": nn.Dense(self.vocab_size, name="head")(x), "cache": None}
 
 
+class TinyEncoder(nn.Module):
+  """One layer of attention in both directions; predicts words at `places`, or classes of rows or tokens."""
+
+  vocab_size: int = VOCABULARY
+  head: str = "words"
+  num_classes: int = 3
+  max_length: int = 64
+
+  @nn.compact
+  def __call__(self, tokens, length=None, token_type=None, segment=None, position=None, places=None, train=False):
+    if position is None:
+      position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    token_type = jnp.zeros_like(tokens) if token_type is None else token_type
+    x = nn.Embed(self.vocab_size, WIDTH, name="embed")(tokens) + nn.Embed(64, WIDTH, name="positions")(position)
+    x = x + nn.Embed(2, WIDTH, name="types")(token_type)
+    q, k, v = jnp.moveaxis(nn.DenseGeneral((3, 2, 3), name="qkv")(x), 2, 0)
+    mask = None if length is None else jnp.arange(tokens.shape[1]) < length[:, None]
+    x = x + attention.attention(4 * q, k, v, mask=mask, segment=segment).reshape(x.shape)
+    if self.head == "words":
+      x = x if places is None else jnp.take_along_axis(x, places[..., None], axis=1)
+      return {"logits": nn.Dense(self.vocab_size, name="head")(jnp.tanh(x))}
+    x = x[:, 0] if self.head == "sequence" else x
+    return {"logits": nn.Dense(2 if self.head == "span" else self.num_classes, name="head")(jnp.tanh(x))}
+
+
 @functools.cache
 def params(vocab_size=VOCABULARY):
   variables = jax.jit(Tiny(vocab_size).init)(jax.random.key(1), np.zeros((1, 1), np.int32))

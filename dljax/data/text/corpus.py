@@ -25,7 +25,7 @@ The documents of a split are read as one text, in streams or windows, or each on
 import functools
 import json
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,12 @@ def validate(config: Any) -> None:
   if config.tokenizer not in tokenize.TOKENIZERS:
     raise unknown("--config.data.tokenizer", config.tokenizer, tokenize.TOKENIZERS)
   need("length", config.length >= 1, "give at least 1 token")
-  need("eval_stride", 0 <= config.eval_stride <= config.length,
-       f"give a number from 1 to --config.data.length={config.length}, or 0")
-  need("eval_stride", not (config.eval_stride and config.documents),
-       "documents are not read in windows that overlap; set it to 0, or drop "
-       "--config.data.documents")
+  if stride := config.get("eval_stride"):
+    need("eval_stride", 0 < stride <= config.length,
+         f"give a number from 1 to --config.data.length={config.length}, or 0")
+    need("eval_stride", not config.documents,
+         "documents are not read in windows that overlap; set it to 0, or drop "
+         "--config.data.documents")
   need("packed", not config.packed or config.documents,
        "goes with --config.data.documents=true; add it, or drop this")
   mine = own_text(config)
@@ -148,7 +149,7 @@ def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any]
       raise UserError(f"--config.data.{flag}={path}: there is no such {flag}; name another, or, "
                       "for a dry run without it, give --config.data.vocab_size")
     return {}, []
-  texts = TextSet(config)
+  texts = TextSet(config, carried=False)  # how the text is read does not matter here
   texts.seed = seed
   sizes = {split: sum(map(len, texts.own_documents[split].values()))
            for split in _SPLITS if config[split]}
@@ -259,7 +260,7 @@ class TextSet(splits.DataSet):
 
   def __init__(self, config: Any, carried: bool = True):
     validate(config)
-    splits.need(config, "eval_stride", not (config.eval_stride and carried),
+    splits.need(config, "eval_stride", not (carried and config.eval_stride),
                 "a model that carries its state has read all that comes before a window; set it "
                 "to 0")
     splits.need(config, "packed", not (config.packed and carried),
@@ -453,17 +454,21 @@ class TextSet(splits.DataSet):
 
   def read(self, split: str) -> tuple[tokenize.Encoded, np.ndarray]:
     """A split's documents as one text, with `end` before each; and i64[n], where each starts."""
-    tokenizer = self.tokenizer()
-    before = tokenize.Encoded(np.array([tokenizer.end], np.int32), *np.zeros((2, 1), np.int32))
+    end = self.tokenizer().end
+    before = tokenize.Encoded(np.array([end], np.int32), *np.zeros((2, 1), np.int32))
     parts, begins, size = [], [], 0
-    for name, document in self._documents(split).items():
-      encoded = tokenizer.encode(document, f"{self._flag(split)}, {name}")
+    for _, encoded in self.encoded(split):
       parts += [before, encoded]
       begins.append(size)
       size += 1 + len(encoded.tokens)
     if size <= len(begins):
       raise UserError(f"{self._flag(split)} has no text; name another")
     return tokenize.Encoded(*map(np.concatenate, zip(*parts))), np.array(begins)
+
+  def encoded(self, split: str) -> Iterator[tuple[str, tokenize.Encoded]]:
+    """Yields a split's documents, each as its text and its tokens."""
+    for name, document in self._documents(split).items():
+      yield document, self.tokenizer().encode(document, f"{self._flag(split)}, {name}")
 
   def _flag(self, split: str) -> str:
     config = self.config
