@@ -12,6 +12,7 @@ import scipy.special
 from dljax import report
 from dljax.data import ragged
 from dljax.data.text import corpus, streams, tokenize
+from dljax.models import gpt
 from dljax.tasks.language_modeling import LanguageModeling
 from dljax.train import parallel
 from dljax.train.evaluate import Evaluator
@@ -154,17 +155,25 @@ def _packed():
           "length": np.array([8, 7], np.int32)}
 
 
-def test_packed_documents_have_the_loss_of_the_documents_one_by_one():
-  task, batch = LanguageModeling(tiny.TinyAttention(), padded=True), _packed()
-  variables = compiled.variables(task, batch)
-  loss = lambda batch: compiled.loss(task, batch, variables["params"])
+_SMALL = {"vocab_size": tiny.VOCABULARY, "max_length": 8, "embed_dim": 12, "num_layers": 1, "num_heads": 2}
+_FORMS = {"gpt2": gpt.GPT(**_SMALL), "llama": gpt.VARIANTS["llama_nano"](**_SMALL, num_kv_heads=1, mlp_dim=16)}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_packed_documents_have_the_loss_of_the_documents_one_by_one(form):
+  task, batch = LanguageModeling(_FORMS[form], padded=True), _packed()
+  params = jax.tree.map(lambda x: 3 * x, compiled.variables(task, batch)["params"])
+  loss = lambda batch: compiled.loss(task, batch, params)
   found = loss(batch)
   total = 0
   for row in range(2):
     for number in range(1, batch["segment"][row].max() + 1):
       place = batch["segment"][row] == number
-      alone = {field: batch[field][row][place][None] for field in ("tokens", "targets", "target_weight")}
-      alone |= {"length": np.array([place.sum()], np.int32), "id": np.zeros(1, np.int32)}
+      count = place.sum()
+      alone = {field: np.zeros((2, 8), batch[field].dtype) for field in ("tokens", "targets", "target_weight")}
+      for field, values in alone.items():
+        values[0, :count] = batch[field][row][place]
+      alone |= {"length": np.array([count, 0], np.int32), "id": np.arange(2, dtype=np.int32)}
       total += float(loss(alone).loss) * place.sum()
   assert float(found.loss) == pytest.approx(total / 15, rel=1e-5)
   assert task.summarize(found.metrics)["padding"] == pytest.approx(1 / 16)
@@ -172,8 +181,9 @@ def test_packed_documents_have_the_loss_of_the_documents_one_by_one():
   assert abs(float(loss(leaking).loss) - total / 15) > 1e-3  # what a document sees of others matters here
 
 
-def test_no_gradient_passes_from_one_document_to_another():
-  task, batch = LanguageModeling(tiny.TinyAttention()), _packed()
+@pytest.mark.parametrize("form", _FORMS)
+def test_no_gradient_passes_from_one_document_to_another(form):
+  task, batch = LanguageModeling(_FORMS[form].clone(tied=False)), _packed()
   params = compiled.variables(task, batch)["params"]
   for row in range(2):
     # Token n stands at place n alone, so the gradient of its embedding is that of the place.

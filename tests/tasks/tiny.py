@@ -39,21 +39,6 @@ class Tiny(nn.Module):
     return jnp.zeros((batch, WIDTH), self.dtype)
 
 
-class TinyAttention(nn.Module):
-  """One layer of causal attention that keeps packed documents apart."""
-
-  vocab_size: int = VOCABULARY
-
-  @nn.compact
-  def __call__(self, tokens, cache=None, length=None, segment=None, position=None, train=False):
-    if position is None:
-      position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = nn.Embed(self.vocab_size, WIDTH, name="embed")(tokens) + nn.Embed(64, WIDTH, name="positions")(position)
-    q, k, v = jnp.moveaxis(nn.DenseGeneral((3, 2, 3), name="qkv")(x), 2, 0)
-    x = x + attention.attention(4 * q, k, v, causal=True, segment=segment).reshape(x.shape)
-    return {"logits": nn.Dense(self.vocab_size, name="head")(x), "cache": None}
-
-
 class TinyEncoder(nn.Module):
   """One layer of attention in both directions; predicts words at `places`, or classes of rows or tokens."""
 
