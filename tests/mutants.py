@@ -400,8 +400,8 @@ MUTANTS = (
         ("tests/data/text/test_masked.py::test_hosts_share_out_the_global_batch",)),
     Mutant(
         "all_chosen_are_hidden", "dljax/data/text/masked.py",
-        "np.where(kind < MASKED, tokenizer.mask",
-        "np.where(kind < 1, tokenizer.mask",
+        "np.where(kind < MASKED, frames",
+        "np.where(kind < 1, frames",
         ("tests/data/text/test_masked.py::"
          "test_of_ten_tokens_eight_are_hidden_one_is_replaced_and_one_is_kept",)),
     Mutant(

@@ -21,7 +21,8 @@ SMALL = ("--config.data.length=32", "--config.batch_size=8", "--config.eval_batc
 class _Roles(tokenize.Bytes):
   """Bytes with the tokens that BERT needs."""
 
-  size, mask, start, separator, pad = 261, 257, 258, 259, 260
+  size = 261
+  roles = {"mask": 257, "class": 258, "separator": 259, "pad": 260}
 
 
 def _config(preset):

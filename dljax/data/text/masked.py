@@ -11,7 +11,7 @@ each epoch hides other tokens, and on the row's id in evaluation.
 
 A batch holds
 
-  tokens         i32[b, L], each document between the tokenizer's `start` and `separator`
+  tokens         i32[b, L], each document in its frame, see `frames.py`
   places         i32[b, M], where in its row a token is to be predicted, in order; 0 at padding
   targets        i32[b, M], the token that was there
   target_weight  f32[b, M], 0 at padding
@@ -31,7 +31,7 @@ import numpy as np
 from dljax.config import Group
 from dljax.data import ragged, splits
 from dljax.data.pipeline import PADDING, HostBatch, IndexedPipeline, Pipeline, Plan, rng
-from dljax.data.text import corpus, packing, tokenize
+from dljax.data.text import corpus, frames, packing, tokenize
 from dljax.errors import UserError
 
 MASK = "[MASK]"  # how a user's text spells the mask token, whatever the tokenizer
@@ -51,8 +51,8 @@ def default_config() -> Group:
       "whole_words": "Whether the tokens of a word are hidden together.",
       "documents": "Whether each document is read on its own; otherwise all are read as one text, "
                    "which is cut into pieces.",
-      "length": "The number of tokens in the longest piece that a text is cut into, with the tokens "
-                "for its start and its end."})
+      "length": "The number of tokens in the longest piece that a text is cut into, with one token "
+                "before and one after it."})
   return config
 
 
@@ -75,7 +75,7 @@ class MaskedTextSet(corpus.TextSet):
   def tokenizer(self) -> tokenize.Tokenizer:
     """See `TextSet.tokenizer`; raises `UserError` if it has no mask token."""
     made = super().tokenizer()
-    if getattr(made, "mask", None) is None:
+    if "mask" not in frames.roles(made):
       raise UserError(f"--config.data.tokenizer={self.config.tokenizer}: has no token that hides "
                       "others; choose wordpiece, or a file that has such a token ([MASK])")
     return made
@@ -139,12 +139,12 @@ class MaskedTextSet(corpus.TextSet):
     candidate, begins = batch.pop("candidate"), batch.pop("begins_word")
     document = batch.get("segment", np.ones_like(batch["tokens"]))
     chosen = choose(candidate, begins, document, draws[..., 0], config.mask_rate)
-    others = np.setdiff1d(np.arange(tokenizer.size), special_tokens(tokenizer))
+    others = np.setdiff1d(np.arange(tokenizer.size), frames.special_tokens(tokenizer))
     another = others[(draws[..., 2] * len(others)).astype(np.int64)]
     most = self._most(length)
     chosen &= np.cumsum(chosen, axis=1) <= most
     kind = np.where(chosen, draws[..., 1], 1)
-    tokens = np.where(kind < MASKED, tokenizer.mask,
+    tokens = np.where(kind < MASKED, frames.roles(tokenizer)["mask"],
                       np.where(kind < MASKED + REPLACED, another, batch["tokens"]))
     # The chosen places come first, in order.
     places = np.argsort(~chosen, axis=1, kind="stable")[:, :most]
@@ -157,14 +157,14 @@ class MaskedTextSet(corpus.TextSet):
 
 
 class Framed:
-  """Documents between the tokens `start` and `separator`; long ones are cut into pieces.
+  """Documents, each in its frame; long ones are cut into pieces.
 
   These are `packing.Pieces` and `ragged.RaggedExamples`.
 
   Args:
     tokens: i32[n], the documents as one text, with `end` before each.
     begins: where each document, with that `end`, begins.
-    length: the greatest number of tokens in a piece, with its start and its separator.
+    length: the greatest number of tokens in a piece, with its frame.
     tokenizer: the tokenizer.
     word_begins: bool[n], whether a token begins a word; None if each token counts as a word.
   """
@@ -174,12 +174,10 @@ class Framed:
       word_begins: np.ndarray | None = None,
   ):
     self._tokens, self._words = tokens, word_begins
-    self._frame = [[] if token is None else [token]
-                   for token in (tokenizer.start, tokenizer.separator)]
-    self._special = special_tokens(tokenizer)
-    longest = length - sum(map(len, self._frame))
-    self._begins, sizes = cut(begins + 1, np.append(begins[1:], len(tokens)), longest)
-    self.lengths = sizes + (length - longest)
+    self._frame = frames.frame(tokenizer)
+    self._special = frames.special_tokens(tokenizer)
+    self._begins, sizes = cut(begins + 1, np.append(begins[1:], len(tokens)), length - 2)
+    self.lengths = sizes + 2
 
   def __len__(self) -> int:
     return len(self.lengths)
@@ -193,13 +191,12 @@ class Framed:
     before, after = self._frame
     tokens, candidate, begins = [], [], []
     for i in indices:
-      part = slice(self._begins[i], self._begins[i] + self.lengths[i] - len(before) - len(after))
+      part = slice(self._begins[i], self._begins[i] + self.lengths[i] - 2)
       content = self._tokens[part]
       words = np.ones(len(content), bool) if self._words is None else self._words[part]
-      tokens += [before, content, after]
-      candidate += [np.zeros(len(before), bool), ~np.isin(content, self._special),
-                    np.zeros(len(after), bool)]
-      begins += [np.ones(len(before), bool), words, np.ones(len(after), bool)]
+      tokens += [[before], content, [after]]
+      candidate += [[False], ~np.isin(content, self._special), [False]]
+      begins += [[True], words, [True]]
     join = lambda parts, dtype: np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
     return {"tokens": join(tokens, np.int32), "candidate": join(candidate, bool),
             "begins_word": join(begins, bool)}
@@ -221,12 +218,6 @@ def cut(
   piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
   return (np.repeat(begins, pieces) + piece * longest,
           np.minimum(np.repeat(sizes, pieces) - piece * longest, longest))
-
-
-def special_tokens(tokenizer: tokenize.Tokenizer) -> np.ndarray:
-  """The tokens that stand for no text, i64[k], such as the mask and the end of a document."""
-  roles = (tokenizer.end, tokenizer.start, tokenizer.separator, tokenizer.mask, tokenizer.pad)
-  return np.unique([token for token in roles if token is not None])
 
 
 def choose(
@@ -309,7 +300,7 @@ def encode_texts(
     texts: the texts.
     names: their names, for messages.
     tokenizer: the run's tokenizer.
-    length: the greatest number of tokens of a text, with its start and its separator.
+    length: the greatest number of tokens of a text, with its frame.
 
   Returns:
     A batch of tokens i32[n, P], places i32[n, M] and length i32[n], padded; number i32[n], how many
@@ -318,18 +309,19 @@ def encode_texts(
   Raises:
     UserError: a text has no `MASK`, is too long or cannot be encoded.
   """
+  (before, after), mask = frames.frame(tokenizer), frames.roles(tokenizer)["mask"]
   rows, places = [], []
   for text, name in zip(texts, names):
-    row = [] if tokenizer.start is None else [tokenizer.start]
+    row = [before]
     # Of a space before the mask some tokenizers would make a token of its own.
     parts = [part.rstrip() for part in text.split(MASK)[:-1]] + text.split(MASK)[-1:]
     found = []
     for i, part in enumerate(parts):
       if i:
         found.append(len(row))
-        row.append(tokenizer.mask)
+        row.append(mask)
       row += tokenizer.encode(part, name).tokens.tolist() if part else []
-    row += [] if tokenizer.separator is None else [tokenizer.separator]
+    row.append(after)
     if not found:
       raise UserError(f"{name}: the text has no {MASK}; write it where a word is to be predicted")
     if len(row) > length:

@@ -14,7 +14,8 @@ MASK, START, SEPARATOR, PAD = 257, 258, 259, 260
 class _Roles(tokenize.Bytes):
   """Bytes with the tokens that BERT needs."""
 
-  size, mask, start, separator, pad = 261, MASK, START, SEPARATOR, PAD
+  size = 261
+  roles = {"mask": MASK, "class": START, "separator": SEPARATOR, "pad": PAD}
 
 
 @pytest.fixture
