@@ -22,6 +22,8 @@ DATA = {
     "pydoc": {"name": f"pydoc/{platform.python_version()}"},
     # The vocabulary is 65 characters and the end of a text.
     "tiny_shakespeare": {"name": "tiny_shakespeare", "tokenizer": "character", "vocab_size": 66},
+    "openwebtext": {"name": "openwebtext", "tokenizer": "bpe", "vocab_size": 50_257,
+                    "train": "train[:-5000]", "validation": "train[-5000:]", "test": ""},
     "lm1b": {"name": "lm1b", "tokenizer": "bpe", "vocab_size": 32_000, "documents": True,
              "length": 128, "train": "train[:99%]", "validation": "train[99%:]"},
 }
