@@ -21,12 +21,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dljax.ops.attention import attention, attention_with_weights
 from dljax.ops.dense import dense
 
 Cache = Mapping[str, Any]
+_ADAPTERS = ("lora_down", "lora_up")
 _NOWHERE = 2**30  # the position of a slot that holds no token: later than any query's
 
 
@@ -101,6 +103,26 @@ class Projection(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, outputs, jnp.float32)
       y = y + bias.astype(self.dtype)
     return y
+
+
+def is_adapter(path: str) -> bool:
+  """Whether a parameter's path, such as "block0/qkv/lora_up", is that of a `Projection`'s adapter."""
+  return path.rpartition("/")[2] in _ADAPTERS
+
+
+def merge_adapters(params: Mapping[str, Any], factor: float) -> dict[str, Any]:
+  """The parameters of the same network without adapters: they are added to the kernels.
+
+  Args:
+    params: nested parameters, of float32 or wider.
+    factor: lora_alpha / lora_rank.
+  """
+  down, up = (params.get(name) for name in _ADAPTERS)
+  merged = {name: merge_adapters(value, factor) if isinstance(value, Mapping) else value
+            for name, value in params.items() if name not in _ADAPTERS}
+  if down is not None:
+    merged["kernel"] = params["kernel"] + factor * np.tensordot(down, up, axes=1)
+  return merged
 
 
 def empty_cache(

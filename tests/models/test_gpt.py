@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from dljax.errors import UserError
-from dljax.models import gpt
+from dljax.models import blocks, gpt
 from dljax.train.state import parameter_count
 from tests.models.programs import assert_remat_only_recomputes
 from tests.models.variables import random_variables
@@ -199,6 +200,16 @@ def test_an_adapter_starts_without_effect_and_then_learns():
   for name in ("qkv", "project", "mlp1", "mlp2"):
     layer = slope["block0"][name]
     assert np.all(layer["lora_down"] == 0) and np.abs(layer["lora_up"]).max() > 0
+
+
+def test_merged_adapters_are_in_the_kernels():
+  model, tokens = _tiny(lora_rank=2, lora_alpha=6.0, dtype=jnp.float64), _tokens()
+  with jax.enable_x64(True):
+    params = random_variables(model, tokens, dtype=np.float64)["params"]
+    merged = blocks.merge_adapters(params, 6.0 / 2)
+    assert not any(blocks.is_adapter("/".join(path)) for path in traverse_util.flatten_dict(merged))
+    wanted = _apply(model, {"params": params}, tokens)["logits"]
+    np.testing.assert_allclose(_apply(model.clone(lora_rank=0), {"params": merged}, tokens)["logits"], wanted, rtol=1e-10)
 
 
 def test_more_tokens_than_the_context_are_refused():
