@@ -19,40 +19,53 @@ from dljax.train.experiment import Experiment
 
 PRESETS: Mapping[str, str] = {
     "pydoc": "A small llama on the bytes of Python's own documentation, which ships inside Python; offline, minutes.",
-    "tiny_shakespeare_cpu": "nanoGPT's recipe for a laptop, on the characters of Shakespeare; minutes.",
+    "tiny_shakespeare_cpu": "A network of the size of nanoGPT's recipe for a CPU, on the characters of Shakespeare; minutes.",
     "tiny_shakespeare": "nanoGPT's 10.7 million parameters on the same text; hours on two cores, minutes on a GPU.",
     "openwebtext": "GPT-2 of 124 million parameters from scratch, on the texts that Reddit linked to; for a pod.",
     "smollm_135m": "SmolLM2's weights, adapted to a text of your own by matrices of low rank.",
 }
 
 
-def _config(preset: str, data: str, variant: str) -> ml_collections.ConfigDict:
+def _config(
+    preset: str, data: str, variant: str, optimizer: str = "adamw",
+) -> ml_collections.ConfigDict:
   """The fields that all presets share."""
-  config = language_modeling.config("gpt", preset, data=data, variant=variant, optimizer="adamw")
+  config = language_modeling.config("gpt", preset, data=data, variant=variant, optimizer=optimizer)
   config.model.update({
       "max_length": 0, **_settings(gpt.VARIANTS[variant]()), "dropout": 0.0, "layer_scan": False,
       "lora_rank": 0, "lora_alpha": 16.0})
-  config.optimizer.update({"b2": 0.99, "clip_norm": 1.0, "weight_decay": 0.1, "warmup_fraction": 0.05})
+  config.optimizer.clip_norm = 1.0
+  return config
+
+
+def _small(preset: str, data: str) -> ml_collections.ConfigDict:
+  """The fields of small networks that are trained from scratch, in today's form.
+
+  Muon and the norm of queries and keys are those of Jordan et al. 2024,
+  https://github.com/KellerJordan/modded-nanogpt.
+  """
+  config = _config(preset, data, "llama_nano", "muon")
+  config.model.update({"num_kv_heads": 0, "qk_norm": True})
+  config.optimizer.update({"b2": 0.99, "weight_decay": 0.01, "warmup_fraction": 0.05})
   return config
 
 
 def _pydoc() -> ml_collections.ConfigDict:
-  config = _config("pydoc", "pydoc", "llama_nano")
+  config = _small("pydoc", "pydoc")
   config.data.length = 128
-  config.model.dropout = 0.1
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.weight_decay = 0.1
   config.update({
-      "total_steps": 1000, "batch_size": 32, "eval_batch_size": 32, "log_every": 20,
+      "total_steps": 800, "batch_size": 16, "eval_batch_size": 32, "log_every": 20,
       "eval_every": 200, "checkpoint_every": 200})
   return config
 
 
 def _tiny_shakespeare_cpu() -> ml_collections.ConfigDict:
-  """nanoGPT's command for a CPU: 4 layers of width 128, and 2000 batches of 12 windows of 64."""
-  config = _config("tiny_shakespeare_cpu", "tiny_shakespeare", "gpt_nano")
-  # Its held-out tenth, of which nothing is chosen: the last weights count.
+  """The size of nanoGPT's command for a CPU: 4 layers of width 128, 2000 batches of 12 x 64."""
+  config = _small("tiny_shakespeare_cpu", "tiny_shakespeare")
+  # Its held-out tenth, by which nothing is chosen: the last weights count.
   config.data.update({"length": 64, "validation": "", "test": "validation+test"})
-  config.optimizer.update({"learning_rate": 1e-3, "end_factor": 0.1})
+  config.model.mlp_dim = 341  # as many parameters as four times the width, without a gate
   config.update({
       "total_steps": 2000, "batch_size": 12, "eval_batch_size": 64, "log_every": 50,
       "eval_every": 2000, "checkpoint_every": 1000, "monitor": ""})
@@ -60,11 +73,13 @@ def _tiny_shakespeare_cpu() -> ml_collections.ConfigDict:
 
 
 def _tiny_shakespeare() -> ml_collections.ConfigDict:
-  """nanoGPT's config for a GPU: 6 layers of width 384, and 5000 batches of 64 windows of 256."""
+  """nanoGPT's config for a GPU: GPT-2's form, 6 layers of width 384, 5000 batches of 64 x 256."""
   config = _config("tiny_shakespeare", "tiny_shakespeare", "gpt_nano")
   config.data.length = 256
   config.model.update({"embed_dim": 384, "num_layers": 6, "num_heads": 6, "dropout": 0.2})
-  config.optimizer.update({"learning_rate": 1e-3, "end_factor": 0.1, "warmup_fraction": 0.02})
+  config.optimizer.update({
+      "learning_rate": 1e-3, "b2": 0.99, "weight_decay": 0.1, "end_factor": 0.1,
+      "warmup_fraction": 0.02})
   config.update({
       "total_steps": 5000, "batch_size": 64, "eval_batch_size": 64, "log_every": 10,
       "eval_every": 250, "checkpoint_every": 250})
@@ -77,7 +92,8 @@ def _openwebtext() -> ml_collections.ConfigDict:
   config.data.length = 1024
   config.model.update({"dtype": "bfloat16", "use_bias": False, "layer_scan": True, "remat": True})
   config.optimizer.update({
-      "learning_rate": 6e-4, "b2": 0.95, "end_factor": 0.1, "warmup_fraction": 1 / 300})
+      "learning_rate": 6e-4, "b2": 0.95, "weight_decay": 0.1, "end_factor": 0.1,
+      "warmup_fraction": 1 / 300})
   config.update({
       "total_steps": 600_000, "batch_size": 480, "eval_batch_size": 64, "log_every": 10,
       "eval_every": 1000, "checkpoint_every": 1000})
@@ -86,9 +102,9 @@ def _openwebtext() -> ml_collections.ConfigDict:
 
 def _smollm_135m() -> ml_collections.ConfigDict:
   config = _config("smollm_135m", "pydoc", "llama_smollm2_135m")
-  config.data.update({"length": 512, "tokenizer": "file", "vocab_size": 49152})
+  config.data.update({"length": 512, "vocab_size": 49152})
   config.model.update({"max_length": 8192, "lora_rank": 8, "dtype": "bfloat16"})
-  config.optimizer.update({"learning_rate": 2e-4, "weight_decay": 0.0, "b2": 0.999})
+  config.optimizer.update({"learning_rate": 2e-4, "weight_decay": 0.0})
   config.update({
       "total_steps": 500, "batch_size": 16, "eval_batch_size": 16, "log_every": 10,
       "eval_every": 100, "checkpoint_every": 100})
@@ -128,7 +144,7 @@ _DECIDED = ("embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", 
             "epsilon", "positions", "rope_theta", "activation", "use_bias", "qk_norm", "tied",
             "window", "scale_by_layer")
 _OPTIONAL = ("num_kv_heads", "head_dim", "mlp_dim", "window")  # 0 in place of None
-_FROZEN = ("embed/*", "positions", "*/kernel", "*/bias", "*/scale")  # beside adapters
+_FROZEN = ("embed/*", "*/kernel", "*/scale")  # beside adapters
 
 
 def _settings(model: gpt.GPT) -> dict[str, Any]:
@@ -188,8 +204,9 @@ def _resolve(config: ml_collections.ConfigDict, given: Collection[str]) -> Mappi
   """What the user's own data decide; and with adapters, that all else is frozen."""
   found = dict(language_modeling.resolve(config, given))
   if config.model.lora_rank and "optimizer.freeze" not in given:
-    found["optimizer.freeze"] = tuple(
-        pattern for pattern in _FROZEN if pattern != "positions" or config.model.positions == "learned")
+    found["optimizer.freeze"] = (
+        *_FROZEN, *("positions",) * (config.model.positions == "learned"),
+        *("*/bias",) * config.model.use_bias)
   return found
 
 

@@ -17,6 +17,7 @@ from flax import traverse_util
 from dljax import errors, models
 from dljax.interop import families
 from dljax.interop.table import SAME, Entry, Layout, Table
+from dljax.models import blocks
 
 Tensors = Mapping[str, np.ndarray]
 Specs = Mapping[str, jax.ShapeDtypeStruct]
@@ -52,6 +53,7 @@ def load(
 
   Returns:
     Variables as `model.init` returns them, as NumPy arrays: {"params": ..., "batch_stats": ...}.
+    Adapters of a low rank are left out if the source has none.
 
   Raises:
     UserError: tensors are missing, left over, not finite, or of another shape or kind; it names
@@ -59,7 +61,7 @@ def load(
   """
   table = find_table(model, source)
   tensors = table.rename(tensors)
-  specs = _specs(table, model, tensors) if specs is None else specs
+  specs = _given(_specs(table, model, tensors) if specs is None else specs, tensors)
   entries = {entry: _shapes(entry, specs) for entry in table.entries(specs)}
   names = {name for entry in entries for name in entry.names}
   of_head = [entry for entry in entries if not set(head).isdisjoint(entry.paths)]
@@ -125,7 +127,7 @@ def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) ->
   for source in sources(model):
     table = find_table(model, source)
     renamed = table.rename(tensors)
-    paths = _specs(table, model, renamed) if specs is None else specs
+    paths = _given(_specs(table, model, renamed) if specs is None else specs, renamed)
     names = {name for entry in table.entries(paths) for name in entry.names}
     common[source] = len(names & set(renamed))
   if not any(common.values()):
@@ -139,7 +141,7 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
   """The inverse of `load`, bit for bit: tensors under the source's names and in its layout.
 
   Buffers that hold no weight (`num_batches_tracked`) are left out; `load_state_dict` does without
-  them.
+  them. Adapters of a low rank are added to the kernels beside them, unless the source is `OURS`.
 
   Args:
     model: the module.
@@ -147,6 +149,9 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
     source: the library to write for: `OURS` or one of `sources(model)`.
   """
   table = find_table(model, source)
+  if source != OURS and getattr(model, "lora_rank", 0):
+    factor = model.lora_alpha / model.lora_rank
+    variables = {**variables, "params": blocks.merge_adapters(variables["params"], factor)}
   flat = traverse_util.flatten_dict(variables, sep="/")
   tensors = {}
   for entry in table.entries(flat):
@@ -229,6 +234,12 @@ def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.Sh
   inputs = table.inputs(tensors)
   variables = jax.eval_shape(lambda key, args: model.init(key, *args), jax.random.key(0), inputs)
   return traverse_util.flatten_dict(variables, sep="/")
+
+
+def _given(specs: Specs, tensors: Tensors) -> Specs:
+  """The specs without the adapters that the tensors lack."""
+  return {path: spec for path, spec in specs.items()
+          if path in tensors or not blocks.is_adapter(path)}
 
 
 def _shapes(entry: Entry, specs: Specs) -> tuple[tuple[int, ...], ...]:

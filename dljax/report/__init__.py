@@ -15,7 +15,7 @@ _HOMES = {name: home for home, names in {
     "inputs": ("seen",),
     "regression": ("numbers",),
     "scenes": ("class_colors", "class_map", "detections", "segmentations"),
-    "sequences": ("alignments", "forecasts", "page", "surprise"),
+    "sequences": ("alignments", "attention", "forecasts", "page", "surprise"),
 }.items() for name in names}
 __all__ = sorted(_HOMES)
 

@@ -137,6 +137,47 @@ def surprise(
   return figure
 
 
+def attention(
+    pieces: Sequence[str], weights: np.ndarray, titles: Sequence[str], *, longest: int = 60,
+) -> Any:
+  """What each token of a text attends to, a panel for each layer or head.
+
+  Args:
+    pieces: the texts of N tokens; only the first `longest` are drawn.
+    weights: [panels, N, N]; a row is a token that looks, and a column one that is looked at.
+    titles: a title for each panel.
+    longest: the number of tokens that are drawn, at most.
+
+  Returns:
+    The figure.
+  """
+  names = ["↵" if piece == "\n" else common.plain(piece.replace(" ", "␣"), 12)
+           for piece in pieces[:longest]]
+  across = min(len(titles), 4)
+  down = -(-len(titles) // across)
+  side = max(2.4, 0.15 * len(names))
+  figure = common.blank(side * across + 0.8, side * down + 0.4 * down + 0.6)
+  panels = figure.subplots(down, across, squeeze=False)
+  image = None
+  for i, axes in enumerate(panels.flat):
+    if i >= len(titles):
+      axes.set_visible(False)
+      continue
+    shown = np.asarray(weights[i], np.float32)[:len(names), :len(names)]
+    image = axes.imshow(shown, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(common.plain(titles[i], 40), fontsize=9, color=INK)
+    places = np.arange(len(names))
+    axes.set_xticks(places, names, rotation=90, family="monospace", parse_math=False)
+    axes.set_yticks(places, names if i % across == 0 else [""] * len(names), family="monospace",
+                    parse_math=False)
+    axes.tick_params(labelsize=7, length=0, colors=INK)
+  bar = figure.colorbar(image, ax=panels, shrink=0.6, aspect=30, pad=0.02)
+  bar.set_label("weight", fontsize=9)
+  bar.ax.tick_params(labelsize=8)
+  bar.outline.set_visible(False)
+  return figure
+
+
 def forecasts(
     rows: Mapping[str, Mapping[str, np.ndarray]], channels: Sequence[str], *, band: str = "",
     caption: str = "", step: str = "",

@@ -11,7 +11,7 @@ Gradient-based Localization", 2017. https://arxiv.org/abs/1610.02391
 Attention rollout. Samira Abnar, Willem Zuidema. "Quantifying Attention Flow in Transformers",
 2020. https://arxiv.org/abs/2005.00928
 
-Each explains one logit of an image, that of its target. By default the target is the class that
+Each explains one logit of an image, that of its target; `attention_maps` are of any transformer. By default the target is the class that
 the network guesses.
 
 Dimensions: `B` batch, `H` height, `W` width, `C` channels, `K` features, `N` tokens.
@@ -161,6 +161,37 @@ def grad_cam(
   return _resize(cam, batch["image"])
 
 
+def attention_maps(
+    model: nn.Module, variables: Variables, *inputs: Any, **options: Any,
+) -> dict[str, Array]:
+  """What each token of a network attends to: layer -> weights [B, heads, N, N], rows sum to 1.
+
+  `report.attention` draws them.
+
+  Args:
+    model: a network whose blocks sow their attention weights as "attention" into the collection
+      "intermediates".
+    variables: the model's variables.
+    *inputs, **options: the model's arguments, such as the tokens i32[B, N] of texts.
+
+  Returns:
+    The weights of the layers, from the first to the last, by their paths, such as "block0/attention".
+
+  Raises:
+    UserError: the model sows no attention weights.
+  """
+  _, sown = model.apply(variables, *inputs, train=False, mutable=["intermediates"], **options)
+  paths = jax.tree_util.tree_flatten_with_path(sown.get("intermediates", {}))[0]
+  layers = {}
+  for path, weights in paths:
+    names = [str(key.key) for key in path if hasattr(key, "key")]
+    if "attention" in names:
+      layers["/".join(names)] = weights
+  if not layers:
+    raise UserError(f"{type(model).__name__} keeps no attention weights; take a transformer")
+  return {path: layers[path] for path in sorted(layers, key=_natural)}
+
+
 def attention_rollout(task: Classification, variables: Variables, batch: Batch) -> Array:
   """How much of each patch reaches the class token through all layers, resized, [B, H, W].
 
@@ -176,16 +207,8 @@ def attention_rollout(task: Classification, variables: Variables, batch: Batch) 
   Raises:
     UserError: the model sows no attention weights, or its tokens are not square patches.
   """
-  _, sown = task.model.apply(variables, batch["image"], batch["mask"], train=False,
-                             mutable=["intermediates"])
-  paths = jax.tree_util.tree_flatten_with_path(sown.get("intermediates", {}))[0]
-  layers = {jax.tree_util.keystr(path, simple=True, separator="/"): weights
-            for path, weights in paths
-            if any(getattr(key, "key", None) == "attention" for key in path)}
-  if not layers:
-    raise UserError(f"{type(task.model).__name__} keeps no attention weights; attention rollout "
-                    "needs a transformer")
-  flow = rollout([layers[path] for path in sorted(layers, key=_natural)])
+  layers = attention_maps(task.model, variables, batch["image"], batch["mask"])
+  flow = rollout(list(layers.values()))
   tokens = flow.shape[-1]
   grid, grid_beside_token = (_grid(batch["image"], patches) for patches in (tokens, tokens - 1))
   if not grid and not grid_beside_token:

@@ -118,9 +118,9 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
     summary += ", the backbone; the rest starts from scratch"
   elif fresh:
     verb = "start" if len(fresh) > 1 else "starts"
-    summary += f"; {', '.join(fresh)} {verb} from scratch"
-    if not head.keys().isdisjoint(specs.keys() - arrays.keys()):
-      summary += f" for {model.num_classes} classes"
+    named = ", ".join(fresh[:4]) + (f" and {len(fresh) - 4} more" if len(fresh) > 4 else "")
+    for_what = f" for {model.num_classes} classes" if head else ""
+    summary += f"; {named} {verb} from scratch{for_what}"
   return Weights(arrays, "; ".join([summary, *notes]))
 
 

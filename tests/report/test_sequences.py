@@ -106,3 +106,12 @@ def test_a_page_shows_what_cannot_be_printed():
   np.testing.assert_array_equal(report.page("a\0b"), report.page("a\N{REPLACEMENT CHARACTER}b"))
   np.testing.assert_array_equal(report.page("\tb"), report.page("    b"))
   assert not np.array_equal(report.page("a\0b"), report.page("a b"))
+
+
+def test_attention_has_the_looking_token_as_the_row():
+  weights = np.tril(np.arange(1, 17).reshape(1, 4, 4) / 16).repeat(5, 0)
+  figure = report.attention(["a", " b", "\n", "d"], weights, [f"head {i}" for i in range(5)], longest=3)
+  panels = [axes for axes in figure.axes if axes.get_title()]
+  assert [axes.get_title() for axes in panels] == [f"head {i}" for i in range(5)]
+  np.testing.assert_allclose(panels[4].images[0].get_array(), weights[4, :3, :3])
+  assert [text.get_text() for text in panels[0].get_xticklabels()] == ["a", "␣b", "↵"]

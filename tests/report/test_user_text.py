@@ -38,6 +38,7 @@ def _figures():
           {**box, "labels": np.array([i])} for i in range(3)], NAMES, caption=NAMES[0]),
       "segmentations": lambda: report.segmentations([image], {n: [classes] for n in NAMES}, ["ground", *NAMES]),
       "alignments": lambda: report.alignments([image] * 3, [np.eye(4)] * 3, ["", *NAMES], NAMES),
+      "attention": lambda: report.attention(NAMES, np.eye(3)[None].repeat(3, 0), NAMES),
       "forecasts": lambda: report.forecasts(dict.fromkeys(NAMES, series), NAMES, band=NAMES[0], caption=NAMES[1]),
   }
 

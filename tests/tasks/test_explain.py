@@ -181,6 +181,13 @@ def test_attention_rollout_of_what_was_sown(tokens):
   np.testing.assert_allclose(found, expected.reshape(3, 2, 2), rtol=1e-5)
 
 
+def test_attention_maps_come_in_the_layers_order():
+  maps = explain.attention_maps(Sower(4), {}, np.zeros((3, 2, 2, 1)))
+  assert list(maps) == [f"block{i}/attention" for i in range(11)]
+  for i, weights in enumerate(maps.values()):
+    np.testing.assert_allclose(weights, _stochastic(np.random.default_rng(i), 3, 2, 4, 4), rtol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 7])
 def test_tokens_that_are_no_square_patches_have_no_rollout(tokens):
   task, _, batch = _task(Sower(tokens), (3, 2, 6, 1))
