@@ -23,7 +23,8 @@ _LARGEST = {
     "train": _MOST_STEPS, "validation": _MOST_STEPS, "test": _MOST_STEPS,
     "num_train_examples": _MOST_STEPS, "class_counts": _MOST_STEPS, "skip_corrupt": _MOST_STEPS,
     "early_stopping_patience": _MOST_STEPS, "plateau_patience": _MOST_STEPS,
-    "max_new_tokens": 2**20, "top_k": 2**20, "num_layers": 1000, "num_pools": 16, "beam": 1024,
+    "max_new_tokens": 2**20, "min_new_tokens": 2**20, "top_k": 2**20,
+    "num_layers": 1000, "num_pools": 16, "beam": 1024,
     "randaugment_layers": 100, "time_masks": 1000, "frequency_masks": 1000, "buckets": 1000,
     "num_mels": 512, "sample_rate": 2**19, "image_shape": 2**15, "num_classes": 2**15,
     "mask_classes": 2**15, "stem": 1000, "strides": 1000, "background": 255}
@@ -337,7 +338,7 @@ def _check_bounds(field: str, value: Any) -> None:
       _check_bounds(field, item)
   elif isinstance(value, str) and "\0" in value:
     raise UserError(f"--config.{field}={value!r}: holds a null character; drop it")
-  elif isinstance(value, str) and "://" in value and name != "classes":
+  elif isinstance(value, str) and "://" in value and name not in ("classes", "stop_texts"):
     check_local(f"--config.{field}", value)
   elif isinstance(value, float) and group in _SIZES:
     if not math.isfinite(value):
@@ -403,7 +404,7 @@ def apply_overrides(
 def _parse(flag: str, text: str, like: Any) -> Any:
   """Returns `text` as a value of the type of `like`."""
   if isinstance(like, tuple):
-    items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
+    items = _texts(text)
     # Tuples that are empty by default hold patterns. Other elements have the default's type.
     return tuple(_parse(flag, item, like[0] if like else "") for item in items)
   kinds = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -418,10 +419,22 @@ def _parse(flag: str, text: str, like: Any) -> Any:
         f"{flag}={text}: must be {kinds[type(like)]}, such as {format_value(like)}") from None
 
 
+def _texts(text: str) -> list[str]:
+  """The elements of a tuple: of a JSON list of texts as they are, else what stands between commas."""
+  try:
+    items = json.loads(text)
+  except (ValueError, RecursionError):
+    items = None
+  if isinstance(items, list) and all(isinstance(item, str) for item in items):
+    return items
+  return [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
+
+
 def format_value(value: Any) -> str:
   """Returns a value as it is written on the command line, such as 0.5,0.5 for (0.5, 0.5)."""
   if isinstance(value, tuple):
-    return ",".join(format_value(v) for v in value)
+    items = [format_value(v) for v in value]
+    return ",".join(items) if items == _texts(",".join(items)) else json.dumps(items)
   return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -46,7 +46,8 @@ class Run:
   ):
     self.experiment, self.folder = experiment, folder
     self.config, self.model = experiment.config, experiment.task.model
-    self._options, self._which, self._restored, self._predictor = options, step, None, None
+    self._options, self._which, self._restored = options, step, None
+    self._predictor, self._generator = None, None
     self._mark = None  # how far metrics.jsonl had come at the checkpoint
     self._compilations = Compilations(say if options.progress else None)
     self.assets = folder.read_assets()
@@ -143,16 +144,23 @@ class Run:
 
   def raw(self, inputs: Inputs) -> Any:
     """The result of `Task.predict` for the rows, as NumPy arrays with leading axis rows."""
+    self._check(inputs)
     if self._predictor is None:
       self._predictor = evaluate.Predictor(
           self.experiment, self.program, self._options.parallelism, self._compilations)
     return self._predictor(self.state, inputs.batch)
 
-  def generate(self, inputs: Inputs) -> Iterator[np.ndarray]:
-    """The tokens i32[rows, n] that continue the rows, a part at a time."""
-    return evaluate.generate(
-        self.experiment, self.program, self._options.parallelism, self.state, inputs.batch,
-        self._compilations)
+  def generate(self, inputs: Inputs) -> Iterator[Any]:
+    """The result of `raw` for rows that are prompts, as far as it is generated, again and again."""
+    self._check(inputs)
+    if self._generator is None:
+      self._generator = evaluate.Generator(
+          self.experiment, self.program, self._options.parallelism, self._compilations)
+    return self._generator(self.state, inputs.batch)
+
+  def _check(self, inputs: Inputs) -> None:
+    if hasattr(self.experiment.task, "check"):
+      self.experiment.task.check(inputs.batch, inputs.names)
 
   def rows(self, inputs: Inputs, predictions: Any) -> list[dict[str, Any]]:
     """A dict for each row, with its name as "input" and its prediction."""

@@ -125,7 +125,7 @@ def test_a_prompt_and_its_continuation_stand_together(play, monkeypatch):
   """What is said of compilations, when the first part is made, comes before and not between them."""
   def generate(self, inputs):
     print("compiling the generation ...")
-    yield np.full((len(inputs.names), 3), 5, np.int32)
+    yield {"tokens": np.full((len(inputs.names), 3), 5, np.int32)}
 
   monkeypatch.setattr(dljax.runs.Run, "generate", generate)
   outcome = run(rnn, f"--workdir={play}", "--mode=predict", "--prompt=Speak", "--mesh=data:1")

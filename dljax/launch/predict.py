@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from dljax.errors import DONE, FAILED
@@ -42,7 +41,7 @@ def predict(run: Run, values: flags.FlagValues) -> int:
                  saw and (lambda: saw(inputs, rows)))
   for row in rows if first and not streamed else ():
     print("  ".join(f"{v:.4f}" if isinstance(v, float) else v
-                    for v in row.values() if not isinstance(v, dict)))
+                    for v in row.values() if not isinstance(v, (dict, list))))
   if place and first:
     print(f"{len(rows)} prediction{'s' * (len(rows) > 1)} written to {place}")
   if not inputs.skipped:
@@ -74,19 +73,22 @@ def _stream(
     The predictions, and a row for each.
   """
   show = functools.partial(print, end="", flush=True) if first else lambda text: None
+  settled = run.experiment.task.sampling.settled
   predictions, rows, text, shown = {}, [], "", 0
-  for tokens in run.generate(inputs):
-    if not predictions:  # what was compiled for the first part has been said, on lines of its own
+  for predictions in run.generate(inputs):
+    if not rows:  # what was compiled for the first part has been said, on lines of its own
       show(inputs.names[0])
-    before = [predictions["tokens"]] if predictions else []
-    predictions = {"tokens": np.concatenate([*before, tokens], axis=1)}
     rows = run.rows(inputs, predictions)
     text = rows[0]["text"]
-    # The end of the text may be the first half of a character.
-    whole = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    whole = len(settled(text))
     show(text[shown:whole])
     shown = max(shown, whole)
-  show(text[shown:] + "\n")
+  show(text[shown:] + "\n" + _numbers(rows[0]))
   for i, row in enumerate(rows[1:], 2):
-    show(f"\n--- {i} of {len(rows)} ---\n{row['input']}{row['text']}\n")
+    show(f"\n--- {i} of {len(rows)} ---\n{row['input']}{row['text']}\n{_numbers(row)}")
   return predictions, rows
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+  """A line for each number of a row, such as the logarithm of the text's probability."""
+  return "".join(f"{name}: {value:.4f}\n" for name, value in row.items() if isinstance(value, float))

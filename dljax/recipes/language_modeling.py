@@ -1,5 +1,7 @@
 """The experiment that all language models share, from a config and a model."""
 
+import math
+import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,8 +14,7 @@ from dljax import optim, report
 from dljax.config import Field, Group, base_config
 from dljax.data.text import corpus, tokenize
 from dljax.recipes import common
-from dljax.recipes import texts as own_texts
-from dljax.tasks import language_modeling
+from dljax.tasks import decoding, language_modeling
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
 # The values of fields of `config.data` for the sets that presets use.
@@ -29,11 +30,25 @@ DATA = {
 }
 
 _SAMPLING = {
-    "max_new_tokens": "The number of tokens to generate.",
+    "max_new_tokens": "The number of tokens to generate, at most.",
+    "min_new_tokens": "The number of tokens before which nothing ends a text.",
     "temperature": "The logits' divisor; 0 always takes the most probable token.",
     "top_k": "The number of most probable tokens that may be drawn; 0 allows all.",
     "top_p": "The probability that the most probable tokens must reach together; only these may be "
              "drawn, and 1 allows all.",
+    "min_p": "The part of the greatest probability that a token needs to be drawn; 0 allows all.",
+    "repetition_penalty": "What divides the positive logits, and multiplies the negative ones, of "
+                          "tokens that have occurred in the prompt or since; 1 is off.",
+    "no_repeat_ngram": "The length of the n-grams of tokens that may occur only once in prompt and "
+                       "text; 0 is off.",
+    "stop_tokens": "Numbers of tokens that end a text, as the end of a document always does.",
+    "stop_texts": "Texts that end a text, which then has what comes before them; with commas, line "
+                  'breaks or outer spaces as JSON: \'["\\n\\n", "A, B"]\'.',
+    "slide": "Whether of a prompt that is longer than the model's context the last tokens are read; "
+             "otherwise it is refused. A text that grows beyond the context always goes on from "
+             "its last tokens.",
+    "scores": "Whether predictions have the logarithm of each token's probability under the model, "
+              "and their sum.",
     "seed": "The seed of the draws; another one gives another text for the same prompt and run.",
 }
 
@@ -57,7 +72,7 @@ def config(
       monitor="validation/loss", optimizer=optim.default_config(optimizer),
       model=Group(common.model_fields(variant)), data=data_config,
       sampling=Group({name: Field(value, _SAMPLING[name])
-                      for name, value in vars(language_modeling.Sampling()).items()}))
+                      for name, value in vars(decoding.Sampling()).items()}))
 
 
 def resolve(
@@ -83,37 +98,61 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
   texts = corpus.TextSet(config.data, carried=stateful)
   data = texts.pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+  sampling = decoding.Sampling(**config.sampling.to_dict())
+  sampling.check_vocabulary(model.vocab_size)
   task = language_modeling.LanguageModeling(
-      model=model, stateful=stateful and not config.data.documents,
-      sampling=language_modeling.Sampling(**config.sampling.to_dict()),
+      model=model, stateful=stateful and not config.data.documents, sampling=sampling,
       spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens),
-      padded=config.data.documents)
+      decode=lambda tokens: texts.tokenizer().decode(tokens[tokens >= 0]))
 
   def prompts(
       found: Sequence[str], names: Sequence[str], count: int = 1,
   ) -> Mapping[str, np.ndarray]:
     """Each prompt `count` times; rows of different ids draw different continuations."""
-    batch = corpus.encode_prompts(found, names, texts.tokenizer())
+    tokenizer = texts.tokenizer()
+    batch = corpus.encode_prompts(found, names, tokenizer)
+    width = decoding.bucket(batch["prompt"].shape[1]) - batch["prompt"].shape[1]
+    batch = {**batch, "prompt": np.pad(batch["prompt"], ((0, 0), (0, width)))}
     repeated = {field: np.repeat(value, count, axis=0) for field, value in batch.items()}
-    return {**repeated, "id": np.arange(len(repeated["id"]), dtype=np.int32)}
+    rows = len(repeated["id"])
+    return {**repeated, "id": np.arange(rows, dtype=np.int32),
+            "stop": np.full((rows, 1), tokenizer.end, np.int32)}
+
+  def check(text: str, name: str) -> None:
+    """Raises `UserError` if a prompt cannot be used."""
+    tokenizer = texts.tokenizer()
+    tokens = np.append(tokenizer.end, tokenizer.encode(text, name).tokens)
+    decoding.check_prompt(name, tokens, model, sampling)
 
   def read(request: Request, assets: Assets) -> Inputs:
     del assets  # the experiment has restored them
     common.check_request(request, config.family, ["paths", "texts"], ["count"])
+    for stop in sampling.stop_texts:
+      _check_stop(stop, texts.tokenizer())
     found, names, skipped = list(request.texts), list(request.texts), []
     if request.paths:
-      found, names, skipped = own_texts.read(request.paths, texts.tokenizer().encode)
+      found, names, skipped = _read(request.paths, check)
+    else:
+      for text in found:
+        check(text, "--prompt")
     flags = names if request.paths else ["--prompt"] * len(found)
     count = request.count or 1
     repeated = [name for name in names for _ in range(count)]
-    return Inputs(prompts(found, flags, count), repeated, skipped)
+    batch = prompts(found, flags, count)
+    context = getattr(model, "max_length", None)
+    cut = [f"{name} has {length} tokens; the model reads the last {context}"
+           for name, length in zip(flags, batch["length"][::count])
+           if context is not None and length > context]
+    return Inputs(batch, repeated, skipped, cut)
 
   def show(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[Mapping[str, Any]]:
     del inputs, assets
-    tokenizer = texts.tokenizer()
-    for tokens in np.asarray(predictions["tokens"]):
-      ends = np.flatnonzero(tokens == tokenizer.end)
-      yield {"text": tokenizer.decode(tokens[:ends[0]] if len(ends) else tokens)}
+    ends = [decoding.NOTHING, texts.tokenizer().end, *sampling.stop_tokens]
+    for i, tokens in enumerate(np.asarray(predictions["tokens"])):
+      tokens = tokens[:np.argmax(np.append(np.isin(tokens, ends), True))]
+      text = task.before_stop(tokens)
+      yield {"text": text, **(_scores(tokens, text, predictions["log_p"][i], task.spell)
+                              if "log_p" in predictions else {})}
 
   def draw(inputs: Inputs, predictions: Any, assets: Assets) -> Iterator[tuple[str, bytes]]:
     return (common.png(report.page(row["text"])) for row in show(inputs, predictions, assets))
@@ -123,4 +162,61 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
 
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None, read=read, show=show,
-      draw=draw, preview=preview, texts=True)
+      draw=draw, preview=preview)
+
+
+def _scores(
+    tokens: np.ndarray, text: str, log_p: np.ndarray, spell: Callable[[np.ndarray], Sequence[str]],
+) -> Mapping[str, Any]:
+  """What a row says of the probabilities of its tokens.
+
+  Args:
+    tokens: i32[n], the tokens up to the end.
+    text: what of their text comes before a stop text; the tokens after it are left out.
+    log_p: f32[N], the logarithms of the probabilities.
+    spell: a function from tokens to their texts.
+  """
+  pieces = spell(tokens)
+  before = np.cumsum([0, *map(len, pieces)])[:-1]  # characters before each token
+  count = int(np.sum(before < len(text)))
+  values = [float(value) for value in log_p[:count]]
+  return {"log_probability": math.fsum(values), "tokens": list(pieces[:count]),
+          "log_probabilities": values}
+
+
+def _check_stop(stop: str, tokenizer: tokenize.Tokenizer) -> None:
+  """Raises `UserError` if no tokens stand for a text that holds `stop`."""
+  flag = f"--config.sampling.stop_texts={stop!r}"
+  found = tokenizer.encode(stop, flag).tokens
+  # Its first and last characters may need others around them, as an outer space does.
+  others = ([], *([token] for token in range(min(tokenizer.size, _NEIGHBOURS))))
+  if not any(stop in tokenizer.decode([*found, *other, *found]) for other in others):
+    raise UserError(f"{flag} cannot occur: the tokenizer makes {tokenizer.decode(found)!r} of it; "
+                    "give a text that it can write")
+
+
+_NEIGHBOURS = 1000  # tokens that may stand beside a stop text
+
+
+def _read(
+    paths: Sequence[str], check: Callable[[str, str], Any],
+) -> tuple[list[str], list[str], list[str]]:
+  """Reads files, and the .txt files in folders.
+
+  Args:
+    paths: the paths of files and folders.
+    check: a function of (text, name) that raises `UserError` if the text cannot be used.
+
+  Returns:
+    The texts, their names, and one line for each file that cannot be used.
+  """
+  texts, names, skipped = [], [], []
+  for path in find_files(paths, "a file of text, or a folder of .txt files", ".txt"):
+    try:
+      content = corpus.read_file(path, "--input")
+      check(content, os.fspath(path))
+      texts.append(content)
+      names.append(os.fspath(path))
+    except UserError as error:
+      skipped.append(str(error).removeprefix("--input="))
+  return texts, names, skipped

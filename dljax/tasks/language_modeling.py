@@ -52,14 +52,15 @@ class LanguageModeling(TaskBase):
     sampling: how `predict` continues a prompt.
     spell: a function from tokens i32[n] to their texts, for the figure of an evaluation; with None
       no figure is drawn.
-    padded: whether rows have documents of different lengths, so that their padding is reported.
+    decode: a function from tokens i32[n] to the text that they stand for; needed if there are stop
+      texts.
   """
 
   model: nn.Module
   stateful: bool = False
   sampling: Sampling = Sampling()
   spell: Callable[[np.ndarray], Sequence[str]] | None = None
-  padded: bool = False
+  decode: Callable[[np.ndarray], str] | None = None
 
   evaluate_reads = ("host/position",)
   evaluate_draws = ("targets", "target_weight")
@@ -113,7 +114,7 @@ class LanguageModeling(TaskBase):
   def predict(
       self, variables: Variables, batch: Batch, rng: Array, context: PyTree = None,
   ) -> PyTree:
-    """Continues prompts: prompt i32[B, P], length i32[B] and id i32[B] give {"tokens": i32[B, N]}.
+    """Continues prompts: `decoding.start` says what the batch has, and `advance` what is returned.
 
     Each row depends on the prompt, `rng` and id alone. The batches of an evaluation, which have no
     prompt, give the cross-entropy of each token, {"nats": f32[B, L]}, or {} without `spell`.
@@ -126,24 +127,46 @@ class LanguageModeling(TaskBase):
           rest, batch["tokens"], cache=variables.get(CARRY), train=False,
           **self._extent(batch, False))
       return {"nats": _nats(out["logits"].astype(jnp.float32), batch["targets"])}
-    text = self.start(variables, batch)
-    tokens, _ = self.advance(variables, text, rng, self.max_new_tokens)
-    return {"tokens": tokens}
+    return decoding.generate(self.model, variables, batch, self.sampling, rng)
 
   @property
   def max_new_tokens(self) -> int:
     """The number of tokens that a generated text has, at most."""
     return self.sampling.max_new_tokens
 
+  def check(self, batch: Batch, names: Sequence[str]) -> None:
+    """Checks prompts before anything is compiled for them; see `decoding.check`."""
+    decoding.check(batch, names, self.model, self.sampling)
+
   def start(self, variables: Variables, batch: Batch) -> PyTree:
     """Reads the prompts of `predict`; see `decoding.start`."""
-    return decoding.start(self.model, variables, batch, self.max_new_tokens)
+    return decoding.start(self.model, variables, batch, self.sampling)
 
   def advance(
       self, variables: Variables, text: PyTree, rng: Array, count: int,
-  ) -> tuple[Array, PyTree]:
+  ) -> tuple[Mapping[str, Array], PyTree]:
     """Generates `count` tokens; see `decoding.advance`."""
     return decoding.advance(self.model, variables, self.sampling, text, rng, count)
+
+  def has_ended(self, predictions: Mapping[str, np.ndarray]) -> bool:
+    """Whether no row of a text that is generated in parts needs more tokens, on the host.
+
+    Args:
+      predictions: what `predict` would give, as far as it is generated: tokens i32[rows, n].
+    """
+    return all(self._has_ended(row) for row in predictions["tokens"])
+
+  def _has_ended(self, tokens: np.ndarray) -> bool:
+    if len(tokens) >= self.max_new_tokens or tokens[-1] == decoding.NOTHING:
+      return True
+    if not self.sampling.stop_texts:
+      return False
+    return self.before_stop(tokens) != self.decode(tokens)
+
+  def before_stop(self, tokens: np.ndarray) -> str:
+    """The text that tokens i32[n] stand for, which ends before the first stop text in it."""
+    least = self.decode(tokens[:self.sampling.min_new_tokens])
+    return self.sampling.before_stop(self.decode(tokens), len(least))
 
   @property
   def goals(self) -> Mapping[str, str]:

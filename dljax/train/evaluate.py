@@ -312,35 +312,53 @@ def _put_padded(
   return parallel.put_batch({k: v[own] for k, v in padded.items()}, mode, mesh)
 
 
-def generate(
-    experiment: Experiment, program: Program, mode: parallel.Mode, state: TrainState, batch: Batch,
-    compilations: Compilations = Compilations(),
-) -> Iterator[np.ndarray]:
-  """Continues prompts as `Predictor` does, and yields the tokens as they come, i32[rows, n].
+class Generator:
+  """Continues prompts as `Predictor` does, but part by part; compiles once for each shape of a row.
 
   Args:
-    experiment: gives a task that has `start`, `advance` and `max_new_tokens`.
+    experiment: gives a task that has `start`, `advance`, `has_ended` and `max_new_tokens`.
     program: gives the devices.
     mode: "jit" or "pmap".
-    state: gives the variables.
-    batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
     compilations: says what is compiled; by default nothing is said, and no bar is shown.
   """
-  start, advance = step.make_generate_steps(experiment.task, CHUNK)
-  start = compilations.of(parallel.compile_step(
-      start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",)),
-      "reading of the prompt", batch=1, patience=_PATIENCE)
-  advance = compilations.of(parallel.compile_step(
-      advance, mode, program.mesh, inputs=("state", "shared", "batch"),
-      outputs=("batch", "batch")), "generation", batch=2, patience=_PATIENCE)
-  variables, _ = split_carry(state.variables)
-  fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
-  count, total = len(fields["mask"]), experiment.task.max_new_tokens
-  shards = parallel.count_shards(program.mesh)
-  text, = start(variables, _put_padded(fields, -(-count // shards) * shards, mode, program.mesh))
-  for written in range(0, total, CHUNK):
-    tokens, text = advance(variables, state.rng, text)
-    yield parallel.rows_to_host(tokens, mode)[:count, :total - written]
+
+  def __init__(
+      self, experiment: Experiment, program: Program, mode: parallel.Mode,
+      compilations: Compilations = Compilations(),
+  ):
+    self._task, self._mode, self._mesh = experiment.task, mode, program.mesh
+    start, advance = step.make_generate_steps(experiment.task, CHUNK)
+    self._start = compilations.of(parallel.compile_step(
+        start, mode, program.mesh, inputs=("state", "batch"), outputs=("batch",)),
+        "reading of the prompt", batch=1, patience=_PATIENCE)
+    self._advance = compilations.of(parallel.compile_step(
+        advance, mode, program.mesh, inputs=("state", "shared", "batch"),
+        outputs=("batch", "batch"), donate=(2,)), "generation", batch=2, patience=_PATIENCE)
+
+  def __call__(self, state: TrainState, batch: Batch) -> Iterator[Any]:
+    """Yields what `Task.predict` gives for the rows, as far as it is generated.
+
+    It ends as soon as all rows have ended; the last part then may have fewer tokens than
+    `Task.predict` gives.
+
+    Args:
+      state: gives the variables.
+      batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
+    """
+    variables, _ = split_carry(state.variables)
+    fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
+    count, shards = len(fields["mask"]), parallel.count_shards(self._mesh)
+    rows = _put_padded(fields, -(-count // shards) * shards, self._mode, self._mesh)
+    text, = self._start(variables, rows)
+    most, parts = self._task.max_new_tokens, []
+    for written in range(0, most, CHUNK):
+      part, text = self._advance(variables, state.rng, text)
+      parts.append(jax.tree.map(lambda x: x[:count, :most - written],  # pylint: disable=cell-var-from-loop
+                                parallel.rows_to_host(part, self._mode)))
+      predictions = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *parts)
+      yield predictions
+      if self._task.has_ended(predictions):
+        return
 
 
 def prefetch(load: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:

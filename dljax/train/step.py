@@ -223,7 +223,7 @@ def make_generate_steps(
 
   Returns:
     The pure functions (variables, batch) -> (text,) and
-    (variables, rng, text) -> (tokens [B, count], text).
+    (variables, rng, text) -> (predictions [B, count], text).
   """
   return (lambda variables, batch: (task.start(variables, batch),),
           lambda variables, rng, text: task.advance(variables, text, evaluation_key(rng), count))

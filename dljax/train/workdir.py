@@ -52,14 +52,16 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes rows that have the same keys; the first line holds the keys, and a dict becomes JSON.
+  """Writes rows that have the same keys; the first line holds the keys.
+
+  Dicts and lists become JSON.
 
   A crash leaves the old file or the new one; raises `OSError` if it cannot be written.
   """
   text = io.StringIO(newline="")
   writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
   writer.writeheader()
-  writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
+  writer.writerows({k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
                    for row in rows)
   durable.write(path, text.getvalue().encode(errors="backslashreplace"))
 

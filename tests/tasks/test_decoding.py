@@ -11,7 +11,7 @@ from dljax.errors import UserError
 from dljax.tasks.decoding import Sampling
 from dljax.tasks.language_modeling import LanguageModeling
 from dljax.train import parallel
-from dljax.train.evaluate import Predictor, generate
+from dljax.train.evaluate import Generator, Predictor
 from dljax.train.program import Program, RunOptions
 from dljax.train.step import evaluation_key
 from tests.tasks import compiled, tiny
@@ -87,7 +87,8 @@ ROWS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 def _continue(prompts, seed=0, key=0, count=12, **sampling):
   task = LanguageModeling(tiny.Tiny(), True,
                           Sampling(max_new_tokens=count, temperature=1.0, seed=seed, **sampling))
-  return compiled.predict(task, {"params": tiny.params()}, prompts, key)["tokens"]
+  found = compiled.predict(task, {"params": tiny.params()}, prompts, key)
+  return found if "log_p" in found else found["tokens"]
 
 
 def test_a_prompt_is_continued_by_the_models_own_tokens():
@@ -103,9 +104,10 @@ def test_a_prompt_is_continued_by_the_models_own_tokens():
 
 def test_what_follows_a_prompt_is_predicted_by_its_last_token():
   prompts = {**_prompts([ROWS[2]] * 3), "length": np.array([1, 3, 5], np.int32)}
-  logits = jax.jit(TASK.start)({"params": tiny.params()}, prompts)["logits"]
+  found = _continue(prompts, count=1, scores=True, top_k=1)
   whole = jax.jit(tiny.Tiny().apply)({"params": tiny.params()}, np.array([ROWS[2]]))["logits"]
-  np.testing.assert_allclose(logits, np.asarray(whole)[0, [0, 2, 4]], rtol=1e-5)
+  expected = jax.nn.log_softmax(np.asarray(whole)[0, [0, 2, 4]]).max(-1)
+  np.testing.assert_allclose(found["log_p"][:, 0], expected, rtol=1e-5)
 
 
 def test_a_continuation_depends_on_prompt_seed_and_id_alone():
@@ -133,7 +135,8 @@ def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
   expected = np.asarray(_predict(
       task, {"params": tiny.params()}, _prompts(ROWS), evaluation_key(np.asarray(state.rng)))["tokens"])
   at_once = Predictor(experiment, program, mode)(state, _prompts(ROWS))["tokens"]
-  parts = list(generate(experiment, program, mode, state, _prompts(ROWS)))
   np.testing.assert_array_equal(at_once, expected)
-  assert [part.shape for part in parts] == [(3, 8), (3, 8), (3, 3)]
-  np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+  parts = [part["tokens"] for part in Generator(experiment, program, mode)(state, _prompts(ROWS))]
+  assert [part.shape for part in parts] == [(3, 8), (3, 16), (3, 19)]
+  for part in parts:
+    np.testing.assert_array_equal(part, expected[:, :part.shape[1]])
