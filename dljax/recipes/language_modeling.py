@@ -187,10 +187,12 @@ def _scores(
 def _check_stop(stop: str, tokenizer: tokenize.Tokenizer) -> None:
   """Raises `UserError` if no tokens stand for a text that holds `stop`."""
   flag = f"--config.sampling.stop_texts={stop!r}"
-  found = tokenizer.encode(stop, flag).tokens
+  found = tokenizer.encode(stop, f"{flag} cannot occur").tokens
   # Its first and last characters may need others around them, as an outer space does.
   others = ([], *([token] for token in range(min(tokenizer.size, _NEIGHBOURS))))
-  if not any(stop in tokenizer.decode([*found, *other, *found]) for other in others):
+  around = (tokenizer.decode([*first, *second, *first])
+            for other in others for first, second in ((found, other), (other, found)))
+  if not any(stop in text for text in around):
     raise UserError(f"{flag} cannot occur: the tokenizer makes {tokenizer.decode(found)!r} of it; "
                     "give a text that it can write")
 
