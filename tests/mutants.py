@@ -258,10 +258,53 @@ MUTANTS = (
         ("tests/tasks/test_classification.py::test_of_equal_logits_the_lower_class_comes_first",)),
     Mutant(
         "last_prompt_token", "dljax/tasks/decoding.py",
-        "last = jnp.maximum(length - 1, 0)",
-        "last = jnp.maximum(length - 2, 0)",
+        "known = jnp.maximum(length - 1, 0)",
+        "known = jnp.maximum(length - 2, 0)",
         ("tests/tasks/test_decoding.py::"
          "test_what_follows_a_prompt_is_predicted_by_its_last_token",)),
+    Mutant(
+        "penalty_of_negative_logits", "dljax/tasks/decoding.py",
+        "jnp.where(logits < 0, logits * self",
+        "jnp.where(logits > 0, logits * self",
+        ("tests/tasks/test_decoding.py::test_one_step_is_that_of_transformers",)),
+    Mutant(
+        "ngram_that_is_not_complete", "dljax/tasks/decoding.py",
+        "jnp.arange(starts) + n <= count",
+        "jnp.arange(starts) + n - 1 <= count",
+        ("tests/tasks/test_decoding.py::test_one_step_is_that_of_transformers",)),
+    Mutant(
+        "least_length", "dljax/tasks/decoding.py",
+        'text["place"] < self.min_new_tokens',
+        'text["place"] <= self.min_new_tokens',
+        ("tests/tasks/test_decoding.py::test_the_least_length_is_a_number_of_tokens",)),
+    Mutant(
+        "min_p", "dljax/tasks/decoding.py",
+        "math.log(self.min_p)",
+        "self.min_p",
+        ("tests/tasks/test_decoding.py::"
+         "test_min_p_leaves_tokens_that_are_probable_beside_the_best",)),
+    Mutant(
+        "end_of_a_text", "dljax/tasks/decoding.py",
+        '"done": done | ended}',
+        '"done": done}',
+        ("tests/tasks/test_decoding.py::"
+         "test_a_text_ends_with_a_stop_token_and_the_loop_with_the_last_text",)),
+    Mutant(
+        "probability_after_penalties", "dljax/tasks/decoding.py",
+        "jax.nn.log_softmax(logits, axis=-1)",
+        "jax.nn.log_softmax(allowed, axis=-1)",
+        ("tests/tasks/test_decoding.py::test_probabilities_are_the_models_own",)),
+    Mutant(
+        "context_that_slides", "dljax/tasks/decoding.py",
+        'text["count"] - half, text',
+        'text["count"] - half - 1, text',
+        ("tests/tasks/test_decoding.py::"
+         "test_a_text_beyond_the_context_goes_on_from_the_last_half",)),
+    Mutant(
+        "beginning_of_a_stop_text", "dljax/tasks/decoding.py",
+        "for size in range(1, len(stop))",
+        "for size in range(2, len(stop))",
+        ("tests/tasks/test_decoding.py::test_what_may_become_a_stop_text_is_not_shown_yet",)),
     # data
     Mutant(
         "npy_pickle", "dljax/data/image/decode.py",

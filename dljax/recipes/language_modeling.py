@@ -99,7 +99,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
   data = texts.pipelines(
       batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
   sampling = decoding.Sampling(**config.sampling.to_dict())
-  sampling.check_vocabulary(model.vocab_size)
+  sampling.check_vocabulary(config.data.vocab_size)
   task = language_modeling.LanguageModeling(
       model=model, stateful=stateful and not config.data.documents, sampling=sampling,
       spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens),

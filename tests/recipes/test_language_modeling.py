@@ -1,19 +1,25 @@
 """The experiments of language models by their command line: trained, evaluated, and made to write."""
 
+import csv
 import dataclasses
 import io
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import dljax
 from dljax.data.text import corpus
 from dljax.errors import UserError
+from dljax.models import gpt
 from dljax.recipes import language_modeling
+from dljax.train.experiment import Request
 from experiments import rnn
 from tests.command import plain_pictures, refuse, run
 
@@ -148,6 +154,138 @@ def test_sampling_is_chosen_by_the_command_line(trained):
   assert len(write(max_new_tokens=3)) == len("I") + 3 + len("\n")
 
 
+def test_a_stop_text_ends_what_is_shown_and_written(trained, tmp_path):
+  whole = _write(trained, "--prompt=Speak")[len("Speak"):-1]
+  stop = whole[7:10]  # the parts of a text have 8 tokens, so that this stop text lies in two
+  place, output = whole.find(stop), tmp_path / "out.jsonl"
+  flags = f"--config.sampling.stop_texts={json.dumps(['town-crier', stop])}",
+  assert _write(trained, "--prompt=Speak", *flags) == f"Speak{whole[:place]}\n"
+  (tmp_path / "in.txt").write_text("Speak")
+  shown = _write(trained, f"--input={tmp_path / 'in.txt'}", f"--output={output}", *flags)
+  assert json.loads(output.read_text())["text"] == whole[:place] and whole[:place] in shown
+  least = _write(trained, "--prompt=Speak", *flags, f"--config.sampling.min_new_tokens={place + 4}")
+  assert len(least) > len(f"Speak{whole[:place + 4]}")
+
+
+def test_generation_ends_once_all_texts_have_their_stop_text(trained, monkeypatch):
+  loaded = dljax.load(trained)
+  text = loaded.predict("Speak")[0]["text"]
+  config = loaded.config.copy_and_resolve_references()
+  config.sampling.stop_texts = (text[2:4],)
+  monkeypatch.setattr(loaded, "experiment", rnn.build(config))
+  loaded.experiment.data.restore(loaded.assets)
+  parts = list(loaded.generate(loaded.read(Request(texts=["Speak"]))))
+  assert [part["tokens"].shape for part in parts] == [(1, 8)]  # of 20 tokens
+
+
+def test_each_tokens_probability_is_in_the_rows(trained, tmp_path):
+  flags = "--config.sampling.scores=true", "--config.sampling.max_new_tokens=9"
+  for name in ("out.jsonl", "out.csv"):
+    shown = _write(trained, "--prompt=Speak", f"--output={tmp_path / name}", *flags)
+  row = json.loads((tmp_path / "out.jsonl").read_text())
+  assert "".join(row["tokens"]) == row["text"] and len(row["tokens"]) == len(row["log_probabilities"]) == 9
+  assert all(value < 0 for value in row["log_probabilities"])
+  assert row["log_probability"] == pytest.approx(sum(row["log_probabilities"]))
+  assert f"\nlog_probability: {row['log_probability']:.4f}\n" in shown
+  with open(tmp_path / "out.csv", newline="") as file:
+    line, = csv.DictReader(file)
+  assert json.loads(line["log_probabilities"]) == row["log_probabilities"]
+  assert json.loads(line["tokens"]) == row["tokens"]
+  # The model itself gives such probabilities, one after the other.
+  loaded = dljax.load(trained)
+  batch = loaded.read(Request(texts=["Speak" + row["text"]])).batch
+  tokens = batch["prompt"][:, :batch["length"][0]]
+  logits = loaded.model.apply(loaded.variables, tokens)["logits"][0]
+  log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits[:-1])), tokens[0, 1:, None], 1)[:, 0]
+  np.testing.assert_allclose(row["log_probabilities"], log_p[-9:], atol=1e-4)
+
+
+def test_a_stop_text_takes_the_tokens_after_it_along(trained):
+  config = dljax.load(trained).config.copy_and_resolve_references()
+  config.sampling.update({"stop_texts": ("th",), "scores": True})
+  experiment = rnn.build(config)
+  experiment.data.restore(dljax.load(trained).assets)
+  tokens = experiment.read(Request(texts=["as the a"]), {}).batch["prompt"][0, 1:9]
+  row, = experiment.show(None, {"tokens": tokens[None], "log_p": -np.arange(8.0)[None]}, {})
+  assert row == {"text": "as ", "log_probability": -3.0, "tokens": ["a", "s", " "],
+                 "log_probabilities": [0.0, -1.0, -2.0]}
+
+
+def test_prompts_of_many_lengths_are_padded_to_few():
+  experiment = rnn.build(rnn.get_config("pydoc"))
+  read = lambda *texts: experiment.read(Request(texts=texts), {}).batch
+  assert {read("x" * n)["prompt"].shape[1] for n in range(1, 100)} == {17, 33, 65, 129}
+  batch = read("abc", "x" * 30)
+  assert batch["length"].tolist() == [4, 31] and batch["stop"].tolist() == [[256], [256]]
+  assert not batch["prompt"][0, 4:].any()
+
+
+# A model with a context
+
+
+def _decoder():
+  """An experiment of a decoder that reads 16 tokens."""
+  def get_config(preset):
+    config = language_modeling.config("decoder", preset, data="pydoc", variant="gpt_nano", optimizer="adamw")
+    config.data.length = 16
+    return config
+
+  def build(config):
+    network = gpt.GPT(vocab_size=config.data.vocab_size, max_length=16, embed_dim=16, num_layers=1, num_heads=2)
+    return language_modeling.build(config, network, stateful=False)
+
+  return types.SimpleNamespace(
+      __file__="experiments/decoder.py", PRESETS={"pydoc": ""}, get_config=get_config, build=build,
+      resolve=language_modeling.resolve)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+  """The folder of a run of the decoder on characters."""
+  folder = tmp_path_factory.mktemp("decoder")
+  (folder / "play.txt").write_text(PLAY)
+  flags = [flag for flag in SMALL if not flag.startswith(("--config.model", "--config.data.length"))]
+  outcome = run(_decoder(), f"--workdir={folder / 'run'}", f"--config.data.file={folder / 'play.txt'}", *flags,
+                "--config.total_steps=15")
+  assert outcome.status == 0, outcome
+  return folder / "run"
+
+
+LONG = "Speak the speech, I pray"
+TOO_LONG = ("has 25 tokens with the one that begins a text, 9 more than the model's context of 16; shorten it, or let "
+            "--config.sampling.slide=true read its last 16")
+
+
+def test_a_prompt_beyond_the_context_is_refused_or_its_end_is_read(tmp_path):
+  decoder = _decoder()
+  config = decoder.get_config("pydoc")
+  with pytest.raises(UserError) as error:
+    decoder.build(config).read(Request(texts=[LONG]), {})
+  assert str(error.value) == f"--prompt {TOO_LONG}"
+  (tmp_path / "long.txt").write_text(LONG)
+  (tmp_path / "short.txt").write_text(LONG[:15])
+  inputs = decoder.build(config).read(Request(paths=[str(tmp_path)]), {})
+  assert inputs.names == [str(tmp_path / "short.txt")] and inputs.skipped == [f"{tmp_path / 'long.txt'} {TOO_LONG}"]
+  config.sampling.slide = True
+  inputs = decoder.build(config).read(Request(paths=[str(tmp_path)], count=2), {})
+  assert not inputs.skipped and inputs.batch["length"].tolist() == [25, 25, 16, 16]
+  assert inputs.warnings == [f"{tmp_path / 'long.txt'} has 25 tokens; the model reads the last 16"]
+
+
+@pytest.mark.slow
+def test_texts_and_prompts_beyond_the_context_by_the_command_line(decoder):
+  flags = (f"--workdir={decoder}", "--mode=predict", "--mesh=data:1", "--config.sampling.temperature=1",
+           "--config.sampling.max_new_tokens=40")
+  outcome = run(_decoder(), *flags, "--prompt=Speak")
+  assert outcome.status == 0 and len(outcome.out) == len("Speak") + 40 + len("\n"), outcome
+  assert refuse(_decoder(), *flags, f"--prompt={LONG}") == f"--prompt {TOO_LONG}"
+  outcome = run(_decoder(), *flags, f"--prompt={LONG}", "--config.sampling.slide=true")
+  assert outcome.status == 0
+  assert outcome.err.startswith("warning: --prompt has 25 tokens; the model reads the last 16\n")
+  other = run(_decoder(), *flags, f"--prompt=aaaaa{LONG[5:]}", "--config.sampling.slide=true")
+  assert outcome.out[len(LONG):] == other.out[len(LONG):] != "\n"
+
+
 def test_a_run_goes_on_to_the_same_bits(trained, tmp_path):
   play = trained.parent / "play.txt"
   play.write_text(PLAY)
@@ -174,6 +312,16 @@ def test_documents_train_and_tell_their_padding(tmp_path):
     (["--prompt=caf\u00e9"], ["--prompt: the character '\u00e9' (U+00E9) at position 3 is not in the training text"]),
     (["--prompt=I", "--output=x.png"], ["--output=x.png"]),
     (["--prompt=I", "--config.sampling.top_p=2"], ["--config.sampling.top_p=2.0: must be above 0"]),
+    (["--prompt=I", "--config.sampling.top_k=61"], ["--config.sampling.top_k=61: the model has 60 tokens; give at most"]),
+    (["--prompt=I", "--config.sampling.min_p=2"], ["--config.sampling.min_p=2.0: must be from 0 to 1"]),
+    (["--prompt=I", "--config.sampling.repetition_penalty=0"], ["--config.sampling.repetition_penalty=0.0: must be above 0"]),
+    (["--prompt=I", "--config.sampling.no_repeat_ngram=-1"], ["--config.sampling.no_repeat_ngram=-1: must be from 0"]),
+    (["--prompt=I", "--config.sampling.min_new_tokens=21"], ["min_new_tokens=21: must be from 0 to max_new_tokens, 20"]),
+    (["--prompt=I", "--config.sampling.stop_tokens=60"], ["--config.sampling.stop_tokens=60: the model's tokens are 0 to 59"]),
+    (["--prompt=I", "--config.sampling.stop_tokens=I"], ["--config.sampling.stop_tokens=I: must be the number of a token"]),
+    (["--prompt=I", "--config.sampling.stop_texts=\u00e7a"],
+     ["--config.sampling.stop_texts='\u00e7a' cannot occur: the character '\u00e7'"]),
+    (["--prompt=I", '--config.sampling.stop_texts=[""]'], ["--config.sampling.stop_texts: a stop text is empty"]),
 ])
 def test_prediction_refuses(trained, arguments, words):
   line = refuse(rnn, f"--workdir={trained}", "--mode=predict", "--mesh=data:1", *arguments)
@@ -200,6 +348,24 @@ def test_training_refuses_and_touches_nothing(tmp_path, monkeypatch, arguments, 
   line = refuse(rnn, "--workdir=run", *fill(arguments))
   assert all(word in line for word in fill(words)), line
   assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "play.txt"]
+
+
+@pytest.mark.parametrize("kind, can, cannot", [
+    ("byte", ["\n\n", "\u2603", " "], []),
+    ("bpe", ["\n\n", "\u2603", "the ", " the"], []),
+    ("wordpiece", [" the", "the ", " ", "speech"], ["\n\n", "speech, I", "\u2603"]),
+    ("unigram", [" the", "\n", "speech, I"], ["\u2603"]),
+])
+def test_stop_texts_that_no_tokens_make_are_refused(tmp_path, kind, can, cannot):
+  (tmp_path / "play.txt").write_text(PLAY)
+  config = rnn.get_config("pydoc")
+  config.data.update({"file": str(tmp_path / "play.txt"), "tokenizer": kind, "vocab_size": 400})
+  config.sampling.stop_texts = tuple(can)
+  assert rnn.build(config).read(Request(texts=["Speak"]), {}).names == ["Speak"]
+  for stop in cannot:
+    config.sampling.stop_texts = (stop,)
+    with pytest.raises(UserError, match="^--config.sampling.stop_texts='.*' cannot occur: the tokenizer makes '"):
+      rnn.build(config).read(Request(texts=["Speak"]), {})
 
 
 def test_presets_are_what_they_say():

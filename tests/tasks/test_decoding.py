@@ -234,6 +234,12 @@ def test_nothing_ends_a_text_before_its_least_length():
   assert (short >= 0).sum() <= 3 and (long >= 0).sum() >= 6 and stop not in long[:6]
 
 
+def test_the_least_length_is_a_number_of_tokens():
+  text = {"place": np.array([0, 2, 3]), "stop": np.array([[1, -1], [0, 1], [0, 1]])}
+  found = Sampling(min_new_tokens=3).penalize(np.zeros((3, 3), np.float32), text)
+  assert np.isfinite(found).tolist() == [[True, False, True], [False, False, True], [True] * 3]
+
+
 def test_a_row_ends_where_every_token_is_banned():
   found = _continue(_prompts([ROWS[0], [1]]), no_repeat_ngram=1)
   for row, prompt in zip(found, (ROWS[0], [1])):
