@@ -417,42 +417,49 @@ MUTANTS = (
         "integers(max(spare, 1))",
         ("tests/data/text/test_corpus.py::test_every_token_is_some_epochs_first_or_last",)),
     Mutant(
-        "window_spare", "dljax/data/text/streams.py",
-        "integers(self._spare + 1)",
-        "integers(max(self._spare, 1))",
-        ("tests/data/text/test_corpus.py::test_every_epochs_windows_begin_at_one_of_all_places",)),
+        "special_token_spelled", "dljax/data/text/tokenize.py",
+        "tokenizer.encode_special_tokens = True",
+        "tokenizer.encode_special_tokens = False",
+        ("tests/data/text/test_pretrained.py::test_what_a_text_spells_is_never_the_end",)),
     Mutant(
-        "windows_counted_twice", "dljax/data/text/streams.py",
-        "np.where(indices > 0, length - self._stride, 0)",
-        "np.where(indices > 1, length - self._stride, 0)",
-        ("tests/data/text/test_corpus.py::test_windows_of_an_evaluation_predict_every_token_once",)),
+        "second_text_is_cut_first", "dljax/data/text/tokenize.py",
+        "return [short, long] if sizes[0] <= sizes[1] else [long, short]",
+        "return [short, long]",
+        ("tests/data/text/test_pretrained.py::test_the_longer_text_is_cut",)),
     Mutant(
-        "packed_positions_go_on", "dljax/data/text/packing.py",
-        '"position": put(within.astype(np.int32))',
-        '"position": put(places[1].astype(np.int32))',
-        ("tests/data/text/test_packing.py::test_rows_say_whose_each_place_is",)),
+        "roles_lost_in_a_run", "dljax/data/text/tokenize.py",
+        'value["roles"] = self.roles',
+        'value["roles"] = {}',
+        ("tests/data/text/test_pretrained.py::"
+         "test_a_run_keeps_the_tokenizer_its_roles_and_its_chat",)),
     Mutant(
-        "packed_by_first_fit", "dljax/data/text/packing.py",
-        "for free in range(length, capacity + 1) if",
-        "for free in range(capacity, length - 1, -1) if",
-        ("tests/data/text/test_packing.py::test_rows_are_those_of_best_fit_decreasing",)),
+        "token_without_a_row", "dljax/data/text/pretrained.py",
+        "if tokenizer.size > rows:",
+        "if tokenizer.size > rows + 1:",
+        ("tests/data/text/test_pretrained.py::test_what_is_wrong_with_a_folder_is_one_line",)),
     Mutant(
-        "hidden_by_host", "dljax/data/text/masked.py",
-        "random((len(plan.indices), length, 3))[plan.rows]",
-        "random((len(plan.rows), length, 3))",
-        ("tests/data/text/test_masked.py::test_hosts_share_out_the_global_batch",)),
+        "end_of_another_model", "dljax/data/text/pretrained.py",
+        "if tokenizer.roles[role] not in numbers:",
+        "if tokenizer.roles[role] < min(numbers):",
+        ("tests/data/text/test_pretrained.py::test_what_is_wrong_with_a_folder_is_one_line",)),
     Mutant(
-        "all_chosen_are_hidden", "dljax/data/text/masked.py",
-        "np.where(kind < MASKED, frames",
-        "np.where(kind < 1, frames",
-        ("tests/data/text/test_masked.py::"
-         "test_of_ten_tokens_eight_are_hidden_one_is_replaced_and_one_is_kept",)),
+        "second_text_of_type_0", "dljax/data/text/pretrained.py",
+        'single + [f"{part}:1"',
+        'single + [f"{part}:0"',
+        ("tests/data/text/test_pretrained.py::"
+         "test_special_tokens_surround_a_text_and_a_pair",)),
     Mutant(
-        "special_tokens_are_hidden", "dljax/data/text/masked.py",
-        "~np.isin(content, self._special)",
-        "np.ones(len(content), bool)",
-        ("tests/data/text/test_masked.py::"
-         "test_the_text_is_there_and_its_share_is_to_be_predicted",)),
+        "template_by_jinjas_white_space", "dljax/data/text/chat.py",
+        "trim_blocks=True, lstrip_blocks=True",
+        "trim_blocks=True, lstrip_blocks=False",
+        ("tests/data/text/test_pretrained.py::"
+         "test_a_template_sees_what_transformers_shows_it",)),
+    Mutant(
+        "first_space_swallowed", "dljax/data/text/sentencepiece.py",
+        "if dummy_prefix and not plain:",
+        "if dummy_prefix and plain:",
+        ("tests/data/text/test_tokenize.py::"
+         "test_a_model_that_keeps_white_space_counts_a_space_at_the_beginning",)),
     # recipes
     Mutant(
         "size_order", "dljax/recipes/object_detection.py",

@@ -34,8 +34,8 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import own, ragged, sources, splits
-from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline
-from dljax.data.text import packing, streams, tokenize
+from dljax.data.pipeline import HostBatch, Pipeline
+from dljax.data.text import pretrained, streams, tokenize
 from dljax.errors import UserError, unknown
 
 ASSET = "tokenizer"
@@ -59,7 +59,8 @@ def default_config() -> Group:
       **splits.fields("train", "validation", "test"),
       "tokenizer": Field("byte", one_of("How text becomes tokens", tokenize.TOKENIZERS)),
       "tokenizer_file": Field("", 'The file of the tokenizer "file": a SentencePiece .model or a '
-                              "tokenizer.json."),
+                              "tokenizer.json; or a folder that holds a tokenizer beside a model's "
+                              "weights."),
       "vocab_size": Field(257, "The number of tokens of the model; a tokenizer may have fewer."),
       "byte_fallback": Field(False, "Whether characters that are not in the training text become "
                              "bytes; otherwise they are refused."),
@@ -105,7 +106,7 @@ def validate(config: Any) -> None:
   need("tokenizer_file", not config.tokenizer_file or config.tokenizer == "file",
        "goes with --config.data.tokenizer=file; add it, or drop this")
   need("tokenizer_file", config.tokenizer != "file" or bool(config.tokenizer_file),
-       "name a SentencePiece .model or a tokenizer.json")
+       "name a SentencePiece .model, a tokenizer.json, or a folder of weights")
   need("folder", not (config.file and config.folder),
        "goes without --config.data.file; drop one of them, as by --config.data.folder=")
   if not mine:
@@ -131,32 +132,34 @@ def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any]
 
   Returns:
     Field of `config.data` -> value, for fields that are not given: vocab_size, if the tokens are
-    the characters of the text; validation and test, where a folder has no documents for them. And
-    lines that say what the text holds.
+    the characters of the text, or those of a folder of weights; validation and test, where a folder
+    has no documents for them. And lines that say what the text holds.
 
   Raises:
     UserError: a value is out of range; or the text is missing, where it is needed, or cannot be
       used.
   """
   validate(config)
-  path = own_text(config)
+  path, folder = own_text(config), config.tokenizer_file
+  found: dict[str, Any] = {}
+  if folder and "vocab_size" not in given and pretrained.is_folder(folder):
+    found["vocab_size"] = pretrained.rows_of(folder, f"{tokenize.FLAG}={folder}")
   if not path:
-    return {}, []
+    return found, []
   needed = config.tokenizer == "character" and "vocab_size" not in given
   if not Path(path).expanduser().exists():
     flag = "file" if config.file else "folder"
     if needed:
       raise UserError(f"--config.data.{flag}={path}: there is no such {flag}; name another, or, "
                       "for a dry run without it, give --config.data.vocab_size")
-    return {}, []
-  texts = TextSet(config, carried=False)  # how the text is read does not matter here
+    return found, []
+  texts = TextSet(config)
   texts.seed = seed
   sizes = {split: sum(map(len, texts.own_documents[split].values()))
            for split in _SPLITS if config[split]}
   # A folder with a subfolder for each split may lack those for validation and test.
-  found: dict[str, Any] = {split: "" for split in ("validation", "test")
-                           if config[split] and split not in given
-                           and not texts.own_documents[split]}
+  found |= {split: "" for split in ("validation", "test")
+            if config[split] and split not in given and not texts.own_documents[split]}
   sizes = {split: size for split, size in sizes.items() if split not in found}
   parts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
   lines = [f"{own.show(path)}: {sum(sizes.values()):,} characters ({parts}){texts.remark}"]
@@ -444,8 +447,11 @@ class TextSet(splits.DataSet):
       if self._tokenizer is None:
         fitted = config.tokenizer in tokenize.FITTED
         documents = list(self._documents("train").values()) if fitted else ()
-        made = tokenize.make(config.tokenizer, documents, vocab_size=config.vocab_size,
-                             byte_fallback=config.byte_fallback, file=config.tokenizer_file)
+        if config.tokenizer == "file":
+          made = pretrained.load(config.tokenizer_file)
+        else:
+          made = tokenize.make(config.tokenizer, documents, vocab_size=config.vocab_size,
+                               byte_fallback=config.byte_fallback)
         if made.size > config.vocab_size:
           raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has "
                           f"{made.size} tokens; give that number")

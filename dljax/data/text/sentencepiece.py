@@ -30,8 +30,14 @@ class Piece(NamedTuple):
   kind: int
 
 
-def read(data: bytes) -> Any:
-  """The `tokenizers.Tokenizer` that equals a SentencePiece model, given the bytes of its file.
+def read(data: bytes, plain: bool = False, prepend: str = "") -> Any:
+  """The `tokenizers.Tokenizer` that equals a SentencePiece model.
+
+  Args:
+    data: the bytes of the model's file.
+    plain: whether the text stays as it is, whatever the model says of characters and white space.
+    prepend: where a space is added before a text: "always", before its "first" piece only, where
+      special tokens cut it into pieces, "never", or as the model says ("").
 
   Raises:
     ValueError: they are no SentencePiece model, or the model is neither Unigram nor BPE.
@@ -54,7 +60,7 @@ def read(data: bytes) -> Any:
   unknown = next(i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN)
   byte_fallback = bool(trainer.get(35, [False])[0])
   if kind == _UNIGRAM:
-    scores = [(piece.text, _NEVER if piece.kind in (_CONTROL, _BYTE) else piece.score)
+    scores = [(piece.text, _NEVER if piece.kind in (_UNKNOWN, _CONTROL, _BYTE) else piece.score)
               for piece in pieces]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unknown, byte_fallback))
   elif kind == _BPE:
@@ -70,18 +76,33 @@ def read(data: bytes) -> Any:
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in user])
 
   steps = []
-  if charsmap := normalizer.get(2, [b""])[0]:
+  replace, regex = tokenizers.normalizers.Replace, tokenizers.Regex
+  if (charsmap := normalizer.get(2, [b""])[0]) and not plain:
     check_charsmap(charsmap)
     steps.append(tokenizers.normalizers.Precompiled(charsmap))
-  if normalizer.get(4, [True])[0]:  # extra white space is removed
-    steps += [tokenizers.normalizers.Strip(),
-              tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+  if normalizer.get(4, [True])[0] and not plain:  # extra spaces are removed
+    steps += [replace(regex(r"\A +| +\z"), ""), replace(regex(" {2,}"), " ")]
+  if dummy_prefix and not plain:
+    # Metaspace adds no space to a text that begins with one. SentencePiece does.
+    steps += [replace(" ", SPACE), replace(regex(rf"\A{SPACE}"), 2 * SPACE)]
   if steps:
     tokenizer.normalizer = tokenizers.normalizers.Sequence(steps)
+  prepend = prepend or ("always" if dummy_prefix else "never")
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-      prepend_scheme="always" if dummy_prefix else "never", split=False)
-  tokenizer.decoder = decoder(dummy_prefix)
+      prepend_scheme=prepend, split=False)
+  tokenizer.decoder = decoder(prepend != "never")
   return tokenizer
+
+
+def roles(data: bytes) -> dict[str, str]:
+  """Role -> piece, for the roles "unknown", "start" and "end" of a model whose file `read` reads."""
+  trainer = _fields(_fields(data).get(2, [b""])[0])
+  names = {"unknown": (40, 45, 0, "<unk>"), "start": (41, 46, 1, "<s>"), "end": (42, 47, 2, "</s>")}
+  found = {}
+  for role, (number, text, default, piece) in names.items():
+    if trainer.get(number, [default])[0] < 2**31:  # a negative number fills 64 bits
+      found[role] = trainer.get(text, [piece.encode()])[0].decode()
+  return found
 
 
 def check_charsmap(data: bytes) -> None:

@@ -5,10 +5,14 @@ the tokens, a tokenizer gives the number of characters and of UTF-8 bytes that e
 for. What a sub-word tokenizer drops (most drop some white space) counts for the token before it.
 The numbers therefore add up to those of the text, and a loss per token becomes a loss per
 character or byte without error.
+
+A sub-word tokenizer may also know its roles: which token begins a text, ends it, separates two,
+hides a word. Those that come with a model's weights do; `data/text/pretrained.py` reads them.
 """
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import stat
@@ -18,17 +22,20 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dljax.data.text import chat as chats
 from dljax.data.text import sentencepiece
 from dljax.errors import UserError, one_line, unknown
 
 FITTED = ("character", "bpe", "wordpiece", "unigram")  # the kinds fitted to the training text
 TOKENIZERS = ("byte", *FITTED, "file")
+# What a token may be for. A class token begins BERT's texts, a separator ends each of its texts.
+ROLES = ("start", "end", "unknown", "separator", "pad", "class", "mask")
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
 # Names of `end` in other people's files, the best first.
-_ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")
+ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")
 _BYTES = 256
-_FILE = "--config.data.tokenizer_file"
+FLAG = "--config.data.tokenizer_file"
 _ASSET = "data/tokenizer.json"  # where a run keeps its tokenizer
 _LARGEST_FILE = 2**27  # bytes
 _LARGEST_VOCABULARY = 2**22  # tokens; the library lists all numbers that are not in use
@@ -47,6 +54,18 @@ class Encoded(NamedTuple):
   tokens: np.ndarray
   characters: np.ndarray
   bytes: np.ndarray
+
+
+class Framed(NamedTuple):
+  """A text, or a pair of texts, with the special tokens around it.
+
+  Attributes:
+    tokens: i32[n].
+    token_type: i32[n], 1 for the tokens of the second text, otherwise 0.
+  """
+
+  tokens: np.ndarray
+  token_type: np.ndarray
 
 
 class Tokenizer(Protocol):
@@ -148,27 +167,44 @@ class Subwords:
   Args:
     tokenizer: the `tokenizers.Tokenizer`.
     end: the token before each document.
+    roles: role -> token, for some of `ROLES`.
+    chat: the templates that make a text of a conversation.
+
+  Raises:
+    ValueError: its tokens cannot be counted.
   """
 
-  def __init__(self, tokenizer: Any, end: int):
+  def __init__(
+      self, tokenizer: Any, end: int, roles: Mapping[str, int] | None = None,
+      chat: chats.Chat | None = None,
+  ):
     self._tokenizer, self.end = tokenizer, end
+    self.roles, self.chat = dict(roles or {}), chat
     tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
     # What a file says of the length of its texts and of chance is not meant for ours.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
       tokenizer.model.dropout = None
-    numbers = tokenizer.get_vocab(with_added_tokens=True).values()
+    self._numbers = tokenizer.get_vocab(with_added_tokens=True)
+    numbers = self._numbers.values()
     self.size = max(numbers) + 1
     if len(set(numbers)) < len(numbers):
       raise ValueError("two tokens have the same number")
     if self.size > _LARGEST_VOCABULARY:
       raise ValueError(f"it numbers a token {self.size - 1:,}")
 
+  def number(self, token: str) -> int | None:
+    """The number of a token, given its name in the vocabulary; None if there is no such token."""
+    return self._numbers.get(token)
+
+  def name(self, token: int) -> str | None:
+    """The name of a token in the vocabulary; None if there is no such token."""
+    return self._tokenizer.id_to_token(int(token))
+
   def encode(self, text: str, where: str = "") -> Encoded:
     raw = _utf8(text, where)
-    with _failing("{where}: the tokenizer cannot encode this text ({reason}); get the tokenizer "
-                  "again, or choose another by --config.data.tokenizer", where=where):
+    with _encoding(where):
       encoding = self._tokenizer.encode(text, add_special_tokens=False)
       starts = np.array([start for start, _ in encoding.offsets], np.int64)
       starts[:1] = 0
@@ -179,16 +215,104 @@ class Subwords:
       return Encoded(np.array(encoding.ids, np.int32), (ends - starts).astype(np.int32),
                      (bytes_before[ends] - bytes_before[starts]).astype(np.int32))
 
+  def frame(
+      self, text: str, pair: str | None = None, *, longest: int | None = None,
+      spelled: bool = False, where: str = "",
+  ) -> Framed:
+    """A text, or two, with the special tokens that the model was trained to see around them.
+
+    BERT's are [CLS] text [SEP] pair [SEP]. Most decoders have none, or one at the start.
+
+    Args:
+      text: the text.
+      pair: a second text.
+      longest: the most tokens, special ones included. The longer of two texts is cut at its end
+        until both fit.
+      spelled: whether a special token that a text spells is that token, or text like any other.
+      where: the name of the texts for messages.
+
+    Raises:
+      UserError: a text cannot be encoded, or `longest` leaves no room for a text.
+    """
+    tokenizer = self._spelling if spelled else self._tokenizer
+    texts = [text] if pair is None else [text, pair]
+    for part in texts:
+      _utf8(part, where)
+    with _encoding(where):
+      parts = [tokenizer.encode(part, add_special_tokens=False) for part in texts]
+      if longest is not None:
+        room = longest - tokenizer.num_special_tokens_to_add(pair is not None)
+        if room < len(parts):
+          raise UserError(f"{where}: {longest} tokens have no room for a text and the special "
+                          "tokens around it; give more")
+        for part, size in zip(parts, _shares([len(part.ids) for part in parts], room)):
+          part.truncate(size)
+      framed = tokenizer.post_process(*parts, add_special_tokens=True)
+    return Framed(np.array(framed.ids, np.int32), np.array(framed.type_ids, np.int32))
+
+  def encode_chat(self, messages: Sequence[Mapping[str, Any]], **values: Any) -> np.ndarray:
+    """i32[n]: the tokens of a conversation, laid out by the chat template.
+
+    Special tokens are recognised in the whole text, also where a message spells one.
+
+    Args:
+      messages: the messages, each with a role and a content.
+      **values: see `Chat.render`.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if self.chat is None:
+      raise UserError("the tokenizer has no chat template; take a folder with a "
+                      "chat_template.jinja, or give the text itself")
+    text = self.chat.render(messages, **values)
+    _utf8(text, "the chat")
+    with _encoding("the chat"):
+      return np.array(self._spelling.encode(text, add_special_tokens=False).ids, np.int32)
+
+  @functools.cached_property
+  def _spelling(self) -> Any:
+    """A copy of the library's tokenizer that recognises special tokens in a text.
+
+    It is a copy because the one tokenizer may encode in several threads at once.
+    """
+    copy = _library().Tokenizer.from_str(self._tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
+
   def decode(self, tokens: Sequence[int]) -> str:
-    with _failing("the tokenizer cannot decode its tokens ({reason}); get the tokenizer again"):
+    with failing("the tokenizer cannot decode its tokens ({reason}); get the tokenizer again"):
       return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
 
   def to_json(self) -> Mapping[str, Any]:
-    return {"kind": "subword", "end": self.end, "tokenizer": self._tokenizer.to_str()}
+    value = {"kind": "subword", "end": self.end, "tokenizer": self._tokenizer.to_str()}
+    if self.roles:
+      value["roles"] = self.roles
+    if self.chat:
+      value["chat"] = {"templates": dict(self.chat.templates), "tokens": dict(self.chat.tokens)}
+    return value
+
+
+def _shares(sizes: Sequence[int], room: int) -> list[int]:
+  """The sizes of one or two texts after the longer one has been cut until both fit.
+
+  If both are cut to the same size and one token is left over, the second text gets it, or the
+  first if it was longer.
+  """
+  if sum(sizes) <= room or len(sizes) == 1:
+    return [min(size, room) for size in sizes]
+  short, long = sorted(sizes)
+  short, long = (short, room - short) if 2 * short <= room else (room // 2, room - room // 2)
+  return [short, long] if sizes[0] <= sizes[1] else [long, short]
+
+
+def _encoding(where: str) -> contextlib.AbstractContextManager[None]:
+  return failing("{where}: the tokenizer cannot encode this text ({reason}); get the tokenizer "
+                 "again, or choose another by --config.data.tokenizer", where=where)
 
 
 @contextlib.contextmanager
-def _failing(message: str, **fields: Any) -> Iterator[None]:
+def failing(message: str, **fields: Any) -> Iterator[None]:
   """Turns any error of the library into a `UserError`, whose text has the error as {reason}.
 
   The library raises plain Exception, and where its Rust code panics, an error that is none.
@@ -228,7 +352,7 @@ def from_json(value: Any) -> Tokenizer:
   Raises:
     UserError: `value` is damaged.
   """
-  with _failing("{asset} does not hold a tokenizer ({reason}); take that file from a copy of the "
+  with failing("{asset} does not hold a tokenizer ({reason}); take that file from a copy of the "
                 "run, or train again", asset=_ASSET):
     kind = value["kind"]
     if kind == "byte":
@@ -240,13 +364,21 @@ def from_json(value: Any) -> Tokenizer:
       return Characters(characters, byte_fallback)
     if kind != "subword":
       raise ValueError(f"there is no kind {kind!r:.40}")
-    tokenizer, end = _parse(value["tokenizer"]), value["end"]
-    if type(end) is not int or end < 0 or tokenizer.id_to_token(end) is None:
-      raise ValueError(f"there is no token {end!r:.40}")
-    return Subwords(tokenizer, end)
+    tokenizer, roles, chat = parse(value["tokenizer"]), value.get("roles", {}), value.get("chat")
+    for token in (value["end"], *roles.values()):
+      if type(token) is not int or token < 0 or tokenizer.id_to_token(token) is None:
+        raise ValueError(f"there is no token {token!r:.40}")
+    if not roles.keys() <= set(ROLES):
+      raise ValueError("a token has an unknown role")
+    if chat is not None:
+      chat = chats.Chat(chat["templates"], chat["tokens"])
+      for texts in (chat.templates, chat.tokens):
+        if not all(isinstance(text, str) for text in texts.values()):
+          raise ValueError("its chat template is no text")
+    return Subwords(tokenizer, value["end"], roles, chat)
 
 
-def _parse(text: str) -> Any:
+def parse(text: str) -> Any:
   """The library's tokenizer that a tokenizer.json describes.
 
   Raises:
@@ -272,28 +404,23 @@ def _parse(text: str) -> Any:
 
 def make(
     kind: str, documents: Iterable[str], *, vocab_size: int, byte_fallback: bool = False,
-    file: str = "",
 ) -> Tokenizer:
   """A tokenizer; those in `FITTED` are fitted to the training text.
 
   Args:
-    kind: one of `TOKENIZERS`.
+    kind: one of `TOKENIZERS`, except "file", which `pretrained.load` reads.
     documents: the training text, which is read only for a kind in `FITTED`.
     vocab_size: the greatest number of tokens in a sub-word tokenizer, with `end`.
     byte_fallback: whether characters that are not in the training text become bytes. With BPE they
       always do.
-    file: for the kind "file", the path of a SentencePiece model or of a Hugging Face
-      tokenizer.json.
 
   Raises:
-    UserError: the kind is unknown, or the file cannot be read.
+    UserError: the kind is unknown.
   """
   if kind == "byte":
     return Bytes()
   if kind == "character":
     return Characters("".join(sorted(set().union(*documents))), byte_fallback)
-  if kind == "file":
-    return load(file)
   if kind not in FITTED:
     raise unknown("--config.data.tokenizer", kind, TOKENIZERS)
   return _train(kind, documents, vocab_size, byte_fallback)
@@ -331,30 +458,40 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
   return Subwords(tokenizer, tokenizer.token_to_id(END))
 
 
-def load(file: str) -> Tokenizer:
-  """Reads a SentencePiece model (.model) or a tokenizer.json; `UserError` if it cannot."""
-  if not file:
-    raise UserError(f"{_FILE}: --config.data.tokenizer=file needs one; name a SentencePiece "
-                    ".model or a tokenizer.json")
-  path = Path(file)
+def read_bytes(path: Path, start: str, mend: str) -> bytes:
+  """The content of a file of a tokenizer.
+
+  Args:
+    path: the file.
+    start: the beginning of the message about a file that cannot be read.
+    mend: the end of the message, which says what to do.
+
+  Raises:
+    UserError: there is no such file, it is none, or too large.
+  """
   try:
     path = path.expanduser()
     state = os.stat(path)
     if not stat.S_ISREG(state.st_mode) or state.st_size > _LARGEST_FILE:
       raise ValueError(f"it is no file, or has more than {_LARGEST_FILE:,} bytes")
-    data = path.read_bytes()
+    return path.read_bytes()
   except (OSError, ValueError, RuntimeError) as error:
     reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{_FILE}={file} cannot be read ({reason}); name a SentencePiece .model or a "
-                    "tokenizer.json") from None
-  with _failing("{file} is neither a SentencePiece model nor a tokenizer.json ({reason}); get it "
-                "again", file=f"{_FILE}={file}"):
-    if path.suffix == ".json":
-      tokenizer = _parse(data.decode())
+    raise UserError(f"{start} cannot be read ({reason}); {mend}") from None
+
+
+def load(file: str) -> Subwords:
+  """Reads a SentencePiece model (.model) or a tokenizer.json; `UserError` if it cannot."""
+  data = read_bytes(Path(file), f"{FLAG}={file}", "name a SentencePiece .model, a tokenizer.json, "
+                    "or a folder that has one of them beside a model's weights")
+  with failing("{file} is neither a SentencePiece model nor a tokenizer.json ({reason}); get it "
+               "again", file=f"{FLAG}={file}"):
+    if Path(file).suffix == ".json":
+      tokenizer = parse(data.decode())
     else:
       tokenizer = sentencepiece.read(data)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    end = next((name for name in _ENDS if name in vocabulary), END)
+    end = next((name for name in ENDS if name in vocabulary), END)
     tokenizer.add_special_tokens([end])
     return Subwords(tokenizer, tokenizer.token_to_id(end))
 

@@ -10,6 +10,7 @@ import pytest
 
 from dljax.data.text import sentencepiece, tokenize
 from dljax.errors import UserError
+from tests.data.text import scripts
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TRAINING = ["The cat sat on the mat.\n", "the dog, the cat and the mat", "def cat(mat):\n  return mat + 1\n"] * 20
@@ -132,6 +133,26 @@ def test_sentencepiece_models_give_sentencepieces_tokens(name):
   for text, tokens, decoded in rows:
     assert tokenizer.encode(text).tokens.tolist() == tokens, text
     assert tokenizer.decode(tokens) == decoded
+
+
+def test_a_text_that_spells_a_piece_without_text_is_text():
+  tokenizer = tokenize.load(str(FIXTURES / "unigram.model"))
+  for text in ("<unk>", "a <unk> b", "<s>", "</s>x", "<0x41>"):
+    tokens = tokenizer.encode(text).tokens
+    assert not set(tokens) & {0, 1, 2} and tokenizer.decode(tokens) == text
+
+
+def test_a_model_that_keeps_white_space_counts_a_space_at_the_beginning():
+  """As SentencePiece does: it adds its own space to every text, and takes none away."""
+  model = scripts.sentencepiece_model(False)
+  tokenizer = tokenize.Subwords(sentencepiece.read(model), 2)
+  for spaces in range(4):
+    text = " " * spaces + "born" + " " * spaces
+    encoded = tokenizer.encode(text)
+    assert "".join(map(tokenizer.name, encoded.tokens)) == f"▁{text}".replace(" ", "▁")
+    assert encoded.characters.sum() == len(text) and tokenizer.decode(encoded.tokens) == text
+  tidy = tokenize.Subwords(sentencepiece.read(scripts.sentencepiece_model(True)), 2)
+  assert tidy.decode(tidy.encode("  free\nand   equal ").tokens) == "free\nand equal"
 
 
 def test_a_tokenizer_json_loads(tmp_path):
