@@ -19,6 +19,7 @@ import importlib
 _HOMES = {name: home for home, names in {
     "files": ("read",),
     "folder": ("from_folder",),
+    "generation": ("generation",),
     "weights": ("OURS", "Specs", "Tensors", "all_sources", "check_finite", "check_source", "dump",
                 "find_table", "load", "recognise", "sources"),
 }.items() for name in names}

@@ -3,8 +3,9 @@
 A folder of ours holds weights.safetensors, whose tensors are named by our paths
 ("params/stem_conv/kernel", "batch_stats/stem_norm/mean"), and model.json, which names the model:
 {"model": "resnet50", "settings": {"num_classes": 1000}, "source": the origin of the weights} (see
-`variants.describe`). A folder of another library holds config.json, from which the family's file
-in `interop/families` reads the sizes.
+`variants.describe`). Its tensors have the dtypes of the file that they came from. A folder of
+another library holds config.json, from which the family's file in `interop/families` reads the
+sizes (`CONFIGS`); some also say what to write there (`WRITERS`).
 """
 
 import contextlib
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from flax import traverse_util
 
 from dljax import errors
 from dljax.interop import variants
-from dljax.interop.files import read
+from dljax.interop.files import WHOLE, read
 from dljax.interop.weights import (
-    OURS, Tensors, all_families, check_finite, check_source, load)
+    OURS, Tensors, all_families, check_finite, check_source, find_table, load)
 
 WEIGHTS, MODEL = "weights.safetensors", "model.json"  # ours
 CONFIG = "config.json"  # other libraries'
@@ -62,7 +64,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def from_folder(path: str | Path, source: str) -> tuple[nn.Module, dict[str, Any]]:
-  """A model with the sizes that a folder states, and its variables.
+  """A model with the sizes that a folder states, and its variables, which are float32.
 
   Args:
     path: a folder of ours, or a folder as another library writes or downloads it: config.json
@@ -75,7 +77,8 @@ def from_folder(path: str | Path, source: str) -> tuple[nn.Module, dict[str, Any
   path = Path(path).expanduser()
   if source == OURS:
     tensors, model = read_folder(path)
-    variables = traverse_util.unflatten_dict(tensors, sep="/")
+    flat = {path: np.asarray(tensor, np.float32) for path, tensor in tensors.items()}
+    variables = traverse_util.unflatten_dict(flat, sep="/")
     return variants.build(model["model"], model["settings"]), variables
   model = model_of(path, source)
   return model, load(model, read(path), source)
@@ -119,11 +122,45 @@ def write_file(path: Path, tensors: Tensors) -> None:
   """Writes a .safetensors file for another library, all of it or nothing; `path` must not exist
   yet.
   """
+  with _appearing(path) as temporary:
+    _save(tensors, temporary)
+
+
+def _save(tensors: Tensors, file: Path) -> None:
   import safetensors.numpy
 
+  # Hugging Face's libraries refuse a file without this word.
+  safetensors.numpy.save_file(dict(tensors), file, metadata={"format": "pt"})
+
+
+def config_of(model: nn.Module, source: str) -> dict[str, Any] | None:
+  """What `source` writes into config.json for a model; None if that is not known here.
+
+  Raises:
+    UserError: the source has no model like it.
+  """
+  find_table(model, source)
+  for family in all_families():
+    if write := getattr(family, "WRITERS", {}).get(source, {}).get(type(model)):
+      return write(model)
+  return None
+
+
+def write_their_folder(path: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
+  """Writes a folder for another library, all of it or nothing; `path` must not exist yet.
+
+  Args:
+    path: the new folder.
+    tensors: name -> array, as the library has them.
+    config: the content of config.json, to which the tensors' dtype is added.
+  """
+  dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+  if len(dtypes) == 1:
+    config = {**config, "dtype": dtypes.pop()}
   with _appearing(path) as temporary:
-    # Hugging Face's libraries refuse a file without this word.
-    safetensors.numpy.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+    temporary.mkdir()
+    _save(tensors, temporary / WHOLE)
+    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def check_new(path: Path) -> None:

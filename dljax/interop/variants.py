@@ -5,9 +5,9 @@ The name is a key of any family's VARIANTS, such as "resnet50"; a class without 
 as "rnn.Stack". The settings are the module's fields that differ from the variant, as JSON. A value
 that JSON lacks becomes an object with its own key: {"callable": "flax.linen.relu"}, {"partial":
 "dljax.models.layers.BatchNorm", "settings": {...}} for `functools.partial`, {"tuple":
-"dljax.models.efficientnet.Stage", "settings": {...}} for a named tuple, and {"model": ...,
-"settings": ...} for a module in a module. Only names in `dljax.models`, `flax.linen` and `jax.nn`
-are looked up, so that a file can run nothing else.
+"dljax.models.efficientnet.Stage", "settings": {...}} for a named tuple, {"mapping": {...}} for a
+mapping, and {"model": ..., "settings": ...} for a module in a module. Only names in `dljax.models`,
+`flax.linen` and `jax.nn` are looked up, so that a file can run nothing else.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import core, traverse_util
 
 from dljax import errors, models
 from dljax.interop.weights import Tensors, find_table
@@ -136,6 +136,8 @@ def _encode(value: Any) -> Any:
     return {"tuple": _reference(type(value)), "settings": _encode_all(value._asdict())}
   if isinstance(value, (tuple, list)):
     return [_encode(item) for item in value]
+  if isinstance(value, Mapping):
+    return {"mapping": _encode_all(value)}
   if isinstance(value, functools.partial) and not value.args:
     return {"partial": _reference(value.func), "settings": _encode_all(value.keywords)}
   return {"callable": _reference(value)}
@@ -146,13 +148,17 @@ def _encode_all(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decode(value: Any) -> Any:
-  """The reverse of `_encode`; a list becomes a tuple, because modules must be hashable."""
+  """The reverse of `_encode`; a list becomes a tuple and a mapping is frozen, because modules must
+  be hashable.
+  """
   if isinstance(value, (tuple, list)):
     return tuple(map(_decode, value))
   if not isinstance(value, dict):
     return value
   if "model" in value:
     return build(value["model"], value["settings"])
+  if "mapping" in value:
+    return core.freeze({key: _decode(item) for key, item in value["mapping"].items()})
   settings = {key: _decode(item) for key, item in value.get("settings", {}).items()}
   if "partial" in value:
     return functools.partial(_look_up(value["partial"]), **settings)

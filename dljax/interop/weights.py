@@ -32,14 +32,14 @@ _OURS = Table(rules=[("(.*)", r"\1", SAME)], inputs=lambda tensors: ())
 def load(
     model: nn.Module, tensors: Tensors, source: str, *,
     specs: Specs | None = None, head: Collection[str] = (), partial: bool = False,
+    keep_dtype: bool = False,
     image: tuple[int, int] | None = None, note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
   """The variables of `model` with the weights of another implementation.
 
   Args:
     model: the module, with the same sizes as the source's (`num_classes` among them).
-    tensors: name -> array, as the source's `state_dict()` has them. Other floating types become
-      float32.
+    tensors: name -> array, as the source's `state_dict()` has them.
     source: the library that wrote them: `OURS` (which needs `specs`) or one of `sources(model)`.
     specs: path ("params/conv1/kernel") -> shape and dtype of the wanted variables; by default
       those for inputs with as many channels as the tensors have.
@@ -47,6 +47,8 @@ def load(
       shape.
     partial: whether arrays of heads may be missing that only some models of the class have (HEADS
       of the family's file); they are then left out. Such arrays may always be left over.
+    keep_dtype: whether arrays keep the source's dtype, such as bfloat16, so that `dump` gives the
+      same bits; by default all become those of `specs`, which are float32.
     image: the height and width of the images that the variables are for, in pixels; by default
       they are square. Learned positions of patches are interpolated to that size.
     note: gets a line for each array that was interpolated.
@@ -96,7 +98,7 @@ def load(
         raise errors.UserError(
             f"{name} is {part.dtype}, not floating-point: convert it to float32 first")
     for path, array in zip(entry.paths, entry.to_ours(*parts), strict=True):
-      flat[path] = np.ascontiguousarray(array, specs[path].dtype)
+      flat[path] = np.ascontiguousarray(array, None if keep_dtype else specs[path].dtype)
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -138,7 +140,8 @@ def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) ->
 
 
 def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[str, np.ndarray]:
-  """The inverse of `load`, bit for bit: tensors under the source's names and in its layout.
+  """The inverse of `load`, bit for bit: tensors under the source's names and in its layout, with the
+  variables' dtypes.
 
   Buffers that hold no weight (`num_batches_tracked`) are left out; `load_state_dict` does without
   them. Adapters of a low rank are added to the kernels beside them, unless the source is `OURS`.

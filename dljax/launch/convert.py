@@ -5,12 +5,16 @@
     python -m dljax.interop --to=torchvision runs/resnet-imagenet2012 resnet50.safetensors
     python -m dljax.interop --source=torchvision --model=resnet18 hub:OWNER/NAME resnet18/
 
+    python -m dljax.interop --source=transformers gpt2-of-the-hub/ gpt2/
+    python -m dljax.interop --to=transformers gpt2/ gpt2-for-transformers/
+
 The first command writes a folder, with our names for the tensors, from which any experiment of
 that model can start (--config.init.source=resnet50). The input may also be such a folder, the
 workdir of a run (of which the best checkpoint is taken), a repository of the Hugging Face Hub, or
 a downloaded folder with model.safetensors or its parts. If dljax can read the folder's
-config.json, it names the model. Only safetensors files are read, because a pickle can run any
-code.
+config.json, it names the model. The tensors keep the dtype that they have in the input. With --to,
+the output is a .safetensors file, or for transformers also a folder, which then holds a config.json
+too; a tokenizer is not written. Only safetensors files are read, because a pickle can run any code.
 """
 
 import argparse
@@ -41,7 +45,8 @@ def convert(
     settings: the model's settings; `num_classes` is read off the weights if it is missing.
     input_: a .safetensors file, hub:OWNER/NAME, a folder of ours or of another library, or a run's
       workdir.
-    output: a new folder (for us) or a new .safetensors file.
+    output: a new folder (for us, and for libraries whose config.json we know) or a new .safetensors
+      file.
 
   Raises:
     UserError: the input is bad; nothing was written.
@@ -51,8 +56,7 @@ def convert(
     errors.check_local(what, path)
   for flag, value in ("--source", source), ("--to", to):
     interop.check_source(flag, value)
-  if to != interop.OURS and output.suffix != ".safetensors":
-    raise UserError(f"{output}: what is written for {to} must end in .safetensors")
+  whole = to != interop.OURS and output.suffix != ".safetensors"  # a folder for another library
   if to == interop.OURS and output.suffix == ".safetensors":
     raise UserError(f"{output}: what is written for us is a folder; name one, or say for whom by --to")
   folder.check_new(output)
@@ -67,9 +71,12 @@ def convert(
   if not name:
     raise UserError("--model=NAME is missing: which model are these weights of, such as resnet50?")
   model = variants.build(name, settings)
+  if whole and folder.config_of(model, to) is None:
+    raise UserError(f"{output}: what is written for {to} must end in .safetensors")
   if source != interop.OURS:
     model, settings = _with_classes(model, settings, tensors, source)
-    tensors = traverse_util.flatten_dict(interop.load(model, tensors, source), sep="/")
+    tensors = traverse_util.flatten_dict(
+        interop.load(model, tensors, source, keep_dtype=True), sep="/")
   if to == interop.OURS:
     folder.write_folder(output, tensors,
                         {**variants.describe(model), "source": f"{source}: {input_}"})
@@ -77,7 +84,10 @@ def convert(
     theirs = interop.dump(model, traverse_util.unflatten_dict(tensors, sep="/"), to)
     model, _ = _with_classes(model, settings, theirs, to)
     interop.load(model, theirs, to)  # says what is missing or of another shape
-    folder.write_file(output, theirs)
+    if whole:
+      folder.write_their_folder(output, theirs, folder.config_of(model, to))
+    else:
+      folder.write_file(output, theirs)
   return f"{len(tensors)} tensors of {name} written to {output}"
 
 
@@ -145,10 +155,11 @@ def _run(argv: Sequence[str] | None) -> int:
   libraries = [interop.OURS, *interop.all_sources()]
   parser = _Parser(prog="python -m dljax.interop", description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder that dljax has written, or "
-                      "a run's workdir")
+  parser.add_argument("input", help="a .safetensors file, hub:OWNER/NAME, a folder that dljax or another library "
+                      "has written, or a run's workdir")
   parser.add_argument("output", type=Path,
-                      help="a new folder or, with --to, a new .safetensors file")
+                      help="a new folder or, with --to, a new .safetensors file (or a folder for "
+                      "transformers)")
   parser.add_argument("--source", default=interop.OURS,
                       help="the library whose names the input's tensors have, one of "
                       f"{', '.join(libraries)} (default: %(default)s)")
