@@ -21,9 +21,10 @@ NETWORKS = {
     "efficientnet": functools.partial(
         efficientnet.EfficientNet, stem_width=8, stages=(efficientnet.Stage(4, 5, 1, 8, 1),)),
     "resnet": functools.partial(resnet.ResNet, block=resnet.BasicBlock, stage_sizes=(1, 1), width=8),
+    # Two levels, as the default preset has, of which the coarser is added to the finer.
     "retinanet": functools.partial(
-        retinanet.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1, 1), backbone_width=8, small_stem=True,
-        extra_levels=1, width=16, head_depth=1),
+        retinanet.RetinaNet, block=resnet.BasicBlock, stage_sizes=(1, 1), backbone_width=8, small_stem=True,
+        first_stage=1, extra_levels=0, width=16, head_depth=1),
     "vgg": functools.partial(vgg.VGG, stage_sizes=(1,) * 5, norm=layers.BatchNorm),
     "vit": functools.partial(vit.ViT, patch_size=4, embed_dim=32, num_layers=1, num_heads=2),
 }
@@ -37,9 +38,11 @@ FIELDS = {
 
 # What makes every variant of a family shallow. Each kind of layer is left, and each layer that the notebook names.
 SHALLOW = {
-    "efficientnet": {"stages": tuple(stage._replace(depth=1) for stage in efficientnet.NANO)},
+    # The first and the third stage have both kinds of blocks. There are as many stages as the preset has strides.
+    "efficientnet": {"stages": tuple(
+        stage._replace(depth=depth) for stage, depth in zip(efficientnet.NANO, (1, 0, 1, 0), strict=True))},
     "resnet": {"stage_sizes": (1, 1, 3)},
-    "retinanet": {"stage_sizes": (1,) * 4, "head_depth": 1},
+    "retinanet": {"stage_sizes": (1,) * 3, "first_stage": 2, "head_depth": 1, "width": 16},
     "unet": {"num_pools": 1},
     "vgg": {"stage_sizes": (1,) * 5},
     "vit": {"num_layers": 2},

@@ -83,8 +83,8 @@ def test_the_largest_vgg_has_torchvisions_layers():
     ("resnet18", resnet.VARIANTS["resnet18"]),
     pytest.param("alexnet", alexnet.VARIANTS["alexnet"], marks=pytest.mark.slow),
     pytest.param("vgg11_bn", functools.partial(vgg.VARIANTS["vgg11_bn"], hidden_width=64), marks=pytest.mark.slow),
-    # B0's first three stages, which have all kinds of its blocks.
-    pytest.param("efficientnet_short", functools.partial(efficientnet.EfficientNet, stages=efficientnet.B0[:3]),
+    # B0's first and third stages, which have all kinds of its blocks.
+    pytest.param("efficientnet_short", functools.partial(efficientnet.EfficientNet, stages=efficientnet.B0[:3:2]),
                  marks=pytest.mark.slow),
 ])
 def test_a_step_of_sgd_gives_torchvisions_parameters(name, build):
