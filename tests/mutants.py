@@ -657,6 +657,11 @@ MUTANTS = (
         'if not name.endswith(f"{_WORDS}.decoder.bias")}',
         ("tests/interop/test_bert.py::test_of_two_biases_the_one_that_transformers_reads_counts",)),
     Mutant(
+        "bert_config_classes", "dljax/interop/families/bert.py",
+        "if model.head in _CLASSIFIES and model.num_classes != 2:",
+        "if model.num_classes < 2:",
+        ("tests/interop/test_bert.py::test_a_config_is_written_as_transformers_writes_it",)),
+    Mutant(
         "bert_classes", "dljax/interop/families/bert.py",
         "len(labels) if labels else",
         "",

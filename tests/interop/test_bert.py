@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from dljax import interop
 from dljax.errors import UserError
-from dljax.interop.folder import model_of
+from dljax.interop.folder import config_of, model_of
 from dljax.models import bert
 from dljax.train import pretrained
 from dljax.train.state import TrainState, parameter_count
@@ -214,6 +214,7 @@ def test_of_two_biases_the_one_that_transformers_reads_counts():
 
 @pytest.mark.parametrize("change, expected", [
     ({}, {"num_classes": 3, "head_dropout": 0.3, "mlp_dim": 48, "epsilon": 1e-12}),
+    ({"intermediate_size": 80}, {"mlp_dim": None}),
     ({"classifier_dropout": None, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0.2},
      {"head_dropout": None, "dropout": 0.0, "attention_dropout": 0.2}),
     ({"id2label": None}, {"num_classes": 2}), ({"id2label": None, "num_labels": 4}, {"num_classes": 4}),
@@ -226,6 +227,15 @@ def test_a_config_says_the_settings(change, expected, tmp_path):
   assert {key: getattr(model, key) for key in expected} == expected
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_a_config_is_written_as_transformers_writes_it(name, tmp_path):
+  _, config, _ = _fixture(name)
+  model = model_of(_write(tmp_path, config, {}), SOURCE)
+  written = config_of(model, SOURCE)
+  assert len(written) >= 15 and {key: config[key] for key in written} == written
+  assert model_of(_write(tmp_path, written, {}), SOURCE) == model
+
+
 @pytest.mark.parametrize("change, message", [
     ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'.*only 'absolute'"),
     ({"is_decoder": True}, "is_decoder is True.*only False"),
@@ -234,6 +244,9 @@ def test_a_config_says_the_settings(change, expected, tmp_path):
     ({"hidden_act": "mish"}, "hidden_act is 'mish'.*only gelu, "),
     ({"architectures": ["BertLMHeadModel"]}, r"architectures \['BertLMHeadModel'\] have no counterpart.*BertForMaskedLM"),
     ({"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering has 3 labels; a span has two"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is .*only None"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'.*true or false"),
+    ({"layer_norm_eps": 0}, "layer_norm_eps is 0; it must be a number above 0"),
     ({"hidden_size": "20"}, "hidden_size is '20'.*whole number above 0"),
     ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5.*from 0 to below 1"),
     ({"num_attention_heads": 3}, "3 heads do not divide a width of 20"),

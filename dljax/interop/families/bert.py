@@ -27,6 +27,7 @@ _HEADS = {
     "BertForSequenceClassification": "sequence", "BertForTokenClassification": "token",
     "BertForQuestionAnswering": "span",
 }
+_CLASSIFIES = ("sequence", "token")  # the heads with as many classes as one likes
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu",
@@ -123,17 +124,18 @@ def _separate_heads(heads: int) -> tuple[Layout, Layout]:
   return Layout(join_kernels, split_kernel), Layout(join_biases, split_bias)
 
 
-# transformers' sizes, and what they are where a config.json is silent -> ours.
+# transformers' sizes -> ours, and what they are where a config.json is silent.
 _SIZES = {
-    "vocab_size": (30_522, "vocab_size"), "hidden_size": (768, "embed_dim"),
-    "num_hidden_layers": (12, "num_layers"), "num_attention_heads": (12, "num_heads"),
-    "intermediate_size": (3072, "mlp_dim"), "max_position_embeddings": (512, "max_length"),
-    "type_vocab_size": (2, "num_types"),
+    "vocab_size": ("vocab_size", 30_522), "hidden_size": ("embed_dim", 768),
+    "num_hidden_layers": ("num_layers", 12), "num_attention_heads": ("num_heads", 12),
+    "intermediate_size": ("mlp_dim", 3072), "max_position_embeddings": ("max_length", 512),
+    "type_vocab_size": ("num_types", 2),
 }
 _RATES = {"hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": "attention_dropout"}
 # What changes the network, and the only values for which ours is the same.
 _ONLY = {"is_decoder": (False,), "add_cross_attention": (False,),
-         "position_embedding_type": ("absolute", None), "pruned_heads": ({}, None)}
+         "position_embedding_type": ("absolute", None), "pruned_heads": ({}, None),
+         "quantization_config": (None,)}
 
 
 def _transformers_model(config: Mapping[str, Any]) -> bert.BERT | None:
@@ -146,28 +148,55 @@ def _transformers_model(config: Mapping[str, Any]) -> bert.BERT | None:
                     f"have one are {', '.join(_HEADS)}")
   for key, values in _ONLY.items():
     if key in config and config[key] not in values:
-      raise UserError(f"config.json: {key} is {config[key]!r}, which BERT cannot be here; only "
+      raise UserError(f"config.json: {key} is {config[key]!r}, which cannot be had here; only "
                       f"{values[0]!r}")
   activation = config.get("hidden_act", "gelu")
   if activation not in _ACTIVATIONS:
-    raise UserError(f"config.json: hidden_act is {activation!r}, which BERT does not have here; "
-                    f"only {', '.join(_ACTIVATIONS)}")
+    raise UserError(f"config.json: hidden_act is {activation!r}, which is not known here; only "
+                    f"{', '.join(_ACTIVATIONS)}")
   settings = {ours: _whole(theirs, config.get(theirs, default))
-              for theirs, (default, ours) in _SIZES.items()}
+              for theirs, (ours, default) in _SIZES.items()}
+  if settings["embed_dim"] % settings["num_heads"]:
+    raise UserError(f"config.json: {settings['num_heads']} heads do not divide a width of "
+                    f"{settings['embed_dim']}")
+  if settings["mlp_dim"] == 4 * settings["embed_dim"]:
+    settings["mlp_dim"] = None  # as in our variants
   settings |= {ours: _rate(theirs, config.get(theirs, 0.1)) for theirs, ours in _RATES.items()}
   if config.get("classifier_dropout") is not None:
     settings["head_dropout"] = _rate("classifier_dropout", config["classifier_dropout"])
   head, labels = _HEADS[names[0]], config.get("id2label")
   # Two classes are the default, and not written.
   classes = len(labels) if labels else _whole("num_labels", config.get("num_labels", 2))
-  if head in ("sequence", "token"):
+  if head in _CLASSIFIES:
     settings["num_classes"] = classes
   elif head == "span" and classes != 2:
     raise UserError(f"config.json: {names[0]} has {classes} labels; a span has two, its start and "
                     "its end")
-  return bert.BERT(head=head, activation=_ACTIVATIONS[activation],
-                   epsilon=float(config.get("layer_norm_eps", 1e-12)),
-                   tied=bool(config.get("tie_word_embeddings", True)), **settings)
+  tied, epsilon = config.get("tie_word_embeddings", True), config.get("layer_norm_eps", 1e-12)
+  if type(tied) is not bool:
+    raise UserError(f"config.json: tie_word_embeddings is {tied!r}; it must be true or false")
+  if type(epsilon) not in (int, float) or not epsilon > 0:
+    raise UserError(f"config.json: layer_norm_eps is {epsilon!r}; it must be a number above 0")
+  return bert.BERT(head=head, activation=_ACTIVATIONS[activation], epsilon=float(epsilon),
+                   tied=tied, **settings)
+
+
+def _transformers_config(model: bert.BERT) -> dict[str, Any]:
+  """The reverse of `_transformers_model`."""
+  kinds, activations = ({ours: theirs for theirs, ours in reversed(table.items())}
+                        for table in (_HEADS, _ACTIVATIONS))
+  config = {
+      "model_type": "bert", "architectures": [kinds[model.head]],
+      **{theirs: getattr(model, ours) for theirs, (ours, _) in _SIZES.items()},
+      **{theirs: getattr(model, ours) for theirs, ours in _RATES.items()},
+      "intermediate_size": model.mlp_dim or 4 * model.embed_dim,
+      "classifier_dropout": model.head_dropout, "hidden_act": activations[model.activation],
+      "layer_norm_eps": model.epsilon, "tie_word_embeddings": model.tied}
+  if model.head in _CLASSIFIES and model.num_classes != 2:
+    names = [f"LABEL_{i}" for i in range(model.num_classes)]
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+  return config
 
 
 def _whole(field: str, value: Any) -> int:
@@ -184,6 +213,7 @@ def _rate(field: str, value: Any) -> float:
 
 TABLES = {"transformers": {bert.BERT: _transformers}}
 # Class -> the pattern of our paths that only some heads have.
-HEADS = {bert.BERT: "params/(pooler|transform|transform_norm|decoder|decoder_bias|next_sentence|head)"
-                    "(/.*)?"}
+HEADS = {bert.BERT: "params/(pooler|transform|transform_norm|decoder|decoder_bias|next_sentence|"
+                    "head)(/.*)?"}
 CONFIGS = {"transformers": _transformers_model}
+WRITERS = {"transformers": {bert.BERT: _transformers_config}}
