@@ -130,6 +130,18 @@ def test_files_of_other_versions_hold_the_same(change):
   assert interop.recognise(model, change(tensors)) == SOURCE
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_halved_weights_come_back_bit_for_bit(dtype):
+  _, _, tensors = _fixture("bert_pretraining")
+  halved = {key: x.astype(dtype) for key, x in tensors.items()}
+  model = bert.BERT(40, 7, 2, 32, 2, 1, 48, head="pretraining")
+  back = interop.dump(model, interop.load(model, halved, SOURCE, keep_dtype=True), SOURCE)
+  assert back.keys() == halved.keys()
+  for key, x in back.items():
+    assert x.dtype == dtype
+    np.testing.assert_array_equal(x.view(np.uint16), halved[key].view(np.uint16))
+
+
 def test_a_model_takes_what_it_has_of_a_file_with_more_heads():
   """Published files often hold both heads of pre-training, whatever their config.json says."""
   _, _, tensors = _fixture("bert_pretraining")
