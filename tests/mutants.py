@@ -193,6 +193,17 @@ MUTANTS = (
          "test_a_form_takes_no_more_padding_than_its_gradient_can_take_away",)),
     # tasks
     Mutant(
+        "packed_documents_leak", "dljax/tasks/language_modeling.py",
+        'return {"segment": batch["segment"], "position": batch["position"]}',
+        'return {"position": batch["position"]}',
+        ("tests/tasks/test_language_modeling.py::"
+         "test_no_gradient_passes_from_one_document_to_another",)),
+    Mutant(
+        "texts_without_lengths", "dljax/tasks/text_classification.py",
+        'return batch["tokens"], batch["length"], batch["token_type"]',
+        'return batch["tokens"], None, batch["token_type"]',
+        ("tests/tasks/test_text_classification.py::test_padding_and_types_reach_the_model",)),
+    Mutant(
         "class_weights_in_evaluation", "dljax/tasks/classification.py",
         "weighted = bool(self.class_weights) and train",
         "weighted = bool(self.class_weights)",
@@ -449,17 +460,22 @@ MUTANTS = (
         ("tests/data/text/test_pretrained.py::"
          "test_special_tokens_surround_a_text_and_a_pair",)),
     Mutant(
-        "template_by_jinjas_white_space", "dljax/data/text/chat.py",
-        "trim_blocks=True, lstrip_blocks=True",
-        "trim_blocks=True, lstrip_blocks=False",
-        ("tests/data/text/test_pretrained.py::"
-         "test_a_template_sees_what_transformers_shows_it",)),
+        "special_tokens_are_hidden", "dljax/data/text/masked.py",
+        "~np.isin(content, self._special)",
+        "np.ones(len(content), bool)",
+        ("tests/data/text/test_masked.py::"
+         "test_the_text_is_there_and_its_share_is_to_be_predicted",)),
     Mutant(
-        "first_space_swallowed", "dljax/data/text/sentencepiece.py",
-        "if dummy_prefix and not plain:",
-        "if dummy_prefix and plain:",
-        ("tests/data/text/test_tokenize.py::"
-         "test_a_model_that_keeps_white_space_counts_a_space_at_the_beginning",)),
+        "first_text_is_cut", "dljax/data/text/labelled.py",
+        "if len(parts[0]) <= len(parts[1]) else",
+        "if len(parts[0]) > len(parts[1]) else",
+        ("tests/data/text/test_labelled.py::"
+         "test_texts_are_framed_and_the_longer_one_is_cut",)),
+    Mutant(
+        "equal_texts_are_torn", "dljax/data/text/labelled.py",
+        "json.dumps(self.texts)",
+        "json.dumps([self.texts, self.where])",
+        ("tests/data/text/test_labelled.py::test_rows_of_one_text_come_into_one_split",)),
     # recipes
     Mutant(
         "size_order", "dljax/recipes/object_detection.py",

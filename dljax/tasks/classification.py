@@ -79,7 +79,7 @@ class Classification(TaskBase):
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
-    return self.model.init({"params": rng}, batch["image"], train=False)
+    return self.model.init({"params": rng}, *self.inputs(batch)[:1], train=False)
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of examples, not counting padding, and the sum of their weights."""
@@ -99,9 +99,8 @@ class Classification(TaskBase):
     rates by truth.
     """
     del player  # one player: all parameters
-    logits, model_state = self.apply(
-        params, model_state, batch, rng, train, batch["image"], batch["mask"])
-    logits = at_least_float32(logits)
+    out, model_state = self.apply(params, model_state, batch, rng, train, *self.inputs(batch))
+    logits = at_least_float32(_logits(out))
     label, mask = batch["label"], batch["mask"].astype(logits.dtype)
 
     # The loss of an evaluation is the same for all smoothings and weights, so that runs can be
@@ -145,8 +144,12 @@ class Classification(TaskBase):
     A perceptron's logits were not trained as log probabilities; only their order has a meaning.
     """
     del rng, context  # nothing is drawn
-    logits = self.model.apply(variables, batch["image"], batch["mask"], train=False)
+    logits = _logits(self.model.apply(variables, *self.inputs(batch), train=False))
     return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
+
+  def inputs(self, batch: Batch) -> tuple[Array, ...]:
+    """The model's arguments, the first of which is enough to initialise it."""
+    return batch["image"], batch["mask"]
 
   @property
   def goals(self) -> Mapping[str, str]:
@@ -175,12 +178,12 @@ class Classification(TaskBase):
     names = class_names(assets, self.num_classes)
     tally = _Tally(self.num_classes)
     # This comes first, as `sums` may be filled while the rows pass.
-    mistakes = _picture_mistakes(tally.watch(rows), names)
-    figures = {} if mistakes is None else {"mistakes": mistakes}
+    shown = self.show_mistakes(tally.watch(rows), names)
+    figures = dict(shown.figures)
     by_class = scores.by_class(*tally.counts)
     metrics = {"macro_f1": scores.macro_f1(*tally.counts)}
     columns = zip(names, by_class.precision, by_class.recall, by_class.f1, by_class.support)
-    tables = {"classes": [
+    tables = {**shown.tables, "classes": [
         {"class": name, "precision": float(p), "recall": float(r), "f1": float(f),
          "support": int(n)} for name, p, r, f, n in columns]}
     if self.criterion == "softmax":  # a perceptron's probabilities mean nothing
@@ -194,6 +197,13 @@ class Classification(TaskBase):
       figures["confusion_matrix"] = functools.partial(
           report.confusion_matrix, np.asarray(sums["confusion_matrix"][0]), names)
     return Findings(metrics, figures, tables)
+
+  def show_mistakes(
+      self, rows: Iterable[tuple[PyTree, Mapping[str, Any]]], names: list[str],
+  ) -> Findings:
+    """The figure mistakes; it reads all rows, which are those of `evaluate`."""
+    mistakes = _picture_mistakes(rows, names)
+    return Findings(figures={} if mistakes is None else {"mistakes": mistakes})
 
   def _weight(self, label: Array) -> Array:
     """The weight of each label, f32[B]."""
@@ -237,6 +247,11 @@ def decode(predictions: PyTree, assets: Mapping[str, Any]) -> Iterator[Mapping[s
         "probability": float(p[order[0]]),
         "probabilities": {names[i]: float(p[i]) for i in order},
     }
+
+
+def _logits(out: Any) -> Array:
+  """The logits [B, C] in a model's output, which may hold other values too."""
+  return out["logits"] if isinstance(out, Mapping) else out
 
 
 def _pick(values: Array, index: Array) -> Array:

@@ -22,6 +22,7 @@ EMBEDDED = _builders(
     digits=("digits", "Digits"),
     digit_scenes=("digit_scenes", "DigitScenes"),
     pydoc=("pydoc", "Pydoc"),
+    pydoc_paragraphs=("pydoc", "PydocParagraphs"),
     temperatures=("series", "Temperatures"),
     morse=("morse", "Morse"))
 

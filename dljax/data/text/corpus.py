@@ -25,7 +25,8 @@ The documents of a split are read as one text, in streams or windows, or each on
 import functools
 import json
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def default_config() -> Group:
 def validate(config: Any) -> None:
   """Checks the fields of `config.data`; raises `UserError`."""
   need = functools.partial(splits.need, config)
-  if config.tokenizer not in tokenize.TOKENIZERS:
-    raise unknown("--config.data.tokenizer", config.tokenizer, tokenize.TOKENIZERS)
+  check_tokenizer(config)
   need("length", config.length >= 1, "give at least 1 token")
   if stride := config.get("eval_stride"):
     need("eval_stride", 0 < stride <= config.length,
@@ -96,6 +96,21 @@ def validate(config: Any) -> None:
   # An evaluation may read all as the split test.
   need("train", bool(config.train) or bool(mine and not config.validation and config.test),
        "name the split to train on")
+  need("folder", not (config.file and config.folder),
+       "goes without --config.data.file; drop one of them, as by --config.data.folder=")
+  if not mine:
+    sources.parse_name(config.name)
+    return
+  for split in _SPLITS:
+    need(split, config[split] in ("", split),
+         f"a text of your own has only the split {split}; write {split}, or nothing")
+
+
+def check_tokenizer(config: Any) -> None:
+  """Checks the fields of `config.data` that choose the tokenizer; raises `UserError`."""
+  need = functools.partial(splits.need, config)
+  if config.tokenizer not in tokenize.TOKENIZERS:
+    raise unknown("--config.data.tokenizer", config.tokenizer, tokenize.TOKENIZERS)
   need("vocab_size", config.vocab_size >= 2, "give at least 2")
   if config.tokenizer == "byte":
     need("vocab_size", config.vocab_size >= tokenize.Bytes.size,
@@ -106,15 +121,7 @@ def validate(config: Any) -> None:
   need("tokenizer_file", not config.tokenizer_file or config.tokenizer == "file",
        "goes with --config.data.tokenizer=file; add it, or drop this")
   need("tokenizer_file", config.tokenizer != "file" or bool(config.tokenizer_file),
-       "name a SentencePiece .model, a tokenizer.json, or a folder of weights")
-  need("folder", not (config.file and config.folder),
-       "goes without --config.data.file; drop one of them, as by --config.data.folder=")
-  if not mine:
-    sources.parse_name(config.name)
-    return
-  for split in _SPLITS:
-    need(split, config[split] in ("", split),
-         f"a text of your own has only the split {split}; write {split}, or nothing")
+       "name a SentencePiece .model or a tokenizer.json")
 
 
 def own_text(config: Any) -> str:
@@ -271,7 +278,7 @@ class TextSet(splits.DataSet):
     super().__init__(config)
     self._carried = carried
     self.seed = 0  # of the run; it decides which documents of a folder are for which split
-    self._tokenizer: tokenize.Tokenizer | None = None
+    self._tokenizer = RunTokenizer(self.config, lambda: self._documents("train").values())
     self._own: Mapping[str, Mapping[str, str]] | None = None
     self._run: Mapping[str, Any] | None = None  # the record of a run's own text
 
@@ -431,32 +438,12 @@ class TextSet(splits.DataSet):
     Raises:
       UserError: the tokenizer is damaged, or another run's.
     """
-    tokenizer = tokenize.from_json(assets.get(ASSET))
     self._run = assets.get("files")
-    if tokenizer.size > self.config.vocab_size:
-      raise UserError(f"data/{ASSET}.json has {tokenizer.size} tokens, and "
-                      f"--config.data.vocab_size is {self.config.vocab_size}; take that file from "
-                      "a copy of the run, or train again")
-    with self.lock:
-      self._tokenizer = tokenizer
+    self._tokenizer.restore(assets)
 
   def tokenizer(self) -> tokenize.Tokenizer:
-    """The run's tokenizer after `restore`, otherwise a new one, fitted to the training text."""
-    config = self.config
-    with self.lock:
-      if self._tokenizer is None:
-        fitted = config.tokenizer in tokenize.FITTED
-        documents = list(self._documents("train").values()) if fitted else ()
-        if config.tokenizer == "file":
-          made = pretrained.load(config.tokenizer_file)
-        else:
-          made = tokenize.make(config.tokenizer, documents, vocab_size=config.vocab_size,
-                               byte_fallback=config.byte_fallback)
-        if made.size > config.vocab_size:
-          raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has "
-                          f"{made.size} tokens; give that number")
-        self._tokenizer = _agreed(made) if fitted else made
-      return self._tokenizer
+    """The tokenizer of the run; see `RunTokenizer`."""
+    return self._tokenizer()
 
   def read(self, split: str) -> tuple[tokenize.Encoded, np.ndarray]:
     """A split's documents as one text, with `end` before each; and i64[n], where each starts."""
@@ -511,6 +498,53 @@ class TextSet(splits.DataSet):
                         f"{', '.join(dataset.features)}; choose another set")
       raise unknown("--config.data.field", config.field, features)
     super().check(dataset)
+
+
+class RunTokenizer:
+  """The tokenizer of a run: after `restore` the one that was saved with it, otherwise a new one.
+
+  Args:
+    config: the fields tokenizer, tokenizer_file, vocab_size and byte_fallback of `config.data`.
+    texts: () -> the training texts, which a new tokenizer may be fitted to.
+  """
+
+  def __init__(self, config: Any, texts: Callable[[], Iterable[str]]):
+    self._config, self._texts = config, texts
+    self._made: tokenize.Tokenizer | None = None
+    self._lock = threading.RLock()
+
+  def __call__(self) -> tokenize.Tokenizer:
+    """The tokenizer, made at the first call.
+
+    Raises:
+      UserError: it cannot be made, or has more tokens than the model.
+    """
+    config = self._config
+    with self._lock:
+      if self._made is None:
+        fitted = config.tokenizer in tokenize.FITTED
+        made = tokenize.make(config.tokenizer, list(self._texts()) if fitted else (),
+                             vocab_size=config.vocab_size, byte_fallback=config.byte_fallback,
+                             file=config.tokenizer_file)
+        if made.size > config.vocab_size:
+          raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has "
+                          f"{made.size} tokens; give that number")
+        self._made = _agreed(made) if fitted else made
+      return self._made
+
+  def restore(self, assets: Mapping[str, Any]) -> None:
+    """Takes the tokenizer that a run has saved.
+
+    Raises:
+      UserError: the tokenizer is damaged, or another run's.
+    """
+    tokenizer = tokenize.from_json(assets.get(ASSET))
+    if tokenizer.size > self._config.vocab_size:
+      raise UserError(f"data/{ASSET}.json has {tokenizer.size} tokens, and "
+                      f"--config.data.vocab_size is {self._config.vocab_size}; take that file from "
+                      "a copy of the run, or train again")
+    with self._lock:
+      self._made = tokenizer
 
 
 def _agreed(tokenizer: tokenize.Tokenizer) -> tokenize.Tokenizer:
