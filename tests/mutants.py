@@ -476,6 +476,12 @@ MUTANTS = (
         "json.dumps(self.texts)",
         "json.dumps([self.texts, self.where])",
         ("tests/data/text/test_labelled.py::test_rows_of_one_text_come_into_one_split",)),
+    Mutant(
+        "held_out_glosses_are_learnt", "dljax/data/datasets/wordnet.py",
+        "if gloss.label < 0 and gloss.text not in held_out]",
+        "if gloss.label < 0]",
+        ("tests/data/datasets/test_wordnet.py::"
+         "test_equal_glosses_are_in_one_split_and_those_held_out_are_in_no_other",)),
     # recipes
     Mutant(
         "size_order", "dljax/recipes/object_detection.py",

@@ -5,8 +5,9 @@
 
 mnist, fashion_mnist, cifar10, cifar100, tiny_shakespeare and etth1 (a time series) need nothing
 else. Nor do the sets of our own that are made of files in Debian 12, installed or downloaded:
-emoji and emoji_scenes from a font, and telephone_prompts from recorded announcements. An
-interrupted download continues where it stopped, and files are checked against TFDS's checksums.
+emoji and emoji_scenes from a font, telephone_prompts from recorded announcements, and wordnet from
+a dictionary. An interrupted download continues where it stopped, and files are checked against
+TFDS's checksums.
 
 Other sets are prepared by TFDS itself, which needs TensorFlow for most of them
 (`pip install 'dljax[tf]'`).
@@ -31,6 +32,7 @@ DEBIAN = {
     "emoji": "fonts-noto-color-emoji unicode-data",
     "emoji_scenes": "fonts-noto-color-emoji unicode-data",
     "telephone_prompts": "asterisk-core-sounds-en-wav asterisk-core-sounds-en",
+    "wordnet": "wordnet-base",
 }
 
 

@@ -19,7 +19,7 @@ from dljax.train.experiment import Assets, Experiment, Inputs, Request
 DATA = {
     "pydoc": {"name": f"pydoc/{platform.python_version()}", "tokenizer": "wordpiece",
               "vocab_size": 2000, "length": 64},
-    # Its part "rest" has the glosses that no classifier is tested on; see `datasets/wordnet.py`.
+    # The nouns' glosses that no classifier is evaluated on, and those of all other words.
     "wordnet": {"name": "wordnet", "train": "train+other", "tokenizer": "wordpiece",
                 "vocab_size": 8000, "documents": True, "packed": True, "length": 128},
 }

@@ -36,4 +36,5 @@ DOWNLOADED = _builders(
     etth1=("series", "Etth1"),
     emoji=("emoji", "Emojis"),
     emoji_scenes=("emoji_scenes", "EmojiScenes"),
-    telephone_prompts=("telephone_prompts", "TelephonePrompts"))
+    telephone_prompts=("telephone_prompts", "TelephonePrompts"),
+    wordnet=("wordnet", "Wordnet"))
