@@ -58,6 +58,9 @@ RECIPES = {
     "speech": FEW_STEPS | {
         "batch_size": 4, "eval_batch_size": 8, "data.train": "train[:64]", "data.validation": "validation[:20]",
         "data.test": "test_10db[:20]", "data.buckets": 1, "model.beam": 2},
+    "text_classification": {
+        "total_steps": 40, "log_every": 4, "eval_every": 20, "batch_size": 16, "eval_batch_size": 64,
+        "data.length": 32, "data.buckets": 1},
 }
 # Known of some, beyond what is asked of all: to what share the loss falls, and how many parameters there are.
 FALLS_TO = {"mlp": 0.3, "vit": 0.75}  # a transformer learns more slowly than the rest
@@ -112,7 +115,8 @@ def _shortened(family: str) -> dict[str, Any]:
 
 
 def _classifies(experiment: Experiment) -> bool:
-  return isinstance(experiment.task, Classification)
+  """Whether it classifies images."""
+  return isinstance(experiment.task, Classification) and "image" in experiment.data.batch_spec
 
 
 def _falls_to(experiment: Experiment) -> float:
