@@ -64,6 +64,24 @@ def test_an_emptied_tuple_remembers_what_it_held(name, text, value):
   assert stored.to_json() == config.to_json()
 
 
+@pytest.mark.parametrize("value, text", [
+    (("a", "b"), "a,b"), (("\n\n", "A, B"), '["\\n\\n", "A, B"]'), ((" a",), '[" a"]'), (("[a]",), '["[a]"]'),
+    (("",), '[""]'), ((), ""), ((1.5, 2.0), "1.5,2.0")])
+def test_texts_with_commas_and_spaces_are_written_as_json(value, text):
+  assert config_lib.format_value(value) == text
+  config = _config()
+  name = "optimizer.bounds" if value and isinstance(value[0], float) else "optimizer.freeze"
+  config_lib.apply_overrides(config, [f"--config.{name}={text}"])
+  assert config_lib.flatten(config)[name] == value
+
+
+@pytest.mark.parametrize("text", ["[a, b]", "(a,b)", "a , b,", " [a,b] "])
+def test_lists_need_no_quotation_marks(text):
+  config = _config()
+  config_lib.apply_overrides(config, [f"--config.optimizer.freeze={text}"])
+  assert config.optimizer.freeze == ("a", "b")
+
+
 @pytest.mark.parametrize("argument, words", [
     ("--config.optimizer.learning_rat=1", ["learning_rat'", "did you mean optimizer.learning_rate"]),
     ("--config.learning_rate=1", ["optimizer.learning_rate"]),

@@ -155,11 +155,7 @@ class Sampling:
       least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
       logits = jnp.where(logits < least, -jnp.inf, logits)
     if self.top_p < 1:
-      ordered = -jnp.sort(-logits, axis=-1)
-      p = jax.nn.softmax(ordered, axis=-1)
-      needed = jnp.cumsum(p, axis=-1) - p < self.top_p  # the first token always is
-      least = jnp.min(jnp.where(needed, ordered, jnp.inf), axis=-1, keepdims=True)
-      logits = jnp.where(logits < least, -jnp.inf, logits)
+      logits = jnp.where(_holds(logits, self.top_p), logits, -jnp.inf)
     if self.min_p > 0:
       least = jnp.max(logits, axis=-1, keepdims=True) + math.log(self.min_p)
       logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -394,6 +390,30 @@ def _repeats(history: Array, count: Array, n: int, vocab_size: int) -> Array:
   for i in range(n - 1):
     same &= history[:, i:i + starts] == newest[:, i:i + 1]
   return _among(jnp.where(same, history[:, n - 1:], NOTHING), vocab_size)
+
+
+def _holds(logits: Array, share: float) -> Array:
+  """Which of the logits [..., V] are the greatest that together hold `share` of the probability.
+
+  These are the logits above which less than `share` lies. The least of them is found by bisection
+  over the bits of float32, because a CPU takes ten times as long to sort 50,000 logits.
+
+  Returns:
+    bool[..., V]; the greatest always is among them, and of equal logits all or none.
+  """
+  p = jax.nn.softmax(logits, axis=-1)
+  bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+  keys = jnp.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))  # ordered as the logits are
+
+  def halve(_, ends):
+    low, high = ends
+    middle = low + (high - low) // 2
+    enough = jnp.sum(jnp.where(keys > middle, p, 0), axis=-1, keepdims=True) < share
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  greatest = jnp.max(keys, axis=-1, keepdims=True)
+  _, least = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(greatest), greatest))
+  return keys >= least
 
 
 def _choose(
