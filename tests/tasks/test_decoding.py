@@ -187,19 +187,25 @@ def test_a_continuation_depends_on_prompt_seed_and_id_alone():
 _predict = jax.jit(LanguageModeling.predict, static_argnums=0)
 
 
-@pytest.mark.parametrize("mode, mesh", tiny.MODES)
-def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
-  task = LanguageModeling(tiny.Tiny(), True, Sampling(max_new_tokens=19, temperature=1.0))
+def _engine(task, mode, mesh, kind):
+  """A `Predictor` or `Generator` of the task, and a state of its network."""
   batch = tiny.batch(rows=toys.BATCH_SIZE, reset=np.zeros(toys.BATCH_SIZE, np.float32))
   experiment = toys.formula_experiment(task, toys.Scripted(lambda step: batch))
   program = Program(experiment, RunOptions(parallelism=mode, mesh=toys.MESHES[mesh]))
   sharding = parallel.put_shared(0, program.mesh).sharding
   state = program.init_state().replace(params=jax.device_put(tiny.params(), sharding))
+  return kind(experiment, program, mode), state
+
+
+@pytest.mark.parametrize("mode, mesh", tiny.MODES)
+def test_the_engine_writes_the_same_at_once_and_bit_by_bit(mode, mesh):
+  task = LanguageModeling(tiny.Tiny(), True, Sampling(max_new_tokens=19, temperature=1.0))
+  predictor, state = _engine(task, mode, mesh, Predictor)
   expected = np.asarray(_predict(
       task, {"params": tiny.params()}, _prompts(ROWS), evaluation_key(np.asarray(state.rng)))["tokens"])
-  at_once = Predictor(experiment, program, mode)(state, _prompts(ROWS))["tokens"]
-  np.testing.assert_array_equal(at_once, expected)
-  parts = [part["tokens"] for part in Generator(experiment, program, mode)(state, _prompts(ROWS))]
+  np.testing.assert_array_equal(predictor(state, _prompts(ROWS))["tokens"], expected)
+  generator, state = _engine(task, mode, mesh, Generator)
+  parts = [part["tokens"] for part in generator(state, _prompts(ROWS))]
   assert [part.shape for part in parts] == [(3, 8), (3, 16), (3, 19)]
   for part in parts:
     np.testing.assert_array_equal(part, expected[:, :part.shape[1]])
@@ -282,13 +288,14 @@ def test_what_may_become_a_stop_text_is_not_shown_yet():
 
 def test_few_programs_serve_prompts_of_all_lengths():
   assert [decoding.bucket(n) for n in (0, 1, 2, 17, 18, 33, 34, 129)] == [1, 1, 17, 17, 33, 33, 65, 129]
-  predict = jax.jit(TASK.predict)
+  generator, state = _engine(TASK, "jit", "data:1", Generator)
   for length in (2, 3, 9, 17, 18, 30, 33):
     rows = _prompts([list(range(1, length + 1))])
     width = decoding.bucket(length) - length
     rows["prompt"] = np.pad(rows["prompt"], ((0, 0), (0, width))) % tiny.VOCABULARY
-    predict({"params": tiny.params()}, rows, jax.random.key(0))
-  assert predict._cache_size() == 2
+    next(generator(state, rows))
+  assert generator._start.__wrapped__._cache_size() == 2
+  assert generator._advance.__wrapped__._cache_size() == 1  # the state of this network does not grow with the prompt
 
 
 def test_padding_of_a_prompt_changes_nothing():
