@@ -145,6 +145,8 @@ class Run:
   def raw(self, inputs: Inputs) -> Any:
     """The result of `Task.predict` for the rows, as NumPy arrays with leading axis rows."""
     self._check(inputs)
+    if getattr(self.experiment.task, "ends_on_host", False):
+      return self._made_generator().whole(self.state, inputs.batch)
     if self._predictor is None:
       self._predictor = evaluate.Predictor(
           self.experiment, self.program, self._options.parallelism, self._compilations)
@@ -153,10 +155,13 @@ class Run:
   def generate(self, inputs: Inputs) -> Iterator[Any]:
     """The result of `raw` for rows that are prompts, as far as it is generated, again and again."""
     self._check(inputs)
+    return self._made_generator()(self.state, inputs.batch)
+
+  def _made_generator(self) -> evaluate.Generator:
     if self._generator is None:
       self._generator = evaluate.Generator(
           self.experiment, self.program, self._options.parallelism, self._compilations)
-    return self._generator(self.state, inputs.batch)
+    return self._generator
 
   def _check(self, inputs: Inputs) -> None:
     if hasattr(self.experiment.task, "check"):

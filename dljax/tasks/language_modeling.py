@@ -148,6 +148,11 @@ class LanguageModeling(TaskBase):
     """Generates `count` tokens; see `decoding.advance`."""
     return decoding.advance(self.model, variables, self.sampling, text, rng, count)
 
+  @property
+  def ends_on_host(self) -> bool:
+    """Whether the host may end a text earlier than `predict` does, by `has_ended`."""
+    return bool(self.sampling.stop_texts)
+
   def has_ended(self, predictions: Mapping[str, np.ndarray]) -> bool:
     """Whether no row of a text that is generated in parts needs more tokens, on the host.
 

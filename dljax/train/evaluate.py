@@ -289,7 +289,7 @@ class Predictor:
     # The text that training has left in the carry does not precede these rows.
     variables, _ = split_carry(state.variables)
     context = self._context(variables, state.rng)
-    fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
+    fields = _on_device(batch)
     count, shards = len(fields["mask"]), parallel.count_shards(self._mesh)
     size = min(self._size, -(-count // shards) * shards)
     parts = []
@@ -326,6 +326,7 @@ class Generator:
       self, experiment: Experiment, program: Program, mode: parallel.Mode,
       compilations: Compilations = Compilations(),
   ):
+    self._size, self._show = experiment.config.eval_batch_size, not compilations.quiet
     self._task, self._mode, self._mesh = experiment.task, mode, program.mesh
     start, advance = step.make_generate_steps(experiment.task, CHUNK)
     self._start = compilations.of(parallel.compile_step(
@@ -345,12 +346,33 @@ class Generator:
       state: gives the variables.
       batch: rows of prompts as `Experiment.read` makes them, no more than `config.eval_batch_size`.
     """
+    fields = _on_device(batch)
+    return self._parts(state, fields, self._padded(len(fields["mask"])))
+
+  def whole(self, state: TrainState, batch: Batch) -> Any:
+    """What `Task.predict` gives for any number of rows; each batch of them ends with its last row.
+
+    There are as many tokens as the longest text has.
+    """
+    fields, parts = _on_device(batch), []
+    count = len(fields["mask"])
+    size = min(self._size, self._padded(count))
+    for start in metrics.progress(range(0, count, size), "predict", show=self._show):
+      *_, last = self._parts(state, {k: v[start:start + size] for k, v in fields.items()}, size)
+      parts.append(last)
+    longest = max(part["tokens"].shape[1] for part in parts)
+    # No token is negative; the probabilities of none are not read.
+    pad = lambda x: np.pad(x, ((0, 0), (0, longest - x.shape[1])), constant_values=-1)
+    return jax.tree.map(lambda *xs: np.concatenate([pad(x) for x in xs]), *parts)
+
+  def _padded(self, count: int) -> int:
+    shards = parallel.count_shards(self._mesh)
+    return -(-count // shards) * shards
+
+  def _parts(self, state: TrainState, fields: Batch, size: int) -> Iterator[Any]:
     variables, _ = split_carry(state.variables)
-    fields = {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
-    count, shards = len(fields["mask"]), parallel.count_shards(self._mesh)
-    rows = _put_padded(fields, -(-count // shards) * shards, self._mode, self._mesh)
-    text, = self._start(variables, rows)
-    most, parts = self._task.max_new_tokens, []
+    count, most, parts = len(fields["mask"]), self._task.max_new_tokens, []
+    text, = self._start(variables, _put_padded(fields, size, self._mode, self._mesh))
     for written in range(0, most, CHUNK):
       part, text = self._advance(variables, state.rng, text)
       parts.append(jax.tree.map(lambda x: x[:count, :most - written],  # pylint: disable=cell-var-from-loop
@@ -359,6 +381,11 @@ class Generator:
       yield predictions
       if self._task.has_ended(predictions):
         return
+
+
+def _on_device(batch: Batch) -> dict[str, np.ndarray]:
+  """The fields of a batch that go to devices."""
+  return {k: np.asarray(v) for k, v in batch.items() if not k.startswith(parallel.HOST)}
 
 
 def prefetch(load: Callable[[int], Any], steps: Iterable[int], ahead: int = 2) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from dljax.data.text import corpus
 from dljax.errors import UserError
 from dljax.models import gpt
 from dljax.recipes import language_modeling
+from dljax.tasks import decoding
 from dljax.train.experiment import Request
 from experiments import rnn
 from tests.command import plain_pictures, refuse, run
@@ -171,11 +172,17 @@ def test_generation_ends_once_all_texts_have_their_stop_text(trained, monkeypatc
   loaded = dljax.load(trained)
   text = loaded.predict("Speak")[0]["text"]
   config = loaded.config.copy_and_resolve_references()
-  config.sampling.stop_texts = (text[2:4],)
+  config.sampling.stop_texts, config.eval_batch_size = (text[2:4],), 1
   monkeypatch.setattr(loaded, "experiment", rnn.build(config))
   loaded.experiment.data.restore(loaded.assets)
   parts = list(loaded.generate(loaded.read(Request(texts=["Speak"]))))
   assert [part["tokens"].shape for part in parts] == [(1, 8)]  # of 20 tokens
+  # Each batch of several ends on its own.
+  several = loaded.raw(loaded.read(Request(texts=["Speak", "I"])))["tokens"]
+  np.testing.assert_array_equal(several[0], [*parts[0]["tokens"][0], *[decoding.NOTHING] * (several.shape[1] - 8)])
+  assert several.shape[1] > 8 and (several[1] >= 0).all()
+  first, second = loaded.predict(["Speak", "I"])
+  assert first["text"] == text[:2] and text[2:4] not in second["text"]
 
 
 def test_each_tokens_probability_is_in_the_rows(trained, tmp_path):
