@@ -20,6 +20,7 @@ WORDS = ("lm1b", ["data.vocab_size=1000"])
 PAIRS = ["data.mask_classes=2", "data.mask_values=1,2", "data.mask_names=a,b",
          "data.mean=0", "data.std=1"]
 COCO = ("coco", ["data.num_classes=91"])
+GPT2 = ("openwebtext", ["model.max_length=1024"])
 VIT = ("imagenet2012", ["model.pool=token", "model.positions=learned"])
 # Variant -> the preset that suits it, fields of the data or of the head, and the published number of parameters.
 CASES = {
@@ -59,6 +60,13 @@ CASES = {
         "rnn_zaremba_large": (*PENN, 66_034_000), "rnn_awd_lstm": (*PENN, 24_221_600),
         "rnn_forecaster": ("temperatures", ["data.channels=Basel", "data.covariates="], 50_497),
         "seasonal_naive": ("temperatures", [], 0), "dlinear": ("etth1", [], 64_704)},
+    "gpt": {
+        "gpt2": (*GPT2, 124_439_808), "gpt2_medium": (*GPT2, 354_823_168), "gpt2_large": (*GPT2, 774_030_080),
+        "gpt2_xl": (*GPT2, 1_557_611_200),
+        "llama_smollm2_135m": ("smollm_135m", ["model.lora_rank=0"], 134_515_008),
+        "qwen3_0_6b": ("smollm_135m", ["model.lora_rank=0", "data.vocab_size=151936", "model.max_length=40960"],
+                       596_049_920),
+        "gpt_nano": ("pydoc", ["data.length=64"], 828_672), "llama_nano": ("pydoc", ["data.length=64"], 722_176)},
     "deepspeech": {
         "deepspeech2": ("librispeech", [], 53_337_533), "deepspeech_small": ("morse", [], 469_750)},
 }
