@@ -3,6 +3,7 @@
     tokenizer = pretrained.from_folder("bert-base-uncased/")
     tokenizer.frame("A text.", "And another.").tokens  # [CLS] a text . [SEP] and another . [SEP]
     tokenizer.roles["mask"]
+    pretrained.to_folder(tokenizer, "my-bert/")
 
 Such a folder holds the vocabulary in one of four forms, which are looked for in this order:
 
@@ -117,6 +118,38 @@ def from_folder(path: str | Path, start: str = "") -> tokenize.Subwords:
   return found
 
 
+def to_folder(tokenizer: tokenize.Subwords, path: str | Path) -> None:
+  """Writes a tokenizer as transformers reads it: AutoTokenizer.from_pretrained(path).
+
+  Args:
+    tokenizer: the tokenizer, of a run or of a folder.
+    path: the folder, such as that of the weights; it is made if it is missing.
+
+  Raises:
+    UserError: a file cannot be written.
+  """
+  folder, chats = Path(path).expanduser(), tokenizer.chat
+  roles = tokenizer.roles
+  if tokenizer.end not in roles.values():
+    roles = {**roles, "end": tokenizer.end}
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            **{f"{_NAMES[role]}_token": tokenizer.name(token) for role, token in roles.items()}}
+  files = {_JSON: tokenizer.to_json()["tokenizer"]}
+  if chats and set(chats.templates) == {"default"}:
+    files["chat_template.jinja"] = chats.templates["default"]
+  elif chats:
+    config["chat_template"] = [{"name": name, "template": text}
+                               for name, text in chats.templates.items()]
+  files[_CONFIG] = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+      (folder / name).write_text(text, encoding="utf-8", newline="")
+  except OSError as error:
+    raise UserError(f"{path}: the tokenizer cannot be written ({error.strerror or error}); name "
+                    "another folder") from None
+
+
 def check_rows(
     tokenizer: tokenize.Tokenizer, rows: int, start: str, what: str = "the model's vocab_size",
 ) -> None:
@@ -144,8 +177,9 @@ def rows_of(path: str | Path, start: str = "") -> int:
   It is config.json's vocab_size, or without one the number of the tokenizer's tokens. Raises
   `UserError` as `from_folder` does.
   """
+  size = from_folder(path, start).size
   rows = _Settings(Path(path).expanduser(), start or f"{path}").model.get("vocab_size")
-  return rows if type(rows) is int else from_folder(path, start).size
+  return rows if type(rows) is int else size
 
 
 class _Settings:

@@ -115,6 +115,31 @@ def test_a_run_keeps_the_tokenizer_its_roles_and_its_chat(tokenizers, name):
   assert _hashes(again, chunk) == _hashes(tokenizer, chunk)
 
 
+@pytest.mark.parametrize("name", PEER)
+def test_a_tokenizer_is_written_for_others(tokenizers, name, tmp_path):
+  """fixtures/make_pretrained.py has transformers read these folders, and compares."""
+  tokenizer = tokenizers[name]
+  pretrained.to_folder(tokenizer, tmp_path / "new")
+  again = pretrained.from_folder(tmp_path / "new")
+  assert (again.roles, again.end, again.size) == (tokenizer.roles, tokenizer.end, tokenizer.size)
+  assert (again.chat is None) == (tokenizer.chat is None)
+  if again.chat:
+    assert again.chat.templates == tokenizer.chat.templates
+    assert again.chat.render(scripts.MESSAGES[1]) == tokenizer.chat.render(scripts.MESSAGES[1])
+  chunk = scripts.chunks(name)[1][:50]
+  assert _hashes(again, chunk) == _hashes(tokenizer, chunk)
+
+
+def test_a_tokenizer_of_a_run_is_written_for_others(tmp_path):
+  tokenizer = tokenize.make("bpe", scripts.lines()[:200], vocab_size=400)
+  pretrained.to_folder(tokenizer, tmp_path)
+  again = pretrained.from_folder(tmp_path)
+  assert again.roles == {"end": tokenizer.end} and again.end == tokenizer.end
+  np.testing.assert_array_equal(again.encode(scripts.SENTENCES[0]).tokens, tokenizer.encode(scripts.SENTENCES[0]).tokens)
+  with pytest.raises(UserError, match="tokenizer.json/x: the tokenizer cannot be written .Not a directory.; name another"):
+    pretrained.to_folder(tokenizer, tmp_path / "tokenizer.json" / "x")
+
+
 @pytest.mark.parametrize("name", WITH_CHAT)
 def test_chats_are_those_of_transformers(tokenizers, name):
   tokenizer = tokenizers[name]
