@@ -7,18 +7,27 @@ from typing import Any
 import ml_collections
 
 from dljax.data.splits import find_files
-from dljax.data.text import corpus
+from dljax.data.text import corpus, pretrained
 from dljax.errors import UserError
 
 
 def resolve(
     config: ml_collections.ConfigDict, given: Collection[str],
 ) -> Mapping[str, Any]:
-  """What a text of the user's own decides, and prints what it holds; see `corpus.find`."""
+  """What a text of the user's own decides, and prints what it holds; see `corpus.find`.
+
+  If training starts from a folder of weights that holds a tokenizer, that is the tokenizer, unless
+  another was chosen.
+  """
   fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
-  found, lines = corpus.find(config.data, config.seed, fields)
+  beside, source = {}, config.init.source
+  if source and not {"tokenizer", "tokenizer_file"} & set(fields) and pretrained.holds_tokenizer(source):
+    beside = {"tokenizer": "file", "tokenizer_file": source}
+  data = ml_collections.ConfigDict(config.data)
+  data.update(beside)
+  found, lines = corpus.find(data, config.seed, fields)
   print(*lines, sep="\n", end="\n" * bool(lines))
-  named = {f"data.{field}": value for field, value in found.items()}
+  named = {f"data.{field}": value for field, value in (beside | found).items()}
   if found.get("validation") == "" and "monitor" not in given:
     named["monitor"] = ""
   return named

@@ -74,6 +74,12 @@ def is_folder(path: str) -> bool:
     return False
 
 
+def holds_tokenizer(path: str) -> bool:
+  """Whether a folder holds a tokenizer in one of the four forms."""
+  forms = _JSON, _VOCABULARY, _WORDS, _MODEL
+  return is_folder(path) and any((Path(path).expanduser() / form).is_file() for form in forms)
+
+
 def from_folder(path: str | Path, start: str = "") -> tokenize.Subwords:
   """The tokenizer in a folder of weights, with its roles and its chat templates.
 
