@@ -120,8 +120,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
 
   def check(text: str, name: str) -> None:
     """Raises `UserError` if a prompt cannot be used."""
-    tokenizer = texts.tokenizer()
-    tokens = np.append(tokenizer.end, tokenizer.encode(text, name).tokens)
+    tokens, = corpus.encode_prompts([text], [name], texts.tokenizer())["prompt"]
     decoding.check_prompt(name, tokens, model, sampling)
 
   def read(request: Request, assets: Assets) -> Inputs:

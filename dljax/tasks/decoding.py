@@ -114,8 +114,10 @@ class Sampling:
         ("seed", 0 <= self.seed < 2**32, "must be from 0 to 2^32 - 1")):
       if not valid:
         raise UserError(f"--config.sampling.{field}={getattr(self, field)}: {mend}")
-    # The elements of a tuple that is empty by default come from the command line as texts.
+    # The elements of a tuple that is empty by default come from the command line as texts. A list
+    # could not be part of a task, which is a static argument where it is compiled.
     object.__setattr__(self, "stop_tokens", tuple(map(_token, self.stop_tokens)))
+    object.__setattr__(self, "stop_texts", tuple(self.stop_texts))
     if "" in self.stop_texts:
       raise UserError("--config.sampling.stop_texts: a stop text is empty; drop it")
 
