@@ -85,6 +85,9 @@ def convert(
     model, _ = _with_classes(model, settings, theirs, to)
     interop.load(model, theirs, to)  # says what is missing or of another shape
     if whole:
+      # They write a tensor of two names once.
+      second = interop.find_table(model, to).tied
+      theirs = {name: tensor for name, tensor in theirs.items() if name not in second}
       folder.write_their_folder(output, theirs, folder.config_of(model, to))
     else:
       folder.write_file(output, theirs)

@@ -13,8 +13,7 @@ tokens and with a shortcut. They differ in what the block is made of:
   positions   learned, added once     rotary, in every attention (`ops.rotary`)
   perceptron  GELU                    SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)
   attention   a key for every query   several queries share a key (Ainslie et al. 2023,
-                                      https://arxiv.org/abs/2305.13245); queries and keys may be
-                                      normalised (`qk_norm`)
+                                      https://arxiv.org/abs/2305.13245); maybe `qk_norm`
   biases      everywhere              nowhere
 
 Dimensions: `B` batch, `L` tokens, `D` width, `V` vocabulary, `H` heads of queries, `G` heads of keys
@@ -38,8 +37,7 @@ from dljax.ops.gelu import gelu, gelu_tanh
 
 Array = jax.Array
 
-NORMS = ("layer", "rms")
-POSITIONS = ("learned", "rotary")
+NORMS, POSITIONS = ("layer", "rms"), ("learned", "rotary")
 # The perceptron's activations; "swiglu" multiplies by a second product.
 ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "relu": nn.relu, "swiglu": nn.silu}
 _INIT = nn.initializers.normal(0.02)
@@ -52,23 +50,21 @@ class Form(nn.Module):
     vocab_size: V.
     max_length: the context, the greatest number of tokens that are read together.
     embed_dim, num_layers, num_heads: D, the number of blocks, H.
-    num_kv_heads: G, which divides H; None for H.
-    head_dim: the width of a head; None for D / H.
+    num_kv_heads, head_dim: G, which divides H, and the width of a head; None for H and D / H.
     mlp_dim: the width of the perceptron's hidden layer; None for 4 D.
     norm, epsilon: one of `NORMS`, and the number added to the variance or the mean square.
     positions: one of `POSITIONS`.
     rope_theta, rope_scaling: see `rotary.frequencies`.
     activation: a key of `ACTIVATIONS`.
-    use_bias: whether products and layer norms have biases.
+    use_bias, mlp_bias: whether there are biases, and in perceptrons; None for as elsewhere.
     qk_norm: whether the queries and keys of a head are normalised.
     tied: whether the head's kernel is the embedding.
     window: the number of tokens that a token sees, itself included; None for all.
+    full_layers: the numbers of the blocks, from 0, in which it sees all in spite of `window`.
     scale_by_layer: whether scores are divided by the block's number, from 1.
     dropout: the dropout after the embeddings, on attention weights, and at the end of a branch.
-    lora_rank, lora_alpha: see `Projection`.
+    lora_rank, lora_alpha, remat, layer_scan: see `Projection` and `apply_blocks`.
     dtype: the dtype of the computation; parameters are float32.
-    remat: whether to recompute each block in the backward pass instead of storing its activations.
-    layer_scan: whether one block is compiled for all layers; see `apply_blocks`.
   """
 
   vocab_size: int
@@ -86,9 +82,11 @@ class Form(nn.Module):
   rope_scaling: Mapping[str, float] | None = None
   activation: str = "gelu_tanh"
   use_bias: bool = True
+  mlp_bias: bool | None = None
   qk_norm: bool = False
   tied: bool = True
   window: int | None = None
+  full_layers: Sequence[int] = ()
   scale_by_layer: bool = False
   dropout: float = 0.0
   lora_rank: int = 0
@@ -140,17 +138,19 @@ class Block(Form):
       query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
     if self.scale_by_layer:
       query = query / jnp.asarray(layer + 1, query.dtype)
-    y, cache = attend(self, query, key, value, cache=cache, causal=True, window=self.window,
+    window = None if layer in self.full_layers else self.window
+    y, cache = attend(self, query, key, value, cache=cache, causal=True, window=window,
                       dropout=self.dropout if train else 0.0, **rules)
     x = x + drop()(last(axes=2, name="project")(y))
 
     y = self.norm_layer("norm2")(x)
-    hidden = functools.partial(project, (self.mlp_dim or 4 * width,))
+    biases = self.use_bias if self.mlp_bias is None else self.mlp_bias
+    hidden = functools.partial(project, (self.mlp_dim or 4 * width,), use_bias=biases)
     if self.activation == "swiglu":
       y = nn.silu(hidden(name="gate")(y)) * hidden(name="mlp1")(y)
     else:
       y = ACTIVATIONS[self.activation](hidden(name="mlp1")(y))
-    return x + drop()(last(name="mlp2")(y)), cache
+    return x + drop()(last(name="mlp2", use_bias=biases)(y)), cache
 
 
 class GPT(Form):
@@ -174,8 +174,10 @@ class GPT(Form):
       "logits" f32[B, L, V]; and "cache", the new one, or None without.
 
     Raises:
-      UserError: the tokens are more than the context.
+      UserError: the tokens are more than the context, or blocks under `layer_scan` differ.
     """
+    if self.layer_scan and self.full_layers:
+      raise errors.UserError("layer_scan needs equal blocks: drop it, or drop full_layers")
     rules = {"segment": segment}
     if cache is not None:
       position, cache, seen = append(cache, tokens.shape[1], length)
