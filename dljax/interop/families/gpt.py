@@ -225,8 +225,9 @@ def _transformers_model(config: Mapping[str, Any]) -> gpt.GPT | None:
   for field, same in (("num_kv_heads", heads), ("head_dim", width / heads), ("mlp_dim", 4 * width)):
     if settings.get(field) == same:
       settings[field] = None
-  make = _gpt2_settings if kind == "gpt2" else _llama_settings
-  return gpt.GPT(**settings, **make(config))
+  if kind == "gpt2":
+    return gpt.GPT(**settings, **_gpt2_settings(config))
+  return gpt.GPT(**settings, **_llama_settings(config, settings["max_length"]))
 
 
 def _size(config: Mapping[str, Any], names: tuple[str, ...], default: int | None) -> int | None:
@@ -268,7 +269,7 @@ def _gpt2_settings(config: Mapping[str, Any]) -> dict[str, Any]:
       "tied": _flag(config, "tie_word_embeddings", True)}
 
 
-def _llama_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _llama_settings(config: Mapping[str, Any], max_length: int) -> dict[str, Any]:
   """The settings of llama and qwen3 besides their sizes."""
   if (activation := config.get("hidden_act", "silu")) not in _GATED:
     raise UserError(f"config.json: hidden_act is {activation!r}, which is not known here; only "
@@ -276,7 +277,7 @@ def _llama_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   qwen3 = config["model_type"] == "qwen3"
   biases = _flag(config, "attention_bias")
   mlp_biases = not qwen3 and _flag(config, "mlp_bias")
-  theta, scaling = _rope(config)
+  theta, scaling = _rope(config, max_length)
   return {
       "norm": "rms", "positions": "rotary", "activation": "swiglu", "qk_norm": qwen3,
       "epsilon": _number(config, "rms_norm_eps", 1e-6), "rope_theta": theta,
@@ -285,7 +286,9 @@ def _llama_settings(config: Mapping[str, Any]) -> dict[str, Any]:
       **(_windows(config) if qwen3 else {})}
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, float] | None]:
+def _rope(
+    config: Mapping[str, Any], max_length: int,
+) -> tuple[float, Mapping[str, float] | None]:
   """The base of rotary positions and how they are stretched, in either form of a config."""
   name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
   given = config.get(name) or {}
@@ -303,8 +306,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, float] | None]
   if kind == "default":
     return theta, None
   # Where the trained length is not stated, transformers takes the context.
-  length = config.get("original_max_position_embeddings", given.get(
-      "original_max_position_embeddings", config.get("max_position_embeddings")))
+  length = config.get(_LLAMA3[-1], given.get(_LLAMA3[-1], max_length))
   numbers = {key: _number(given, key, 0.0) for key in _LLAMA3[:-1]}
   return theta, core.freeze({**numbers, _LLAMA3[-1]: _size({_LLAMA3[-1]: length}, _LLAMA3[-1:], 0)})
 
@@ -333,8 +335,8 @@ def _config(model: gpt.GPT) -> dict[str, Any]:
   The tokens that begin and end a text are the tokenizer's, and not known here.
   """
   kind = _kind(model)
-  if kind != "gpt2" and model.embed_dim % model.num_heads:
-    raise UserError(f"transformers' {kind} wants a width that its heads divide, and "
+  if kind == "llama" and model.embed_dim % model.num_heads:
+    raise UserError("transformers' llama wants a width that its heads divide, and "
                     f"{model.num_heads} do not divide {model.embed_dim}")
   config = {"model_type": kind, "architectures": [_CLASSES[kind][0]],
             **{names[0]: getattr(model, ours) for ours, (names, _) in _SIZES[kind].items()},
