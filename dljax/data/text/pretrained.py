@@ -210,15 +210,15 @@ class _Settings:
     # Newer folders have all in one file; what lies beside it there is out of date.
     old = {} if "added_tokens_decoder" in self.tokenizer else self._read("special_tokens_map.json")
     self._special = {**self.tokenizer, **old}
-    added = self.tokenizer.get("added_tokens_decoder", {})
-    if not added:
-      extra = set(map(_text, self._extra()))
-      named = {_text(self._special.get(f"{name}_token")) for name in _NAMES.values()}
-      added = {number: {"content": text, "special": text in extra | named,
-                        "normalized": text not in extra | named}
-               for text, number in self._read("added_tokens.json").items()}
     with tokenize.failing("{start}: the added tokens of the tokenizer cannot be read ({reason}); "
                           "get the folder again", start=start):
+      added = self.tokenizer.get("added_tokens_decoder", {})
+      if not added:
+        special = {_text(token) for token in self._extra()}
+        special |= {_text(self._special.get(f"{name}_token")) for name in _NAMES.values()}
+        added = {number: {"content": text, "special": text in special,
+                          "normalized": text not in special}
+                 for text, number in self._read("added_tokens.json").items()}
       self.added = sorted((int(number), dict(token)) for number, token in added.items())
 
   def _read(self, name: str) -> Mapping[str, Any]:
@@ -239,7 +239,11 @@ class _Settings:
     """Special tokens that have no role."""
     found = self._special.get("extra_special_tokens") or self._special.get(
         "additional_special_tokens") or []
-    return list(found.values()) if isinstance(found, dict) else found
+    if isinstance(found, dict):
+      found = list(found.values())
+    if not isinstance(found, list):
+      raise ValueError("the special tokens are no list")
+    return found
 
   def extra(self) -> list[dict[str, Any]]:
     """Special tokens that have no role, as options of `tokenizers.AddedToken`."""
@@ -297,6 +301,8 @@ class _Settings:
              for name, path in files.items() if path.exists()}
     if texts:  # templates in files of their own take the place of those in tokenizer_config.json
       found = {name: data.decode().replace("\r\n", "\n") for name, data in texts.items()}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+      raise ValueError("its chat template is no text")
     tokens = {f"{_NAMES[role]}_token": text for role, text in special.items()}
     return chat.Chat(found, tokens) if found else None
 

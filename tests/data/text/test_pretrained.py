@@ -238,6 +238,15 @@ def test_options_of_special_tokens_are_kept(copy):
   assert tokenizer.frame("a <mask>", spelled=True).tokens.tolist() == [*tokenizer.encode("a").tokens, tokenizer.roles["mask"]]
 
 
+def test_older_folders_have_their_added_tokens_in_a_file_of_their_own(copy):
+  folder = copy("gpt2", added_tokens__json={"<b>": 1201, "<a>": 1200}, config__json={"vocab_size": 1202},
+                special_tokens_map__json={"pad_token": "<a>"})
+  tokenizer = pretrained.from_folder(folder)
+  assert [tokenizer.number(name) for name in ("<a>", "<b>")] == [1200, 1201] and tokenizer.roles["pad"] == 1200
+  tokens = tokenizer.encode("<a><b>").tokens
+  assert 1201 in tokens and 1200 not in tokens  # <b> is an added word, and no special token
+
+
 @pytest.mark.parametrize("name, files, line", [
     ("gpt2", {"config__json": {"vocab_size": 1199}},
      r"the token '.*' has the number 1,199, but config.json's vocab_size is 1,199, so .*one model"),
@@ -253,6 +262,12 @@ def test_options_of_special_tokens_are_kept(copy):
     ("qwen", {"tokenizer_config__json": {"added_tokens_decoder": {"99999": {"content": "<new>", "special": True}}}},
      "gives the token '<new>' the number 99,999, but the vocabulary 1,200; get the folder again"),
     ("qwen", {"tokenizer_config__json": {"added_tokens_decoder": {"x": {}}}}, "the added tokens .* cannot be read"),
+    ("gpt2", {"tokenizer_config__json": {"additional_special_tokens": "<a>"}}, "special tokens are no list"),
+    ("gpt2", {"special_tokens_map__json": {"additional_special_tokens": [5]}}, "holds no tokenizer that can be read"),
+    ("gpt2", {"tokenizer_config__json": {"chat_template": 5}}, "its chat template is no text"),
+    ("gpt2", {"tokenizer_config__json": {"chat_template": {"default": 5}}}, "its chat template is no text"),
+    ("gpt2", {"added_tokens__json": {"<new>": 7}}, "added_tokens.json gives the token '<new>' the number 7, but"),
+    ("gpt2", {"added_tokens__json": {"<new>": "x"}}, "the added tokens .* cannot be read"),
     ("gpt2", {"config__json": "[]"}, "config.json is no JSON object .it is a list.; get the folder again"),
     ("gpt2", {"tokenizer_config__json": "{"}, "tokenizer_config.json is no JSON object"),
     ("gpt2", {"vocab__json": "{"}, "holds no tokenizer that can be read"),
