@@ -95,7 +95,7 @@ def read(data: bytes, plain: bool = False, prepend: str = "") -> Any:
 
 
 def roles(data: bytes) -> dict[str, str]:
-  """Role -> piece, for the roles "unknown", "start" and "end" of a model whose file `read` reads."""
+  """Role -> piece, for the roles "unknown", "start" and "end" of a model that `read` can read."""
   trainer = _fields(_fields(data).get(2, [b""])[0])
   names = {"unknown": (40, 45, 0, "<unk>"), "start": (41, 46, 1, "<s>"), "end": (42, 47, 2, "</s>")}
   found = {}
