@@ -21,7 +21,7 @@ from dljax.train.experiment import Assets, Experiment, Inputs, Request
 # The values of fields of `config.data` for the sets that presets use.
 DATA = {
     "pydoc": {"name": f"pydoc_paragraphs/{platform.python_version()}", "num_classes": 8,
-              "length": 128},
+              "tokenizer": "wordpiece", "vocab_size": 2000, "length": 64},
     "wordnet": {"name": "wordnet", "num_classes": 26, "tokenizer": "wordpiece",
                 "vocab_size": 8000, "length": 64},
     # GLUE's test sets have no labels.

@@ -10,7 +10,8 @@ from dljax.train.experiment import Request
 from tests.command import plain_pictures, refuse, run
 from tests.tasks import tiny
 
-SMALL = ("--config.data.length=24", "--config.batch_size=8", "--config.eval_batch_size=4", "--config.total_steps=60",
+SMALL = ("--config.data.tokenizer=byte", "--config.data.vocab_size=257", "--config.data.length=24",
+         "--config.batch_size=8", "--config.eval_batch_size=4", "--config.total_steps=60",
          "--config.log_every=20", "--config.eval_every=60", "--config.checkpoint_every=60", "--mesh=data:1",
          "--config.optimizer.learning_rate=0.03", "--config.optimizer.schedule=constant", "--config.data.buckets=1",
          "--config.optimizer.warmup_fraction=0")

@@ -176,7 +176,7 @@ class Framed:
     self._tokens, self._words = tokens, word_begins
     self._frame = frames.frame(tokenizer)
     self._special = frames.special_tokens(tokenizer)
-    self._begins, sizes = cut(begins + 1, np.append(begins[1:], len(tokens)), length - 2)
+    self._begins, sizes = packing.cut(begins + 1, np.append(begins[1:], len(tokens)), length - 2)
     self.lengths = sizes + 2
 
   def __len__(self) -> int:
@@ -203,21 +203,6 @@ class Framed:
 
   def close(self) -> None:
     pass
-
-
-def cut(
-    begins: np.ndarray, ends: np.ndarray, longest: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts each stretch from `begins` to `ends` into pieces of at most `longest` places.
-
-  Returns:
-    Where each piece begins, and its length, i64[n]; in order. An empty stretch has no piece.
-  """
-  sizes = ends - begins
-  pieces = -(-sizes // longest)
-  piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-  return (np.repeat(begins, pieces) + piece * longest,
-          np.minimum(np.repeat(sizes, pieces) - piece * longest, longest))
 
 
 def choose(

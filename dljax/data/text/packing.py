@@ -120,6 +120,21 @@ class Packed:
     pass
 
 
+def cut(
+    begins: np.ndarray, ends: np.ndarray, longest: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts each stretch from `begins` to `ends` into pieces of at most `longest` places.
+
+  Returns:
+    Where each piece begins, and its length, i64[n]; in order. An empty stretch has no piece.
+  """
+  sizes = ends - begins
+  pieces = -(-sizes // longest)
+  piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+  return (np.repeat(begins, pieces) + piece * longest,
+          np.minimum(np.repeat(sizes, pieces) - piece * longest, longest))
+
+
 def lay_out(
     pieces: Pieces, rows: list[np.ndarray], length: int, offset: np.ndarray | None = None,
 ) -> HostBatch:

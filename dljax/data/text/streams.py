@@ -197,13 +197,10 @@ class Documents:
     encoded, begins = text
     self._text = tokenize.Encoded(np.append(encoded.tokens, np.int32(end)),
                                   *(np.append(x, np.int32(0)) for x in encoded[1:]))
-    self._longest, self._counts = length, counts
+    self._counts = counts
     # Tokens to predict, with the `end` after the document.
-    sizes = np.diff(begins, append=len(encoded.tokens))
-    pieces = -(-sizes // length)
-    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    self._begins = np.repeat(begins, pieces) + piece * length
-    self.lengths = np.minimum(np.repeat(sizes, pieces) - piece * length, length)
+    self._begins, self.lengths = packing.cut(
+        begins, np.append(begins[1:], len(encoded.tokens)), length)
 
   def __len__(self) -> int:
     return len(self.lengths)

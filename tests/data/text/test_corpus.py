@@ -166,6 +166,12 @@ def test_a_batch_is_a_function_of_seed_and_step(play, reading):
   assert batches(range(9), 1) != batches(range(9), 2)
 
 
+def test_training_text_takes_four_bytes_for_each_token(play):
+  texts = corpus.TextSet(_config(play))
+  held = {split: sum(array.nbytes for array in texts.read(split)[0]) for split in ("train", "validation")}
+  assert held["train"] == 4 * (1 + len(_bytes_of("train"))) and held["validation"] == 12 * (1 + len(_bytes_of("validation")))
+
+
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_hosts_share_out_the_global_batch(play, split, reading):
