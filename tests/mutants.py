@@ -161,9 +161,24 @@ MUTANTS = (
         ("tests/ops/test_attention.py::test_pairs_of_blocks_that_see_nothing_are_left_out",)),
     Mutant(
         "gelu_slope", "dljax/ops/gelu.py",
-        "return x * below, below + x * density",
-        "return x * below, below + density",
+        "(below + wide * density)",
+        "(below + density)",
         ("tests/ops/test_gelu.py::test_value_and_derivatives_are_the_native_ones",)),
+    Mutant(
+        "gelu_tanh_slope", "dljax/ops/gelu.py",
+        "(1 + 3 * 0.044715 * square)",
+        "(1 + 0.044715 * square)",
+        ("tests/ops/test_gelu.py::test_value_and_derivatives_are_the_native_ones",)),
+    Mutant(
+        "norm_gradient", "dljax/ops/norm.py",
+        "dunit - jnp.mean(dunit, axis=-1, keepdims=True) - unit * along",
+        "dunit - unit * along",
+        ("tests/ops/test_norm.py::test_value_and_gradients_are_the_native_ones",)),
+    Mutant(
+        "barrier_everywhere", "dljax/ops/barrier.py",
+        "default=_same",
+        "default=lax.optimization_barrier",
+        ("tests/ops/test_norm.py::test_only_a_cpu_gets_the_barrier",)),
     Mutant(
         "ctc_cotangent", "dljax/ops/ctc.py",
         "(jnp.exp(log_p) - share) * g[:, None, None], 0)",

@@ -1,4 +1,4 @@
-"""What families of attention share: projections, a norm, and stacks of blocks with a cache.
+"""What families of attention share: projections, norms, and stacks of blocks with a cache.
 
 RMSNorm. Biao Zhang, Rico Sennrich. "Root Mean Square Layer Normalization", 2019.
 https://arxiv.org/abs/1910.07467
@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from dljax.ops.attention import attention, attention_with_weights
 from dljax.ops.dense import dense
+from dljax.ops.norm import layer_norm
 
 Cache = Mapping[str, Any]
 _ADAPTERS = ("lora_down", "lora_up")
@@ -53,6 +54,29 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
     return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """`flax.linen.LayerNorm` by `ops.norm`, whose gradient is faster on a CPU.
+
+  Attributes:
+    epsilon: the number added to the variance.
+    use_bias: whether a bias is added.
+    dtype: the dtype of the result.
+  """
+
+  epsilon: float = 1e-5
+  use_bias: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D]."""
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+    bias = None
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+    return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
 
 
 class Projection(nn.Module):

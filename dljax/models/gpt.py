@@ -30,7 +30,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dljax import errors
-from dljax.models.blocks import Cache, Projection, RMSNorm, append, apply_blocks, attend, empty_cache
+from dljax.models.blocks import (
+    Cache, LayerNorm, Projection, RMSNorm, append, apply_blocks, attend, empty_cache)
 from dljax.ops import rotary
 from dljax.ops.dense import dense, dot_general
 from dljax.ops.gelu import gelu, gelu_tanh
@@ -99,7 +100,7 @@ class Form(nn.Module):
     """A norm of this form."""
     if self.norm == "rms":
       return RMSNorm(self.epsilon, self.dtype, name=name)
-    return nn.LayerNorm(self.epsilon, use_bias=self.use_bias, dtype=self.dtype, name=name)
+    return LayerNorm(self.epsilon, self.use_bias, self.dtype, name=name)
 
   @property
   def size_of_head(self) -> int:

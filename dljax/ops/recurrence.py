@@ -43,6 +43,7 @@ import numpy as np
 from jax import lax
 
 from dljax import errors
+from dljax.ops.barrier import once
 from dljax.ops.dense import dense
 
 Array = jax.Array
@@ -179,7 +180,7 @@ def _lstm(u: Array, p: Array, state: State) -> tuple[State, tuple[Array]]:
   _, c = state
   gates = _squash(u + p, "ssts")
   i, f, g, o = jnp.split(gates, 4, -1)
-  c = _once(f * c + i * g)
+  c = once(f * c + i * g)
   return (o * jnp.tanh(c), c), (gates,)
 
 
@@ -188,10 +189,10 @@ def _lstm_back(
 ) -> tuple[Array, Array, State]:
   (gates,), (_, c), (_, new_c), (dh, dc) = saved, old, new, grad
   i, f, g, o = jnp.split(gates, 4, -1)
-  t = _once(jnp.tanh(new_c))
-  dc = _once(dc + dh * o * (1 - t * t))
+  t = once(jnp.tanh(new_c))
+  dc = once(dc + dh * o * (1 - t * t))
   parts = (dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * t * o * (1 - o))
-  da = jnp.concatenate(_once(parts), -1)
+  da = jnp.concatenate(once(parts), -1)
   return da, da, (jnp.zeros_like(dh), dc * f)
 
 
@@ -219,12 +220,7 @@ def _squash(a: Array, kinds: str) -> Array:
   """Applies a sigmoid ("s") or a tanh ("t") to each block of [B, G H], by one tanh of them all."""
   scales = [0.5 if kind == "s" else 1.0 for kind in kinds]
   scale = np.repeat(scales, a.shape[-1] // len(kinds)).astype(a.dtype)
-  return _once(jnp.tanh(a * scale) * scale + (1 - scale))
-
-
-def _once(x: Any) -> Any:
-  """Stops a CPU's compiler from computing `x` again in each place that reads it."""
-  return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+  return once(jnp.tanh(a * scale) * scale + (1 - scale))
 
 
 CELLS: Mapping[str, Cell] = {

@@ -21,7 +21,7 @@ from flax import linen as nn
 from dljax import optim
 from dljax.config import apply_overrides
 from dljax.data.pipeline import HostBatch
-from dljax.ops import attention, conv, ctc, dense, gelu, pool, recurrence
+from dljax.ops import attention, barrier, conv, ctc, dense, gelu, norm, pool, recurrence
 from dljax.train.experiment import Experiment
 from dljax.train.state import split_carry
 from experiments.benchmark import serve
@@ -39,8 +39,37 @@ def use_native_operators() -> None:
   dense.dense, dense.dot_general = jnp.dot, jax.lax.dot_general
   recurrence.recurrence = _native_recurrence
   ctc.ctc_loss = _native_ctc_loss
-  attention.attention = nn.dot_product_attention
-  gelu.gelu = functools.partial(nn.gelu, approximate=False)
+  attention.attention = _native_attention
+  gelu.gelu, gelu.gelu_tanh = (functools.partial(nn.gelu, approximate=x) for x in (False, True))
+  norm.layer_norm = _native_layer_norm
+  barrier.once = _same
+
+
+def _same(x: Any) -> Any:
+  return x
+
+
+def _native_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False,
+    segment: jax.Array | None = None, window: int | None = None,
+) -> jax.Array:
+  """Flax's attention, for as many heads of keys as of queries."""
+  masks = []
+  if causal:
+    masks.append(nn.make_causal_mask(q[..., 0, 0]))
+  if segment is not None:
+    masks.append(nn.make_attention_mask(segment, segment, jnp.equal))
+  if window is not None:
+    raise ValueError("plain Flax has no window")
+  return nn.dot_product_attention(q, k, v, mask=nn.combine_masks(*masks))
+
+
+def _native_layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float,
+) -> jax.Array:
+  params = {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
+  layer = nn.LayerNorm(epsilon, use_bias=bias is not None, dtype=x.dtype)
+  return layer.apply({"params": params}, x)
 
 
 def _native_recurrence(
