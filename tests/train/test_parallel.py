@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dljax.errors import UserError
-from dljax.models import vit
+from dljax.models import gpt, vit
 from dljax.ops import collectives
 from dljax.tasks.base import LossOutput, dropout_key
 from dljax.train import inspect, parallel
@@ -221,6 +221,20 @@ def test_a_rule_that_does_not_divide_is_refused_before_anything_is_written(field
     fit(experiment, tmp_path / "run", RunOptions(mesh=toys.MESHES[mesh]))
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_tensor_must_divide_the_groups_of_a_decoders_joint_projection():
+  model = gpt.GPT(vocab_size=5, max_length=4, embed_dim=12, num_layers=1, num_heads=6, num_kv_heads=3, use_bias=False)
+  params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+  place = lambda mesh: parallel.abstract_state(
+      lambda: TrainState(step=0, params=jax.tree.map(lambda x: jnp.zeros(x.shape), params), model_state={},
+                         opt_state={}, rng=0, ema=None, failed_step=0),
+      parallel.make_mesh(toys.MESHES[mesh]), parallel.Sharding(tuple(gpt.SHARDING)))
+  with pytest.raises(UserError, match=r"--mesh=tensor:2 does not divide dimension 1 of block0/qkv/kernel, which has 3 "
+                                      r"entries; choose tensor:1, or another divisor") as error:
+    place("data:2,tensor:2")
+  assert "\n" not in str(error.value)
+  assert place("data:4").params["block0"]["qkv"]["kernel"].shape == (12, 3, 4, 2)
 
 
 def test_a_rule_for_another_rank_is_refused():
