@@ -190,6 +190,52 @@ MUTANTS = (
         "better = value > best",
         ("tests/ops/test_pool.py::test_a_nan_is_the_maximum_and_takes_the_gradient",)),
     Mutant(
+        "kernel_hidden_keys", "dljax/ops/kernels.py",
+        "jnp.min(own, axis=1, keepdims=True) - 1",
+        "jnp.min(own, axis=1, keepdims=True)",
+        ("tests/ops/test_kernels.py::test_rows_that_see_nothing_get_zeros",)),
+    Mutant(
+        "kernel_zeros", "dljax/ops/attention.py",
+        "return jnp.where(seen, y, 0)",
+        "return y",
+        ("tests/ops/test_kernels.py::test_rows_that_see_nothing_get_zeros",)),
+    Mutant(
+        "kernel_scale", "dljax/ops/kernels.py",
+        "for x in (q * scale, k, v))",
+        "for x in (q, k, v))",
+        ("tests/ops/test_kernels.py::test_rows_that_see_nothing_get_zeros",)),
+    Mutant(
+        "kernel_window", "dljax/ops/kernels.py",
+        "local_window_size=None if window is None else (window - 1, 0)",
+        "local_window_size=None if window is None else (window, 0)",
+        ("tests/ops/test_kernels.py::test_cudnn_is_asked_for_the_same_attention",)),
+    Mutant(
+        "kernel_length", "dljax/ops/kernels.py",
+        "all(n and n % _LANES == 0 for n in lengths)",
+        "all(n % _LANES == 0 for n in lengths[:1])",
+        ("tests/ops/test_kernels.py::test_what_is_lowered_for_tpus",)),
+    Mutant(
+        "kernel_one_head_of_keys", "dljax/ops/attention.py",
+        "of_keys = heads if k.shape[2] > 1 else",
+        "of_keys = heads if k.shape[2] else",
+        ("tests/ops/test_kernels.py::test_devices_work_on_their_own_rows_and_heads",)),
+    Mutant(
+        "parts_that_do_not_divide", "dljax/ops/collectives.py",
+        "        del axes[role]",
+        "        pass",
+        ("tests/ops/test_collectives.py::test_a_dimension_is_cut_by_the_axes_of_its_role",)),
+    Mutant(
+        "target_stays", "dljax/ops/collectives.py",
+        "    _target.reset(token)",
+        "    pass",
+        ("tests/ops/test_collectives.py::"
+         "test_outside_of_a_target_nothing_is_known_and_the_whole_is_computed",)),
+    Mutant(
+        "attention_forward_mode", "dljax/ops/attention.py",
+        "batching.primitive_batchers[_tangent] = _refuse",
+        "batching.defvectorized(_tangent)",
+        ("tests/ops/test_attention.py::test_forward_mode_is_refused_by_name",)),
+    Mutant(
         "axis_stays", "dljax/ops/collectives.py",
         "_axis_name.reset(token)",
         "pass",
@@ -554,6 +600,11 @@ MUTANTS = (
         "not math.isnan(value) and gain",
         ("tests/test_optim.py::test_values_that_are_not_finite_are_never_best",)),
     # train
+    Mutant(
+        "flops_of_kernels", "dljax/train/flops.py",
+        'times = math.prod(params["grid_mapping"].grid)',
+        'times = params["grid_mapping"].grid[0]',
+        ("tests/ops/test_kernels.py::test_the_work_of_a_kernel_counts",)),
     Mutant(
         "last_players_loss", "dljax/train/step.py",
         "finite &= jnp.isfinite(out.loss) & jnp.isfinite(norm)",

@@ -8,8 +8,9 @@ These operations count:
 - Reductions, windowed ones too: each input number counts one.
 Comparison, selection, conversion, data movement, random bits and communication do not count.
 
-A loop counts its body times its length (once for a `while` of unknown length), a branch its
-costliest side, and a rematerialised part each time that it runs. The counts are those of the
+A loop counts its body times its length (once for a `while` of unknown length), a Pallas kernel its
+body at each place of its grid, a branch its costliest side, and a rematerialised part each time that
+it runs. The counts are those of the
 global program: the work of all devices together. Papers on convolutional networks give the
 multiply-adds of products alone; twice their number equals ours within about 2 %.
 """
@@ -196,6 +197,8 @@ def _count(jaxpr: core.Jaxpr, stack: str) -> collections.Counter:
       times = 1
       if name == "scan":
         times = params["length"]
+      elif name == "pallas_call":
+        times = math.prod(params["grid_mapping"].grid)
       elif name == "shard_map":
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
       for sub in core.jaxprs_in_params(params):

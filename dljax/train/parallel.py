@@ -115,6 +115,11 @@ def _by_wires(shape: tuple[int, ...], devices: Sequence[Any]) -> Any:
   return devices
 
 
+def _platform(mesh: Mesh) -> str:
+  """The platform of a mesh's devices, which need not be this machine's."""
+  return mesh.devices.flat[0].platform
+
+
 def count_shards(mesh: Mesh) -> int:
   """The number of parts that the mesh cuts a batch into."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -291,7 +296,7 @@ def init_state(create: Callable[[], TrainState], mesh: Mesh, sharding: Sharding)
   # The program runs only once. On a CPU the random numbers of a resnet20 take 20 s to compile with
   # all optimisations, and 3 s like this. A level that the environment asks for is left alone.
   level = "xla_backend_optimization_level"
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  on_cpu = _platform(mesh) == "cpu"
   options = {level: 1} if on_cpu and level not in os.environ.get("XLA_FLAGS", "") else None
   shardings = state_shardings(jax.eval_shape(create), mesh, sharding)
   return jax.jit(create, out_shardings=shardings, compiler_options=options)()
@@ -327,10 +332,12 @@ def compile_step(
     return _Mapped(step, mesh, inputs, outputs, donate)
 
   shardings = {"batch": batch_sharding(mesh), "shared": NamedSharding(mesh, P()), "state": None}
+  target = collectives.Target(_platform(mesh), mesh, (("batch", BATCH_AXES), ("heads", ("tensor",))))
 
   @functools.wraps(step)
   def constrained(*args):
-    results = step(*args)
+    with collectives.target_context(target):
+      results = step(*args)
     return tuple(jax.lax.with_sharding_constraint(x, state_shardings(x, mesh, sharding))
                  if r == "state" else x for x, r in zip(results, outputs, strict=True))
 
@@ -352,7 +359,8 @@ class _Mapped:
     def mapped(states, shared, batches, carries):
       values = {"state": iter(states), "shared": iter(shared), "batch": iter(batches)}
       args = [next(values[role]) for role in inputs]
-      with collectives.axis_context(_PMAP_AXIS):
+      target = collectives.Target(_platform(mesh))
+      with collectives.axis_context(_PMAP_AXIS), collectives.target_context(target):
         carries, results = _split_carries(step(*_join_carries(args, carries)), outputs)
       return *results, carries
 
@@ -740,5 +748,5 @@ def steps_in_flight(mesh: Mesh) -> int:
   Two keep a device busy. Virtual CPU devices allow one, because they share one thread pool, in
   which the collectives of two steps can wait for each other for ever.
   """
-  virtual = mesh.devices.flat[0].platform == "cpu" and len(mesh.local_devices) > 1
+  virtual = _platform(mesh) == "cpu" and len(mesh.local_devices) > 1
   return 1 if virtual else 2

@@ -143,12 +143,43 @@ def test_second_derivatives_by_reverse_over_reverse(monkeypatch):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-11), *found)
 
 
-def test_forward_mode_is_refused_by_name_and_works_written_out():
-  arguments = _qkv(dtype=np.float32)
-  with pytest.raises(ForwardModeError, match="use attention_with_weights, or reverse mode"):
-    jax.jvp(attention, arguments, arguments)
-  jax.jvp(lambda *a: attention_with_weights(*a)[0], arguments, arguments)
+FORWARD_MODE = {
+    "jvp": lambda f, a: jax.jvp(f, a, a),
+    "of_jit": lambda f, a: jax.jvp(jax.jit(f), a, a),
+    "in_jit": jax.jit(lambda f, a: jax.jvp(f, a, a), static_argnums=0),
+    "jacfwd": lambda f, a: jax.jit(jax.jacfwd(f))(*a),
+    "jacfwd_of_jit": lambda f, a: jax.jacfwd(jax.jit(f))(*a),
+    "hessian": lambda f, a: jax.hessian(lambda q: jnp.sum(f(q, *a[1:])))(a[0]),
+    "linear": lambda f, a: jax.linearize(f, *a)[1](*a),
+    "scan": lambda f, a: jax.jvp(lambda q: jax.lax.scan(lambda x, _: (x, f(x, *a[1:])), q, length=2), a[:1], a[:1]),
+}
 
+
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_forward_mode_is_refused_by_name(way):
+  with pytest.raises(ForwardModeError, match="use attention_with_weights, or reverse mode"):
+    FORWARD_MODE[way](attention, _qkv(3, 3, dtype=np.float32))
+
+
+def test_forward_mode_of_a_bias_is_refused_and_works_written_out():
+  (q, k, v), bias = _qkv(3, 3, dtype=np.float32), np.ones((1, 1, 3, 3), np.float32)
+  of_bias = lambda f: jax.jit(lambda b: jax.jvp(lambda b: f(q, k, v, bias=b), (b,), (b,)))
+  with pytest.raises(ForwardModeError):
+    of_bias(attention)(bias)
+  of_bias(lambda *a, **o: attention_with_weights(*a, **o)[0])(bias)
+
+
+def test_every_way_of_reverse_mode_still_works():
+  q, k, v = _qkv(3, 3, dtype=np.float32)
+  loss = lambda f: lambda q: jnp.sum(jnp.sin(f(q, k, v)))
+  ours = loss(attention)
+  gradients = (
+      jax.grad(loss(lambda *a: attention_with_weights(*a)[0])), jax.grad(ours), jax.grad(jax.checkpoint(ours)),
+      jax.grad(loss(jax.jit(attention))), jax.jacrev(ours), lambda q: jax.vmap(jax.grad(ours))(q[None])[0],
+      jax.grad(lambda q: jnp.sum(jax.vmap(ours)(q[None]))))
+  expected, *found = jax.jit(lambda q: [gradient(q) for gradient in gradients])(q)
+  for gradient in found:
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal, window, plain, pairs", [
@@ -174,14 +205,43 @@ def test_what_is_kept_for_the_gradient_grows_with_the_length_alone():
 
 
 def test_a_prompt_read_in_parts_and_a_query_alone_see_what_the_whole_does():
-  q, k, v = _qkv(dtype=np.float32)
-  whole = attention(q, k, v, causal=True)
-  part = attention(q[:, 8:], k, v, causal=True, query_position=jnp.arange(8, 13))
+  causal = functools.partial(attention, causal=True)
+
+  @jax.jit
+  def run(q, k, v):
+    part = causal(q[:, 8:], k, v, query_position=jnp.arange(8, 13))
+    # A cache: the places after the query hold something else, and positions are by row.
+    last = causal(q[:, 7:8], k, v, query_position=jnp.array([[7], [7]]))
+    return causal(q, k, v), part, last
+
+  whole, part, last = run(*_qkv(dtype=np.float32))
   np.testing.assert_allclose(part, whole[:, 8:], rtol=1e-5, atol=1e-6)
-  # A cache: the places after the query hold something else, and positions are by row.
-  position = jnp.array([[7], [7]])
-  last = attention(q[:, 7:8], k, v, causal=True, query_position=position)
   np.testing.assert_allclose(last, whole[:, 7:8], rtol=1e-5, atol=1e-6)
+
+
+def test_slots_of_a_cache_that_hold_nothing_are_hidden_by_their_position():
+  """As in the cache of a decoder: prompts of 3 and 5 tokens, padded to 5; then two tokens of each row, of 9 slots."""
+  q, k, v = _qkv(queries=2, keys=9, dtype=np.float32)
+  nowhere = 2**30
+  rows = np.array([[0, 1, 2, nowhere, nowhere, 3, 4, nowhere, nowhere],
+                   [0, 1, 2, 3, 4, 5, 6, nowhere, nowhere]], np.int32)
+  places = {"query_position": np.array([[3, 4], [5, 6]], np.int32), "key_position": rows}
+
+  @jax.jit
+  def run(q, k, v):
+    cached = lambda k, v, **changes: attention(q, k, v, causal=True, **places | changes)
+    alone = []
+    for i, count in enumerate((5, 7)):
+      own = [x[i:i + 1, np.flatnonzero(rows[i] < nowhere)] for x in (k, v)]
+      alone.append(attention(q[i:i + 1], *own, causal=True, query_position=np.arange(count - 2, count)))
+    gradients = jax.grad(lambda k, v: jnp.sum(cached(k, v)**2), argnums=(0, 1))(k, v)
+    return cached(k, v), jnp.concatenate(alone), gradients, cached(k, v, key_position=np.full(9, nowhere))
+
+  y, alone, gradients, empty = run(q, k, v)
+  np.testing.assert_allclose(y, alone, rtol=1e-5, atol=1e-6)
+  for dx in gradients:
+    assert np.all(np.asarray(dx)[rows == nowhere] == 0) and np.all(np.abs(dx).max((2, 3))[rows < nowhere] > 0)
+  assert np.all(np.asarray(empty) == 0), "nothing was written to the cache"
 
 
 def test_dropout_keeps_the_mean_and_is_refused_by_blocks():

@@ -58,3 +58,40 @@ def test_outside_of_a_context_nothing_happens():
     1 / 0
   assert collectives.psum(tree) is tree and collectives.all_gather(tree) is tree
   assert int(collectives.axis_index()) == 0
+
+
+def test_outside_of_a_target_nothing_is_known_and_the_whole_is_computed():
+  with pytest.raises(ZeroDivisionError), collectives.target_context(collectives.Target("abacus")):
+    assert collectives.platform() == "abacus"
+    1 / 0
+  assert collectives.platform() is None
+  assert collectives.on_parts(lambda x, y: x.shape, (ROWS, None), (("batch", None),) * 2, ("batch",)) == (8, 3)
+
+
+@pytest.mark.parametrize("role, part", [("batch", (2, 3)), ("heads", (8, 3)), (None, (8, 3))])
+def test_a_dimension_is_cut_by_the_axes_of_its_role(role, part):
+  seen = []
+
+  def double(x, none):
+    seen.append(x.shape)
+    assert none is None
+    return 2 * x
+
+  doubled = _run(lambda x: collectives.on_parts(double, (x, None), ((role, None),) * 2, (role, None)), "jit", "batch")
+  assert seen == [part]
+  np.testing.assert_array_equal(doubled, 2 * ROWS)
+  seen.clear()
+  _run(lambda x: collectives.on_parts(double, (x[:6], None), ((role, None),) * 2, (role, None)), "jit", "shared")
+  assert seen == [(6, 3)], "four devices do not divide six rows"
+
+
+def test_under_pmap_every_device_has_its_part_already():
+  same = lambda x: collectives.on_parts(lambda x: jnp.full(len(x), len(x)), (x,), (("batch", None),), ("batch",))
+  assert _run(same, "pmap", "batch").tolist() == [2] * 8
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_knows_the_platform_that_it_is_traced_for(mode):
+  seen = []
+  _run(lambda x: seen.append(collectives.platform()) or x, mode, "batch")
+  assert set(seen) == {"cpu"}
