@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dljax import errors
-from dljax.models.blocks import Projection, attend
+from dljax.models.blocks import LayerNorm, Projection, attend
 from dljax.ops.dense import dense
 from dljax.ops.gelu import gelu, gelu_tanh
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
     """[B, L, D] -> [B, L, D]; `rules` are the arguments of `ops.attention` on what is seen."""
     width = x.shape[-1]
     project = functools.partial(Projection, dtype=self.dtype, kernel_init=_INIT)
-    norm = functools.partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+    norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
     drop = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
 
     qkv = project((self.num_heads, 3, width // self.num_heads), name="qkv")(x)
@@ -142,7 +142,7 @@ class BERT(nn.Module):
     if length is not None:
       rules["mask"] = jnp.arange(tokens.shape[1]) < length[:, None]
 
-    norm = functools.partial(nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
+    norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
     embed = functools.partial(
         nn.Embed, features=self.embed_dim, embedding_init=_INIT, dtype=self.dtype)
     words = embed(self.vocab_size, name="embed")
