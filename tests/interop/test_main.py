@@ -138,6 +138,10 @@ RUNS = {  # family, preset, source, and what makes the model small, or one that 
     "forecaster": ("rnn", "temperatures", "torch", ["hidden_size=6", "loss=pinball"]),
     "dlinear": ("rnn", "temperatures", "torch", ["variant=dlinear", "kernel_size=5"]),
     "deepspeech": ("deepspeech", "morse", "torch", []),
+    "decoder": ("gpt", "pydoc", "transformers", [
+        "embed_dim=16", "num_layers=2", "num_heads=4", "num_kv_heads=2", "mlp_dim=7"]),
+    "gpt2": ("gpt", "pydoc", "transformers", [
+        "variant=gpt_nano", "qk_norm=false", "use_bias=true", "embed_dim=12", "num_layers=2", "num_heads=2", "mlp_dim=7"]),
 }
 
 

@@ -1,15 +1,17 @@
 """Equality with transformers at full size, both ways.
 
-    python -m experiments.benchmark.peers._full_size PEER_PYTHON CLASS [JSON] [--float64]
+    python -m experiments.benchmark.peers._full_size PEER_PYTHON CLASS [JSON] [--float64] [--bfloat16]
 
 PEER_PYTHON is the Python that has torch and transformers, CLASS a class such as BertForPreTraining,
 and JSON what its config has other than the default. The peer fills every tensor at random and
 writes a folder in shards; we read it, and compare logits and last hidden states in rows of unequal
-lengths. The folder that we write then goes back: the peer has to load it without a warning, and to
-find every tensor as it was, bit for bit.
+lengths. With --bfloat16, the weights in the files have that dtype. Our dump of the weights then
+goes back: the peer has to load it without a warning, and to find every tensor as it was, bit for
+bit.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -28,7 +30,7 @@ def _transformers():
   return transformers
 
 
-def _write(folder: str, name: str, settings: str, double: str) -> None:
+def _write(folder: str, name: str, settings: str, double: str, stored: str) -> None:
   """Writes the peer's folder and outputs; the peer's interpreter runs this."""
   import numpy as np
   import torch
@@ -42,9 +44,11 @@ def _write(folder: str, name: str, settings: str, double: str) -> None:
         x.normal_(0, (2 / x.shape[1])**0.5)
       else:
         x.normal_(float(key.endswith("weight")), 0.2)
+      x.copy_(x.to(getattr(torch, stored)))
+    # A copy, because buffers that are no weights would be rounded too.
+    copy.deepcopy(model).to(getattr(torch, stored)).save_pretrained(folder, max_shard_size="200MB")
     tokens = torch.randint(1, model.config.vocab_size, (len(LENGTHS), max(LENGTHS)))
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    model.save_pretrained(folder, max_shard_size="300MB")
     model = model.double() if double == "float64" else model
     outputs = model.eval()(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True)
   found = {"hidden": outputs.hidden_states[-1]}
@@ -89,13 +93,20 @@ def _compare(folder: Path, dumped: Path, name: str, double: bool) -> None:
   from dljax.interop.folder import config_of, write_their_folder
 
   model, variables = interop.from_folder(folder, "transformers")
-  write_their_folder(dumped, interop.dump(model, variables, "transformers"),
-                     config_of(model, "transformers"))
+  dumped.mkdir()
+  stored = interop.load(model, interop.read(folder), "transformers", keep_dtype=True)
+  write_file(dumped / WEIGHTS, interop.dump(model, stored, "transformers"))
+  shutil.copy(folder / CONFIG, dumped)
   dtype = jnp.float64 if double else jnp.float32
   with np.load(folder / OUTPUTS) as file, jax.enable_x64(double):
     # The parameters stay float32 in both, whose numbers float64 holds exactly.
-    ours = model.clone(dtype=dtype).apply(
-        variables, file["tokens"], length=np.array(LENGTHS, np.int32))
+    inputs = {"tokens": file["tokens"], "length": np.array(LENGTHS, np.int32)}
+    ours = model.clone(dtype=dtype).apply(variables, **inputs)
+    if "hidden" not in ours:  # decoders end with a norm
+      _, state = model.clone(dtype=dtype).apply(
+          variables, **inputs, mutable=["intermediates"],
+          capture_intermediates=lambda module, _: module.name == "norm")
+      ours["hidden"] = state["intermediates"]["norm"]["__call__"][0]
     count = sum(x.size for x in jax.tree.leaves(variables["params"]))
     shards = len(list(folder.glob("*.safetensors")))
     print(f"{name}: {count:,} parameters from {shards} files")
@@ -118,6 +129,7 @@ def main() -> None:
   parser.add_argument("kind")
   parser.add_argument("settings", nargs="?", default="{}")
   parser.add_argument("--float64", action="store_true")
+  parser.add_argument("--bfloat16", action="store_true")
   flags = parser.parse_args()
 
   def peer(step: str, *arguments: str) -> None:
@@ -126,7 +138,8 @@ def main() -> None:
 
   with tempfile.TemporaryDirectory() as place:
     folder, dumped = Path(place) / "theirs", Path(place) / "ours"
-    peer("_write", folder, flags.kind, flags.settings, "float64" if flags.float64 else "float32")
+    peer("_write", folder, flags.kind, flags.settings, "float64" if flags.float64 else "float32",
+         "bfloat16" if flags.bfloat16 else "float32")
     _compare(folder, dumped, flags.kind, flags.float64)
     peer("_check", folder, dumped, flags.kind)
 
