@@ -205,6 +205,12 @@ MUTANTS = (
         "for x in (q, k, v))",
         ("tests/ops/test_kernels.py::test_rows_that_see_nothing_get_zeros",)),
     Mutant(
+        "kernel_second_derivative", "dljax/ops/attention.py",
+        "*jax.vjp(_blocked_of(form, *arguments[3:]), *arguments[:3])[1](cotangents[0])",
+        "*jax.vjp(_blocked_of(form, None, None), *arguments[:3])[1](cotangents[0])",
+        ("tests/ops/test_kernels.py::"
+         "test_a_second_derivative_is_that_of_the_blocks_whatever_the_kernel",)),
+    Mutant(
         "kernel_window", "dljax/ops/kernels.py",
         "local_window_size=None if window is None else (window - 1, 0)",
         "local_window_size=None if window is None else (window, 0)",

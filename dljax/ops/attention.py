@@ -88,7 +88,8 @@ def attention(
   """Means of values, weighted by the softmax over keys of `scale * q k + bias`.
 
   Scores, sums and gradients are at least float32; the result is rounded once. A query that sees no
-  key gets zeros. Reverse mode works to any order; only the first derivative saves memory.
+  key gets zeros. Reverse mode works to any order; only the first derivative saves memory. Where a
+  vendor's kernel takes the place of the blocks, it decides how wide sums are.
 
   Args:
     q: the queries, [B, Q, H, D]. The heads of one group follow each other.
@@ -370,7 +371,7 @@ def _by_kernel(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _fused(kernel, form, q, k, v, mask, segments):
   """The kernel, with derivatives of any order: the first is its own, the others are the blocks'."""
-  return _kernel_forward(kernel, form, q, k, v, mask, segments)[0]
+  return kernel(q, k, v, mask, segments, form.causal, form.window, form.scale)
 
 
 def _fused_forward(kernel, form, q, k, v, mask, segments):

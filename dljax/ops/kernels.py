@@ -1,8 +1,10 @@
 """Attention by the kernels of the devices' vendors, where one suits.
 
 - TPU: splash attention, which comes with JAX (`jax.experimental.pallas.ops.tpu`): FlashAttention
-  with shared keys and values, and without the blocks that a causal mask or a window hides.
-- NVIDIA GPU: cuDNN's attention, by `jax.nn.dot_product_attention`, where the cuDNN library is.
+  with shared keys and values, and without the blocks that a causal mask or a window hides. Queries
+  are multiplied by the scale before it, in their dtype.
+- NVIDIA GPU: cuDNN's attention, by `jax.nn.dot_product_attention`, where the cuDNN library is; in
+  bfloat16 and float16, without padding and documents.
 
 A kernel of this file is a function (q, k, v, mask, segments, causal, window, scale) -> [B, Q, H, V],
 all of which mean what they do in `ops.attention.attention`, with positions 0, 1, 2, ..., a mask of

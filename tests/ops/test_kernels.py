@@ -69,7 +69,10 @@ def test_what_is_lowered_for_tpus(name):
 
 def test_one_call_forward_and_two_backward():
   loss = lambda *a: jnp.sum(attention(*a, causal=True))
-  assert _lowered(jax.grad(loss, argnums=(0, 1, 2)), *_qkv()).count(TPU_CALL) == 3
+  text = _lowered(jax.grad(loss, argnums=(0, 1, 2)), *_qkv())
+  # The first of them writes the logarithms of the sums too, which nothing needs without a gradient.
+  assert text.count(TPU_CALL) == 3 and "fwd_residuals" in text
+  assert "fwd_no_residuals" in _lowered(loss, *_qkv())
 
 
 def test_numbers_of_64_bits_and_other_devices_take_the_blocks():
@@ -220,6 +223,21 @@ def test_devices_work_on_their_own_rows_and_heads(mode, sizes, heads, groups, pa
   rows, own, shared = part
   assert set(seen) == {((rows, 6, own, 4), (rows, 6, shared, 4))}
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12), tuple(found), expected)
+
+
+def test_a_second_derivative_is_that_of_the_blocks_whatever_the_kernel(seen):
+  q, k, v, mask, segment = _batch(4, 2, rows=2).values()
+  visible = {"causal": True, "mask": mask, "segment": segment}
+
+  def second(function):
+    first = jax.grad(lambda *a: jnp.sum(jnp.sin(function(*a, **visible))), argnums=(0, 1, 2))
+    return jax.grad(lambda *a: sum(jnp.sum(g**2 * jnp.cos(g)) for g in first(*a)), argnums=(0, 1, 2))
+
+  with jax.enable_x64(True):
+    found = jax.jit(_on("cpu", second(attention)))(q, k, v)
+    expected = jax.jit(second(lambda *a, **o: attention_with_weights(*a, **o)[0]))(q, k, v)
+  assert seen
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-11), found, expected)
 
 
 @pytest.mark.slow
