@@ -15,9 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from dljax import errors, models
-from dljax.interop import families
+from dljax.interop import adapters, families
 from dljax.interop.table import SAME, Entry, Layout, Table
-from dljax.models import blocks
 
 Tensors = Mapping[str, np.ndarray]
 Specs = Mapping[str, jax.ShapeDtypeStruct]
@@ -154,7 +153,7 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
   table = find_table(model, source)
   if source != OURS and getattr(model, "lora_rank", 0):
     factor = model.lora_alpha / model.lora_rank
-    variables = {**variables, "params": blocks.merge_adapters(variables["params"], factor)}
+    variables = {**variables, "params": adapters.merge(variables["params"], factor)}
   flat = traverse_util.flatten_dict(variables, sep="/")
   tensors = {}
   for entry in table.entries(flat):
@@ -242,7 +241,7 @@ def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.Sh
 def _given(specs: Specs, tensors: Tensors) -> Specs:
   """The specs without the adapters that the tensors lack."""
   return {path: spec for path, spec in specs.items()
-          if path in tensors or not blocks.is_adapter(path)}
+          if path in tensors or not adapters.is_adapter(path)}
 
 
 def _shapes(entry: Entry, specs: Specs) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,4 @@
-"""What families of attention share: projections, norms, and stacks of blocks with a cache.
-
-RMSNorm. Biao Zhang, Rico Sennrich. "Root Mean Square Layer Normalization", 2019.
-https://arxiv.org/abs/1910.07467
+"""What families of attention share: projections, a norm, and stacks of blocks with a cache.
 
 Low-rank adaptation. Edward J. Hu et al. "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 https://arxiv.org/abs/2106.09685
@@ -21,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from dljax.ops.attention import attention, attention_with_weights
@@ -29,31 +25,7 @@ from dljax.ops.dense import dense
 from dljax.ops.norm import layer_norm
 
 Cache = Mapping[str, Any]
-_ADAPTERS = ("lora_down", "lora_up")
 _NOWHERE = 2**30  # the position of a slot that holds no token: later than any query's
-
-
-class RMSNorm(nn.Module):
-  """Divides each vector by its root mean square, and scales it.
-
-  The division is computed in float32 or wider, and rounded to `dtype` before the scale, as in the
-  decoders of Touvron et al. 2023 (https://arxiv.org/abs/2302.13971).
-
-  Attributes:
-    epsilon: the number added to the mean square.
-    dtype: the dtype of the result.
-  """
-
-  epsilon: float = 1e-6
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., D] -> [..., D]."""
-    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -91,7 +63,8 @@ class Projection(nn.Module):
     use_bias: whether a bias is added.
     kernel_init: the initialiser of the kernel as a matrix, [inputs, outputs].
     lora_rank: r; above 0, the product of two matrices, [inputs, r] and [r, outputs], is added to the
-      kernel (Hu et al. 2021, section 4.1). The second starts at zero.
+      kernel (Hu et al. 2021, section 4.1). The second starts at zero. `interop.adapters` knows the
+      names of both.
     lora_alpha: that product's factor is lora_alpha / r.
     dtype: the dtype of the computation.
   """
@@ -127,26 +100,6 @@ class Projection(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, outputs, jnp.float32)
       y = y + bias.astype(self.dtype)
     return y
-
-
-def is_adapter(path: str) -> bool:
-  """Whether a parameter's path, such as "block0/qkv/lora_up", is that of a `Projection`'s adapter."""
-  return path.rpartition("/")[2] in _ADAPTERS
-
-
-def merge_adapters(params: Mapping[str, Any], factor: float) -> dict[str, Any]:
-  """The parameters of the same network without adapters: they are added to the kernels.
-
-  Args:
-    params: nested parameters, of float32 or wider.
-    factor: lora_alpha / lora_rank.
-  """
-  down, up = (params.get(name) for name in _ADAPTERS)
-  merged = {name: merge_adapters(value, factor) if isinstance(value, Mapping) else value
-            for name, value in params.items() if name not in _ADAPTERS}
-  if down is not None:
-    merged["kernel"] = params["kernel"] + factor * np.tensordot(down, up, axes=1)
-  return merged
 
 
 def empty_cache(

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dljax import errors
-from dljax.models.blocks import (
-    Cache, LayerNorm, Projection, RMSNorm, append, apply_blocks, attend, empty_cache)
+from dljax.models.blocks import Cache, LayerNorm, Projection, append, apply_blocks, attend, empty_cache
+from dljax.models.layers import RMSNorm
 from dljax.ops import rotary
 from dljax.ops.dense import dense, dot_general
 from dljax.ops.gelu import gelu, gelu_tanh
@@ -237,9 +237,8 @@ VARIANTS: Mapping[str, Callable[..., nn.Module]] = {
     "llama_nano": _decoder(vocab_size=257, max_length=64, embed_dim=128, num_layers=4, num_heads=4,
                            num_kv_heads=2, mlp_dim=320),
 }
-# See `dljax.models.vit.SHARDING`.
-SHARDING: Sequence[tuple[str, tuple[str | None, ...]]] = (
-    ("*/embed/embedding", (None, "fsdp")),
+SHARDING: Sequence[tuple[str, tuple[str | None, ...]]] = (  # see `dljax.models.vit.SHARDING`
+    ("*embed/embedding", (None, "fsdp")),
     ("*/qkv/kernel", ("fsdp", "tensor", None, None)),
     ("*/qkv/bias", ("tensor", None, None)),
     ("*/project/kernel", ("tensor", None, "fsdp")),

@@ -6,7 +6,10 @@ Training by Reducing Internal Covariate Shift", 2015. https://arxiv.org/abs/1502
 Stochastic depth. Gao Huang, Yu Sun, Zhuang Liu, Daniel Sedra, Kilian Weinberger. "Deep Networks
 with Stochastic Depth", 2016. https://arxiv.org/abs/1603.09382
 
-Dimensions: `B` batch, `C` channels.
+RMSNorm. Biao Zhang, Rico Sennrich. "Root Mean Square Layer Normalization", 2019.
+https://arxiv.org/abs/1910.07467
+
+Dimensions: `B` batch, `C` channels, `D` width.
 """
 
 import functools
@@ -121,3 +124,26 @@ class StochasticDepth(nn.Module):
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
     return jnp.where(kept, x / keep, 0).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """Divides each vector by its root mean square, and scales it.
+
+  The division is computed in float32 or wider, and rounded to `dtype` before the scale, as in the
+  decoders of Touvron et al. 2023 (https://arxiv.org/abs/2302.13971).
+
+  Attributes:
+    epsilon: the number added to the mean square.
+    dtype: the dtype of the result.
+  """
+
+  epsilon: float = 1e-6
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D]."""
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    return x.astype(self.dtype) * scale.astype(self.dtype)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dljax.models.blocks import Projection, RMSNorm
+from dljax.models.blocks import Projection
+from dljax.models.layers import RMSNorm
 from tests.models.variables import random_variables
 
 
