@@ -604,7 +604,7 @@ class FolderSet(splits.DataSet):
       return
     if split == "train":
       raise UserError(f"{self._flag}={self.config.folder}: this is not what the run was trained "
-                      "on; another folder can be evaluated by --mode=eval")
+                      "on; others can be evaluated by --mode=eval")
     self.dataset.ranges(split, split)
 
   def fields(self) -> Mapping[str, Any]:
