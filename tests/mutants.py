@@ -383,6 +383,18 @@ MUTANTS = (
         "for size in range(1, len(stop))",
         "for size in range(2, len(stop))",
         ("tests/tasks/test_decoding.py::test_what_may_become_a_stop_text_is_not_shown_yet",)),
+    Mutant(
+        "stop_text_between_parts", "dljax/tasks/language_modeling.py",
+        "return self.before_stop(tokens) != self.decode(tokens)",
+        "return self.before_stop(tokens[-8:]) != self.decode(tokens[-8:])",
+        ("tests/recipes/test_language_modeling.py::"
+         "test_a_stop_text_between_two_parts_ends_generation",)),
+    Mutant(
+        "tokens_after_a_stop_text", "dljax/recipes/language_modeling.py",
+        "np.sum(before < len(text))",
+        "np.sum(before <= len(text))",
+        ("tests/recipes/test_language_modeling.py::"
+         "test_a_stop_text_takes_the_tokens_after_it_along",)),
     # data
     Mutant(
         "npy_pickle", "dljax/data/image/decode.py",

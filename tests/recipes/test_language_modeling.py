@@ -185,6 +185,15 @@ def test_generation_ends_once_all_texts_have_their_stop_text(trained, monkeypatc
   assert first["text"] == text[:2] and text[2:4] not in second["text"]
 
 
+def test_a_stop_text_between_two_parts_ends_generation():
+  config = rnn.get_config("pydoc")
+  config.sampling.stop_texts = ("78",)
+  task = rnn.build(config).task
+  text = np.frombuffer(b"0123456789abcdef", np.uint8).astype(np.int32)[None]
+  assert [task.has_ended({"tokens": text[:, :n]}) for n in (7, 8, 9, 16)] == [False, False, True, True]
+  assert not task.has_ended({"tokens": np.concatenate([text, 0 * text])})  # another row has none
+
+
 def test_each_tokens_probability_is_in_the_rows(trained, tmp_path):
   flags = "--config.sampling.scores=true", "--config.sampling.max_new_tokens=9"
   for name in ("out.jsonl", "out.csv"):
