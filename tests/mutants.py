@@ -777,6 +777,46 @@ MUTANTS = (
         "  if partial:\n",
         "  if True:\n",
         ("tests/interop/test_bert.py::test_fine_tuning_starts_from_any_head",)),
+    Mutant(
+        "gpt2_parts_last", "dljax/interop/families/gpt.py",
+        "x.reshape(x.shape[0], 3, heads, -1).transpose(0, 2, 1, 3)",
+        "x.reshape(x.shape[0], heads, 3, -1)",
+        ("tests/interop/test_gpt.py::test_decoders_give_transformers_logits_and_hidden_states",)),
+    Mutant(
+        "llama_gate_swapped", "dljax/interop/families/gpt.py",
+        'f"{theirs}.mlp.gate_proj"',
+        'f"{theirs}.mlp.up_proj"',
+        ("tests/interop/test_gpt.py::test_decoders_give_transformers_logits_and_hidden_states",)),
+    Mutant(
+        "any_rope_type", "dljax/interop/families/gpt.py",
+        'if kind not in ("default", "llama3"):',
+        "if not kind:",
+        ("tests/interop/test_gpt.py::test_other_configs_are_refused_by_name",)),
+    Mutant(
+        "other_layers_windowed", "dljax/interop/families/gpt.py",
+        'if kind == "full_attention")',
+        'if kind != "full_attention")',
+        ("tests/interop/test_gpt.py::test_decoders_give_transformers_logits_and_hidden_states",)),
+    Mutant(
+        "positions_cropped_at_the_start", "dljax/interop/families/gpt.py",
+        "return table[:shape[0]]",
+        "return table[-shape[0]:]",
+        ("tests/interop/test_gpt.py::test_positions_are_cropped_to_a_shorter_context",)),
+    Mutant(
+        "dtype_widened", "dljax/interop/weights.py",
+        "None if keep_dtype else specs[path].dtype",
+        "specs[path].dtype",
+        ("tests/interop/test_gpt.py::test_a_folder_goes_through_ours_and_back_bit_for_bit_in_its_dtype",)),
+    Mutant(
+        "greedy_ignored", "dljax/interop/generation.py",
+        'bool(fields.get("do_sample", False))',
+        "True",
+        ("tests/interop/test_gpt.py::test_a_folder_says_how_its_authors_generate",)),
+    Mutant(
+        "biases_everywhere", "dljax/models/gpt.py",
+        "self.use_bias if self.mlp_bias is None else self.mlp_bias",
+        "self.use_bias",
+        ("tests/interop/test_gpt.py::test_decoders_give_transformers_logits_and_hidden_states",)),
     # report
     Mutant(
         "confusion_axis", "dljax/report/classification.py",

@@ -62,7 +62,7 @@ def load(
   """
   table = find_table(model, source)
   tensors = table.rename(tensors)
-  specs = _given(_specs(table, model, tensors) if specs is None else specs, tensors)
+  specs = _given(model, _specs(table, model, tensors) if specs is None else specs, tensors)
   entries = {entry: _shapes(entry, specs) for entry in table.entries(specs)}
   names = {name for entry in entries for name in entry.names}
   of_head = [entry for entry in entries if not set(head).isdisjoint(entry.paths)]
@@ -128,7 +128,7 @@ def recognise(model: nn.Module, tensors: Tensors, specs: Specs | None = None) ->
   for source in sources(model):
     table = find_table(model, source)
     renamed = table.rename(tensors)
-    paths = _given(_specs(table, model, renamed) if specs is None else specs, renamed)
+    paths = _given(model, _specs(table, model, renamed) if specs is None else specs, renamed)
     names = {name for entry in table.entries(paths) for name in entry.names}
     common[source] = len(names & set(renamed))
   if not any(common.values()):
@@ -152,6 +152,8 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
   """
   table = find_table(model, source)
   if source != OURS and getattr(model, "lora_rank", 0):
+    from dljax.models import blocks  # late, because most families have no such part
+
     factor = model.lora_alpha / model.lora_rank
     variables = {**variables, "params": adapters.merge(variables["params"], factor)}
   flat = traverse_util.flatten_dict(variables, sep="/")
@@ -238,8 +240,12 @@ def _specs(table: Table, model: nn.Module, tensors: Tensors) -> dict[str, jax.Sh
   return traverse_util.flatten_dict(variables, sep="/")
 
 
-def _given(specs: Specs, tensors: Tensors) -> Specs:
+def _given(model: nn.Module, specs: Specs, tensors: Tensors) -> Specs:
   """The specs without the adapters that the tensors lack."""
+  if not getattr(model, "lora_rank", 0):
+    return specs
+  from dljax.models import blocks
+
   return {path: spec for path, spec in specs.items()
           if path in tensors or not adapters.is_adapter(path)}
 
