@@ -190,6 +190,23 @@ def test_what_does_not_suit_the_task_is_refused(preset, flag, words):
   assert words in str(error.value)
 
 
+@pytest.mark.parametrize("flags, line", [
+    (["model.variant=gpt3"], "--config.model.variant: there is no 'gpt3'; did you mean gpt2"),
+    (["model.norm=rmsnorm"], "--config.model.norm: there is no 'rmsnorm'; did you mean rms"),
+    (["model.num_heads=3"], "--config.model.num_heads=3: must divide embed_dim, 128, or give head_dim"),
+    (["model.num_kv_heads=3"], "--config.model.num_kv_heads=3: must divide num_heads, 4"),
+    (["model.head_dim=5"], "a head's width is even"),
+    (["model.window=-1"], "--config.model.window=-1: must be at least 0"),
+    (["model.epsilon=0"], "--config.model.epsilon=0.0: must be above 0"),
+    (["model.dropout=1"], "--config.model.dropout=1.0: must be at least 0 and below 1"),
+    (["model.max_length=64"], "--config.data.length=128: is above the context, --config.model.max_length=64"),
+])
+def test_a_decoder_that_cannot_be_is_refused(flags, line):
+  with pytest.raises(UserError) as error:
+    _build("gpt", "pydoc", *flags)
+  assert line in str(error.value)
+
+
 def test_the_task_alone_decides_what_is_built():
   """Language models and forecasters both have a variant, and `config.task` parts them."""
   for preset in EXPERIMENTS["rnn"].PRESETS:
