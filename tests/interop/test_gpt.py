@@ -23,8 +23,12 @@ from tests.fixtures import formula
 SOURCE = "transformers"
 CASES = ("gpt2_plain", "gpt2_scaled", "gpt2_relu", "gpt2_gelu", "llama_plain", "llama_stretched", "llama_mlp_bias",
          "qwen3_plain", "qwen3_window", "qwen3_mixed")
-# One of each kind, which are compared in float32 in the quick suite.
+# One of each kind, for the quick suite; the last is its one in float32, and through the command line.
 SOME = ("gpt2_scaled", "llama_stretched", "qwen3_mixed")
+
+
+def _slow(names, quick):
+  return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def _fixture(name):
@@ -94,14 +98,14 @@ def _compare(name, path, dtype, tolerance):
   return model, variables, tensors
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", _slow(CASES, SOME))
 def test_decoders_give_transformers_logits_and_hidden_states(name, tmp_path):
   """In float64; and the tensors come back bit for bit."""
   model, variables, tensors = _compare(name, tmp_path, jnp.float64, 1e-9)
   _assert_same_bits(interop.dump(model, variables, SOURCE), tensors)
 
 
-@pytest.mark.parametrize("name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("name", _slow(CASES, SOME[-1:]))
 def test_decoders_give_transformers_logits_in_float32(name, tmp_path):
   _compare(name, tmp_path, jnp.float32, 1e-4)
 
@@ -118,9 +122,7 @@ COUNTS = {"gpt2": 124_439_808, "gpt2_medium": 354_823_168, "gpt2_large": 774_030
           "llama_smollm2_135m": 134_515_008, "qwen3_0_6b": 596_049_920}
 
 
-@pytest.mark.parametrize("name", [
-    name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow)
-    for name in COUNTS])
+@pytest.mark.parametrize("name", _slow(COUNTS, ["gpt2"]))
 def test_a_published_size_has_transformers_names_shapes_and_count(name):
   theirs = _sizes()[name]
   model = gpt.VARIANTS[name]()
@@ -181,7 +183,7 @@ def _bfloat16(tensors):
   return {name: np.asarray(jnp.asarray(tensor, jnp.bfloat16)) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", _slow(SOME, SOME[-1:]))
 def test_a_folder_goes_through_ours_and_back_bit_for_bit_in_its_dtype(name, tmp_path, capsys):
   """By the command line; bfloat16 with us too, which a model loads as float32."""
   _, config, tensors = _fixture(name)
