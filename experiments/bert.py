@@ -3,17 +3,22 @@ r"""BERT: pre-trained on masked words, and fine-tuned to classify texts.
   python -m experiments.bert
   python -m experiments.bert --mode=predict --prompt="A dictionary maps keys to values."
 
-The first learns from scratch which of eight topics of Python's documentation a paragraph is from.
-Pre-training and fine-tuning, on the glosses of WordNet's words:
-  python -m experiments.bert --preset=wordnet_words
-  python -m experiments.bert --preset=wordnet --config.init.source=runs/bert-wordnet_words
-A model with [MASK] fills it in:
-  python -m experiments.bert --preset=wordnet_words --mode=predict --prompt="a [MASK] that barks"
+The first learns from scratch which of eight topics of Python's documentation a paragraph is from:
+of Python 3.13.0's 108 test paragraphs 64.8 % are right after 193 s on two busy cores. (It has 797
+paragraphs to learn from.)
 
-GLUE (Wang et al. 2018) has a preset for each of its tasks; they have not been run here. Published
-numbers start from published weights, with the tokenizer that lies beside them:
-  python -m experiments.bert --preset=glue_sst2 --config.init.source=bert-base-uncased \
-      --config.data.tokenizer=file --config.data.tokenizer_file=bert-base-uncased
+Pre-training, and fine-tuning from the best checkpoint of it, which passes on its tokenizer:
+  python -m experiments.bert --preset=pydoc_mlm
+  python -m experiments.bert --config.init.source=runs/bert-pydoc_mlm
+  python -m experiments.bert --preset=wordnet
+  python -m experiments.bert --preset=wordnet_classes --config.init.source=runs/bert-wordnet
+A pre-trained model fills in what [MASK] stands for:
+  python -m experiments.bert --preset=wordnet --mode=predict --prompt="a [MASK] that barks"
+
+Paragraphs of the test are also in the text of pydoc_mlm, without their topics; wordnet leaves the
+glosses of the test out. The presets wordnet and those of GLUE (Wang et al. 2018), one for each of
+seven tasks, have not been run here. Published numbers start from published weights:
+  python -m experiments.bert --preset=glue_sst2 --config.init.source=bert-base-uncased
 """
 
 from collections.abc import Collection, Mapping
@@ -30,8 +35,9 @@ from dljax.train.experiment import Experiment
 
 PRESETS: Mapping[str, str] = {
     "pydoc": "Which topic of Python's documentation a paragraph is from; offline, minutes.",
-    "wordnet_words": "Pre-training: masked words of WordNet's glosses, but for those of the test.",
-    "wordnet": "Which of 26 classes a noun is of, by its gloss in WordNet.",
+    "pydoc_mlm": "Pre-training: masked words of Python's documentation; offline, minutes.",
+    "wordnet": "Pre-training: masked words of WordNet's glosses, but for those of the test.",
+    "wordnet_classes": "Which of 26 classes a noun is of, by its gloss in WordNet.",
     "glue_cola": "Whether a sentence is English (CoLA).",
     "glue_sst2": "Whether a sentence of a film review praises (SST-2).",
     "glue_mrpc": "Whether two sentences of the news say the same (MRPC).",
@@ -62,21 +68,38 @@ def _pydoc() -> ml_collections.ConfigDict:
   return config
 
 
-def _wordnet_words() -> ml_collections.ConfigDict:
+def _masked(preset: str, data: str) -> ml_collections.ConfigDict:
+  """The fields that the presets of pre-training share."""
   config = masked_language_modeling.config(
-      "bert", "wordnet_words", data="wordnet", variant="bert_nano", optimizer="adamw")
+      "bert", preset, data=data, variant="bert_nano", optimizer="adamw")
   config.model.update({"dropout": 0.1, "attention_dropout": 0.1})
   config.optimizer.update({
       "learning_rate": 1e-3, "weight_decay": 0.01, "clip_norm": 1.0, "warmup_fraction": 0.05,
       "schedule": "linear"})
+  return config
+
+
+def _pydoc_mlm() -> ml_collections.ConfigDict:
+  config = _masked("pydoc_mlm", "pydoc")
+  # Few texts: each is seen some thirty times, and each time other words are hidden.
+  config.model.update({"dropout": 0.0, "attention_dropout": 0.0})
+  config.optimizer.learning_rate = 2e-3
+  config.update({
+      "total_steps": 2000, "batch_size": 32, "eval_batch_size": 32, "log_every": 20,
+      "eval_every": 200, "checkpoint_every": 200})
+  return config
+
+
+def _wordnet() -> ml_collections.ConfigDict:
+  config = _masked("wordnet", "wordnet")
   config.update({
       "total_steps": 10_000, "batch_size": 32, "eval_batch_size": 32, "log_every": 100,
       "eval_every": 1000, "checkpoint_every": 1000})
   return config
 
 
-def _wordnet() -> ml_collections.ConfigDict:
-  config = _classifier("wordnet", "wordnet")
+def _wordnet_classes() -> ml_collections.ConfigDict:
+  config = _classifier("wordnet_classes", "wordnet")
   config.optimizer.learning_rate = 3e-4
   config.update({
       "total_steps": 6000, "batch_size": 32, "eval_batch_size": 128, "log_every": 100,
@@ -99,7 +122,9 @@ def _glue(preset: str) -> ml_collections.ConfigDict:
   return config
 
 
-_CONFIGS = {"pydoc": _pydoc, "wordnet_words": _wordnet_words, "wordnet": _wordnet}
+_CONFIGS = {
+    "pydoc": _pydoc, "pydoc_mlm": _pydoc_mlm, "wordnet": _wordnet,
+    "wordnet_classes": _wordnet_classes}
 
 
 def get_config(preset: str) -> ml_collections.ConfigDict:

@@ -67,6 +67,11 @@ CASES = {
         "qwen3_0_6b": ("smollm_135m", ["model.lora_rank=0", "data.vocab_size=151936", "model.max_length=40960"],
                        596_049_920),
         "gpt_nano": ("pydoc", ["data.length=64"], 828_672), "llama_nano": ("pydoc", ["data.length=64"], 722_176)},
+    # As a classifier, with the pooler; transformers counts these of BertForSequenceClassification.
+    "bert": {
+        "bert_tiny": ("glue_sst2", [], 4_386_178), "bert_small": ("glue_sst2", [], 28_764_674),
+        "bert_base": ("glue_sst2", [], 109_483_778), "bert_large": ("glue_sst2", [], 335_143_938),
+        "bert_nano": ("pydoc_mlm", [], 551_696)},
     "deepspeech": {
         "deepspeech2": ("librispeech", [], 53_337_533), "deepspeech_small": ("morse", [], 469_750)},
 }

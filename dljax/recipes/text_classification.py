@@ -11,7 +11,7 @@ from dljax import optim
 from dljax.config import Field, Group, base_config
 from dljax.data import own
 from dljax.data.splits import find_files
-from dljax.data.text import corpus, labelled
+from dljax.data.text import corpus, labelled, pretrained
 from dljax.errors import UserError
 from dljax.recipes import common, texts
 from dljax.tasks import classification
@@ -61,10 +61,20 @@ def config(
 def resolve(
     config: ml_collections.ConfigDict, given: Collection[str],
 ) -> Mapping[str, Any]:
-  """What a table of the user's own decides, and prints what it holds; see `labelled.look_up`."""
+  """What a table of the user's own decides, and prints what it holds; see `labelled.look_up`.
+
+  The tokenizer is that of the weights that training starts from, see `texts.tokenizer_beside`.
+  """
   fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
-  found, lines = labelled.look_up(config.data, config.seed, fields)
+  beside = texts.tokenizer_beside(config, given)
+  data = ml_collections.ConfigDict(config.data)
+  data.update(beside)
+  found, lines = labelled.look_up(data, config.seed, fields)
   print(*lines, sep="\n", end="\n" * bool(lines))
+  found = beside | found
+  folder = found.get("tokenizer_file", "")
+  if folder and "vocab_size" not in fields and pretrained.is_folder(folder):
+    found["vocab_size"] = pretrained.rows_of(folder)
   named = {f"data.{field}": value for field, value in found.items()}
   if found.get("validation") == "" and "monitor" not in given:
     named["monitor"] = ""

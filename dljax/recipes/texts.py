@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from dljax.data.splits import find_files
-from dljax.data.text import corpus, pretrained
+from dljax.data.text import corpus, pretrained, tokenize
 from dljax.errors import UserError
 
 
@@ -16,13 +17,10 @@ def resolve(
 ) -> Mapping[str, Any]:
   """What a text of the user's own decides, and prints what it holds; see `corpus.find`.
 
-  If training starts from a folder of weights that holds a tokenizer, that is the tokenizer, unless
-  another was chosen.
+  The tokenizer is that of the weights that training starts from, see `tokenizer_beside`.
   """
   fields = [field.removeprefix("data.") for field in given if field.startswith("data.")]
-  beside, source = {}, config.init.source
-  if source and not {"tokenizer", "tokenizer_file"} & set(fields) and pretrained.holds_tokenizer(source):
-    beside = {"tokenizer": "file", "tokenizer_file": source}
+  beside = tokenizer_beside(config, given)
   data = ml_collections.ConfigDict(config.data)
   data.update(beside)
   found, lines = corpus.find(data, config.seed, fields)
@@ -31,6 +29,29 @@ def resolve(
   if found.get("validation") == "" and "monitor" not in given:
     named["monitor"] = ""
   return named
+
+
+def tokenizer_beside(config: Any, given: Collection[str]) -> dict[str, Any]:
+  """The tokenizer of the weights that training starts from, as fields of `config.data`.
+
+  It is the one in a folder of weights, or that of a run with sub-words, whose embedding has a row
+  for each of them. {} if there is none, or if the user chose another.
+
+  Args:
+    config: the whole config.
+    given: the names of its fields that the user has set.
+  """
+  source = config.init.source
+  if not source or {"data.tokenizer", "data.tokenizer_file"} & set(given):
+    return {}
+  if pretrained.holds_tokenizer(source):
+    return {"tokenizer": "file", "tokenizer_file": source}
+  stored = Path(source) / "data" / f"{corpus.ASSET}.json"
+  if pretrained.is_folder(source) and stored.expanduser().is_file():
+    file = str(stored.expanduser())
+    if isinstance(tokenize.load(file), tokenize.Subwords):
+      return {"tokenizer": "file", "tokenizer_file": file}
+  return {}
 
 
 def check_length(config: ml_collections.ConfigDict, model: Any) -> None:
