@@ -33,7 +33,7 @@ from dljax import errors
 from dljax.models.blocks import Cache, LayerNorm, Projection, append, apply_blocks, attend, empty_cache
 from dljax.models.layers import RMSNorm
 from dljax.ops import rotary
-from dljax.ops.dense import dense, dot_general
+from dljax.ops.dense import dense_transposed, dot_general
 from dljax.ops.gelu import gelu, gelu_tanh
 
 Array = jax.Array
@@ -202,7 +202,7 @@ class GPT(Form):
     x, cache = apply_blocks(self, Block, form, x, angles, rules, cache=cache, train=train)
     x = self.norm_layer("norm")(x)
     if self.tied:
-      logits = dense(x, embed.embedding.T.astype(x.dtype))
+      logits = dense_transposed(x, embed.embedding.astype(x.dtype))
     else:
       logits = nn.Dense(self.vocab_size, use_bias=False, kernel_init=_INIT, dtype=self.dtype,
                         dot_general=dot_general, name="head")(x)

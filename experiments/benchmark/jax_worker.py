@@ -37,6 +37,7 @@ def use_native_operators() -> None:
   conv.conv_general_dilated = jax.lax.conv_general_dilated
   pool.max_pool = nn.max_pool
   dense.dense, dense.dot_general = jnp.dot, jax.lax.dot_general
+  dense.dense_transposed = _native_dense_transposed
   recurrence.recurrence = _native_recurrence
   ctc.ctc_loss = _native_ctc_loss
   attention.attention = _native_attention
@@ -47,6 +48,10 @@ def use_native_operators() -> None:
 
 def _same(x: Any) -> Any:
   return x
+
+
+def _native_dense_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jnp.dot(x, kernel.T)
 
 
 def _native_attention(
