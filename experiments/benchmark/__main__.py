@@ -35,9 +35,8 @@ _MODELS = flags.DEFINE_list("models", [],
                             "Cases of the row models, separated by commas; by default all: "
                             f"{', '.join(CASES)}.", flag_values=_FLAGS)
 _PEER_PYTHON = flags.DEFINE_string(
-    "peer_python", "", "The Python that has torch, torchvision, timm and transformers, for the rows "
-    "models and decoding; by default this one, if "
-    "it has them.", flag_values=_FLAGS)
+    "peer_python", "", "The Python that has torch, torchvision, timm and transformers, for the row models; "
+    "by default this one, if it has them.", flag_values=_FLAGS)
 _STEPS = flags.DEFINE_integer("steps", 200, "The train steps of one turn; in the row models a turn takes a second.",
                               lower_bound=1, flag_values=_FLAGS)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "The turns of each side.", lower_bound=1,
