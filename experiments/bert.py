@@ -8,8 +8,8 @@ of Python 3.13.0's 108 test paragraphs 64.8 % are right after 193 s on two busy 
 paragraphs to learn from.)
 
 Pre-training, and fine-tuning from the best checkpoint of it, which passes on its tokenizer:
-  python -m experiments.bert --preset=pydoc_mlm
-  python -m experiments.bert --config.init.source=runs/bert-pydoc_mlm
+  python -m experiments.bert --preset=pydoc_mlm      # 27.5 % of the hidden tokens right, in 461 s
+  python -m experiments.bert --config.init.source=runs/bert-pydoc_mlm --workdir=runs/tuned  # 75.0 %
   python -m experiments.bert --preset=wordnet
   python -m experiments.bert --preset=wordnet_classes --config.init.source=runs/bert-wordnet
 A pre-trained model fills in what [MASK] stands for:
