@@ -563,6 +563,14 @@ MUTANTS = (
          "test_equal_glosses_are_in_one_split_and_those_held_out_are_in_no_other",)),
     # recipes
     Mutant(
+        "sub_words_that_are_fitted_again", "dljax/recipes/text_classification.py",
+        "found = beside | found", "found = dict(found)",
+        ("tests/recipes/test_texts.py::test_a_run_with_sub_words_passes_them_on_to_what_is_fine_tuned",)),
+    Mutant(
+        "bytes_that_are_passed_on", "dljax/recipes/texts.py",
+        "if isinstance(tokenize.load(file), tokenize.Subwords):", "if tokenize.load(file):",
+        ("tests/recipes/test_texts.py::test_a_run_of_bytes_has_nothing_to_pass_on",)),
+    Mutant(
         "size_order", "dljax/recipes/object_detection.py",
         "size[:, ::-1].astype(np.float32)",
         "size.astype(np.float32)",
