@@ -6,7 +6,7 @@ from flax import traverse_util
 
 import dljax
 from dljax import interop
-from dljax.interop import adapters
+from dljax.interop import table
 from experiments import gpt
 from tests.command import run
 
@@ -33,7 +33,7 @@ def test_only_the_adapters_learn_and_a_dump_merges_them(tmp_path):
   assert "block0/gate/lora_down" in outcome.out and "start from scratch" in outcome.out
   assert "found optimizer.freeze=embed/*" in outcome.out
   before, after = (traverse_util.flatten_dict(r.variables["params"], sep="/") for r in (base, tuned))
-  assert {path for path in after if not adapters.is_adapter(path)} == set(before)
+  assert {path for path in after if not table.is_adapter(path)} == set(before)
   for path in before:
     np.testing.assert_array_equal(before[path], after[path])
   assert all(np.abs(after[path]).max() > 0 for path in after if path.endswith("lora_up"))

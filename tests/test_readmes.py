@@ -13,7 +13,7 @@ from tests.families import EXPERIMENTS, ROOT
 
 READMES = sorted([ROOT / "README.md", *(ROOT / "dljax").rglob("README.md"),
                   *(ROOT / "experiments").rglob("README.md")])
-EXAMPLES = ("x", "mixer", "benchmark")  # what stands where a family's name would, or is none
+EXAMPLES = ("x", "mixer", "benchmark", "benchmark.peers._full_size")  # what stands where a family's name would, or is none
 
 
 def _name(path: Path) -> str:

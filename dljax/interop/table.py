@@ -13,6 +13,9 @@ import numpy as np
 from dljax import errors
 
 Array = Any
+# What `models.blocks.Projection` calls its adapter of a low rank (Hu et al. 2021,
+# https://arxiv.org/abs/2106.09685).
+_ADAPTERS = ("lora_down", "lora_up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,3 +253,23 @@ def patches(
     return image(grid * side, conv)(tensors)
 
   return inputs
+
+
+def is_adapter(path: str) -> bool:
+  """Whether a parameter's path, such as "block0/qkv/lora_up", is that of a `Projection`'s adapter."""
+  return path.rpartition("/")[2] in _ADAPTERS
+
+
+def merge_adapters(params: Mapping[str, Any], factor: float) -> dict[str, Any]:
+  """The parameters of the same network without adapters: they are added to the kernels.
+
+  Args:
+    params: nested parameters, of float32 or wider.
+    factor: lora_alpha / lora_rank.
+  """
+  down, up = (params.get(name) for name in _ADAPTERS)
+  merged = {name: merge_adapters(value, factor) if isinstance(value, Mapping) else value
+            for name, value in params.items() if name not in _ADAPTERS}
+  if down is not None:
+    merged["kernel"] = params["kernel"] + factor * np.tensordot(down, up, axes=1)
+  return merged

@@ -15,8 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from dljax import errors, models
-from dljax.interop import adapters, families
-from dljax.interop.table import SAME, Entry, Layout, Table
+from dljax.interop import families
+from dljax.interop.table import SAME, Entry, Layout, Table, is_adapter, merge_adapters
 
 Tensors = Mapping[str, np.ndarray]
 Specs = Mapping[str, jax.ShapeDtypeStruct]
@@ -155,7 +155,7 @@ def dump(model: nn.Module, variables: Mapping[str, Any], source: str) -> dict[st
     from dljax.models import blocks  # late, because most families have no such part
 
     factor = model.lora_alpha / model.lora_rank
-    variables = {**variables, "params": adapters.merge(variables["params"], factor)}
+    variables = {**variables, "params": merge_adapters(variables["params"], factor)}
   flat = traverse_util.flatten_dict(variables, sep="/")
   tensors = {}
   for entry in table.entries(flat):
@@ -247,7 +247,7 @@ def _given(model: nn.Module, specs: Specs, tensors: Tensors) -> Specs:
   from dljax.models import blocks
 
   return {path: spec for path, spec in specs.items()
-          if path in tensors or not adapters.is_adapter(path)}
+          if path in tensors or not is_adapter(path)}
 
 
 def _shapes(entry: Entry, specs: Specs) -> tuple[tuple[int, ...], ...]:

@@ -63,7 +63,7 @@ class Projection(nn.Module):
     use_bias: whether a bias is added.
     kernel_init: the initialiser of the kernel as a matrix, [inputs, outputs].
     lora_rank: r; above 0, the product of two matrices, [inputs, r] and [r, outputs], is added to the
-      kernel (Hu et al. 2021, section 4.1). The second starts at zero. `interop.adapters` knows the
+      kernel (Hu et al. 2021, section 4.1). The second starts at zero. `interop.table` knows the
       names of both.
     lora_alpha: that product's factor is lora_alpha / r.
     dtype: the dtype of the computation.

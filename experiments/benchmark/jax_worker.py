@@ -135,6 +135,8 @@ def random_batch(experiment: Experiment) -> HostBatch:
     elif name in ("length", "token_length"):
       field = "features" if name == "length" and "features" in batch else "tokens"
       batch[name] = np.full_like(x, batch[field].shape[1])
+    elif name == "places":  # of the tokens to be predicted
+      batch[name] = draw.integers(batch["tokens"].shape[1], size=x.shape, dtype=x.dtype)
     elif np.issubdtype(x.dtype, np.integer):
       # Token 0 is the blank of speech.
       batch[name] = draw.integers(name == "tokens", classes, x.shape, x.dtype)

@@ -29,6 +29,8 @@ def _random_batch(shapes, classes):
   if "image" not in shapes:
     batch = {name: torch.randint(1, classes, shapes[name]) for name in ("tokens", "targets")
              if name in shapes}
+    if "places" in shapes:  # of the tokens to be predicted
+      batch["places"] = torch.randint(shapes["tokens"][1], shapes["places"])
     if "features" in shapes:
       batch["features"] = torch.randn(shapes["features"])
       for name, field in (("length", "features"), ("token_length", "tokens")):

@@ -142,6 +142,8 @@ RUNS = {  # family, preset, source, and what makes the model small, or one that 
         "embed_dim=16", "num_layers=2", "num_heads=4", "num_kv_heads=2", "mlp_dim=7"]),
     "gpt2": ("gpt", "pydoc", "transformers", [
         "variant=gpt_nano", "qk_norm=false", "use_bias=true", "embed_dim=12", "num_layers=2", "num_heads=2", "mlp_dim=7"]),
+    "bert": ("bert", "pydoc", "transformers", []),
+    "masked words": ("bert", "pydoc_mlm", "transformers", []),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from dljax.errors import UserError
-from dljax.interop import adapters
+from dljax.interop import table
 from dljax.models import gpt
 from dljax.train.state import parameter_count
 from tests.models.programs import assert_remat_only_recomputes
@@ -207,8 +207,8 @@ def test_merged_adapters_are_in_the_kernels():
   model, tokens = _tiny(lora_rank=2, lora_alpha=6.0, dtype=jnp.float64), _tokens()
   with jax.enable_x64(True):
     params = random_variables(model, tokens, dtype=np.float64)["params"]
-    merged = adapters.merge(params, 6.0 / 2)
-    assert not any(adapters.is_adapter("/".join(path)) for path in traverse_util.flatten_dict(merged))
+    merged = table.merge_adapters(params, 6.0 / 2)
+    assert not any(table.is_adapter("/".join(path)) for path in traverse_util.flatten_dict(merged))
     wanted = _apply(model, {"params": params}, tokens)["logits"]
     np.testing.assert_allclose(_apply(model.clone(lora_rank=0), {"params": merged}, tokens)["logits"], wanted, rtol=1e-10)
 

@@ -12,7 +12,7 @@ def _bert_small(classes):
       intermediate_size=2048, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
   class MaskedLanguageModel(nn.Module):
-    """All words are predicted, as our side's batch of noise wants it."""
+    """Its loss has the logits of the words to be predicted alone, as ours."""
 
     def __init__(self):
       super().__init__()
@@ -22,7 +22,9 @@ def _bert_small(classes):
       return self.bert(input_ids=tokens).logits
 
     def loss(self, batch):
-      logits = self(batch["tokens"])
+      hidden = self.bert.bert(input_ids=batch["tokens"]).last_hidden_state
+      places = batch["places"][..., None].expand(-1, -1, hidden.shape[-1])
+      logits = self.bert.cls(hidden.gather(1, places))
       return nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
 
   return MaskedLanguageModel()
