@@ -30,7 +30,8 @@ def test_only_the_adapters_learn_and_a_dump_merges_them(tmp_path):
   _, base = _train(tmp_path / "base", text)
   outcome, tuned = _train(tmp_path / "tuned", text, f"--config.init.source={tmp_path / 'base'}", "--config.model.lora_rank=2",
                           "--config.optimizer.learning_rate=0.1")
-  assert "block0/gate/lora_down" in outcome.out and "start from scratch" in outcome.out
+  said = outcome.out + outcome.err
+  assert "block0/gate/lora_down" in said and "start from scratch" in said
   assert "found optimizer.freeze=embed/*" in outcome.out
   before, after = (traverse_util.flatten_dict(r.variables["params"], sep="/") for r in (base, tuned))
   assert {path for path in after if not table.is_adapter(path)} == set(before)

@@ -339,11 +339,12 @@ def test_a_worker_imports_the_file_of_its_family_alone(tmp_path):
 BATCHES = {"mlp": (128, 28, 28, 1), "lenet": (128, 28, 28, 1), "lenet_max": (128, 28, 28, 1),
            "unet": (16, 96, 96, 1), "alexnet": (64, 32, 32, 3), "vgg11": (64, 32, 32, 3), "resnet18": (64, 32, 32, 3),
            "resnet50": (32, 64, 64, 3), "retinanet": (16, 96, 96, 1), "efficientnet_b0": (16, 128, 128, 3),
-           "vit_ti16": (16, 224, 224, 3), "lstm": (32, 64), "gru": (32, 64), "deepspeech": (16, 880, 16)}
+           "vit_ti16": (16, 224, 224, 3), "lstm": (32, 64), "gru": (32, 64), "deepspeech": (16, 880, 16),
+           "gpt": (16, 128), "bert_small": (16, 128)}
 PARAMETERS = {"mlp": 669_706, "lenet": 61_706, "lenet_max": 61_706, "unet": 482_619, "alexnet": 5_871_434,
               "vgg11": 9_750_922, "resnet18": 11_173_962, "resnet50": 23_528_522, "retinanet": 1_562_116,
               "efficientnet_b0": 4_020_358, "vit_ti16": 5_526_346, "lstm": 1_565_672, "gru": 1_302_504,
-              "deepspeech": 469_750}  # of the peers
+              "deepspeech": 469_750, "gpt": 10_722_048, "bert_small": 14_163_408}  # of the peers
 
 
 @pytest.mark.parametrize("name", CASES)
