@@ -507,6 +507,65 @@ MUTANTS = (
         "integers(max(spare, 1))",
         ("tests/data/text/test_corpus.py::test_every_token_is_some_epochs_first_or_last",)),
     Mutant(
+        "window_spare", "dljax/data/text/streams.py",
+        "integers(self._spare + 1)",
+        "integers(max(self._spare, 1))",
+        ("tests/data/text/test_corpus.py::test_every_epochs_windows_begin_at_one_of_all_places",)),
+    Mutant(
+        "windows_counted_twice", "dljax/data/text/streams.py",
+        "np.where(indices > 0, length - self._stride, 0)",
+        "np.where(indices > 1, length - self._stride, 0)",
+        ("tests/data/text/test_corpus.py::test_windows_of_an_evaluation_predict_every_token_once",)),
+    Mutant(
+        "packed_positions_go_on", "dljax/data/text/packing.py",
+        '"position": put(within.astype(np.int32))',
+        '"position": put(places[1].astype(np.int32))',
+        ("tests/data/text/test_packing.py::test_rows_say_whose_each_place_is",)),
+    Mutant(
+        "packed_by_first_fit", "dljax/data/text/packing.py",
+        "for free in range(length, capacity + 1) if",
+        "for free in range(capacity, length - 1, -1) if",
+        ("tests/data/text/test_packing.py::test_rows_are_those_of_best_fit_decreasing",)),
+    Mutant(
+        "hidden_by_host", "dljax/data/text/masked.py",
+        "random((len(plan.indices), length, 3))[plan.rows]",
+        "random((len(plan.rows), length, 3))",
+        ("tests/data/text/test_masked.py::test_hosts_share_out_the_global_batch",)),
+    Mutant(
+        "all_chosen_are_hidden", "dljax/data/text/masked.py",
+        "np.where(kind < MASKED, frames",
+        "np.where(kind < 1, frames",
+        ("tests/data/text/test_masked.py::"
+         "test_of_ten_tokens_eight_are_hidden_one_is_replaced_and_one_is_kept",)),
+    Mutant(
+        "special_tokens_are_hidden", "dljax/data/text/masked.py",
+        "~np.isin(content, self._special)",
+        "np.ones(len(content), bool)",
+        ("tests/data/text/test_masked.py::"
+         "test_the_text_is_there_and_its_share_is_to_be_predicted",)),
+    Mutant(
+        "first_text_is_cut", "dljax/data/text/labelled.py",
+        "if len(parts[0]) <= len(parts[1]) else",
+        "if len(parts[0]) > len(parts[1]) else",
+        ("tests/data/text/test_labelled.py::"
+         "test_texts_are_framed_and_the_longer_one_is_cut",)),
+    Mutant(
+        "equal_texts_are_torn", "dljax/data/text/labelled.py",
+        "json.dumps(self.texts)",
+        "json.dumps([self.texts, self.where])",
+        ("tests/data/text/test_labelled.py::test_rows_of_one_text_come_into_one_split",)),
+    Mutant(
+        "held_out_glosses_are_learnt", "dljax/data/datasets/wordnet.py",
+        "if gloss.label < 0 and gloss.text not in held_out]",
+        "if gloss.label < 0]",
+        ("tests/data/datasets/test_wordnet.py::"
+         "test_equal_glosses_are_in_one_split_and_those_held_out_are_in_no_other",)),
+    Mutant(
+        "pieces_in_any_order", "dljax/data/text/tokenize.py",
+        "special_tokens=special + within)",
+        "special_tokens=special)",
+        ("tests/data/text/test_tokenize.py::test_the_same_text_makes_the_same_tokenizer",)),
+    Mutant(
         "special_token_spelled", "dljax/data/text/tokenize.py",
         "tokenizer.encode_special_tokens = True",
         "tokenizer.encode_special_tokens = False",

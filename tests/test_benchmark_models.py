@@ -363,6 +363,8 @@ def test_a_case_is_the_peers_network_trained_by_plain_momentum(name):
   for field, inputs in (("length", "tokens" if text else "features"), ("token_length", "tokens")):
     if field in batch:
       assert (batch.pop(field) == batch[inputs].shape[1]).all()
+  if "places" in batch:
+    assert 0 <= (places := batch.pop("places")).min() < places.max() < batch["tokens"].shape[1]
   labels, = (x for x in batch.values() if np.issubdtype(x.dtype, np.integer))
   assert 0 <= labels.min() < labels.max() < jax_worker.num_classes(experiment)
   assert not batch.get("reset", np.zeros(1)).any(), "the state goes on"

@@ -11,11 +11,16 @@ hides a word. Those that come with a model's weights do; `data/text/pretrained.p
 """
 
 import base64
+import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
+import re
 import stat
+import string
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -402,6 +407,10 @@ def parse(text: str) -> Any:
   return _library().Tokenizer.from_str(text)
 
 
+_ALPHABET = 1000  # characters that WordPiece keeps, the trainer's default
+_WITHIN = "##"  # what WordPiece writes before a piece that does not begin a word
+
+
 def make(
     kind: str, documents: Iterable[str], *, vocab_size: int, byte_fallback: bool = False,
 ) -> Tokenizer:
@@ -444,7 +453,12 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
     tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = lib.decoders.WordPiece(cleanup=False)
-    trainer = lib.trainers.WordPieceTrainer(**common, special_tokens=[END, UNKNOWN])
+    # The trainer numbers the characters within words in an order that differs from one training to
+    # the next, and with it what it takes first of two equally frequent pairs. Named as special
+    # tokens, they have the numbers of this order.
+    documents = list(documents)
+    within = [f"{_WITHIN}{character}" for character in _within_words(documents)]
+    trainer = lib.trainers.WordPieceTrainer(**common, special_tokens=special + within)
   else:
     tokenizer = lib.Tokenizer(lib.models.Unigram())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -453,9 +467,31 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
                *(sentencepiece.byte_piece(byte) for byte in range(_BYTES if byte_fallback else 0))]
     trainer = lib.trainers.UnigramTrainer(**common, special_tokens=special, unk_token=UNKNOWN)
   tokenizer.train_from_iterator(documents, trainer)
+  if kind == "wordpiece":
+    trained = json.loads(tokenizer.to_str())
+    trained["added_tokens"] = [token for token in trained["added_tokens"]
+                               if token["content"] in special]
+    tokenizer = lib.Tokenizer.from_str(json.dumps(trained))
   if kind == "unigram":
     tokenizer = sentencepiece.finished_unigram(tokenizer, [END, UNKNOWN], byte_fallback)
   return Subwords(tokenizer, tokenizer.token_to_id(END))
+
+
+def _within_words(documents: Sequence[str]) -> list[str]:
+  """The characters that follow another in a word of BERT's, of the most frequent that are kept."""
+  counts = collections.Counter()
+  for document in documents:
+    counts.update(document)
+  frequent = sorted(counts, key=lambda character: (-counts[character], character))[:_ALPHABET]
+  kept = "".join(map(re.escape, itertools.filterfalse(_ends_word, frequent)))
+  inner = re.compile(f"(?<=[{kept}])[{kept}]") if kept else re.compile("(?!)")
+  return sorted(set().union(*(inner.findall(document) for document in documents)))
+
+
+def _ends_word(character: str) -> bool:
+  """Whether BERT's words end at a character: white space or punctuation, all symbols of ASCII too."""
+  return (character.isspace() or character in string.punctuation
+          or unicodedata.category(character).startswith("P"))
 
 
 def read_bytes(path: Path, start: str, mend: str) -> bytes:

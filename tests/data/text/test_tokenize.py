@@ -114,6 +114,14 @@ def test_an_unseen_character_is_bytes_where_asked():
     assert (encoded.characters.sum(), encoded.bytes.sum()) == (len(text), len(text.encode()))
 
 
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_the_same_text_makes_the_same_tokenizer(kind):
+  """Unigram's differ from training to training, by the order in which the library adds its numbers."""
+  text = "The quick brown fox's jumps: over_the lazy dogs, naïve Ωμέγα 12345 – und so weiter. " * 3
+  first, *others = (tokenize.make(kind, [text, text[::-1]], vocab_size=400).to_json() for _ in range(4))
+  assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
 def test_sub_words_are_learned_from_the_training_text(kind):
   tokenizer = _make(kind)
