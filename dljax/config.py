@@ -43,7 +43,7 @@ _LENGTHS = {"image_shape": (3, "height, width and channels"), "scale": (2, "the 
 _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
 
 
-_DATA = ("folder", "file", "name")  # the fields that say which data these are; the first set counts
+_DATA = ("folder", "file", "table", "name")  # the fields that say which data these are; the first set counts
 
 
 class Field(NamedTuple):

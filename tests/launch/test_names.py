@@ -6,7 +6,7 @@ import pytest
 
 from dljax import config as config_lib
 from dljax.launch import names
-from experiments import lenet, rnn, vit
+from experiments import bert, lenet, rnn, vit
 
 
 def _name(family, *overrides, preset=None, seed=0, epochs=None):
@@ -31,6 +31,7 @@ def _name(family, *overrides, preset=None, seed=0, epochs=None):
     (lenet, ["data.name=fashion_mnist"], {}, "lenet-fashion_mnist"),
     (lenet, ["data.name=fashion_mnist"], {"preset": "mnist"}, "lenet-fashion_mnist-preset=mnist"),
     (rnn, ["data.file=book.txt"], {}, "rnn-book.txt"),
+    (bert, ["data.table=reviews.csv"], {}, "bert-reviews.csv"),
     (rnn, ["data.file=b\xfccher.txt"], {"seed": 2}, "rnn-b\xfccher.txt-seed=2"),
     # The variant decides the patch size.
     (vit, ["model.variant=vit_b32"], {}, "vit-digits-variant=vit_b32"),
