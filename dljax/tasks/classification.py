@@ -79,7 +79,7 @@ class Classification(TaskBase):
 
   def init(self, rng: Array, batch: Batch) -> Variables:
     """See `Task.init`."""
-    return self.model.init({"params": rng}, *self.inputs(batch)[:1], train=False)
+    return self.model.init({"params": rng}, batch["image"], train=False)
 
   def denominators(self, batch: Batch) -> Mapping[str, Array]:
     """The number of examples, not counting padding, and the sum of their weights."""
@@ -148,7 +148,7 @@ class Classification(TaskBase):
     return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32), axis=-1)}
 
   def inputs(self, batch: Batch) -> tuple[Array, ...]:
-    """The model's arguments, the first of which is enough to initialise it."""
+    """The model's arguments."""
     return batch["image"], batch["mask"]
 
   @property
