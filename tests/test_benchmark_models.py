@@ -398,11 +398,11 @@ def test_plain_flax_has_native_operators_and_ours_has_our_own(flax):
 
 
 def test_every_operator_is_switched_off():
-  """A new file in `dljax/ops` belongs into `use_native_operators` too; a crop has but one form, and
+  """A new file in `dljax/ops` belongs into `use_native_operators` too; a crop and a rotation have but one form, and
   kernels are those of attention."""
   assert {path.stem for path in (ROOT / "dljax" / "ops").glob("*.py")} == {
-      "__init__", "attention", "collectives", "conv", "crop", "ctc", "dense", "gelu", "kernels", "pool", "recurrence",
-      "rotary"}
+      "__init__", "attention", "barrier", "collectives", "conv", "crop", "ctc", "dense", "gelu", "kernels", "norm",
+      "pool", "recurrence", "rotary"}
 
 
 NATIVE = """

@@ -29,7 +29,7 @@ from flax import linen as nn
 
 from dljax import errors
 from dljax.models.blocks import LayerNorm, Projection, attend
-from dljax.ops.dense import dense
+from dljax.ops.dense import dense_transposed
 from dljax.ops.gelu import gelu, gelu_tanh
 
 Array = jax.Array
@@ -171,7 +171,7 @@ class BERT(nn.Module):
       x = ACTIVATIONS[self.activation](project((self.embed_dim,), name="transform")(x))
       x = norm(name="transform_norm")(x)
       if self.tied:
-        x = dense(x, words.embedding.T.astype(x.dtype))
+        x = dense_transposed(x, words.embedding.astype(x.dtype))
       else:
         x = project((self.vocab_size,), use_bias=False, name="decoder")(x)
       bias = self.param("decoder_bias", nn.initializers.zeros, (self.vocab_size,), jnp.float32)

@@ -124,18 +124,19 @@ def attention(
   plain = query_position is None and key_position is None
   scale = q.shape[-1]**-0.5 if scale is None else scale
   form = _form(q.shape[1], k.shape[1], causal, window, scale, plain)
-  if q.shape[1] == 1:
-    return jax.lax.platform_dependent(
-        q, k, v, bias, rules, cpu=functools.partial(_one_query, form),
-        default=functools.partial(_blocked, form))
-  try:
-    return _blocked(form, q, k, v, bias, rules)
-  except TypeError as error:
-    if "forward-mode" not in str(error):
-      raise
-    raise ForwardModeError(
-        "attention cannot be differentiated in forward mode (jvp, jacfwd, hessian): use "
-        "attention_with_weights, or reverse mode") from error
+  q, k, v = (_argument.bind(jnp.asarray(x)) for x in (q, k, v))
+  if bias is not None:
+    bias = _argument.bind(jnp.asarray(bias))
+  elif plain and (mask is None or mask.ndim == 2):
+    segments = segment if segment is None or isinstance(segment, tuple) else (segment, segment)
+    kernel = kernels.choose(collectives.platform(), q, k, v, mask, segments, causal, window)
+    if kernel is not None:
+      return _by_kernel(kernel, form, q, k, v, mask, segments)
+  blocked = functools.partial(_blocked, form)
+  if q.shape[1] > 1:
+    return blocked(q, k, v, bias, rules)
+  return jax.lax.platform_dependent(
+      q, k, v, bias, rules, cpu=functools.partial(_one_query, form), default=blocked)
 
 
 def attention_with_weights(
@@ -338,6 +339,132 @@ def _one_query(form: _Form, q: Array, k: Array, v: Array, bias: Array | None,
   weights = (exponentials / jnp.where(total > 0, total, 1))[:, :, :, 0].transpose(0, 3, 1, 2)
   y = jnp.sum(weights[..., None] * v[:, :, :, None].astype(wide), axis=1)  # [B, G, H / G, V]
   return y.reshape(len(y), 1, -1, y.shape[-1]).astype(q.dtype)
+
+
+# Forward mode
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+  raise ForwardModeError(
+      "attention cannot be differentiated in forward mode (jvp, jacfwd, hessian): use "
+      "attention_with_weights, or reverse mode")
+
+
+# Two identities, one for an argument of an attention and one for its tangent. Reverse mode transposes
+# the second and never runs it. Forward mode runs it, be it at once, when a program is compiled, or
+# under vmap, as jacfwd does. JAX has the same check in every `custom_vjp`, but with a message that
+# names neither this function nor the remedy.
+_argument, _tangent = Primitive("attention_argument"), Primitive("attention_tangent")
+_argument.def_abstract_eval(lambda x: x)
+_argument.def_impl(lambda x: x)
+ad.defjvp(_argument, lambda dx, x: _tangent.bind(dx))
+batching.defvectorized(_argument)
+mlir.register_lowering(_argument, lambda context, x: [x])
+_tangent.def_abstract_eval(lambda dx: dx)
+_tangent.def_impl(_refuse)
+ad.deflinear2(_tangent, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[_tangent] = _refuse
+mlir.register_lowering(_tangent, _refuse)
+
+
+# A vendor's kernel
+
+
+def _by_kernel(
+    kernel: kernels.Kernel, form: _Form, q: Array, k: Array, v: Array, mask: Array | None,
+    segments: kernels.Segments | None,
+) -> Array:
+  """The result by a kernel, of which every device computes that of its own rows and heads."""
+  # Without a mask, a query sees its own place.
+  all_see = mask is None and (segments is None or segments[0] is segments[1])
+
+  def part(q, k, v, mask, *segments):
+    segments = None if segments[0] is None else segments
+    y = _fused(kernel, form, q, k, v, mask, segments)
+    if all_see:
+      return y
+    rules = _rules(q, k, mask, segments, None, None)
+    rules["key"] = jnp.arange(k.shape[1], dtype=jnp.int32)
+    if mask is not None:
+      rules["mask"] = _grouped(rules["mask"], k.shape[2])
+    seen = jnp.any(_visible(form, rules), axis=-1)[:, 0, 0, :, None, None]
+    return jnp.where(seen, y, 0)
+
+  # One head of keys serves all heads of queries, wherever they are.
+  heads = "batch", None, "heads", None
+  of_keys = heads if k.shape[2] > 1 else ("batch", None, None, None)
+  places = "batch", None
+  return collectives.on_parts(
+      part, (q, k, v, mask, *(segments or (None, None))),
+      (heads, of_keys, of_keys, places, places, places), heads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(kernel, form, q, k, v, mask, segments):
+  """The kernel, with derivatives of any order: the first is its own, the others are the blocks'."""
+  return kernel(q, k, v, mask, segments, form.causal, form.window, form.scale)
+
+
+def _fused_forward(kernel, form, q, k, v, mask, segments):
+  y, pull = _kernel_forward(kernel, form, q, k, v, mask, segments)
+  return y, (q, k, v, mask, segments, pull)
+
+
+def _fused_backward(kernel, form, kept, dy):
+  del kernel
+  return *_kernel_backward(form, *kept, dy), None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _blocked_of(form, mask, segments):
+  """The blocked form as a function of q, k and v."""
+  return lambda q, k, v: _blocked(form, q, k, v, None, _rules(q, k, mask, segments, None, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel_forward(kernel, form, q, k, v, mask, segments):
+  """The kernel's result and its gradient's function, with what that keeps."""
+  run = functools.partial(kernel, mask=mask, segments=segments, causal=form.causal,
+                          window=form.window, scale=form.scale)
+  return jax.vjp(run, q, k, v)
+
+
+def _forward_of_forward(kernel, form, *arguments):
+  return _kernel_forward(kernel, form, *arguments), arguments
+
+
+def _backward_of_forward(kernel, form, arguments, cotangents):
+  del kernel
+  # The second result has no cotangent: `_kernel_backward` gives the whole derivative to q, k, v.
+  return *jax.vjp(_blocked_of(form, *arguments[3:]), *arguments[:3])[1](cotangents[0]), None, None
+
+
+_kernel_forward.defvjp(_forward_of_forward, _backward_of_forward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel_backward(form, q, k, v, mask, segments, pull, dy):
+  """The kernel's gradients of q, k and v."""
+  del form, q, k, v, mask, segments
+  return pull(dy)
+
+
+def _forward_of_backward(form, q, k, v, mask, segments, pull, dy):
+  y = _kernel_backward(form, q, k, v, mask, segments, pull, dy)
+  return y, (q, k, v, mask, segments, dy)
+
+
+def _backward_of_backward(form, kept, cotangents):
+  q, k, v, mask, segments, dy = kept
+  blocked = _blocked_of(form, mask, segments)
+  _, pull = jax.vjp(lambda q, k, v, dy: jax.vjp(blocked, q, k, v)[1](dy), q, k, v, dy)
+  dq, dk, dv, ddy = pull(cotangents)
+  return dq, dk, dv, None, None, None, ddy
+
+
+_kernel_backward.defvjp(_forward_of_backward, _backward_of_backward)
 
 
 # The blocked form

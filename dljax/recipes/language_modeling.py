@@ -1,9 +1,8 @@
 """The experiment that all language models share, from a config and a model."""
 
 import math
-import os
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,9 @@ import numpy as np
 from dljax import optim, report
 from dljax.config import Field, Group, base_config
 from dljax.data.text import corpus, tokenize
+from dljax.errors import UserError
 from dljax.recipes import common
+from dljax.recipes import texts as own_texts
 from dljax.tasks import decoding, language_modeling
 from dljax.train.experiment import Assets, Experiment, Inputs, Request
 
@@ -28,6 +29,8 @@ DATA = {
     "lm1b": {"name": "lm1b", "tokenizer": "bpe", "vocab_size": 32_000, "documents": True,
              "length": 128, "train": "train[:99%]", "validation": "train[99%:]"},
 }
+
+_NEIGHBOURS = 1000  # tokens that may stand beside a stop text
 
 _SAMPLING = {
     "max_new_tokens": "The number of tokens to generate, at most.",
@@ -103,7 +106,8 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
   task = language_modeling.LanguageModeling(
       model=model, stateful=stateful and not config.data.documents, sampling=sampling,
       spell=lambda tokens: tokenize.pieces(texts.tokenizer(), tokens),
-      decode=lambda tokens: texts.tokenizer().decode(tokens[tokens >= 0]))
+      decode=lambda tokens: texts.tokenizer().decode(tokens[tokens >= 0]),
+      padded=config.data.documents)
 
   def prompts(
       found: Sequence[str], names: Sequence[str], count: int = 1,
@@ -130,7 +134,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
       _check_stop(stop, texts.tokenizer())
     found, names, skipped = list(request.texts), list(request.texts), []
     if request.paths:
-      found, names, skipped = _read(request.paths, check)
+      found, names, skipped = own_texts.read(request.paths, check)
     else:
       for text in found:
         check(text, "--prompt")
@@ -161,7 +165,7 @@ def build(config: ml_collections.ConfigDict, model: nn.Module, stateful: bool) -
 
   return Experiment(
       task=task, data=data, config=config, monitor=config.monitor or None, read=read, show=show,
-      draw=draw, preview=preview)
+      draw=draw, preview=preview, texts=True)
 
 
 def _scores(
@@ -194,30 +198,3 @@ def _check_stop(stop: str, tokenizer: tokenize.Tokenizer) -> None:
   if not any(stop in text for text in around):
     raise UserError(f"{flag} cannot occur: the tokenizer makes {tokenizer.decode(found)!r} of it; "
                     "give a text that it can write")
-
-
-_NEIGHBOURS = 1000  # tokens that may stand beside a stop text
-
-
-def _read(
-    paths: Sequence[str], check: Callable[[str, str], Any],
-) -> tuple[list[str], list[str], list[str]]:
-  """Reads files, and the .txt files in folders.
-
-  Args:
-    paths: the paths of files and folders.
-    check: a function of (text, name) that raises `UserError` if the text cannot be used.
-
-  Returns:
-    The texts, their names, and one line for each file that cannot be used.
-  """
-  texts, names, skipped = [], [], []
-  for path in find_files(paths, "a file of text, or a folder of .txt files", ".txt"):
-    try:
-      content = corpus.read_file(path, "--input")
-      check(content, os.fspath(path))
-      texts.append(content)
-      names.append(os.fspath(path))
-    except UserError as error:
-      skipped.append(str(error).removeprefix("--input="))
-  return texts, names, skipped

@@ -54,6 +54,7 @@ class LanguageModeling(TaskBase):
       no figure is drawn.
     decode: a function from tokens i32[n] to the text that they stand for; needed if there are stop
       texts.
+    padded: whether rows have documents of different lengths, so that their padding is reported.
   """
 
   model: nn.Module
@@ -61,6 +62,7 @@ class LanguageModeling(TaskBase):
   sampling: Sampling = Sampling()
   spell: Callable[[np.ndarray], Sequence[str]] | None = None
   decode: Callable[[np.ndarray], str] | None = None
+  padded: bool = False
 
   evaluate_reads = ("host/position",)
   evaluate_draws = ("targets", "target_weight")

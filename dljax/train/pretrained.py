@@ -119,8 +119,9 @@ def load(experiment: Experiment, abstract_state: TrainState) -> Weights:
   elif fresh:
     verb = "start" if len(fresh) > 1 else "starts"
     named = ", ".join(fresh[:4]) + (f" and {len(fresh) - 4} more" if len(fresh) > 4 else "")
-    for_what = f" for {model.num_classes} classes" if head else ""
-    summary += f"; {named} {verb} from scratch{for_what}"
+    summary += f"; {named} {verb} from scratch"
+    if not head.keys().isdisjoint(specs.keys() - arrays.keys()):
+      summary += f" for {model.num_classes} classes"
   return Weights(arrays, "; ".join([summary, *notes]))
 
 

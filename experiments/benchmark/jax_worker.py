@@ -56,12 +56,14 @@ def _native_dense_transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _native_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False,
-    segment: jax.Array | None = None, window: int | None = None,
+    mask: jax.Array | None = None, segment: jax.Array | None = None, window: int | None = None,
 ) -> jax.Array:
   """Flax's attention, for as many heads of keys as of queries."""
   masks = []
   if causal:
     masks.append(nn.make_causal_mask(q[..., 0, 0]))
+  if mask is not None:
+    masks.append(mask if mask.ndim == 4 else mask[:, None, None, :])
   if segment is not None:
     masks.append(nn.make_attention_mask(segment, segment, jnp.equal))
   if window is not None:

@@ -281,3 +281,51 @@ def test_shapes_that_do_not_fit_are_refused_by_name(change, words):
   for function in attention, attention_with_weights:
     with pytest.raises(ValueError, match=words):
       function(**arguments)
+
+
+def _first_query(arguments, options, visible):
+  """A case of `_case` with its first query alone."""
+  (q, k, v, bias), options = arguments, dict(options)
+  for name in "query_position", "mask":
+    x = options.get(name)
+    if x is not None and (name == "query_position" or x.ndim == 4):
+      options[name] = x[:, :1] if name == "query_position" else x[:, :, :1]
+  if "query_position" not in options:
+    options["query_position"] = np.zeros(1, np.int32)
+  if "segment" in options:
+    own, other = options["segment"] if isinstance(options["segment"], tuple) else 2 * (options["segment"],)
+    options["segment"] = own[:, :1], other
+  bias = None if bias is None else bias[:, :, :1]
+  return (q[:, :1], k, v, bias), options, visible[:, :, :1]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_one_query_gets_what_the_definition_gives_it(number):
+  with jax.enable_x64(True):
+    arguments, options, visible = _first_query(*_case(CASES[number]))
+    *qkv, bias = arguments
+    dy = np.random.default_rng(2).normal(size=(BATCH, 1, HEADS, VALUE))
+    given = [x for x in arguments if x is not None]
+
+    def ours(q, k, v, bias=None):
+      return attention(q, k, v, bias=bias, **options)
+
+    def definition(q, k, v, bias=None):
+      return _definition(visible, q, k, v, bias)
+
+    found = []
+    for f in ours, definition:
+      y, pull = jax.vjp(f, *given)
+      found.append((y, *pull(dy)))
+    for a, b in zip(*found):
+      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_one_query_on_a_cpu_moves_no_keys():
+  q, k = jax.ShapeDtypeStruct((2, 1, 4, 8), np.float32), jax.ShapeDtypeStruct((2, 600, 2, 8), np.float32)
+  traced = jax.jit(functools.partial(attention, causal=True)).trace(
+      q, k, k, query_position=np.full(1, 599, np.int32), key_position=np.arange(600, dtype=np.int32))
+  texts = [traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")]
+  moved = [text.count("tensor<2x2x600x8xf32>") for text in texts]
+  assert moved[0] == 0 < moved[1]
+  assert not any("while" in text for text in texts), "all keys at once"

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from dljax.ops.dense import dense, dot_general
+from dljax.ops.dense import dense, dense_transposed, dot_general
 from tests.models.variables import random_variables
 
 
@@ -67,3 +67,32 @@ def test_other_products_are_native_to_the_letter():
   ]:
     program = lambda f: str(jax.make_jaxpr(lambda a, b: f(a, b, args[2], **options))(*args[:2]))
     assert program(dot_general) == program(lax.dot_general)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 1), (2, 4)])
+def test_few_rows_and_a_kernel_the_other_way_round_are_the_native_product(rows, dtype, tolerance):
+  with jax.enable_x64(True):
+    draw = np.random.default_rng(1)
+    x, w = (jnp.asarray(draw.normal(size=shape), dtype) for shape in ((*rows, 5), (5, 6)))
+    expected = _with_gradients(jnp.matmul, *(np.float64(a) for a in (x, w)))
+    straight = _with_gradients(dense, x, w)
+    y, dx, dw = _with_gradients(dense_transposed, x, w.T)
+    for found in straight, (y, dx, dw.T):
+      for ours, native in zip(found, expected):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.float64(ours), native, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("rows, dtype, form", [
+    (1, np.float32, "reduce"), (1, jnp.bfloat16, "reduce"), (3, jnp.bfloat16, "pad"), (3, np.float32, None),
+    (8, jnp.bfloat16, None)])
+@pytest.mark.parametrize("f", [dense, dense_transposed])
+def test_only_a_cpu_gets_the_forms_of_few_rows(f, rows, dtype, form):
+  w = jax.ShapeDtypeStruct((5, 6) if f is dense else (6, 5), dtype)
+  traced = jax.jit(f).trace(jax.ShapeDtypeStruct((rows, 5), dtype), w)
+  for platform in "cpu", "tpu", "cuda":
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    for name in "reduce", "pad":
+      assert (f"stablehlo.{name}" in text) == (platform == "cpu" and name == form)
+    assert ("dot_general" in text) == (platform != "cpu" or form != "reduce")

@@ -35,8 +35,8 @@ import numpy as np
 
 from dljax.config import Field, Group, one_of
 from dljax.data import own, ragged, sources, splits
-from dljax.data.pipeline import HostBatch, Pipeline
-from dljax.data.text import pretrained, streams, tokenize
+from dljax.data.pipeline import HostBatch, IndexedPipeline, Pipeline
+from dljax.data.text import packing, pretrained, streams, tokenize
 from dljax.errors import UserError, unknown
 
 ASSET = "tokenizer"
@@ -121,7 +121,7 @@ def check_tokenizer(config: Any) -> None:
   need("tokenizer_file", not config.tokenizer_file or config.tokenizer == "file",
        "goes with --config.data.tokenizer=file; add it, or drop this")
   need("tokenizer_file", config.tokenizer != "file" or bool(config.tokenizer_file),
-       "name a SentencePiece .model or a tokenizer.json")
+       "name a SentencePiece .model, a tokenizer.json, or a folder of weights")
 
 
 def own_text(config: Any) -> str:
@@ -160,7 +160,7 @@ def find(config: Any, seed: int, given: Collection[str]) -> tuple[dict[str, Any]
       raise UserError(f"--config.data.{flag}={path}: there is no such {flag}; name another, or, "
                       "for a dry run without it, give --config.data.vocab_size")
     return found, []
-  texts = TextSet(config)
+  texts = TextSet(config, carried=False)  # how the text is read does not matter here
   texts.seed = seed
   sizes = {split: sum(map(len, texts.own_documents[split].values()))
            for split in _SPLITS if config[split]}
@@ -263,12 +263,13 @@ class TextSet(splits.DataSet):
     config: see `default_config`.
     carried: whether the model carries a state from window to window of a text; otherwise each
       window is read on its own.
+    framed: see `RunTokenizer`.
 
   Raises:
     UserError: a value out of range.
   """
 
-  def __init__(self, config: Any, carried: bool = True):
+  def __init__(self, config: Any, carried: bool = True, framed: bool = False):
     validate(config)
     splits.need(config, "eval_stride", not (carried and config.eval_stride),
                 "a model that carries its state has read all that comes before a window; set it "
@@ -278,7 +279,8 @@ class TextSet(splits.DataSet):
     super().__init__(config)
     self._carried = carried
     self.seed = 0  # of the run; it decides which documents of a folder are for which split
-    self._tokenizer = RunTokenizer(self.config, lambda: self._documents("train").values())
+    self._tokenizer = RunTokenizer(
+        self.config, lambda: self._documents("train").values(), framed)
     self._own: Mapping[str, Mapping[str, str]] | None = None
     self._run: Mapping[str, Any] | None = None  # the record of a run's own text
 
@@ -513,10 +515,11 @@ class RunTokenizer:
   Args:
     config: the fields tokenizer, tokenizer_file, vocab_size and byte_fallback of `config.data`.
     texts: () -> the training texts, which a new tokenizer may be fitted to.
+    framed: whether a sub-word tokenizer that is fitted has the tokens that BERT needs.
   """
 
-  def __init__(self, config: Any, texts: Callable[[], Iterable[str]]):
-    self._config, self._texts = config, texts
+  def __init__(self, config: Any, texts: Callable[[], Iterable[str]], framed: bool = False):
+    self._config, self._texts, self._framed = config, texts, framed
     self._made: tokenize.Tokenizer | None = None
     self._lock = threading.RLock()
 
@@ -530,9 +533,12 @@ class RunTokenizer:
     with self._lock:
       if self._made is None:
         fitted = config.tokenizer in tokenize.FITTED
-        made = tokenize.make(config.tokenizer, list(self._texts()) if fitted else (),
-                             vocab_size=config.vocab_size, byte_fallback=config.byte_fallback,
-                             file=config.tokenizer_file)
+        if config.tokenizer == "file":
+          made = pretrained.load(config.tokenizer_file)
+        else:
+          made = tokenize.make(
+              config.tokenizer, list(self._texts()) if fitted else (), framed=self._framed,
+              vocab_size=config.vocab_size, byte_fallback=config.byte_fallback)
         if made.size > config.vocab_size:
           raise UserError(f"--config.data.vocab_size={config.vocab_size}: the tokenizer has "
                           f"{made.size} tokens; give that number")

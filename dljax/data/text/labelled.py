@@ -289,7 +289,7 @@ class LabelledTexts(own.FolderSet):
     config = ml_collections.ConfigDict(config.to_dict() | {"folder": config.table,
                                                            "skip_corrupt": 0})
     super().__init__(config, FLAG)
-    self.tokenizer = corpus.RunTokenizer(self.config, self._training_texts)
+    self.tokenizer = corpus.RunTokenizer(self.config, self._training_texts, framed=True)
 
   def open_folder(
       self, trained: Mapping[str, Any] | None,
@@ -422,6 +422,9 @@ def encode(
   Raises:
     UserError: a text cannot be encoded.
   """
+  if "class" in frames.roles(tokenizer) and hasattr(tokenizer, "frame"):
+    framed = tokenizer.frame(*texts, longest=length, where=where)
+    return framed.tokens, framed.token_type
   before, after = frames.frame(tokenizer)
   parts = [tokenizer.encode(text, where).tokens for text in texts]
   room = length - 1 - len(parts)

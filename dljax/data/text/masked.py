@@ -67,7 +67,7 @@ class MaskedTextSet(corpus.TextSet):
   """
 
   def __init__(self, config: Any):
-    super().__init__(config, carried=False)
+    super().__init__(config, carried=False, framed=True)
     splits.need(config, "mask_rate", 0 < config.mask_rate < 1, "give a number between 0 and 1")
     splits.need(config, "length", config.length >= 3,
                 "give at least 3 tokens, one between the start and the end")
@@ -77,7 +77,7 @@ class MaskedTextSet(corpus.TextSet):
     made = super().tokenizer()
     if "mask" not in frames.roles(made):
       raise UserError(f"--config.data.tokenizer={self.config.tokenizer}: has no token that hides "
-                      "others; choose wordpiece, or a file that has such a token ([MASK])")
+                      "others; choose wordpiece, or a folder of weights whose tokenizer has one")
     return made
 
   def pipeline(self, split: str, **options: Any) -> Pipeline:

@@ -37,6 +37,7 @@ TOKENIZERS = ("byte", *FITTED, "file")
 ROLES = ("start", "end", "unknown", "separator", "pad", "class", "mask")
 END = "<|endoftext|>"
 UNKNOWN = "<unk>"
+_FRAME = {"pad": "[PAD]", "class": "[CLS]", "separator": "[SEP]", "mask": "[MASK]"}  # role -> name
 # Names of `end` in other people's files, the best first.
 ENDS = (END, "</s>", "[SEP]", "<eos>", "<s>", "[CLS]")
 _BYTES = 256
@@ -413,6 +414,7 @@ _WITHIN = "##"  # what WordPiece writes before a piece that does not begin a wor
 
 def make(
     kind: str, documents: Iterable[str], *, vocab_size: int, byte_fallback: bool = False,
+    framed: bool = False,
 ) -> Tokenizer:
   """A tokenizer; those in `FITTED` are fitted to the training text.
 
@@ -422,6 +424,7 @@ def make(
     vocab_size: the greatest number of tokens in a sub-word tokenizer, with `end`.
     byte_fallback: whether characters that are not in the training text become bytes. With BPE they
       always do.
+    framed: whether a sub-word tokenizer also has BERT's special tokens, and frames texts by them.
 
   Raises:
     UserError: the kind is unknown.
@@ -432,10 +435,12 @@ def make(
     return Characters("".join(sorted(set().union(*documents))), byte_fallback)
   if kind not in FITTED:
     raise unknown("--config.data.tokenizer", kind, TOKENIZERS)
-  return _train(kind, documents, vocab_size, byte_fallback)
+  return _train(kind, documents, vocab_size, byte_fallback, framed)
 
 
-def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: bool) -> Tokenizer:
+def _train(
+    kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: bool, framed: bool,
+) -> Tokenizer:
   """Trains a sub-word tokenizer.
 
   It is BPE on bytes (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Schuster and Nakajima
@@ -443,12 +448,15 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
   """
   lib = _library()
   common = {"vocab_size": vocab_size, "show_progress": False}
+  names = {"end": END, **({} if kind == "bpe" else {"unknown": UNKNOWN}),
+           **(_FRAME if framed else {})}
+  special = list(names.values())
   if kind == "bpe":
     tokenizer = lib.Tokenizer(lib.models.BPE())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = lib.decoders.ByteLevel()
     trainer = lib.trainers.BpeTrainer(
-        **common, special_tokens=[END], initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet())
+        **common, special_tokens=special, initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet())
   elif kind == "wordpiece":
     tokenizer = lib.Tokenizer(lib.models.WordPiece(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = lib.pre_tokenizers.BertPreTokenizer()
@@ -463,9 +471,9 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
     tokenizer = lib.Tokenizer(lib.models.Unigram())
     tokenizer.pre_tokenizer = lib.pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = sentencepiece.decoder(dummy_prefix=False)
-    special = [END, UNKNOWN,
-               *(sentencepiece.byte_piece(byte) for byte in range(_BYTES if byte_fallback else 0))]
-    trainer = lib.trainers.UnigramTrainer(**common, special_tokens=special, unk_token=UNKNOWN)
+    pieces = [sentencepiece.byte_piece(byte) for byte in range(_BYTES if byte_fallback else 0)]
+    trainer = lib.trainers.UnigramTrainer(
+        **common, special_tokens=special + pieces, unk_token=UNKNOWN)
   tokenizer.train_from_iterator(documents, trainer)
   if kind == "wordpiece":
     trained = json.loads(tokenizer.to_str())
@@ -473,8 +481,16 @@ def _train(kind: str, documents: Iterable[str], vocab_size: int, byte_fallback: 
                                if token["content"] in special]
     tokenizer = lib.Tokenizer.from_str(json.dumps(trained))
   if kind == "unigram":
-    tokenizer = sentencepiece.finished_unigram(tokenizer, [END, UNKNOWN], byte_fallback)
-  return Subwords(tokenizer, tokenizer.token_to_id(END))
+    tokenizer = sentencepiece.finished_unigram(tokenizer, special, byte_fallback)
+  end = tokenizer.token_to_id(END)
+  if not framed:
+    return Subwords(tokenizer, end)
+  roles = {role: tokenizer.token_to_id(name) for role, name in names.items()}
+  before, after = _FRAME["class"], _FRAME["separator"]
+  tokenizer.post_processor = lib.processors.TemplateProcessing(
+      single=[before, "$A", after], pair=[before, "$A", after, "$B:1", f"{after}:1"],
+      special_tokens=[(before, roles["class"]), (after, roles["separator"])])
+  return Subwords(tokenizer, end, roles)
 
 
 def _within_words(documents: Sequence[str]) -> list[str]:
@@ -516,13 +532,17 @@ def read_bytes(path: Path, start: str, mend: str) -> bytes:
     raise UserError(f"{start} cannot be read ({reason}); {mend}") from None
 
 
-def load(file: str) -> Subwords:
-  """Reads a SentencePiece model (.model) or a tokenizer.json; `UserError` if it cannot."""
+def load(file: str) -> Tokenizer:
+  """Reads a SentencePiece model (.model), a tokenizer.json, or the tokenizer of another run
+  (data/tokenizer.json in its folder); `UserError` if it cannot."""
   data = read_bytes(Path(file), f"{FLAG}={file}", "name a SentencePiece .model, a tokenizer.json, "
                     "or a folder that has one of them beside a model's weights")
   with failing("{file} is neither a SentencePiece model nor a tokenizer.json ({reason}); get it "
                "again", file=f"{FLAG}={file}"):
     if Path(file).suffix == ".json":
+      value = json.loads(data)
+      if isinstance(value, dict) and "kind" in value:
+        return from_json(value)
       tokenizer = parse(data.decode())
     else:
       tokenizer = sentencepiece.read(data)

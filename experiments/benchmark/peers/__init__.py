@@ -32,9 +32,10 @@ def import_torchvision():
 
 
 def import_package(name):
-  """A package of `PACKAGES`; those that import torchvision themselves get it first, where it is."""
-  takes_it = name in ("timm", "transformers") and importlib.util.find_spec(name)
-  if name == "torchvision" or takes_it and importlib.util.find_spec("torchvision"):
+  """A package of `PACKAGES`; timm and transformers import torchvision themselves, which therefore
+  comes first, where it is.
+  """
+  if name != "torch" and importlib.util.find_spec(name) and importlib.util.find_spec("torchvision"):
     import_torchvision()
   return importlib.import_module(name)
 

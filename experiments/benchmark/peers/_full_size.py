@@ -5,7 +5,7 @@
 PEER_PYTHON is the Python that has torch and transformers, CLASS a class such as BertForPreTraining,
 and JSON what its config has other than the default. The peer fills every tensor at random and
 writes a folder in shards; we read it, and compare logits and last hidden states in rows of unequal
-lengths. With --bfloat16, the weights in the files have that dtype. Our dump of the weights then
+lengths. With --bfloat16, the weights in the files have that dtype. The folder that we write then
 goes back: the peer has to load it without a warning, and to find every tensor as it was, bit for
 bit.
 """
@@ -93,10 +93,9 @@ def _compare(folder: Path, dumped: Path, name: str, double: bool) -> None:
   from dljax.interop.folder import config_of, write_their_folder
 
   model, variables = interop.from_folder(folder, "transformers")
-  dumped.mkdir()
   stored = interop.load(model, interop.read(folder), "transformers", keep_dtype=True)
-  write_file(dumped / WEIGHTS, interop.dump(model, stored, "transformers"))
-  shutil.copy(folder / CONFIG, dumped)
+  write_their_folder(dumped, interop.dump(model, stored, "transformers"),
+                     config_of(model, "transformers"))
   dtype = jnp.float64 if double else jnp.float32
   with np.load(folder / OUTPUTS) as file, jax.enable_x64(double):
     # The parameters stay float32 in both, whose numbers float64 holds exactly.
