@@ -43,7 +43,8 @@ _LENGTHS = {"image_shape": (3, "height, width and channels"), "scale": (2, "the 
 _TRAINING = ("optimizer", "optimizers", "model", "data", "init", "eval.examples")
 
 
-_DATA = ("folder", "file", "table", "name")  # the fields that say which data these are; the first set counts
+# The fields of `config.data` that say which data these are; the first that is set counts.
+_DATA = ("folder", "file", "table", "name")
 
 
 class Field(NamedTuple):
@@ -420,7 +421,7 @@ def _parse(flag: str, text: str, like: Any) -> Any:
 
 
 def _texts(text: str) -> list[str]:
-  """The elements of a tuple: of a JSON list of texts as they are, else what stands between commas."""
+  """The elements of a tuple: those of a JSON list of texts, else what stands between commas."""
   try:
     items = json.loads(text)
   except (ValueError, RecursionError):

@@ -11,8 +11,8 @@ Gradient-based Localization", 2017. https://arxiv.org/abs/1610.02391
 Attention rollout. Samira Abnar, Willem Zuidema. "Quantifying Attention Flow in Transformers",
 2020. https://arxiv.org/abs/2005.00928
 
-Each explains one logit of an image, that of its target; `attention_maps` are of any transformer. By default the target is the class that
-the network guesses.
+Each but `attention_maps`, which any transformer has, explains one logit of an image, that of its
+target. By default the target is the class that the network guesses.
 
 Dimensions: `B` batch, `H` height, `W` width, `C` channels, `K` features, `N` tokens.
 """

@@ -505,7 +505,7 @@ def _within_words(documents: Sequence[str]) -> list[str]:
 
 
 def _ends_word(character: str) -> bool:
-  """Whether BERT's words end at a character: white space or punctuation, all symbols of ASCII too."""
+  """Whether a word of BERT's ends at a character: white space, punctuation, a symbol of ASCII."""
   return (character.isspace() or character in string.punctuation
           or unicodedata.category(character).startswith("P"))
 
