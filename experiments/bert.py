@@ -4,12 +4,12 @@ r"""BERT: pre-trained on masked words, and fine-tuned to classify texts.
   python -m experiments.bert --mode=predict --prompt="A dictionary maps keys to values."
 
 The first learns from scratch which of eight topics of Python's documentation a paragraph is from:
-of Python 3.13.0's 108 test paragraphs 64.8 % are right after 193 s on two busy cores. (It has 797
+of Python 3.13.0's 108 test paragraphs 68.5 % are right after 70 s on two CPU cores. (It has 797
 paragraphs to learn from.)
 
 Pre-training, and fine-tuning from the best checkpoint of it, which passes on its tokenizer:
-  python -m experiments.bert --preset=pydoc_mlm      # 27.5 % of the hidden tokens right, in 461 s
-  python -m experiments.bert --config.init.source=runs/bert-pydoc_mlm --workdir=runs/tuned  # 75.0 %
+  python -m experiments.bert --preset=pydoc_mlm      # 26.5 % of the hidden tokens right, in 129 s
+  python -m experiments.bert --config.init.source=runs/bert-pydoc_mlm --workdir=runs/tuned  # 72.2 %
   python -m experiments.bert --preset=wordnet
   python -m experiments.bert --preset=wordnet_classes --config.init.source=runs/bert-wordnet
 A pre-trained model fills in what [MASK] stands for:
